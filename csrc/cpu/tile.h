@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loops the low-rank families share on the CPU: fp32 tiles in cache, and two micro-kernels over them.
+// A tile is a compact [rows, kChunk] fp32 block, zero-padded on the right, so that no inner loop has a tail and rows with
+// a power-of-two pitch do not fall into the same cache sets.
+#pragma once
+
+#include <type_traits>
+
+#include "rng.h"
+#include "simd.h"
+
+namespace lrk::LRK_ISA {
+
+constexpr int kChunk = 512;                    // columns of a tile; sums over N go chunk by chunk, in order
+constexpr int kRows = kLanes == 16 ? 6 : 3;    // rows a micro-kernel holds in registers
+constexpr int kCols = kLanes == 16 ? 4 : 2;    // vectors of a row it holds beside them
+constexpr int kBlock = kCols * kLanes;         // columns per outer_tile call; divides kChunk
+
+constexpr int64_t round_up(int64_t n, int64_t m) { return ceil_div(n, m) * m; }
+
+// Multipliers keep_scale or 0 for columns [col0, col0 + n) of one row; col0 is a multiple of kDropoutBlock.
+inline void dropout_row(const Dropout& d, uint64_t seed, int64_t row, int64_t col0, int n, float* m) {
+  constexpr int kBlocks = 16;  // Philox blocks side by side, so that the compiler has lanes to fill
+  for (int done = 0; done < n; done += kBlocks * kDropoutBlock) {
+    uint32_t c[4][kBlocks];
+    const uint32_t first = static_cast<uint32_t>((col0 + done) / kDropoutBlock);
+    for (int i = 0; i < kBlocks; ++i) {
+      const Philox b = dropout_block(seed, row, first + i);
+      for (int w = 0; w < 4; ++w) c[w][i] = b.v[w];
+    }
+    const int count = n - done < kBlocks * kDropoutBlock ? n - done : kBlocks * kDropoutBlock;
+    for (int j = 0; j < count; ++j) {
+      const uint32_t word = c[(j % kDropoutBlock) / 2][j / kDropoutBlock];
+      m[done + j] = ((word >> ((j & 1) * 16)) & 0xffffu) >= d.threshold ? d.keep_scale : 0.f;
+    }
+  }
+}
+
+// tile[rows][kChunk] = D(x[row0.., col0..]), columns from n to the next multiple of kBlock are zero.
+template <class T>
+void load_tile(const T* x, int64_t pitch, int64_t row0, int rows, int64_t col0, int n, const Dropout& d, uint64_t seed,
+               float* tile) {
+  for (int t = 0; t < rows; ++t) {
+    const T* src = x + (row0 + t) * pitch + col0;
+    float* dst = tile + t * kChunk;
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+    for (; i < n; ++i) dst[i] = to_float(src[i]);
+    for (; i % kBlock; ++i) dst[i] = 0.f;
+    if (d.threshold) {
+      float m[kChunk];
+      dropout_row(d, seed, row0 + t, col0, n, m);
+      for (int j = 0; j < n; ++j) dst[j] *= m[j];
+    }
+  }
+}
+
+// out[m][j] += sum_k x[m][k] u[j][k], both tiles; k < n rounded up to kLanes. The order of each sum is the same for every
+// M and J, so a row's bits do not depend on its neighbours.
+template <int M, int J>
+inline void dot_tile(const float* x, const float* u, int n, float* out, int64_t pitch) {
+  vf acc[M][J] = {};
+  for (int k = 0; k < n; k += kLanes) {
+    vf b[J];
+    for (int j = 0; j < J; ++j) b[j] = load(u + j * kChunk + k);
+    for (int m = 0; m < M; ++m) {
+      const vf a = load(x + m * kChunk + k);
+      for (int j = 0; j < J; ++j) acc[m][j] += a * b[j];
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int j = 0; j < J; ++j) out[m * pitch + j] += sum_lanes(acc[m][j]);
+}
+
+// c[m][0..kBlock) = (kAdd ? c : 0) + sum_k p[m * pm + k * pk] q[k][0..kBlock), the sum in order of k before it meets c.
+// q and c have pitch kChunk.
+template <int M, bool kAdd>
+inline void outer_tile(const float* p, int64_t pm, int64_t pk, const float* q, int64_t K, float* c) {
+  vf acc[M][kCols] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    vf b[kCols];
+    for (int v = 0; v < kCols; ++v) b[v] = load(q + k * kChunk + v * kLanes);
+    for (int m = 0; m < M; ++m) {
+      const vf a = p[m * pm + k * pk] - vf{};  // broadcast
+      for (int v = 0; v < kCols; ++v) acc[m][v] += a * b[v];
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < kCols; ++v) {
+      float* dst = c + m * kChunk + v * kLanes;
+      store(dst, kAdd ? load(dst) + acc[m][v] : acc[m][v]);
+    }
+}
+
+// Calls f with integral_constant<int, n> for the runtime n in 1..kMax.
+template <int kMax, class F>
+inline void with_count(int n, const F& f) {
+  if constexpr (kMax > 1) {
+    if (n < kMax) return with_count<kMax - 1>(n, f);
+  }
+  f(std::integral_constant<int, kMax>{});
+}
+
+// out[rows][ranks] += tile x u^T for any counts. x [rows][kChunk], u [ranks][kChunk].
+inline void dot_tiles(const float* x, int rows, const float* u, int ranks, int n, float* out, int64_t pitch) {
+  for (int m = 0; m < rows; m += kRows)
+    with_count<kRows>(rows - m < kRows ? rows - m : kRows, [&](auto M) {
+      for (int j = 0; j < ranks; j += 4)
+        with_count<4>(ranks - j < 4 ? ranks - j : 4, [&](auto J) {
+          dot_tile<M.value, J.value>(x + m * kChunk, u + j * kChunk, n, out + m * pitch + j, pitch);
+        });
+    });
+}
+
+// c[rows][kChunk] (+)= p q for any count of rows, over the columns [0, n) rounded up to kBlock.
+template <bool kAdd>
+inline void outer_tiles(const float* p, int64_t pm, int64_t pk, const float* q, int64_t K, int rows, int n, float* c) {
+  for (int i = 0; i < n; i += kBlock)
+    for (int m = 0; m < rows; m += kRows)
+      with_count<kRows>(rows - m < kRows ? rows - m : kRows, [&](auto M) {
+        outer_tile<M.value, kAdd>(p + m * pm, pm, pk, q + i, K, c + m * kChunk + i);
+      });
+}
+
+}  // namespace lrk::LRK_ISA

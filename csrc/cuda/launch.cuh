@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a kernel gets its shared memory and how a launcher starts it. The only file that touches the CUDA runtime's launch
+// API; under LRK_EMULATE both go to the emulator (tests/emulator/).
+#pragma once
+
+#include "../common.h"
+
+#if defined(LRK_EMULATE)
+#include "emulator.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace lrk {
+
+// Limits every CUDA device since sm_80 shares. Shared memory per block differs (sm_80 163 KB, sm_90 227 KB, sm_120 99 KB)
+// and is left to the runtime.
+constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
+constexpr unsigned kMaxThreads = 1024, kMaxThreadsZ = 64;
+constexpr int kInvalidConfiguration = 9;  // cudaErrorInvalidConfiguration
+
+inline int launch_error(dim3 grid, dim3 block) {
+  const bool grid_ok = grid.x >= 1 && grid.x <= kMaxGridX && grid.y >= 1 && grid.y <= kMaxGridYZ && grid.z >= 1 && grid.z <= kMaxGridYZ;
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  const bool block_ok = threads >= 1 && threads <= kMaxThreads && block.x <= kMaxThreads && block.y <= kMaxThreads && block.z <= kMaxThreadsZ;
+  return grid_ok && block_ok ? 0 : kInvalidConfiguration;
+}
+
+// Shared memory. A kernel carves its arrays out of the launch's dynamic bytes in the order of its calls, the same in every
+// thread; the launcher sums smem_bytes over the same list.
+constexpr size_t kSmemAlign = 128;
+
+template <class T>
+LRK_HD constexpr size_t smem_bytes(size_t count) {
+  return (count * sizeof(T) + kSmemAlign - 1) / kSmemAlign * kSmemAlign;
+}
+
+#if defined(LRK_EMULATE)
+
+struct Smem {
+  template <class T>
+  T* take(size_t count, emu::Where at = emu::Where::here()) {
+    return static_cast<T*>(emu::shared_piece(&cursor_, count * sizeof(T), smem_bytes<T>(count), at));
+  }
+
+ private:
+  emu::SharedCursor cursor_;
+};
+
+template <class Kernel, class... Args>
+int launch(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t smem, Stream, const Args&... args) {
+  if (const int error = launch_error(grid, block)) return emu::refuse(name, grid, block, smem, error);
+  auto body = [&] { kernel(args...); };
+  return emu::launch(name, grid, block, smem, [](void* b) { (*static_cast<decltype(body)*>(b))(); }, &body);
+}
+
+#else
+
+struct Smem {
+  template <class T>
+  __device__ __forceinline__ T* take(size_t count) {
+    extern __shared__ __align__(128) unsigned char lrk_dynamic_shared[];
+    T* piece = reinterpret_cast<T*>(lrk_dynamic_shared + offset_);
+    offset_ += static_cast<uint32_t>(smem_bytes<T>(count));
+    return piece;
+  }
+
+ private:
+  uint32_t offset_ = 0;
+};
+
+// Returns a cudaError_t value. A failed launch leaves no error behind that a later, innocent check would find.
+template <class Kernel, class... Args>
+int launch(const char* /*name*/, Kernel kernel, dim3 grid, dim3 block, size_t smem, Stream stream, const Args&... args) {
+  if (const int error = launch_error(grid, block)) return error;
+  constexpr size_t kDefaultSharedLimit = 48 * 1024;  // more needs an opt-in per kernel; the call is cheap beside a launch
+  cudaError_t error = cudaSuccess;
+  if (smem > kDefaultSharedLimit)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = smem;
+    config.stream = stream;
+    error = cudaLaunchKernelEx(&config, kernel, args...);
+  }
+  if (error != cudaSuccess) cudaGetLastError();
+  return static_cast<int>(error);
+}
+
+#endif
+
+}  // namespace lrk

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles and fragments the low-rank kernels share. A block is 128 threads, four warps. Shared memory holds operands in the
+// direction global memory has them; ldmatrix transposes where mma wants the other one.
+//
+// What a product of an activation X and a factor F multiplies, in terms (planes) of one element type:
+//   X, F of one 16-bit type   one term each, mma.sync                        exact products, fp32 sums
+//   bf16 X, fp32 F            X one bf16 term, F = hi + lo in bf16            ~2^-17 of |F|
+//   f16 X, fp32 F             X = hi + lo in bf16 (exact), F = hi + lo        ~2^-17 of |F|
+//   fp32 X, fp32 F            fp32 FMA in the same fragment layout            as fp32
+#pragma once
+
+#include <type_traits>
+
+#include "launch.cuh"
+#include "ptx.cuh"
+#include "rng.h"
+
+namespace lrk {
+
+constexpr int kBlockThreads = 128;
+
+template <class X, class F>
+struct Math {
+  using Elem = bf16;
+  static constexpr int kXTerms = 1, kFTerms = 1;
+};
+template <class T>
+struct Math<T, T> {
+  using Elem = T;
+  static constexpr int kXTerms = 1, kFTerms = 1;
+};
+template <>
+struct Math<bf16, float> {
+  using Elem = bf16;
+  static constexpr int kXTerms = 1, kFTerms = 2;
+};
+template <>
+struct Math<f16, float> {
+  using Elem = bf16;
+  static constexpr int kXTerms = 2, kFTerms = 2;
+};
+
+template <class T>
+struct alignas(16) Vec8 {  // 8 consecutive columns: one 128-bit access at 16 bits, two at 32; one dropout block
+  T v[8];
+};
+
+inline bool can_vectorize(const void* p, int64_t pitch, size_t elem) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && pitch * static_cast<int64_t>(elem) % 16 == 0;
+}
+
+// A [kRows, kCols] operand in shared memory, kTerms planes. 16 bytes of padding a row keep ldmatrix free of conflicts.
+template <class Elem, int kRows_, int kCols_, int kTerms_>
+struct Tile {
+  static constexpr int kRows = kRows_, kCols = kCols_, kTerms = kTerms_;
+  static constexpr int kPitch = kCols + 16 / static_cast<int>(sizeof(Elem));
+  static constexpr int kPlane = kRows * kPitch, kElems = kTerms * kPlane;
+  static constexpr size_t kBytes = smem_bytes<Elem>(kElems);
+  Elem* data;
+};
+
+// The global matrix a tile is cut from: [rows, cols] still to come from its corner on, cols contiguous.
+template <class Src>
+struct Slab {
+  const Src* data;
+  int64_t pitch, rows, cols;
+  bool vectorize;
+};
+
+template <class Src>
+__device__ __forceinline__ Vec8<Src> load_vec(const Slab<Src>& s, int r, int c) {
+  Vec8<Src> v;
+  const Src* p = s.data + r * s.pitch + c;
+  if (r < s.rows && c + 8 <= s.cols && s.vectorize) return *reinterpret_cast<const Vec8<Src>*>(p);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) v.v[j] = r < s.rows && c + j < s.cols ? p[j] : Src{};
+  return v;
+}
+
+template <class Src>
+__device__ __forceinline__ void drop(Vec8<Src>& v, const Dropout& d, uint64_t seed, int64_t row, int64_t col) {
+  const Philox block = dropout_block(seed, row, col / kDropoutBlock);
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+    if (bits16(block, j) < d.threshold) v.v[j] = Src{};
+}
+
+// Stores one vector as the terms of its tile: itself, or hi = bf16(v) and lo = bf16(v - hi), lo = 0 beside inf and nan.
+template <class Src, class Elem, int kRows, int kCols, int kTerms>
+__device__ __forceinline__ void store_vec(const Tile<Elem, kRows, kCols, kTerms>& tile, int r, int c,
+                                          const Vec8<Src>& v) {
+  Elem* dst = tile.data + r * tile.kPitch + c;
+  if constexpr (kTerms == 1) {
+    *reinterpret_cast<Vec8<Elem>*>(dst) = bit_cast<Vec8<Elem>>(v);
+  } else {
+    Vec8<Elem> hi, lo;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float f = to_float_fast(v.v[j]);
+      hi.v[j] = from_float_fast<Elem>(f);
+      const float rest = f - to_float_fast(hi.v[j]);
+      lo.v[j] = from_float_fast<Elem>(rest == rest ? rest : 0.f);
+    }
+    *reinterpret_cast<Vec8<Elem>*>(dst) = hi;
+    *reinterpret_cast<Vec8<Elem>*>(dst + tile.kPlane) = lo;
+  }
+}
+
+// Global to registers to shared memory, in two halves so that the loads of the next tile fly while this one is multiplied.
+template <class Src, class Tile>
+struct Stage {
+  static constexpr int kPerRow = Tile::kCols / 8, kCount = Tile::kRows * kPerRow;
+  static constexpr int kVecs = (kCount + kBlockThreads - 1) / kBlockThreads;
+  static_assert(kCount % kBlockThreads == 0 || kVecs == 1, "threads share a tile evenly, or hold one vector at most");
+  Vec8<Src> v[kVecs];
+
+  __device__ __forceinline__ void fetch(const Slab<Src>& s) {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const int at = i * kBlockThreads + static_cast<int>(threadIdx.x);
+      if (at < kCount) v[i] = load_vec(s, at / kPerRow, at % kPerRow * 8);
+    }
+  }
+  // row0, col0: of the tile's corner in [T, N], for the dropout mask.
+  __device__ __forceinline__ void put(const Tile& tile, const Dropout& d, uint64_t seed, int64_t row0, int64_t col0) {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const int at = i * kBlockThreads + static_cast<int>(threadIdx.x), r = at / kPerRow, c = at % kPerRow * 8;
+      if (at >= kCount) continue;
+      if (d.threshold) drop(v[i], d, seed, row0 + r, col0 + c);
+      store_vec(tile, r, c, v[i]);
+    }
+  }
+  __device__ __forceinline__ void put(const Tile& tile) { put(tile, Dropout{}, 0, 0, 0); }
+};
+
+// A tile as an operand of C[m, n] += A[m, k] B[k, n]. kKContig: its rows run along k, else along m (or n).
+template <class Tile_, bool kKContig_>
+struct Operand {
+  using Tile = Tile_;
+  static constexpr bool kKContig = kKContig_;
+  Tile tile;
+};
+
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
+
+template <bool kTranspose>
+__device__ __forceinline__ void ldmatrix_4(uint32_t (&r)[4], const void* row) {
+  if constexpr (kTranspose) {
+    ldmatrix_x4_trans(r, row);
+  } else {
+    ldmatrix_x4(r, row);
+  }
+}
+
+// A fragment of mma m16n8k16 at (m, k); matrices in register order: (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8).
+template <class Op>
+__device__ __forceinline__ void fragment_a(uint32_t (&r)[4], const Op& op, int term, int m, int k) {
+  const int lane = lane_id(), mm = m + (lane / 8 & 1) * 8, kk = k + lane / 16 * 8, j = lane % 8;
+  const int row = Op::kKContig ? mm + j : kk + j, col = Op::kKContig ? kk : mm;
+  ldmatrix_4<!Op::kKContig>(r, op.tile.data + term * Op::Tile::kPlane + row * Op::Tile::kPitch + col);
+}
+
+// B fragments of two neighbouring n-tiles at (k, n): (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8).
+template <class Op>
+__device__ __forceinline__ void fragment_b(uint32_t (&r)[4], const Op& op, int term, int n, int k) {
+  const int lane = lane_id(), kk = k + (lane / 8 & 1) * 8, nn = n + lane / 16 * 8, j = lane % 8;
+  const int row = Op::kKContig ? nn + j : kk + j, col = Op::kKContig ? kk : nn;
+  ldmatrix_4<!Op::kKContig>(r, op.tile.data + term * Op::Tile::kPlane + row * Op::Tile::kPitch + col);
+}
+
+// acc[j] += A[m.., k..k+16) B[k..k+16, n + 8 j ..): a warp's 16 x 8 kTilesN piece, in the fragment layout of mma.sync:
+// lane l holds rows m + l / 4 (elements 0, 1) and that + 8 (2, 3), columns 2 (l % 4) and that + 1 of each n-tile.
+template <int kTilesN, class OpA, class OpB>
+__device__ __forceinline__ void mma_step(float (&acc)[kTilesN][4], const OpA& a, const OpB& b, int m, int n, int k) {
+  using TA = typename OpA::Tile;
+  using TB = typename OpB::Tile;
+  using Elem = std::remove_pointer_t<decltype(TA::data)>;
+  if constexpr (sizeof(Elem) == 4) {
+    const int row = m + lane_id() / 4, col = n + lane_id() % 4 * 2;
+    const auto at = [](const auto& op, int i, int kk) {
+      using Op = std::decay_t<decltype(op)>;
+      return op.tile.data[Op::kKContig ? i * Op::Tile::kPitch + kk : kk * Op::Tile::kPitch + i];
+    };
+    float a0[16], a1[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      a0[i] = at(a, row, k + i);
+      a1[i] = at(a, row + 8, k + i);
+    }
+#pragma unroll
+    for (int j = 0; j < kTilesN; ++j) {
+      float part[4] = {};  // 16 products, then one sum: nearer to the truth than one chain over k
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float b0 = at(b, col + j * 8, k + i), b1 = at(b, col + j * 8 + 1, k + i);
+        part[0] += a0[i] * b0;
+        part[1] += a0[i] * b1;
+        part[2] += a1[i] * b0;
+        part[3] += a1[i] * b1;
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[j][e] += part[e];
+    }
+  } else {
+    uint32_t fa[TA::kTerms][4];
+#pragma unroll
+    for (int t = 0; t < TA::kTerms; ++t) fragment_a(fa[t], a, t, m, k);
+#pragma unroll
+    for (int j = 0; j < kTilesN; j += 2) {
+#pragma unroll
+      for (int tb = 0; tb < TB::kTerms; ++tb) {
+        uint32_t fb[4];
+        fragment_b(fb, b, tb, n + j * 8, k);
+        const uint32_t b0[2] = {fb[0], fb[1]}, b1[2] = {fb[2], fb[3]};
+#pragma unroll
+        for (int ta = 0; ta + tb < 2 && ta < TA::kTerms; ++ta) {  // lo * lo is below the error of the rest
+          mma_16816(acc[j], fa[ta], b0, Elem{});
+          mma_16816(acc[j + 1], fa[ta], b1, Elem{});
+        }
+      }
+    }
+  }
+}
+
+// Four n-tiles of one row half (h = 0: rows l / 4, 1: + 8) change hands inside each quad of lanes: lane q of the quad gets
+// the 8 consecutive columns of n-tile j0 + q, so that it can read and write them as one vector.
+template <int kTilesN>
+__device__ __forceinline__ void gather_row(float (&out)[8], const float (&acc)[kTilesN][4], int j0, int h) {
+  const bool odd = lane_id() & 1, high = lane_id() & 2;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    float v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = acc[j0 + i][2 * h + e];
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const float got = shfl_xor(odd ? v[i] : v[i + 1], 1);
+      (odd ? v[i] : v[i + 1]) = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float got = shfl_xor(high ? v[i] : v[i + 2], 2);
+      (high ? v[i] : v[i + 2]) = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[2 * i + e] = v[i];
+  }
+}
+
+// f(row, column, value) for every element of a warp's piece at (m, n).
+template <int kTilesN, class F>
+__device__ __forceinline__ void for_each_element(const float (&acc)[kTilesN][4], int64_t m, int64_t n, const F& f) {
+#pragma unroll
+  for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      f(m + lane_id() / 4 + e / 2 * 8, n + j * 8 + lane_id() % 4 * 2 + e % 2, acc[j][e]);
+}
+
+}  // namespace lrk

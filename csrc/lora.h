@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+// The LoRA family: contract of the three skinny products that, beside the base GEMM, make up LoRA forward and backward.
+// T tokens, I in, O out, R rank; N stands for I or O. Row pitches are in elements; the last dimension is contiguous.
+//
+//   shrink   S[T, R]   = scale * D(X)[T, N] U[R, N]^T        S = s D(x) A^T       dS = s dY B
+//   expand   Y[T, N]  += scale * D(S[T, R] U[R, N])          y += S B^T           dx += D(dS A)
+//   wgrad    G[R, N]   = scale * S[T, R]^T D(X)[T, N]        dA = dS^T D(x)       dB^T = S^T dY
+//   shrink_wgrad       dS and dB in one pass over dY
+//
+// D multiplies by the dropout mask of (row, column) times keep_scale, or is the identity. Everything accumulates in fp32
+// and rounds once. N is reduced in chunks of a fixed length, added in order: one row's bits do not depend on T.
+#pragma once
+
+#include "rng.h"
+
+namespace lrk {
+
+constexpr int kMaxRank = 512;
+constexpr int kCpuChunk = 512;  // columns of N summed at a time on the CPU
+constexpr int kCpuSegment = 256;  // tokens per partial sum of wgrad on the CPU
+constexpr int kCudaChunk = 256;
+constexpr int kCudaSegment = 512;
+
+// The small factor. U[r, n] lies at data[r * stride_r + n * stride_n]; one of the strides is 1.
+// A [R, I] is (I, 1); B [O, R] read as U[R, O] is (1, R).
+struct Factor {
+  const void* data;  // [R, N] of Params::factor_dtype
+  int64_t stride_r, stride_n;
+};
+
+struct LoraShrinkParams {
+  const void* x;  // [T, N] dtype
+  Factor u;       // [R, N] factor_dtype
+  void* s;        // [T, R] factor_dtype, contiguous
+  int64_t T, N, x_pitch;
+  int32_t R;
+  DType dtype, factor_dtype;
+  float scale;
+  Dropout dropout;
+  const int64_t* seed;  // [1] on the device of x; read only where dropout.threshold > 0
+};
+
+struct LoraExpandParams {
+  void* y;        // [T, N] dtype, added to in place
+  const void* s;  // [T, R] factor_dtype, contiguous
+  Factor u;       // [R, N] factor_dtype
+  int64_t T, N, y_pitch;
+  int32_t R;
+  DType dtype, factor_dtype;
+  float scale;
+  Dropout dropout;
+  const int64_t* seed;
+};
+
+struct LoraWgradParams {
+  const void* s;  // [T, R] factor_dtype, contiguous
+  const void* x;  // [T, N] dtype
+  void* g;        // [R, N] factor_dtype at strides (g_stride_r, g_stride_n): dA as (I, 1), dB [O, R] as (1, R)
+  int64_t g_stride_r, g_stride_n;
+  int64_t T, N, x_pitch;
+  int32_t R;
+  DType dtype, factor_dtype;
+  float scale;
+  Dropout dropout;
+  const int64_t* seed;
+};
+
+// dS[T, R] = scale * dY U^T and G[R, N] = S^T dY, one pass over dY. shrink.s is dS; wgrad.x is shrink.x.
+struct LoraShrinkWgradParams {
+  LoraShrinkParams shrink;
+  LoraWgradParams wgrad;
+};
+
+// dS and dB: one pass over dY or two. The fused pass saves one read of dY [T, O] and pays a write and a read of partial
+// sums of dS, one [T, R] fp32 plane per chunk of O.
+struct BackwardShape {
+  int64_t T, O;
+  int32_t R;
+  DType dtype;
+  Device device;
+};
+struct BackwardConfig {
+  bool fused;
+  int64_t saved_bytes;  // dY bytes not read a second time
+  int64_t paid_bytes;   // partial sums written and read
+};
+BackwardConfig choose_lora_backward(const BackwardShape& shape);
+
+// shrink on CUDA: one block walks all chunks of its rows, or, where that leaves the GPU idle, one block per chunk writes
+// a partial sum and a second kernel adds them. Both add the same chunks in the same order: equal bits.
+struct ShrinkConfig {
+  bool split;
+  int32_t chunks;
+};
+ShrinkConfig choose_lora_shrink(int64_t T, int64_t N, int32_t R);
+
+// Scratch the caller allocates, uninitialised, on the device of x.
+size_t lora_shrink_workspace(const LoraShrinkParams& p, Device device);
+size_t lora_expand_workspace(const LoraExpandParams& p, Device device);
+size_t lora_wgrad_workspace(const LoraWgradParams& p, Device device);
+size_t lora_shrink_wgrad_workspace(const LoraShrinkWgradParams& p, Device device);
+
+void lora_shrink_cpu(const LoraShrinkParams& p, void* workspace);
+void lora_expand_cpu(const LoraExpandParams& p, void* workspace);
+void lora_wgrad_cpu(const LoraWgradParams& p, void* workspace);
+void lora_shrink_wgrad_cpu(const LoraShrinkWgradParams& p, void* workspace);
+
+// Return a cudaError_t value.
+int lora_shrink_cuda(const LoraShrinkParams& p, void* workspace, Stream stream);
+int lora_expand_cuda(const LoraExpandParams& p, void* workspace, Stream stream);
+int lora_wgrad_cuda(const LoraWgradParams& p, void* workspace, Stream stream);
+int lora_shrink_wgrad_cuda(const LoraShrinkWgradParams& p, void* workspace, Stream stream);
+
+}  // namespace lrk

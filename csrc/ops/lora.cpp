@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: Apache-2.0
+// Glue of the LoRA family: schemas, checks, allocation, dispatch. Math and letters: csrc/lora.h, docs/ops.md.
+#include "lora.h"
+
+#include "check.h"
+
+namespace lrk::ops {
+namespace {
+
+using Sizes = std::vector<int64_t>;
+
+// A Factor over A [R, I] (n contiguous) or over B [O, R] read as [R, O] (r contiguous).
+struct SmallMatrix {
+  Tensor tensor;
+  DType dtype;
+  int64_t R, N;
+  Factor factor;
+};
+SmallMatrix factor_of_a(const Tensor& a, DType dtype) {
+  Tensor t = torch::stable::contiguous(a);
+  return {t, dtype, t.size(0), t.size(1), Factor{t.const_data_ptr(), t.size(1), 1}};
+}
+SmallMatrix factor_of_b(const Tensor& b, DType dtype) {
+  Tensor t = torch::stable::contiguous(b);
+  return {t, dtype, t.size(1), t.size(0), Factor{t.const_data_ptr(), 1, t.size(1)}};
+}
+
+// A factor is of the activations' dtype or fp32 (PEFT keeps A and B in fp32 over a 16-bit base).
+DType check_factor(const char* op, const char* arg, const Tensor& f, const Tensor& x, const char* x_arg) {
+  check_strided(op, arg, f);
+  check_device(op, arg, f, x, x_arg);
+  const DType dtype = float_dtype(op, arg, f);
+  if (f.scalar_type() != x.scalar_type() && dtype != DType::kF32)
+    fail(op, arg, " must be ", name_of(x.scalar_type()), " (the dtype of ", x_arg, ") or float32, got ",
+         name_of(f.scalar_type()));
+  return dtype;
+}
+void check_rank(const char* op, const char* arg, int64_t R) {
+  if (R > kMaxRank) fail(op, arg, " must have a rank of at most ", kMaxRank, ", got ", R);
+}
+
+struct DropoutArgs {
+  Dropout dropout;
+  OptTensor seed;  // keeps the memory alive
+  const int64_t* seed_ptr = nullptr;
+};
+DropoutArgs check_dropout(const char* op, double p, const OptTensor& seed, const Tensor& x) {
+  DropoutArgs d;
+  if (!(p >= 0.0 && p <= 1.0)) fail(op, "dropout_p must lie in [0, 1], got ", p);
+  d.dropout = make_dropout(p);
+  if (!d.dropout.threshold) return d;
+  if (!seed) fail(op, "seed must be an int64 tensor of shape [1] where dropout_p > 0, got None");
+  check_shape(op, "seed", *seed, "[1]", {1});
+  check_dtype(op, "seed", *seed, ScalarType::Long);
+  check_device(op, "seed", *seed, x, "x");
+  d.seed = seed;
+  d.seed_ptr = static_cast<const int64_t*>(seed->const_data_ptr());
+  return d;
+}
+
+Sizes sizes_of(const Tensor& t) {
+  Sizes s;
+  for (int64_t i = 0; i < t.dim(); ++i) s.push_back(t.size(i));
+  return s;
+}
+Sizes with_last(const Tensor& t, int64_t last) {
+  Sizes s = sizes_of(t);
+  s.back() = last;
+  return s;
+}
+Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }  // a gradient nobody asked for
+
+// The base GEMM is ATen's: cuBLAS, oneDNN, MKL.
+Tensor aten_linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// ---- one kernel each; `s` is [T, R] contiguous
+
+Tensor shrink(const char* op, const Rows& x, DType x_dtype, const SmallMatrix& u, float scale, const DropoutArgs& d) {
+  Tensor s = torch::stable::new_empty(x.tensor, with_last(x.tensor, u.R), u.tensor.scalar_type());
+  if (!s.numel()) return s;
+  if (!x.N) return torch::stable::zero_(s);
+  const LoraShrinkParams p{x.tensor.const_data_ptr(), u.factor, s.mutable_data_ptr(), x.T, x.N, x.pitch,
+                           static_cast<int32_t>(u.R), x_dtype, u.dtype, scale, d.dropout, d.seed_ptr};
+  run(op, x.tensor, p, lora_shrink_workspace, lora_shrink_cpu, LRK_LAUNCHER(lora_shrink_cuda));
+  return s;
+}
+
+void expand(const char* op, const Rows& y, DType y_dtype, const Tensor& s, const SmallMatrix& u, float scale,
+            const DropoutArgs& d) {
+  if (!y.T || !y.N || !u.R) return;
+  const LoraExpandParams p{y.tensor.mutable_data_ptr(), s.const_data_ptr(), u.factor, y.T, y.N, y.pitch,
+                           static_cast<int32_t>(u.R), y_dtype, u.dtype, scale, d.dropout, d.seed_ptr};
+  run(op, y.tensor, p, lora_expand_workspace, lora_expand_cpu, LRK_LAUNCHER(lora_expand_cuda));
+}
+
+LoraWgradParams wgrad_params(const Rows& x, DType x_dtype, const Tensor& s, int64_t R, const Tensor& g, bool g_is_b,
+                             DType dtype, float scale, const DropoutArgs& d) {
+  return {s.const_data_ptr(), x.tensor.const_data_ptr(), g.mutable_data_ptr(), g_is_b ? 1 : x.N, g_is_b ? R : 1,
+          x.T, x.N, x.pitch, static_cast<int32_t>(R), x_dtype, dtype, scale, d.dropout, d.seed_ptr};
+}
+
+// G = scale * S^T D(x), laid out as A [R, I] or as B [O, R].
+Tensor wgrad(const char* op, const Rows& x, DType x_dtype, const Tensor& s, const SmallMatrix& like, bool g_is_b,
+             float scale, const DropoutArgs& d) {
+  Tensor g = torch::stable::new_empty(like.tensor, sizes_of(like.tensor));
+  if (!g.numel()) return g;
+  if (!x.T) return torch::stable::zero_(g);
+  const LoraWgradParams p = wgrad_params(x, x_dtype, s, like.R, g, g_is_b, like.dtype, scale, d);
+  run(op, x.tensor, p, lora_wgrad_workspace, lora_wgrad_cpu, LRK_LAUNCHER(lora_wgrad_cuda));
+  return g;
+}
+
+// dS = scale * dY B and dB = scale_b * dY^T S, in one pass over dY where that moves fewer bytes.
+struct ExpandGrads {
+  Tensor ds, db;
+};
+ExpandGrads expand_grads(const char* op, const Rows& dy, DType dy_dtype, const Tensor& s, const SmallMatrix& b,
+                         float scale, float scale_b, bool need_ds, bool need_db) {
+  const DropoutArgs none;
+  const bool is_cuda = on_cuda(op, dy.tensor);
+  const bool fused = need_ds && need_db && dy.T && dy.N && b.R &&
+                     choose_lora_backward({dy.T, dy.N, static_cast<int32_t>(b.R), dy_dtype,
+                                           is_cuda ? Device::kCUDA : Device::kCPU})
+                         .fused;
+  if (!fused) {
+    return {need_ds ? shrink(op, dy, dy_dtype, b, scale, none) : nothing(b.tensor),
+            need_db ? wgrad(op, dy, dy_dtype, s, b, true, scale_b, none) : nothing(b.tensor)};
+  }
+  Tensor ds = torch::stable::new_empty(s, with_last(dy.tensor, b.R));
+  Tensor db = torch::stable::new_empty(b.tensor, sizes_of(b.tensor));
+  LoraShrinkWgradParams p;
+  p.shrink = {dy.tensor.const_data_ptr(), b.factor, ds.mutable_data_ptr(), dy.T, dy.N, dy.pitch,
+              static_cast<int32_t>(b.R), dy_dtype, b.dtype, scale, Dropout{}, nullptr};
+  p.wgrad = wgrad_params(dy, dy_dtype, s, b.R, db, true, b.dtype, scale_b, none);
+  run(op, dy.tensor, p, lora_shrink_wgrad_workspace, lora_shrink_wgrad_cpu, LRK_LAUNCHER(lora_shrink_wgrad_cuda));
+  return {ds, db};
+}
+
+// ---- base GEMM and its gradients
+
+void check_base(const char* op, const Tensor& x, const Tensor& w, const OptTensor& bias) {
+  check_strided(op, "weight", w);
+  check_device(op, "weight", w, x, "x");
+  check_dtype(op, "weight", w, x.scalar_type());
+  check_shape(op, "weight", w, "[O, I]", {-1, x.size(x.dim() - 1)});
+  if (!bias) return;
+  check_device(op, "bias", *bias, x, "x");
+  check_dtype(op, "bias", *bias, x.scalar_type());
+  check_shape(op, "bias", *bias, "[O]", {w.size(0)});
+}
+
+Tensor flat(const Tensor& t) {
+  return torch::stable::reshape(t, Sizes{t.size(t.dim() - 1) ? -1 : t.numel(), t.size(t.dim() - 1)});
+}
+Tensor base_dx(const Tensor& dy, const Tensor& w) {
+  return torch::stable::contiguous(torch::stable::matmul(dy, w));
+}
+Tensor base_dw(const Tensor& dy, const Tensor& x) {
+  return torch::stable::matmul(torch::stable::transpose(flat(dy), 0, 1), flat(x));
+}
+Tensor base_dbias(const Tensor& dy) {
+  const Sizes rows{0};
+  return torch::stable::sum(flat(dy), torch::headeronly::IntHeaderOnlyArrayRef(rows.data(), 1));
+}
+
+// ---- ops
+
+DType check_x(const char* op, const char* arg, const Tensor& x) {
+  check_strided(op, arg, x);
+  return float_dtype(op, arg, x);
+}
+
+SmallMatrix check_a(const char* op, const Tensor& a, const Tensor& x) {
+  const DType dtype = check_factor(op, "a", a, x, "x");
+  check_shape(op, "a", a, "[R, I]", {-1, x.size(x.dim() - 1)});
+  check_rank(op, "a", a.size(0));
+  return factor_of_a(a, dtype);
+}
+
+SmallMatrix check_b(const char* op, const Tensor& b, int64_t O, int64_t R, const Tensor& x, const char* x_arg) {
+  const DType dtype = check_factor(op, "b", b, x, x_arg);
+  check_shape(op, "b", b, "[O, R]", {O, R});
+  check_rank(op, "b", b.size(1));
+  return factor_of_b(b, dtype);
+}
+
+// S [..., R] beside the [..., N] tensor it belongs to.
+Tensor check_s(const char* op, const char* arg, const Tensor& s, const Tensor& like, const char* like_arg,
+               const SmallMatrix& u, const char* u_arg) {
+  check_strided(op, arg, s);
+  check_device(op, arg, s, like, like_arg);
+  check_shape(op, arg, s, "[..., R]", with_last(like, u.R));
+  if (s.scalar_type() != u.tensor.scalar_type())
+    fail(op, arg, " must be ", name_of(u.tensor.scalar_type()), " (the dtype of ", u_arg, "), got ",
+         name_of(s.scalar_type()));
+  return torch::stable::contiguous(s);
+}
+
+Tensor lora_shrink(const Tensor& x, const Tensor& a, double scale, double dropout_p, const OptTensor& seed) {
+  constexpr const char* op = "lora_shrink";
+  const DType dtype = check_x(op, "x", x);
+  const Rows rows = rows_of(op, "x", x);
+  const SmallMatrix u = check_a(op, a, x);
+  return shrink(op, rows, dtype, u, check_finite(op, "scale", scale), check_dropout(op, dropout_p, seed, x));
+}
+
+std::tuple<Tensor, Tensor> lora_shrink_bwd(const Tensor& ds, const Tensor& x, const Tensor& a, double scale,
+                                           double dropout_p, const OptTensor& seed, bool need_dx, bool need_da) {
+  constexpr const char* op = "lora_shrink_bwd";
+  const DType dtype = check_x(op, "x", x);
+  const Rows rows = rows_of(op, "x", x);
+  const SmallMatrix u = check_a(op, a, x);
+  const Tensor s = check_s(op, "ds", ds, x, "x", u, "a");
+  const float k = check_finite(op, "scale", scale);
+  const DropoutArgs d = check_dropout(op, dropout_p, seed, x);
+  Tensor dx = nothing(x), da = nothing(a);
+  if (need_da) da = wgrad(op, rows, dtype, s, u, false, k, d);
+  if (need_dx) {
+    dx = torch::stable::new_zeros(x, sizes_of(x));
+    expand(op, rows_of(op, "dx", dx), dtype, s, u, k, d);
+  }
+  return {dx, da};
+}
+
+void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
+  constexpr const char* op = "lora_expand_";
+  const DType dtype = check_x(op, "y", y);
+  const Rows rows = rows_of(op, "y", y);
+  if (y.numel() && rows.tensor.const_data_ptr() != y.const_data_ptr())
+    fail(op, "y must be rows of contiguous elements at one pitch, since it is written in place, got other strides");
+  const SmallMatrix u = check_b(op, b, rows.N, -1, y, "y");
+  expand(op, rows, dtype, check_s(op, "s", s, y, "y", u, "b"), u, check_finite(op, "scale", scale), {});
+}
+
+Tensor linear_expand(const OptTensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& s,
+                     const Tensor& b, double scale) {
+  constexpr const char* op = "linear_expand";
+  if (x.has_value() != weight.has_value())
+    fail(op, "x and weight must come together, got only ", x ? "x" : "weight");
+  const Tensor& like = x ? *x : bias ? *bias : s;
+  const char* like_arg = x ? "x" : bias ? "bias" : "s";
+  const DType dtype = check_x(op, like_arg, like);
+  if (s.dim() < 1) fail(op, "s must have at least one dimension, got a scalar");
+  const float k = check_finite(op, "scale", scale);
+  Tensor y = s;
+  SmallMatrix u;
+  if (x) {
+    rows_of(op, "x", *x);
+    check_base(op, *x, *weight, bias);
+    u = check_b(op, b, weight->size(0), -1, *x, "x");
+    check_s(op, "s", s, *x, "x", u, "b");
+    y = torch::stable::contiguous(aten_linear(*x, *weight, bias));
+  } else {
+    if (bias) check_shape(op, "bias", *bias, "[O]", {b.dim() == 2 ? b.size(0) : -1});
+    u = check_b(op, b, -1, s.size(s.dim() - 1), like, like_arg);
+    check_s(op, "s", s, s, "s", u, "b");
+    check_device(op, "s", s, like, like_arg);
+    y = torch::stable::new_zeros(like, with_last(s, b.size(0)));
+    if (bias) torch::stable::copy_(y, *bias);
+  }
+  const Tensor sc = torch::stable::contiguous(s);
+  expand(op, rows_of(op, "y", y), dtype, sc, u, k, {});
+  return y;
+}
+
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Five linear_expand_bwd(const Tensor& dy, const OptTensor& x, const OptTensor& weight, const Tensor& s, const Tensor& b,
+                       double scale, bool need_dx, bool need_dw, bool need_dbias, bool need_ds, bool need_db) {
+  constexpr const char* op = "linear_expand_bwd";
+  const DType dtype = check_x(op, "dy", dy);
+  const Rows rows = rows_of(op, "dy", dy);
+  const SmallMatrix u = check_b(op, b, rows.N, -1, dy, "dy");
+  const Tensor sc = check_s(op, "s", s, dy, "dy", u, "b");
+  const float k = check_finite(op, "scale", scale);
+  if ((need_dx || need_dw) && !(x && weight)) fail(op, "x and weight are needed for their gradients, got None");
+  if (need_dx) check_shape(op, "weight", *weight, "[O, I]", {rows.N, -1});
+  const ExpandGrads g = expand_grads(op, rows, dtype, sc, u, k, k, need_ds, need_db);
+  return {need_dx ? base_dx(rows.tensor, *weight) : nothing(dy), need_dw ? base_dw(rows.tensor, *x) : nothing(dy),
+          need_dbias ? base_dbias(rows.tensor) : nothing(dy), g.ds, g.db};
+}
+
+std::tuple<Tensor, Tensor> lora_forward(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                                        const Tensor& a, const Tensor& b, double scale, double dropout_p,
+                                        const OptTensor& seed) {
+  const DType dtype = check_x(op, "x", x);
+  const Rows rows = rows_of(op, "x", x);
+  check_base(op, x, weight, bias);
+  const SmallMatrix ua = check_a(op, a, x), ub = check_b(op, b, weight.size(0), a.size(0), x, "x");
+  if (ua.dtype != ub.dtype)
+    fail(op, "b must be ", name_of(a.scalar_type()), " (the dtype of a), got ", name_of(b.scalar_type()));
+  const float k = check_finite(op, "scale", scale);
+  const DropoutArgs d = check_dropout(op, dropout_p, seed, x);
+  Tensor y = torch::stable::contiguous(aten_linear(x, weight, bias));
+  const Tensor s = shrink(op, rows, dtype, ua, k, d);
+  expand(op, rows_of(op, "y", y), dtype, s, ub, 1.f, {});
+  return {y, s};
+}
+
+std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                                           const Tensor& a, const Tensor& b, double scale, double dropout_p,
+                                           const OptTensor& seed) {
+  return lora_forward("lora_linear_fwd", x, weight, bias, a, b, scale, dropout_p, seed);
+}
+
+Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a, const Tensor& b,
+                   double scale, double dropout_p, const OptTensor& seed) {
+  return std::get<0>(lora_forward("lora_linear", x, weight, bias, a, b, scale, dropout_p, seed));
+}
+
+// s is what the forward made: scale * D(x) A^T. dS = scale * dY B, so that dA = dS^T D(x) and dx += D(dS A).
+Five lora_linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& a, const Tensor& b,
+                     const Tensor& s, double scale, double dropout_p, const OptTensor& seed, bool need_dx,
+                     bool need_dw, bool need_dbias, bool need_da, bool need_db) {
+  constexpr const char* op = "lora_linear_bwd";
+  const DType dtype = check_x(op, "x", x);
+  const Rows dy_rows = rows_of(op, "dy", dy), x_rows = rows_of(op, "x", x);
+  check_base(op, x, weight, std::nullopt);
+  check_device(op, "dy", dy, x, "x");
+  check_dtype(op, "dy", dy, x.scalar_type());
+  check_shape(op, "dy", dy, "[..., O]", with_last(x, weight.size(0)));
+  const SmallMatrix ua = check_a(op, a, x), ub = check_b(op, b, weight.size(0), a.size(0), x, "x");
+  const Tensor sc = check_s(op, "s", s, x, "x", ua, "a");
+  const float k = check_finite(op, "scale", scale);
+  const DropoutArgs d = check_dropout(op, dropout_p, seed, x);
+  const ExpandGrads g = expand_grads(op, dy_rows, dtype, sc, ub, k, 1.f, need_dx || need_da, need_db);
+  Tensor dx = nothing(x);
+  if (need_dx) {
+    dx = base_dx(dy_rows.tensor, weight);
+    expand(op, rows_of(op, "dx", dx), dtype, g.ds, ua, 1.f, d);
+  }
+  return {dx, need_dw ? base_dw(dy_rows.tensor, x) : nothing(x), need_dbias ? base_dbias(dy_rows.tensor) : nothing(x),
+          need_da ? wgrad(op, x_rows, dtype, g.ds, ua, false, 1.f, d) : nothing(a), g.db};
+}
+
+}  // namespace
+}  // namespace lrk::ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(LRK_NAMESPACE, m) {
+  m.def("lora_shrink(Tensor x, Tensor a, float scale=1.0, float dropout_p=0.0, Tensor? seed=None) -> Tensor");
+  m.def(
+      "lora_shrink_bwd(Tensor ds, Tensor x, Tensor a, float scale, float dropout_p, Tensor? seed, bool need_dx, "
+      "bool need_da) -> (Tensor dx, Tensor da)");
+  m.def("lora_expand_(Tensor(a!) y, Tensor s, Tensor b, float scale=1.0) -> ()");
+  m.def(
+      "linear_expand(Tensor? x, Tensor? weight, Tensor? bias, Tensor s, Tensor b, float scale=1.0) -> Tensor");
+  m.def(
+      "linear_expand_bwd(Tensor dy, Tensor? x, Tensor? weight, Tensor s, Tensor b, float scale, bool need_dx, "
+      "bool need_dw, bool need_dbias, bool need_ds, bool need_db) "
+      "-> (Tensor dx, Tensor dw, Tensor dbias, Tensor ds, Tensor db)");
+  m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale=1.0, float dropout_p=0.0, "
+      "Tensor? seed=None) -> Tensor");
+  m.def(
+      "lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale=1.0, "
+      "float dropout_p=0.0, Tensor? seed=None) -> (Tensor y, Tensor s)");
+  m.def(
+      "lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor s, float scale, "
+      "float dropout_p, Tensor? seed, bool need_dx, bool need_dw, bool need_dbias, bool need_da, bool need_db) "
+      "-> (Tensor dx, Tensor dw, Tensor dbias, Tensor da, Tensor db)");
+}
+
+#define LRK_IMPL_LORA(m)                                          \
+  m.impl("lora_shrink", TORCH_BOX(&lrk::ops::lora_shrink));       \
+  m.impl("lora_shrink_bwd", TORCH_BOX(&lrk::ops::lora_shrink_bwd)); \
+  m.impl("lora_expand_", TORCH_BOX(&lrk::ops::lora_expand_));     \
+  m.impl("linear_expand", TORCH_BOX(&lrk::ops::linear_expand));   \
+  m.impl("linear_expand_bwd", TORCH_BOX(&lrk::ops::linear_expand_bwd)); \
+  m.impl("lora_linear", TORCH_BOX(&lrk::ops::lora_linear));       \
+  m.impl("lora_linear_fwd", TORCH_BOX(&lrk::ops::lora_linear_fwd)); \
+  m.impl("lora_linear_bwd", TORCH_BOX(&lrk::ops::lora_linear_bwd))
+
+STABLE_TORCH_LIBRARY_IMPL(LRK_NAMESPACE, CPU, m) { LRK_IMPL_LORA(m); }
+#if !defined(LRK_EMULATE)
+STABLE_TORCH_LIBRARY_IMPL(LRK_NAMESPACE, CUDA, m) { LRK_IMPL_LORA(m); }
+#endif

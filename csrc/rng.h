@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one definition of every random bit in lrkern: Philox4x32-10 (Salmon et al., SC 2011), addressed by (row, column).
+//
+//   key     = seed in [0, 2^63)
+//   counter = (c0 = column block, c1 = row, c2 = tensor id, c3 = basis | method << 16 | distribution << 22 | version << 28)
+//
+// A block is 128 bits = 128 / b consecutive columns of one row at b bits per element; element j of the block takes bits
+// [j b, (j + 1) b), word 0 lowest. No leading dimension enters and a row starts on a fresh block, so a slice, a tile or a
+// thread sees the same values on any device and in any order.
+#pragma once
+
+#include "common.h"
+
+namespace lrk {
+
+struct Philox {
+  uint32_t v[4];
+};
+
+LRK_HD uint32_t mul_hi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
+
+template <int kRounds = 10>
+LRK_HD Philox philox4x32(Philox c, uint64_t key) {
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int i = 0; i < kRounds; ++i) {
+    const uint32_t h0 = mul_hi(0xD2511F53u, c.v[0]), l0 = 0xD2511F53u * c.v[0];
+    const uint32_t h1 = mul_hi(0xCD9E8D57u, c.v[2]), l1 = 0xCD9E8D57u * c.v[2];
+    c = Philox{{h1 ^ c.v[1] ^ k0, l1, h0 ^ c.v[3] ^ k1, l0}};
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c;
+}
+
+// c3's fields. Values are part of the stream: add, never renumber.
+enum class Method : uint32_t { kDropout = 1 };
+enum class Distribution : uint32_t { kBits16 = 1 };
+constexpr uint32_t kStreamVersion = 0;
+
+LRK_HD constexpr uint32_t stream_tag(Method method, Distribution distribution, uint32_t basis = 0) {
+  return basis | static_cast<uint32_t>(method) << 16 | static_cast<uint32_t>(distribution) << 22 | kStreamVersion << 28;
+}
+
+// Dropout keeps element (row, col) of x [T, I] iff its 16 random bits are >= threshold = round(p * 65536).
+// The keep probability is therefore a multiple of 2^-16, and keep_scale uses that very value, so E[dropout(x)] = x.
+constexpr int kDropoutBlock = 8;  // columns per Philox block
+
+LRK_HD Philox dropout_block(uint64_t seed, int64_t row, int64_t col_block) {
+  const Philox counter = {{static_cast<uint32_t>(col_block), static_cast<uint32_t>(row), 0u,
+                           stream_tag(Method::kDropout, Distribution::kBits16)}};
+  return philox4x32(counter, seed);
+}
+LRK_HD uint32_t bits16(const Philox& block, int j) { return (block.v[j >> 1] >> ((j & 1) * 16)) & 0xffffu; }
+
+struct Dropout {
+  uint32_t threshold = 0;  // 0: no dropout; 65536: all dropped
+  float keep_scale = 1.f;  // 65536 / (65536 - threshold); 0 when all is dropped
+};
+inline Dropout make_dropout(double p) {
+  Dropout d;
+  d.threshold = static_cast<uint32_t>(p * 65536.0 + 0.5);
+  d.keep_scale = d.threshold >= 65536u ? 0.f : static_cast<float>(65536.0 / (65536.0 - d.threshold));
+  return d;
+}
+
+}  // namespace lrk

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m lrkern info [--json]`: what is installed, what this machine has, and which kernel each op takes here."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+import torch
+
+import lrkern
+
+# Every variable lrkern reads, and who reads it.
+VARIABLES = {
+    "LRKERN_CPU_ISA": "the highest instruction set CPU kernels may use: baseline, avx2 or avx512",
+    "LRK_CUDA": "build: AUTO, ON or OFF",
+    "LRK_CUDA_ARCHS": "build: CUDA architectures",
+    "LRK_HOST": "build: ON or OFF, the module _host",
+    "LRK_TORCH_DIR": "build: the torch to compile against",
+    "MAX_JOBS": "build: parallel compilers",
+    "LRK_TEST_FULL": "tests: more samples",
+}
+
+
+def installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def host_status() -> str:
+    try:
+        from lrkern import _host  # bound to one Python: a py3-none wheel has none
+    except ImportError as error:
+        return f"not available ({error})"
+    return f"built for {sys.implementation.cache_tag}, {_host.build_info()['version']}"
+
+
+def device() -> dict[str, Any]:
+    """The GPU torch sees and its driver, or why there is none."""
+    if not torch.backends.cuda.is_built():
+        return {"seen": False, "why": "this torch is built without CUDA"}
+    if not torch.cuda.is_available():
+        return {"seen": False, "why": f"torch is built for CUDA {torch.version.cuda} but sees no usable GPU or driver"}
+    properties = torch.cuda.get_device_properties(0)
+    version = torch._C._cuda_getDriverVersion()
+    return {
+        "seen": True,
+        "name": properties.name,
+        "count": torch.cuda.device_count(),
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver_cuda": f"{version // 1000}.{version % 1000 // 10}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
+
+
+def cuda_route(build: dict[str, Any], gpu: dict[str, Any]) -> tuple[str | None, str]:
+    """(the code in _C.so this GPU would run, why)."""
+    if not build["with_cuda"]:
+        return None, "_C.so was built without nvcc; rebuild where nvcc is (LRK_CUDA=ON)"
+    if not gpu["seen"]:
+        return None, gpu["why"]
+    major, minor = (int(n) for n in gpu["capability"].split("."))
+    best = ""
+    for arch in build["cuda_archs"].split():
+        number, _, kind = arch.partition("-")
+        built = int(number.rstrip("af")[:-1]), int(number.rstrip("af")[-1])
+        if kind != "virtual" and built[0] == major and built[1] <= minor:
+            return f"sm_{number}", f"machine code for compute capability {gpu['capability']}"
+        if kind != "real" and built <= (major, minor):
+            best = f"compute_{number}"
+    if best:
+        return best, f"PTX compiled by the driver: no machine code for compute capability {gpu['capability']} in _C.so"
+    return None, f"_C.so holds {build['cuda_archs']}, nothing that runs on compute capability {gpu['capability']}"
+
+
+def collect() -> dict[str, Any]:
+    build, gpu = json.loads(lrkern.ops.build_info()), device()
+    code, why = cuda_route(build, gpu)
+    cuda = {"implementation": f"CUDA kernel, {code}" if code else "none", "why": why}
+    highest = f"the best this CPU has: {build['cpu_isa']}"
+    if limit := os.environ.get("LRKERN_CPU_ISA"):
+        highest = f"LRKERN_CPU_ISA={limit} allows no more than {build['cpu_isa']}"
+    cpu = {"implementation": f"CPU kernel, {build['cpu_isa']}", "why": highest}
+    return {
+        "lrkern": lrkern.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_abi_target": build["target_abi"],
+        "peft": installed("peft"),
+        "transformers": installed("transformers"),
+        "library": str(lrkern.ops.LIBRARY),
+        "compiler": build["compiler"],
+        "host_module": host_status(),
+        "cuda_architectures": build["cuda_archs"].split(),
+        "gpu": gpu,
+        "cpu_isa": build["cpu_isa"],
+        "threads": torch.get_num_threads(),
+        "ops": {name: {"formula": text, "cpu": cpu, "cuda": cuda} for name, text in lrkern.ops.OPS_INFO.items()},
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def show(info: dict[str, Any]) -> None:
+    gpu = info["gpu"]
+    seen = (
+        f"{gpu['count']} x {gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['capability']}, "
+        f"driver for CUDA {gpu['driver_cuda']}"
+        if gpu["seen"]
+        else f"none: {gpu['why']}"
+    )
+    rows = {
+        "lrkern": f"{info['lrkern']}, stable ABI of torch {info['torch_abi_target']}, gcc {info['compiler']}",
+        "library": info["library"],
+        "_host": info["host_module"],
+        "python": info["python"],
+        "torch": info["torch"],
+        "peft": info["peft"] or "not installed",
+        "transformers": info["transformers"] or "not installed",
+        "CUDA built": " ".join(info["cuda_architectures"]) or "no (CPU-only build)",
+        "GPU": seen,
+        "CPU": f"{info['cpu_isa']}, {info['threads']} threads",
+        "environment": " ".join(f"{k}={v}" for k, v in info["environment"].items()) or f"none of {' '.join(VARIABLES)}",
+    }
+    for name, text in rows.items():
+        print(f"{name:<14}{text}")
+    print("\nops")
+    for name, op in info["ops"].items():
+        print(f"  {name:<16}{op['formula']}")
+        for kind in ("cpu", "cuda"):
+            print(f"  {'':<16}on {kind + ':':<6}{op[kind]['implementation']} ({op[kind]['why']})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lrkern", description="lrkern " + lrkern.__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("info", help="versions, devices, and which kernel each op takes here")
+    command.add_argument("--json", action="store_true", help="for programs and bug reports")
+    args = parser.parse_args()
+    info = collect()
+    if args.json:
+        print(json.dumps(info, indent=2))
+    else:
+        show(info)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tolerance policy and its reports, used by tests/ and bench/.
+
+A result is compared with the truth (the reference in float64) by the yardstick of the same-dtype PyTorch expression:
+
+    max error        <= 2   x the expression's max error + one ulp of the result's dtype at max |truth|
+    Frobenius error  <= 1.5 x the expression's           + half that ulp per element
+    inf and nan      in the same places as in the expression
+
+(torch.testing.assert_close's defaults fail for torch's own fp32 linear at I >= 512.) Gradients of fp32 factors over a
+16-bit base, which PyTorch would compute in fp32: relative Frobenius error <= FP32_FACTOR_ERROR, where two bf16 terms of
+an fp32 operand give 3.5e-6. Integers, indices, codes and random bits are equal.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_ERROR_FACTOR = 2.0
+FROBENIUS_FACTOR = 1.5
+FP32_FACTOR_ERROR = 1e-5
+
+
+def ulp(scale: float, dtype: torch.dtype) -> float:
+    """Distance of neighbouring numbers of dtype at magnitude `scale`."""
+    if scale == 0:
+        return torch.finfo(dtype).smallest_normal
+    return torch.finfo(dtype).eps * 2.0 ** torch.tensor(scale).log2().floor().item()
+
+
+def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
+    """(max |got - truth|, Frobenius norm of got - truth), over the finite elements of truth."""
+    if got.numel() == 0:
+        return 0.0, 0.0
+    finite = truth.isfinite()
+    d = torch.where(finite, got.double() - truth, 0.0)
+    return d.abs().max().item(), d.norm().item()
+
+
+def mismatch(got: Tensor, truth: Tensor, yardstick: Tensor, fp32_factor: bool = False) -> str | None:
+    """What is wrong with `got`, or None. truth is float64, yardstick the same-dtype expression's result."""
+    if got.shape != truth.shape:
+        return f"shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+    if got.dtype != yardstick.dtype:
+        return f"dtype {got.dtype}, expected {yardstick.dtype}"
+    if got.is_floating_point() is False:
+        return None if torch.equal(got, yardstick) else "integers differ"
+    got, truth, yardstick = got.detach(), truth.detach(), yardstick.detach()
+    for test in (torch.isnan, torch.isposinf, torch.isneginf):
+        if not torch.equal(test(got), test(yardstick)):
+            return f"{test.__name__} in other places than the expression"
+    if got.numel() == 0:
+        return None
+    (max_got, fro_got), (max_ref, fro_ref) = errors(got, truth), errors(yardstick, truth)
+    finite = truth[truth.isfinite()]
+    step = ulp(finite.abs().max().item() if finite.numel() else 0.0, got.dtype)
+    if fp32_factor and fro_got <= FP32_FACTOR_ERROR * finite.norm().item():
+        return None
+    if max_got > MAX_ERROR_FACTOR * max_ref + step:
+        return f"max error {max_got:.3e}, the same-dtype expression has {max_ref:.3e}, one ulp is {step:.3e}"
+    if fro_got > FROBENIUS_FACTOR * fro_ref + 0.5 * step * got.numel() ** 0.5:
+        return f"Frobenius error {fro_got:.3e}, the same-dtype expression has {fro_ref:.3e}, one ulp is {step:.3e}"
+    return None
+
+
+def check(got: Any, truth: Any, yardstick: Any, what: str, fp32_factor: bool = False) -> None:
+    """Raises AssertionError naming `what` where a tensor (or one of a tuple) is off."""
+    if isinstance(got, (tuple, list)):
+        for i, parts in enumerate(zip(got, truth, yardstick, strict=True)):
+            check(*parts, f"{what}[{i}]", fp32_factor)
+        return
+    if wrong := mismatch(got, truth.to(got.device), yardstick.to(got.device), fp32_factor):
+        raise AssertionError(f"{what}: {wrong}")
+
+
+def to64(t: Any) -> Any:
+    return t.detach().double() if isinstance(t, Tensor) and t.is_floating_point() else t
