@@ -20,9 +20,11 @@ constexpr unsigned kMaxThreads = 1024, kMaxThreadsZ = 64;
 constexpr int kInvalidConfiguration = 9;  // cudaErrorInvalidConfiguration
 
 inline int launch_error(dim3 grid, dim3 block) {
-  const bool grid_ok = grid.x >= 1 && grid.x <= kMaxGridX && grid.y >= 1 && grid.y <= kMaxGridYZ && grid.z >= 1 && grid.z <= kMaxGridYZ;
+  const bool grid_ok =
+      grid.x >= 1 && grid.x <= kMaxGridX && grid.y >= 1 && grid.y <= kMaxGridYZ && grid.z >= 1 && grid.z <= kMaxGridYZ;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  const bool block_ok = threads >= 1 && threads <= kMaxThreads && block.x <= kMaxThreads && block.y <= kMaxThreads && block.z <= kMaxThreadsZ;
+  const bool block_ok = threads >= 1 && threads <= kMaxThreads && block.x <= kMaxThreads && block.y <= kMaxThreads &&
+                        block.z <= kMaxThreadsZ;
   return grid_ok && block_ok ? 0 : kInvalidConfiguration;
 }
 
@@ -71,9 +73,11 @@ struct Smem {
 
 // Returns a cudaError_t value. A failed launch leaves no error behind that a later, innocent check would find.
 template <class Kernel, class... Args>
-int launch(const char* /*name*/, Kernel kernel, dim3 grid, dim3 block, size_t smem, Stream stream, const Args&... args) {
+int launch(const char* /*name*/, Kernel kernel, dim3 grid, dim3 block, size_t smem, Stream stream,
+           const Args&... args) {
   if (const int error = launch_error(grid, block)) return error;
-  constexpr size_t kDefaultSharedLimit = 48 * 1024;  // more needs an opt-in per kernel; the call is cheap beside a launch
+  // More than this needs an opt-in per kernel; the call is cheap beside a launch.
+  constexpr size_t kDefaultSharedLimit = 48 * 1024;
   cudaError_t error = cudaSuccess;
   if (smem > kDefaultSharedLimit)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));

@@ -365,17 +365,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LRK_NAMESPACE, m) {
       "-> (Tensor dx, Tensor dw, Tensor dbias, Tensor da, Tensor db)");
 }
 
-#define LRK_IMPL_LORA(m)                                          \
-  m.impl("lora_shrink", TORCH_BOX(&lrk::ops::lora_shrink));       \
-  m.impl("lora_shrink_bwd", TORCH_BOX(&lrk::ops::lora_shrink_bwd)); \
-  m.impl("lora_expand_", TORCH_BOX(&lrk::ops::lora_expand_));     \
-  m.impl("linear_expand", TORCH_BOX(&lrk::ops::linear_expand));   \
-  m.impl("linear_expand_bwd", TORCH_BOX(&lrk::ops::linear_expand_bwd)); \
-  m.impl("lora_linear", TORCH_BOX(&lrk::ops::lora_linear));       \
-  m.impl("lora_linear_fwd", TORCH_BOX(&lrk::ops::lora_linear_fwd)); \
-  m.impl("lora_linear_bwd", TORCH_BOX(&lrk::ops::lora_linear_bwd))
-
-STABLE_TORCH_LIBRARY_IMPL(LRK_NAMESPACE, CPU, m) { LRK_IMPL_LORA(m); }
-#if !defined(LRK_EMULATE)
-STABLE_TORCH_LIBRARY_IMPL(LRK_NAMESPACE, CUDA, m) { LRK_IMPL_LORA(m); }
-#endif
+// For every backend: the checks refuse what is not a dense cpu or cuda tensor in words of ours.
+STABLE_TORCH_LIBRARY_IMPL(LRK_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("lora_shrink", TORCH_BOX(&lrk::ops::lora_shrink));
+  m.impl("lora_shrink_bwd", TORCH_BOX(&lrk::ops::lora_shrink_bwd));
+  m.impl("lora_expand_", TORCH_BOX(&lrk::ops::lora_expand_));
+  m.impl("linear_expand", TORCH_BOX(&lrk::ops::linear_expand));
+  m.impl("linear_expand_bwd", TORCH_BOX(&lrk::ops::linear_expand_bwd));
+  m.impl("lora_linear", TORCH_BOX(&lrk::ops::lora_linear));
+  m.impl("lora_linear_fwd", TORCH_BOX(&lrk::ops::lora_linear_fwd));
+  m.impl("lora_linear_bwd", TORCH_BOX(&lrk::ops::lora_linear_bwd));
+}

@@ -241,8 +241,17 @@ for _name in ("lora_shrink", "linear_expand", "lora_linear"):
 # Shapes and dtypes only; the glue checks the rest when the op runs.
 
 
-def _fake(name):
-    return torch.library.register_fake(f"lrkern::{name}", lib=_lib)
+def _fake(name: str):
+    def register(fake):
+        def checked(*args):
+            devices = sorted({str(a.device) for a in args if isinstance(a, Tensor)})
+            if len(devices) > 1:
+                raise RuntimeError(f"lrkern::{name}: all tensors must be on one device, got {' and '.join(devices)}")
+            return fake(*args)
+
+        torch.library.register_fake(f"lrkern::{name}", checked, lib=_lib)
+
+    return register
 
 
 def _grad(needed: bool, like: Tensor | None) -> Tensor:

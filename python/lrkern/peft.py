@@ -40,6 +40,9 @@ class _FusedLinear(LoraLinear):
         return F.lora_linear(x, *plan)
 
 
+_FusedLinear.__name__ = "Linear"  # repr stays PEFT's, "lora.Linear"
+
+
 def _plan(layer: LoraLinear) -> "tuple[Tensor, Tensor | None, Tensor, Tensor, float, float, bool] | str":
     """The arguments of functional.lora_linear after x, or why this layer must run PEFT's own forward."""
     if layer.disable_adapters or layer.merged_adapters:

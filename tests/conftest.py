@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device kinds: cpu, cuda (skipped with the reason where there is none) and emulated, the CUDA kernels on the CPU."""
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lrkern.ops
+
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+import build as emulator
+
+FULL = bool(os.environ.get("LRK_TEST_FULL"))
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request):
+    return request.param
+
+
+@functools.cache
+def emulated_ops():
+    torch.ops.load_library(str(emulator.extension()))
+    return torch.ops.lrkern_emulated
+
+
+@pytest.fixture(params=["cpu", "cuda", "emulated"])
+def device(request, monkeypatch):
+    """The torch device of the samples. For `emulated` the wrappers call the emulated library's ops on CPU tensors."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        if not json.loads(lrkern.ops.build_info())["with_cuda"]:
+            pytest.skip("this _C.so has no CUDA code")
+        return "cuda"
+    if request.param == "emulated":
+        if why := emulator.why_not():
+            pytest.skip(why)
+        monkeypatch.setattr(lrkern.ops, "_ops", emulated_ops())
+    return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

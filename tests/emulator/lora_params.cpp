@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs every launcher of csrc/lora.h at params level over the emulator, with neither torch nor Python in the process, and
+// compares with sums in double. Allocations are exact to the byte, so AddressSanitizer sees the first element too many;
+// outputs, scratch and row padding start as NaN; results must have equal bits under every schedule tried.
+//
+//   lora_params CASES SEED SCHEDULE...     random cases; a line for each that fails
+//   lora_params huge                       pitches of more than 2^31 elements
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "emulator.h"
+#include "lora.h"
+
+namespace {
+
+using namespace lrk;
+
+uint64_t g_rng = 1;
+uint64_t draw() {
+  g_rng = g_rng * 6364136223846793005u + 1442695040888963407u;
+  return g_rng >> 33;
+}
+int64_t pick(std::initializer_list<int64_t> of) { return of.begin()[draw() % of.size()]; }
+double draw_value() { return static_cast<double>(draw() % 4096) / 2048.0 - 1.0; }
+
+double load(DType t, const void* p, int64_t i) {
+  if (t == DType::kF32) return static_cast<const float*>(p)[i];
+  if (t == DType::kF16) return to_float(static_cast<const f16*>(p)[i]);
+  return to_float(static_cast<const bf16*>(p)[i]);
+}
+void store(DType t, void* p, int64_t i, double v) {
+  const float f = static_cast<float>(v);
+  if (t == DType::kF32) static_cast<float*>(p)[i] = f;
+  if (t == DType::kF16) static_cast<f16*>(p)[i] = from_float<f16>(f);
+  if (t == DType::kBF16) static_cast<bf16*>(p)[i] = from_float<bf16>(f);
+}
+
+// A matrix in an allocation of its own: `offset` elements in front, and between rows, are NaN; the last row ends the block.
+struct Matrix {
+  DType type;
+  int64_t rows, cols, pitch;
+  std::vector<unsigned char> bytes, fresh;
+  size_t offset;
+
+  Matrix(DType t, int64_t r, int64_t c, int64_t pad, int64_t shift, bool filled)
+      : type(t), rows(r), cols(c), pitch(c + pad), offset(static_cast<size_t>(shift) * size_of(t)) {
+    bytes.assign(offset + static_cast<size_t>((r - 1) * pitch + c) * size_of(t), 0xff);
+    bytes.shrink_to_fit();
+    for (int64_t i = 0; filled && i < r; ++i)
+      for (int64_t j = 0; j < c; ++j) store(t, data(), i * pitch + j, draw_value());
+    fresh = bytes;
+    emu::track_global(bytes.data(), bytes.size(), filled);
+  }
+  void* data() { return bytes.data() + offset; }
+  double at(int64_t i, int64_t j) { return load(type, data(), i * pitch + j); }
+  double fresh_at(int64_t i, int64_t j) { return load(type, fresh.data() + offset, i * pitch + j); }
+  bool padding_untouched() {
+    Matrix& m = *this;
+    for (size_t b = 0; b < m.offset; ++b)
+      if (m.bytes[b] != 0xff) return false;
+    for (int64_t i = 0; i + 1 < m.rows; ++i)
+      for (int64_t j = m.cols * static_cast<int64_t>(size_of(type)); j < m.pitch * static_cast<int64_t>(size_of(type));
+           ++j)
+        if (m.bytes[m.offset + static_cast<size_t>(i * m.pitch) * size_of(type) + static_cast<size_t>(j)] != 0xff)
+          return false;
+    return true;
+  }
+};
+
+struct Case {
+  std::string op;
+  DType dtype, factor_dtype;
+  int64_t T, N;
+  int32_t R;
+  bool n_contig;
+  int64_t pad, shift;
+  double p;
+  float scale;
+
+  std::string text() const {
+    char s[256];
+    std::snprintf(s, sizeof s, "%s %s/%s T=%lld N=%lld R=%d %s pad=%lld shift=%lld dropout=%g", op.c_str(),
+                  lrk::name_of(dtype), lrk::name_of(factor_dtype), static_cast<long long>(T), static_cast<long long>(N),
+                  R, n_contig ? "U[R,N]" : "U[N,R]", static_cast<long long>(pad), static_cast<long long>(shift), p);
+    return s;
+  }
+};
+
+Case draw_case() {
+  const std::pair<DType, DType> types[] = {{DType::kF32, DType::kF32},
+                                           {DType::kF16, DType::kF16},
+                                           {DType::kBF16, DType::kBF16},
+                                           {DType::kF16, DType::kF32},
+                                           {DType::kBF16, DType::kF32}};
+  const char* ops[] = {"shrink", "expand", "wgrad", "shrink_wgrad"};
+  Case c;
+  c.op = ops[draw() % 4];
+  std::tie(c.dtype, c.factor_dtype) = types[draw() % 5];
+  c.T = pick({1, 3, 16, 64, 65, 100, 130});
+  c.N = pick({1, 8, 24, 64, 100, 130, 256, 257, 520});
+  c.R = static_cast<int32_t>(pick({1, 2, 4, 8, 8, 16, 16, 17, 40, 72}));
+  if (c.op == "wgrad" || c.op == "shrink_wgrad") {
+    if (draw() % 4 == 0) c.T = pick({512, 513, 600}), c.N = std::min<int64_t>(c.N, 100);  // more than one segment
+    if (c.op == "shrink_wgrad") c.R = std::min(c.R, 16);
+  }
+  c.n_contig = c.op != "shrink_wgrad" && draw() % 2;
+  c.pad = pick({0, 0, 8, 3});
+  c.shift = pick({0, 0, 0, 1, 8});
+  c.p = draw() % 3 == 0 && c.op != "shrink_wgrad" ? 0.3 : 0.0;
+  c.scale = static_cast<float>(pick({1, 2, 3})) * 0.75f;
+  return c;
+}
+
+struct Error {
+  double worst = 0;  // over its bound
+  void add(double got, double want, double magnitude, DType out, bool split) {
+    const double ulp = out == DType::kF32 ? 6e-8 : out == DType::kF16 ? 4.9e-4 : 3.95e-3;
+    // Sums in fp32 of terms of the given total magnitude; two bf16 terms hold an fp32 factor to 2^-16.
+    const double bound =
+        ulp * std::fabs(want) + (split ? 2e-5 : 1.5e-6) * magnitude + (out == DType::kF16 ? 6e-8 : 1e-30);
+    const double ratio = std::fabs(got - want) / bound;
+    worst = ratio <= worst ? worst : std::isnan(ratio) ? 1e30 : ratio;
+  }
+};
+
+bool run_case(const Case& c, const std::vector<int>& schedules) {
+  emu::forget_global();
+  const bool mixed = c.dtype != c.factor_dtype;
+  Matrix x(c.dtype, c.T, c.N, c.pad, c.shift, true);
+  Matrix u(c.factor_dtype, c.n_contig ? c.R : c.N, c.n_contig ? c.N : c.R, 0, c.shift, true);
+  Matrix s_in(c.factor_dtype, c.T, c.R, 0, 0, true);
+  Matrix s_out(c.factor_dtype, c.T, c.R, 0, 0, false);
+  Matrix g(c.factor_dtype, c.n_contig ? c.R : c.N, c.n_contig ? c.N : c.R, 0, 0, false);
+  const int64_t seed = 0x1234567890abcdef;
+  emu::track_global(&seed, sizeof seed, true);
+  const Factor factor{u.data(), c.n_contig ? c.N : 1, c.n_contig ? 1 : c.R};
+  const Dropout dropout = make_dropout(c.p);
+
+  const LoraShrinkParams shrink{x.data(), factor,  s_out.data(),   c.T,     c.N,     x.pitch,
+                                c.R,      c.dtype, c.factor_dtype, c.scale, dropout, &seed};
+  const LoraExpandParams expand{x.data(), s_in.data(), factor,         c.T,     c.N,     x.pitch,
+                                c.R,      c.dtype,     c.factor_dtype, c.scale, dropout, &seed};
+  const LoraWgradParams wgrad{s_in.data(),
+                              x.data(),
+                              g.data(),
+                              c.n_contig ? c.N : 1,
+                              c.n_contig ? 1 : c.R,
+                              c.T,
+                              c.N,
+                              x.pitch,
+                              c.R,
+                              c.dtype,
+                              c.factor_dtype,
+                              c.scale,
+                              dropout,
+                              &seed};
+  const LoraShrinkWgradParams both{shrink, wgrad};
+  const bool is_shrink = c.op == "shrink" || c.op == "shrink_wgrad",
+             is_wgrad = c.op == "wgrad" || c.op == "shrink_wgrad";
+
+  size_t bytes = 0;
+  if (c.op == "shrink") bytes = lora_shrink_workspace(shrink, Device::kCUDA);
+  if (c.op == "expand") bytes = lora_expand_workspace(expand, Device::kCUDA);
+  if (c.op == "wgrad") bytes = lora_wgrad_workspace(wgrad, Device::kCUDA);
+  if (c.op == "shrink_wgrad") bytes = lora_shrink_wgrad_workspace(both, Device::kCUDA);
+  Matrix scratch(DType::kF32, 1, static_cast<int64_t>(bytes / 4) + (bytes == 0), 0, 0, false);
+  void* workspace = bytes ? scratch.data() : nullptr;
+
+  std::vector<unsigned char> first;
+  for (int schedule : schedules) {
+    lrk_emulator_set("schedule", schedule);
+    for (Matrix* m : {&x, &s_out, &g, &scratch}) m->bytes = m->fresh;
+    const int code = c.op == "shrink"   ? lora_shrink_cuda(shrink, workspace, nullptr)
+                     : c.op == "expand" ? lora_expand_cuda(expand, workspace, nullptr)
+                     : c.op == "wgrad"  ? lora_wgrad_cuda(wgrad, workspace, nullptr)
+                                        : lora_shrink_wgrad_cuda(both, workspace, nullptr);
+    if (code) {
+      std::printf("FAIL %s: the launch returned %d\n", c.text().c_str(), code);
+      return false;
+    }
+    std::vector<unsigned char> now;
+    for (Matrix* m : {&x, &s_out, &g}) now.insert(now.end(), m->bytes.begin(), m->bytes.end());
+    if (first.empty()) first = now;
+    if (first != now) {
+      std::printf("FAIL %s: schedule %d gives other bits than schedule %d\n", c.text().c_str(), schedule, schedules[0]);
+      return false;
+    }
+  }
+
+  std::vector<double> kept(static_cast<size_t>(c.T * c.N));  // D(1)
+  for (int64_t t = 0; t < c.T; ++t)
+    for (int64_t n = 0; n < c.N; ++n) {
+      const Philox block = dropout_block(static_cast<uint64_t>(seed), t, n / kDropoutBlock);
+      const bool keep = bits16(block, static_cast<int>(n % kDropoutBlock)) >= dropout.threshold;
+      kept[static_cast<size_t>(t * c.N + n)] = keep ? dropout.keep_scale : 0.0;
+    }
+  const auto mask = [&](int64_t t, int64_t n) { return kept[static_cast<size_t>(t * c.N + n)]; };
+  const auto u_at = [&](int64_t r, int64_t n) { return c.n_contig ? u.at(r, n) : u.at(n, r); };
+  Error error;
+  if (is_shrink) {
+    for (int64_t t = 0; t < c.T; ++t)
+      for (int64_t r = 0; r < c.R; ++r) {
+        double sum = 0, magnitude = 0;
+        for (int64_t n = 0; n < c.N; ++n) {
+          const double v = mask(t, n) * x.fresh_at(t, n) * u_at(r, n);
+          sum += v, magnitude += std::fabs(v);
+        }
+        error.add(s_out.at(t, r), c.scale * sum, c.scale * magnitude, c.factor_dtype, mixed);
+      }
+  }
+  if (is_wgrad) {
+    for (int64_t r = 0; r < c.R; ++r)
+      for (int64_t n = 0; n < c.N; ++n) {
+        double sum = 0, magnitude = 0;
+        for (int64_t t = 0; t < c.T; ++t) {
+          const double v = mask(t, n) * x.fresh_at(t, n) * s_in.at(t, r);
+          sum += v, magnitude += std::fabs(v);
+        }
+        error.add(c.n_contig ? g.at(r, n) : g.at(n, r), c.scale * sum, c.scale * magnitude, c.factor_dtype, mixed);
+      }
+  }
+  if (c.op == "expand") {
+    for (int64_t t = 0; t < c.T; ++t)
+      for (int64_t n = 0; n < c.N; ++n) {
+        double sum = 0, magnitude = 0;
+        for (int64_t r = 0; r < c.R; ++r) {
+          const double v = mask(t, n) * s_in.at(t, r) * u_at(r, n);
+          sum += v, magnitude += std::fabs(v);
+        }
+        const double y = x.fresh_at(t, n);
+        error.add(x.at(t, n), y + c.scale * sum, std::fabs(y) + c.scale * magnitude, c.dtype, mixed);
+      }
+  }
+  if (!(error.worst <= 1.0)) {
+    std::printf("FAIL %s: the error is %.3g times its bound\n", c.text().c_str(), error.worst);
+    return false;
+  }
+  if (!x.padding_untouched() || (c.op != "expand" && x.bytes != x.fresh)) {
+    std::printf("FAIL %s: wrote where it should only read\n", c.text().c_str());
+    return false;
+  }
+  return true;
+}
+
+// Three rows far apart in memory that is reserved and mostly never touched.
+bool run_huge() {
+  const int64_t pitch = (int64_t{1} << 31) + 8, T = 2, N = 40;
+  const int32_t R = 3;
+  const size_t bytes = static_cast<size_t>((2 * pitch + N) * 2);
+  const auto reserve = [&] {
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) {
+      std::printf("SKIP no address space for 2^31 elements\n");
+      std::exit(0);
+    }
+    return static_cast<bf16*>(p);
+  };
+  bf16 *x = reserve(), *u = reserve();
+  std::vector<bf16> s(T * R);
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t n = 0; n < N; ++n) store(DType::kBF16, x, t * pitch + n, draw_value());
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t n = 0; n < N; ++n) store(DType::kBF16, u, r * pitch + n, draw_value());
+  const Factor factor{u, pitch, 1};
+  const DType b = DType::kBF16;
+  const auto x_at = [&](int64_t t, int64_t n) { return static_cast<double>(to_float(x[t * pitch + n])); };
+  Error error;
+  const LoraShrinkParams shrink{x, factor, s.data(), T, N, pitch, R, b, b, 1.f, {}, nullptr};
+  std::vector<float> scratch(lora_shrink_workspace(shrink, Device::kCUDA) / 4);
+  int code = lora_shrink_cuda(shrink, scratch.data(), nullptr);
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t r = 0; r < R; ++r) {
+      double sum = 0;
+      for (int64_t n = 0; n < N; ++n) sum += x_at(t, n) * to_float(u[r * pitch + n]);
+      error.add(to_float(s[static_cast<size_t>(t * R + r)]), sum, N, b, false);
+    }
+  std::vector<double> before;
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t n = 0; n < N; ++n) before.push_back(x_at(t, n));
+  code |= lora_expand_cuda({x, s.data(), factor, T, N, pitch, R, b, b, 1.f, {}, nullptr}, nullptr, nullptr);
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t n = 0; n < N; ++n) {
+      double sum = before[static_cast<size_t>(t * N + n)];
+      for (int64_t r = 0; r < R; ++r)
+        sum += static_cast<double>(to_float(s[static_cast<size_t>(t * R + r)])) * to_float(u[r * pitch + n]);
+      error.add(x_at(t, n), sum, N, b, false);
+    }
+  code |= lora_wgrad_cuda({s.data(), x, u, pitch, 1, T, N, pitch, R, b, b, 1.f, {}, nullptr}, nullptr, nullptr);
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t n = 0; n < N; ++n) {
+      double sum = 0;
+      for (int64_t t = 0; t < T; ++t) sum += x_at(t, n) * to_float(s[static_cast<size_t>(t * R + r)]);
+      error.add(to_float(u[r * pitch + n]), sum, 10, b, false);
+    }
+  munmap(x, bytes);
+  munmap(u, bytes);
+  const bool ok = code == 0 && error.worst <= 1.0;
+  std::printf("%s huge pitches: code %d, error %.3g of its bound\n", ok ? "ok" : "FAIL", code, error.worst);
+  return ok;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 2 && std::string(argv[1]) == "huge") return run_huge() ? 0 : 1;
+  if (argc < 4) return std::fprintf(stderr, "usage: lora_params CASES SEED SCHEDULE... | huge\n"), 2;
+  const int cases = std::atoi(argv[1]);
+  g_rng = std::strtoull(argv[2], nullptr, 10);
+  std::vector<int> schedules;
+  for (int i = 3; i < argc; ++i) schedules.push_back(std::atoi(argv[i]));
+  int failed = 0;
+  for (int i = 0; i < cases && failed < 5; ++i) failed += !run_case(draw_case(), schedules);
+  std::printf("%d cases, %d failed, %lld switches\n", cases, failed,
+              static_cast<long long>(lrk_emulator_get("switches")));
+  return failed ? 1 : 0;
+}

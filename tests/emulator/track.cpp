@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0
+// Exact checks of every load and store. Kernels compiled with g++ -fsanitize=thread call __tsan_read4(address) and its
+// kin before each access; we do not link that sanitizer but answer the calls here. Each byte of shared memory and of
+// declared global memory remembers who wrote and who read it last, and two accesses of different threads, one of them a
+// write, must have a barrier between them. "Between" is a vector clock per warp, so named barriers and __syncwarp count
+// for just the threads that meet. Found on the first run whatever the schedule: races, reads of what nothing wrote,
+// reads of a cp.async destination before the wait, and blocks that lean on another block of the same launch.
+#include <dlfcn.h>
+
+#include "worker.h"
+
+namespace lrk::emu {
+
+bool g_tracking = false;
+
+namespace {
+
+struct Mark {
+  uint32_t serial = 0;  // block that did it: 0 nobody, 1 the host before the launch
+  uint32_t epoch = 0;   // of the thread's warp
+  int32_t pc = 0;       // distance from track_access
+  uint16_t tid = 0;
+  bool in_flight = false;  // a cp.async that no wait has covered
+};
+struct Byte {
+  Mark write, read[2];
+};
+struct Region {
+  const unsigned char* base;
+  size_t bytes;
+  std::vector<Byte> shadow;
+};
+
+std::vector<Region> g_regions;  // global memory
+Byte* g_shared = nullptr;       // one per byte of the arena
+uint32_t g_serial = 1, g_first_of_launch = 2;
+uint32_t g_clock[kMaxWarps][kMaxWarps];  // [w][u]: the last epoch of warp u that warp w knows to be over
+
+int32_t pack_pc(const void* pc) {
+  return static_cast<int32_t>(static_cast<const char*>(pc) - reinterpret_cast<const char*>(&track_access));
+}
+
+// The source line of a return address, innermost first, wrappers left out. A report costs a process; there is one.
+std::string line_of(const void* pc) {
+  Dl_info info;
+  if (!pc || !dladdr(pc, &info)) return "?";
+  char command[512], line[512];
+  std::snprintf(command, sizeof command, "addr2line -ie '%s' %#tx 2>/dev/null", info.dli_fname,
+                static_cast<const char*>(pc) - static_cast<const char*>(info.dli_fbase) - 1);
+  std::string found;
+  if (FILE* f = popen(command, "r")) {
+    while (found.empty() && std::fgets(line, sizeof line, f)) {
+      line[std::strcspn(line, " \n")] = 0;
+      if (!std::strstr(line, "emulated_ptx.h") && !std::strstr(line, "launch.cuh"))
+        found = std::strncmp(line, "./", 2) ? line : line + 2;
+    }
+    pclose(f);
+  }
+  return found.empty() ? "?" : found;
+}
+
+[[noreturn]] void found(const char* what, const void* pc, const std::string& other) {
+  fault(Where{}, "%s\n  access at %s%s%s", what, line_of(pc).c_str(), other.empty() ? "" : "\n  ", other.c_str());
+}
+
+std::string text_of(const Mark& m, const char* did) {
+  const void* pc = reinterpret_cast<const char*>(&track_access) + m.pc;
+  return std::string(m.serial == g_serial ? "thread " + std::to_string(m.tid)
+                                          : "another block's thread " + std::to_string(m.tid)) +
+         " " + did + " it at " + line_of(pc);
+}
+
+// Did the access of `m` happen before now, as thread `tid` sees it?
+bool ordered(const Mark& m, uint32_t tid) {
+  if (m.serial != g_serial) return m.serial < g_first_of_launch;
+  if (m.tid == tid) return true;
+  const uint32_t mine = tid / 32, other = m.tid / 32u;
+  return mine == other ? m.epoch < g_clock[mine][mine] : m.epoch <= g_clock[mine][other];
+}
+
+Byte* shadow_of(const Worker& w, const void* p, size_t bytes, bool* shared) {
+  const auto* c = static_cast<const unsigned char*>(p);
+  *shared = c >= w.arena && c < w.arena + kArenaBytes;
+  if (*shared) return g_shared + (c - w.arena);
+  for (Region& r : g_regions)
+    if (c >= r.base && c + bytes <= r.base + r.bytes) return &r.shadow[static_cast<size_t>(c - r.base)];
+  return nullptr;  // a thread's own variables, or memory nobody declared: AddressSanitizer's business
+}
+
+void note_read(Byte& b, const Mark& me) {
+  const auto stale = [&](const Mark& m) { return m.serial != me.serial || m.tid == me.tid; };
+  if (stale(b.read[0])) {
+    b.read[0] = me;
+  } else if (stale(b.read[1]) || b.read[0].tid / 32 != me.tid / 32) {
+    b.read[1] =
+        me;  // two readers of different warps: a third thread's write then meets at least one that is not itself
+  } else {
+    b.read[0] = me;
+  }
+}
+
+}  // namespace
+
+void track_global(const void* p, size_t bytes, bool written) {
+  Region r{static_cast<const unsigned char*>(p), bytes, std::vector<Byte>(bytes)};
+  if (written)
+    for (Byte& b : r.shadow) b.write.serial = 1;
+  g_regions.push_back(std::move(r));
+}
+void forget_global() { g_regions.clear(); }
+
+void track_block_start(Worker& w) {
+  if (!g_shared) g_shared = static_cast<Byte*>(std::calloc(kArenaBytes, sizeof(Byte)));
+  ++g_serial;
+  if (w.launch->next == 1) g_first_of_launch = g_serial;
+  std::memset(g_clock, 0, sizeof g_clock);
+  for (int i = 0; i < kMaxWarps; ++i) g_clock[i][i] = 1;
+}
+
+void track_barrier(const uint32_t* lanes_per_warp) {
+  uint32_t joint[kMaxWarps] = {};
+  for (int w = 0; w < kMaxWarps; ++w)
+    for (int u = 0; lanes_per_warp[w] && u < kMaxWarps; ++u) joint[u] = std::max(joint[u], g_clock[w][u]);
+  for (int w = 0; w < kMaxWarps; ++w) {
+    if (!lanes_per_warp[w]) continue;
+    std::memcpy(g_clock[w], joint, sizeof joint);
+    ++g_clock[w][w];
+  }
+}
+void track_sync_warp(uint32_t warp) { ++g_clock[warp][warp]; }
+
+void track_access(const void* p, size_t bytes, bool write, const void* pc) {
+  Worker* w = t_worker;
+  if (!w || !w->current) return;
+  bool shared;
+  Byte* b = shadow_of(*w, p, bytes, &shared);
+  if (!b) return;
+  const uint32_t tid = w->current->tid;
+  const Mark me{g_serial, g_clock[tid / 32][tid / 32], pack_pc(pc), static_cast<uint16_t>(tid), false};
+  if (shared) {
+    const Piece* piece = w->piece_at(p);
+    const auto* c = static_cast<const unsigned char*>(p);
+    if (!piece || c < piece->data || c + bytes > piece->data + piece->bytes)
+      found(write ? "write out of bounds of shared memory" : "read out of bounds of shared memory", pc,
+            piece ? "at byte offset " + std::to_string(c - piece->data) + " of piece " +
+                        std::to_string(piece - w->pieces) + " (" + std::to_string(piece->bytes) + " bytes)"
+                  : "");
+  }
+  for (size_t i = 0; i < bytes; ++i, ++b) {
+    const Mark& last = b->write;
+    const bool written = shared ? last.serial == g_serial : last.serial != 0;
+    if (written && last.serial == g_serial && last.in_flight)
+      found("cp.async has not been waited for", pc, text_of(last, "copies to"));
+    if (written && !ordered(last, tid)) {
+      found(last.serial != g_serial ? "blocks of one launch depend on each other through global memory"
+            : shared                ? "race in shared memory: no barrier between two accesses"
+                                    : "race in global memory: no barrier between two accesses",
+            pc, text_of(last, "wrote"));
+    }
+    if (!write) {
+      if (!written)
+        found(shared ? "read of shared memory that nothing wrote" : "read of global memory that nothing wrote", pc, "");
+      note_read(*b, me);
+      continue;
+    }
+    for (const Mark& r : b->read) {
+      if (r.serial == 0 || (shared && r.serial != g_serial) || ordered(r, tid)) continue;
+      found(r.serial != g_serial ? "blocks of one launch depend on each other through global memory"
+            : shared             ? "race in shared memory: written before the readers' barrier"
+                                 : "race in global memory: written before the readers' barrier",
+            pc, text_of(r, "reads"));
+    }
+    b->write = me;
+    b->read[0] = b->read[1] = Mark{};
+  }
+}
+
+void track_copy_issued(void* to, const void* pc) {
+  track_access(to, 16, true, pc);
+  bool shared;
+  Byte* b = shadow_of(*t_worker, to, 16, &shared);
+  for (int i = 0; i < 16; ++i) b[i].write.in_flight = true;
+}
+void track_copy_landed(void* to) {
+  const uint32_t tid = t_worker->current->tid;
+  bool shared;
+  Byte* b = shadow_of(*t_worker, to, 16, &shared);
+  for (int i = 0; i < 16; ++i) {
+    b[i].write.in_flight = false;
+    b[i].write.epoch = g_clock[tid / 32][tid / 32];  // only from here on does a barrier publish it
+  }
+}
+
+namespace {
+void hook(const void* p, size_t bytes, bool write, bool aligned, const void* pc) {
+  Worker* w = t_worker;
+  if (!w || !w->current) return;
+  if (aligned && reinterpret_cast<uintptr_t>(p) % bytes) found("misaligned access", pc, "");
+  track_access(p, bytes, write, pc);
+}
+}  // namespace
+
+}  // namespace lrk::emu
+
+#define LRK_HOOK(NAME, BYTES, WRITE, ALIGNED) \
+  extern "C" void NAME(const void* p) { lrk::emu::hook(p, BYTES, WRITE, ALIGNED, __builtin_return_address(0)); }
+LRK_HOOK(__tsan_read1, 1, false, true)
+LRK_HOOK(__tsan_read2, 2, false, true)
+LRK_HOOK(__tsan_read4, 4, false, true)
+LRK_HOOK(__tsan_read8, 8, false, true)
+LRK_HOOK(__tsan_read16, 16, false, true)
+LRK_HOOK(__tsan_write1, 1, true, true)
+LRK_HOOK(__tsan_write2, 2, true, true)
+LRK_HOOK(__tsan_write4, 4, true, true)
+LRK_HOOK(__tsan_write8, 8, true, true)
+LRK_HOOK(__tsan_write16, 16, true, true)
+LRK_HOOK(__tsan_unaligned_read2, 2, false, false)
+LRK_HOOK(__tsan_unaligned_read4, 4, false, false)
+LRK_HOOK(__tsan_unaligned_read8, 8, false, false)
+LRK_HOOK(__tsan_unaligned_read16, 16, false, false)
+LRK_HOOK(__tsan_unaligned_write2, 2, true, false)
+LRK_HOOK(__tsan_unaligned_write4, 4, true, false)
+LRK_HOOK(__tsan_unaligned_write8, 8, true, false)
+LRK_HOOK(__tsan_unaligned_write16, 16, true, false)
+LRK_HOOK(__tsan_vptr_read, 8, false, false)
+extern "C" void __tsan_vptr_update(void*, void*) {}
+extern "C" void __tsan_read_range(const void* p, size_t n) {
+  lrk::emu::hook(p, n, false, false, __builtin_return_address(0));
+}
+extern "C" void __tsan_write_range(const void* p, size_t n) {
+  lrk::emu::hook(p, n, true, false, __builtin_return_address(0));
+}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}
+extern "C" void __tsan_init() { lrk::emu::g_tracking = true; }  // run by a constructor in every instrumented object

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// The emulator's inner state: one Worker per host thread runs one block at a time. Shared by emulator.cpp, warp_ops.cpp
+// and track.cpp only.
+#pragma once
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "emulator.h"
+#include "fiber.h"
+
+namespace lrk::emu {
+
+constexpr int kMaxFibers = 1024, kMaxWarps = kMaxFibers / 32, kMaxPieces = 64, kBarriers = 16;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+struct Settings {
+  std::atomic<int64_t> schedule{0}, threads{1}, max_shared{227 * 1024}, skip_line{0};
+  std::atomic<int64_t> switches{0}, blocks{0}, launches{0};
+};
+extern Settings g_settings;
+
+struct PendingCopy {
+  void* to;
+  int group;
+  alignas(16) unsigned char data[16];
+};
+
+enum class State : uint8_t { kRunning, kAtBarrier, kInWarpOp, kDone };
+
+struct Fiber {
+  Context context;
+  uint32_t tid;
+  uint3 index;
+  State state;
+  uint8_t barrier;       // where state is kAtBarrier
+  const char* waits_in;  // name of the call it waits in
+  Where at;
+  std::vector<PendingCopy> copies;  // cp.async that have not landed
+  int copy_group;
+};
+
+struct Warp {
+  uint32_t exist, ready;  // lanes
+  uint32_t arrived;       // lanes waiting in the pending warp-wide call
+  const char* op;
+  Where at;
+  void* arguments[32];
+};
+
+struct Barrier {
+  int arrived, expected;
+  Where at;
+  uint32_t first, waiting[kMaxWarps];  // thread that came first; lanes that wait
+};
+
+struct Piece {
+  unsigned char* data;
+  size_t bytes;
+};
+
+struct Launch {
+  const char* kernel;
+  dim3 grid, block;
+  size_t smem;
+  Body body;
+  void* context;
+  int64_t schedule;
+  uint64_t blocks, block_factor, block_offset;  // block order: i -> (i * factor + offset) mod blocks
+  std::atomic<uint64_t> next{0};
+  std::atomic<bool> failed{false};
+};
+
+struct Worker {
+  Launch* launch = nullptr;
+  Context main;
+  Stacks stacks{kMaxFibers};
+  Fiber fibers[kMaxFibers];
+  int started = 0;  // fibers whose stack holds a live fiber_main
+  int threads = 0, done = 0;
+  Fiber* current = nullptr;
+  Warp warps[kMaxWarps];
+  uint32_t ready_warps = 0;
+  Barrier barriers[kBarriers];
+
+  unsigned char* arena = nullptr;
+  size_t arena_used = 0;
+  Piece pieces[kMaxPieces];
+  uint32_t piece_count = 0;
+
+  bool descending = false, random = false, copy_early = false;
+  uint64_t rng = 1;
+  int64_t switches = 0;
+
+  Worker();
+  ~Worker();
+  void run(Launch& l);
+
+  uint64_t draw() {
+    rng ^= rng << 13;
+    rng ^= rng >> 7;
+    rng ^= rng << 17;
+    return rng;
+  }
+  void make_ready(int warp, uint32_t lanes) {
+    warps[warp].ready |= lanes;
+    ready_warps |= 1u << warp;
+  }
+  Fiber* pick();
+  const Piece* piece_at(const void* p) const;  // the piece p lies in or in whose redzones, or null
+  void go_on();                                // the current fiber waits: hand over to another, or report a deadlock
+  std::string place(const Fiber& f) const;
+  void report_deadlock();
+
+ private:
+  void run_block(uint64_t index);
+  void check_redzones();
+};
+
+extern __thread Worker* t_worker;
+
+// track.cpp
+extern bool g_tracking;  // kernels were compiled with hooks on their loads and stores
+void track_block_start(Worker& w);
+void track_barrier(const uint32_t* lanes_per_warp);
+void track_sync_warp(uint32_t warp);
+void track_access(const void* p, size_t bytes, bool write, const void* pc);  // pc: return address into the kernel
+void track_copy_issued(void* to, const void* pc);
+void track_copy_landed(void* to);
+
+constexpr size_t kRedzone = 256, kArenaBytes = 512 * 1024;
+constexpr unsigned char kFresh = 0xff;  // NaN in every float format, -1 in every integer
+constexpr unsigned char kRedByte = 0xa5;
+
+}  // namespace lrk::emu

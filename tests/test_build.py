@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The installed _C.so and `python -m lrkern info`."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lrkern
+from tools.abi_gate import symbol_faults
+
+LIBRARY = Path(lrkern.ops.LIBRARY)
+
+
+@pytest.mark.skipif(not (shutil.which("nm") and shutil.which("readelf")), reason="binutils (nm, readelf) not installed")
+def test_library_keeps_to_the_stable_abi():
+    assert not symbol_faults(LIBRARY)
+
+
+def test_build_info():
+    info = json.loads(lrkern.ops.build_info())
+    assert info["target_abi"] == "2.11"
+    assert set(info) == {"target_abi", "with_cuda", "cuda_archs", "cpu_isa", "compiler"}
+    assert bool(info["cuda_archs"]) == info["with_cuda"]
+    assert info["cpu_isa"] in ("baseline", "avx2", "avx512")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+
+
+def test_import_is_silent():
+    done = run("-W", "error::UserWarning:lrkern", "-c", "import lrkern")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and "lrkern" not in done.stderr
+
+
+def test_info_as_json():
+    done = run("-m", "lrkern", "info", "--json")
+    assert done.returncode == 0, done.stderr
+    info = json.loads(done.stdout)
+    assert info["lrkern"] == lrkern.__version__
+    assert info["torch"] == torch.__version__
+    assert info["library"] == str(LIBRARY)
+    assert set(info["ops"]) == set(lrkern.ops.OPS_INFO)
+    for op in info["ops"].values():
+        assert op["cpu"]["implementation"].startswith("CPU kernel")
+        assert op["cuda"]["why"]
+
+
+def test_info_as_text():
+    done = run("-m", "lrkern", "info")
+    assert done.returncode == 0, done.stderr
+    for word in ("lrkern", "torch", "CUDA", "CPU", *lrkern.ops.OPS_INFO):
+        assert word in done.stdout
+
+
+def test_info_wants_a_command():
+    done = run("-m", "lrkern", "benchmark")
+    assert done.returncode == 2
+    assert "info" in done.stderr

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op of the registry on every device kind: forward, gradient, determinism, direct calls, opcheck."""
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+
+import lrkern.ops
+from lrkern import testing
+from lrkern.reference import OPS
+
+OP_SAMPLES = [(op, s.name) for op in OPS.values() for s in op.samples("cpu", torch.float32)]
+IDS = [f"{op.name}-{name}" for op, name in OP_SAMPLES]
+every_sample = pytest.mark.parametrize(("op", "sample_name"), OP_SAMPLES, ids=IDS)
+
+
+def get_sample(op, name, device, dtype):
+    return next(s for s in op.samples(device, dtype) if s.name == name)
+
+
+def has_fp32_factor(args, dtype):
+    return dtype != torch.float32 and any(isinstance(a, Tensor) and a.dtype == torch.float32 for a in args)
+
+
+def run_op(op, fn, args, kwargs):
+    """The result, or for a mutating op what it wrote."""
+    if op.mutates is None:
+        return fn(*args, **kwargs)
+    target = args[0].clone() if args[0].is_contiguous() else copy_rows(args[0])
+    assert fn(target, *args[1:], **kwargs) is None
+    return target
+
+
+def copy_rows(t):
+    """A copy with the strides of t; what lies between the rows stays NaN."""
+    storage = torch.full((t.untyped_storage().nbytes() // t.element_size(),), float("nan"), dtype=t.dtype, device=t.device)
+    view = storage.as_strided(t.shape, t.stride(), t.storage_offset())
+    return view.copy_(t)
+
+
+@every_sample
+def test_forward(op, sample_name, device, dtype):
+    s = get_sample(op, sample_name, device, dtype)
+    got = run_op(op, getattr(lrkern.ops, op.name), s.args, s.kwargs)
+    truth = run_op(op, op.truth, [testing.to64(a) for a in s.args], s.kwargs)
+    yardstick = run_op(op, op.truth, s.args, s.kwargs)
+    testing.check(got, truth, yardstick, f"{op.name}[{s.name}]", has_fp32_factor(s.args, dtype))
+
+
+def gradients(op, fn, sample, cotangent=None):
+    """Gradients of every differentiable argument present, by name."""
+    names = list(inspect.signature(op.truth).parameters)
+    args = [a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_contiguous() else a for a in sample.args]
+    args = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args]  # pitched: keep the strides
+    y = fn(*args, **sample.kwargs)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) if cotangent is None else cotangent
+    wanted = {n: a for n, a in zip(names, args, strict=False) if n in op.differentiable and a is not None}
+    grads = torch.autograd.grad(y, list(wanted.values()), g.to(y.device, y.dtype), allow_unused=False)
+    return dict(zip(wanted, grads, strict=True))
+
+
+def as64(sample):
+    return type(sample)(sample.name, tuple(testing.to64(a) for a in sample.args), sample.kwargs)
+
+
+@every_sample
+def test_gradient(op, sample_name, device, dtype):
+    if not op.differentiable:
+        pytest.skip(f"{op.name} has no gradient; test_lost_gradients_raise covers it")
+    s = get_sample(op, sample_name, device, dtype)
+    got = gradients(op, getattr(lrkern.ops, op.name), s)
+    truth = gradients(op, op.truth, as64(s))
+    yardstick = gradients(op, op.truth, s)
+    for name in truth:
+        what = f"d {op.name}[{s.name}] / d {name}"
+        testing.check(got[name], truth[name], yardstick[name], what, has_fp32_factor(s.args, dtype))
+
+
+@every_sample
+def test_two_runs_are_bit_equal(op, sample_name, device, dtype):
+    s = get_sample(op, sample_name, device, dtype)
+    fn = getattr(lrkern.ops, op.name)
+    first, second = (run_op(op, fn, s.args, s.kwargs) for _ in range(2))
+    assert torch.equal(first.nan_to_num(7), second.nan_to_num(7))
+    if op.differentiable:
+        first, second = (gradients(op, fn, s) for _ in range(2))
+        for name in first:
+            assert torch.equal(first[name].nan_to_num(7), second[name].nan_to_num(7)), name
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_direct_call_has_the_gradient(op):
+    """torch.ops.lrkern.X itself, not the wrapper: opcheck does not see a gradient that is silently missing."""
+    direct = getattr(torch.ops.lrkern, op.name)
+    s = get_sample(op, "fp32_factors", "cpu", torch.float32)
+    if op.differentiable:
+        got, wrapped = gradients(op, direct, s), gradients(op, getattr(lrkern.ops, op.name), s)
+        assert got.keys() == set(op.differentiable) & wrapped.keys()
+        for name in got:
+            assert torch.equal(got[name], wrapped[name]), name
+    else:
+        args = [a.clone().requires_grad_() if isinstance(a, Tensor) and i else a for i, a in enumerate(s.args)]
+        with pytest.raises(RuntimeError, match=f"lrkern::{op.name}: .*requires one"):
+            direct(*args, **s.kwargs)
+
+
+def test_every_op_of_the_library_has_a_gradient_or_refuses():
+    """No schema may slip past the registry: each op is in it, is the gradient of one that is, or takes no tensors."""
+    schemas = {s.name.removeprefix("lrkern::"): s for s in torch._C._jit_get_all_schemas() if s.name.startswith("lrkern::")}
+    assert OPS.keys() <= schemas.keys()
+    for name, schema in schemas.items():
+        if name in OPS or name == "build_info":
+            continue
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lrkern::{name}", "Autograd"), name
+        base = name.removesuffix("_bwd").removesuffix("_fwd")
+        assert base in OPS, f"{name}: neither in the registry nor a part of an op that is ({schema})"
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.differentiable], ids=lambda op: op.name)
+def test_double_backward_is_refused(op):
+    s = get_sample(op, "odd", "cpu", torch.float32)
+    args = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in s.args]
+    y = getattr(lrkern.ops, op.name)(*args, **s.kwargs)
+    leaf = next(a for a in args if isinstance(a, Tensor))
+    (g,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"lrkern::{op.name}: double backward is not supported"):
+        g.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["lora_shrink_bwd", "linear_expand_bwd", "lora_linear_bwd", "lora_linear_fwd"])
+def test_inner_ops_refuse_to_lose_a_gradient(name):
+    draw = lambda *s: torch.randn(*s, requires_grad=True)  # noqa: E731
+    x, w, a, b, s, dy = draw(3, 8), draw(5, 8), draw(2, 8), draw(5, 2), draw(3, 2), draw(3, 5)
+    args = {
+        "lora_shrink_bwd": (s, x, a, 1.0, 0.0, None, True, True),
+        "linear_expand_bwd": (dy, x, w, s, b, 1.0, True, True, True, True, True),
+        "lora_linear_bwd": (dy, x, w, a, b, s, 1.0, 0.0, None, True, True, True, True, True),
+        "lora_linear_fwd": (x, w, None, a, b),
+    }[name]
+    with pytest.raises(RuntimeError, match=f"lrkern::{name}: "):
+        getattr(torch.ops.lrkern, name)(*args)
+
+
+OPCHECK = ("one_token", "rank_17_fp32", "pitch", "dropout_fp32_pitch", "rank_0", "no_tokens", "odd_no_base")
+
+
+@pytest.mark.parametrize(("op", "sample_name"), [(o, n) for o, n in OP_SAMPLES if n in OPCHECK], ids=str)
+def test_opcheck(op, sample_name):
+    s = get_sample(op, sample_name, "cpu", torch.float32)
+    args = tuple(a.detach().clone().requires_grad_(bool(op.differentiable)) if isinstance(a, Tensor) else a for a in s.args)
+    torch.library.opcheck(getattr(torch.ops.lrkern, op.name).default, args, s.kwargs)
+
+
+def test_saves_x_s_and_seed_only():
+    """Beyond parameters: x, S [T, R], the seed [1]. No mask, no dropped copy of x, nothing of y's size."""
+    x, w = torch.randn(50, 64, requires_grad=True), torch.randn(48, 64)
+    a, b = torch.randn(4, 64, requires_grad=True), torch.randn(48, 4, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lrkern.ops.lora_linear(x, w, None, a, b, 1.0, 0.1, torch.tensor([3]))
+    own = [t for t in saved if t.data_ptr() not in {p.data_ptr() for p in (x, w, a, b)}]
+    assert sorted(tuple(t.shape) for t in own) == [(1,), (50, 4)]
+
+
+@pytest.mark.parametrize("need", range(5))
+def test_only_the_gradients_asked_for(need):
+    tensors = [torch.randn(6, 16), torch.randn(12, 16), torch.randn(12), torch.randn(3, 16), torch.randn(12, 3)]
+    tensors[need].requires_grad_()
+    lrkern.ops.lora_linear(*tensors).sum().backward()
+    assert [t.grad is not None for t in tensors] == [i == need for i in range(5)]
+
+
+def test_a_row_does_not_depend_on_its_batch(device, dtype):
+    """The adapter part is batch-invariant: a row alone and inside any batch give the same bits."""
+    x, a = torch.randn(200, 1100).to(dtype), torch.randn(24, 1100).to(dtype)
+    b, y = torch.randn(600, 24).to(dtype), torch.randn(200, 600).to(dtype)
+    s = lrkern.ops.lora_shrink(x, a, 0.5)
+    full = y.clone()
+    lrkern.ops.lora_expand_(full, s, b)
+    for lo, hi in ((0, 1), (17, 18), (60, 70), (100, 190)):
+        part = lrkern.ops.lora_shrink(x[lo:hi], a, 0.5)
+        assert torch.equal(part, s[lo:hi]), (lo, hi)
+        row = y[lo:hi].clone()
+        lrkern.ops.lora_expand_(row, part, b)
+        assert torch.equal(row, full[lo:hi]), (lo, hi)
+
+
+def test_rank_0_is_the_base_layer(device, dtype):
+    x, w, bias = torch.randn(5, 33).to(dtype), torch.randn(9, 33).to(dtype), torch.randn(9).to(dtype)
+    y = lrkern.ops.lora_linear(x, w, bias, x.new_empty(0, 33), x.new_empty(9, 0))
+    assert torch.equal(y, torch.nn.functional.linear(x, w, bias))
+
+
+def test_what_lies_between_rows_is_neither_read_nor_written(device, dtype):
+    wide = torch.full((20, 64), float("nan")).to(dtype)
+    wide[:, :40] = torch.randn(20, 40).to(dtype)
+    y = wide[:, :40]
+    s, b = torch.randn(20, 3).to(dtype), torch.randn(40, 3).to(dtype)
+    lrkern.ops.lora_expand_(y, s, b)
+    assert y.isfinite().all() and wide[:, 40:].isnan().all()
+    assert lrkern.ops.lora_shrink(y, torch.randn(5, 40).to(dtype)).isfinite().all()
+
+
+def test_nan_and_inf_stay_in_their_rows(device, dtype):
+    x, a = torch.randn(130, 300).to(dtype), torch.randn(8, 300).to(dtype)
+    clean = lrkern.ops.lora_shrink(x, a)
+    x[7, 5], x[66, 0] = float("nan"), float("inf")
+    s = lrkern.ops.lora_shrink(x, a)
+    dirty = torch.tensor([7, 66])
+    keep = torch.ones(130, dtype=torch.bool)
+    keep[dirty] = False
+    assert torch.equal(s[keep], clean[keep])
+    assert not s[dirty].isfinite().any()
+
+
+def test_threads_do_not_change_bits(dtype):
+    x, w = torch.randn(300, 1100).to(dtype), torch.randn(700, 1100).to(dtype)
+    a, b = torch.randn(20, 1100), torch.randn(700, 20)
+    dy = torch.randn(300, 700).to(dtype)
+
+    def adapter_part():
+        s = torch.ops.lrkern.lora_shrink(x, a, 1.0, 0.1, torch.tensor([1]))
+        y = torch.zeros(300, 700).to(dtype)
+        lrkern.ops.lora_expand_(y, s, b)
+        grads = torch.ops.lrkern.linear_expand_bwd(dy, None, None, s, b, 1.0, False, False, False, True, True)
+        return [s, y, *grads[3:], *torch.ops.lrkern.lora_shrink_bwd(grads[3], x, a, 1.0, 0.0, None, False, True)]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = adapter_part()
+        torch.set_num_threads(3)
+        three = adapter_part()
+    finally:
+        torch.set_num_threads(before)
+    for i, (p, q) in enumerate(zip(one, three, strict=True)):
+        assert torch.equal(p, q), i
+    del w

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad arguments: an error that names op, argument, expected and got, for each argument of each op."""
+
+import math
+
+import pytest
+import torch
+
+import lrkern.ops
+
+T, I, O, R = 6, 16, 12, 4
+
+
+def good(name):
+    x, w, bias = torch.randn(T, I), torch.randn(O, I), torch.randn(O)
+    a, b, s = torch.randn(R, I), torch.randn(O, R), torch.randn(T, R)
+    return {
+        "lora_shrink": {"x": x, "a": a, "scale": 1.0, "dropout_p": 0.0, "seed": None},
+        "linear_expand": {"x": x, "weight": w, "bias": bias, "s": s, "b": b, "scale": 1.0},
+        "lora_linear": {"x": x, "weight": w, "bias": bias, "a": a, "b": b, "scale": 1.0, "dropout_p": 0.0, "seed": None},
+        "lora_expand_": {"y": torch.randn(T, O), "s": s, "b": b, "scale": 1.0},
+    }[name]
+
+
+SEED = torch.tensor([1])
+CASES = [
+    # op, changed arguments, what the message says
+    ("lora_shrink", {"x": torch.randn(T, I).double()}, "x must be float32, float16 or bfloat16, got float64"),
+    ("lora_shrink", {"x": torch.tensor(1.0)}, "x must have at least one dimension, got a scalar"),
+    ("lora_shrink", {"a": torch.randn(R, I + 1)}, rf"a must have shape \[R, I\] = \[\*, {I}\], got \[{R}, {I + 1}\]"),
+    ("lora_shrink", {"a": torch.randn(I)}, rf"a must have shape \[R, I\] = \[\*, {I}\], got \[{I}\]"),
+    ("lora_shrink", {"a": torch.randn(R, I).half()}, r"a must be float32 \(the dtype of x\) or float32, got float16"),
+    ("lora_shrink", {"a": torch.randn(R, I).int()}, "a must be float32, float16 or bfloat16, got int32"),
+    ("lora_shrink", {"a": torch.randn(513, I)}, "a must have a rank of at most 512, got 513"),
+    ("lora_shrink", {"scale": math.inf}, "scale must be finite in float32, got inf"),
+    ("lora_shrink", {"scale": math.nan}, "scale must be finite in float32, got nan"),
+    ("lora_shrink", {"scale": 1e300}, r"scale must be finite in float32, got 1e\+300"),
+    ("lora_shrink", {"dropout_p": -0.1}, r"dropout_p must lie in \[0, 1\], got -0.1"),
+    ("lora_shrink", {"dropout_p": 1.5}, r"dropout_p must lie in \[0, 1\], got 1.5"),
+    ("lora_shrink", {"dropout_p": math.nan}, r"dropout_p must lie in \[0, 1\], got nan"),
+    ("lora_shrink", {"dropout_p": 0.5}, r"seed must be an int64 tensor of shape \[1\] where dropout_p > 0, got None"),
+    ("lora_shrink", {"dropout_p": 0.5, "seed": SEED.int()}, "seed must be int64, got int32"),
+    ("lora_shrink", {"dropout_p": 0.5, "seed": torch.tensor([1, 2])}, r"seed must have shape \[1\] = \[1\], got \[2\]"),
+    ("linear_expand", {"x": None}, "x and weight must come together, got only weight"),
+    ("linear_expand", {"weight": None}, "x and weight must come together, got only x"),
+    ("linear_expand", {"weight": torch.randn(O, I + 1)}, rf"weight must have shape \[O, I\] = \[\*, {I}\], got"),
+    ("linear_expand", {"weight": torch.randn(O, I).half()}, "weight must be float32, got float16"),
+    ("linear_expand", {"bias": torch.randn(O + 1)}, rf"bias must have shape \[O\] = \[{O}\], got \[{O + 1}\]"),
+    ("linear_expand", {"bias": torch.randn(O).bfloat16()}, "bias must be float32, got bfloat16"),
+    ("linear_expand", {"s": torch.randn(T + 1, R)}, rf"s must have shape \[..., R\] = \[{T}, {R}\], got \[{T + 1}, {R}\]"),
+    ("linear_expand", {"s": torch.randn(T, R).half()}, r"s must be float32 \(the dtype of b\), got float16"),
+    ("linear_expand", {"b": torch.randn(O + 1, R)}, rf"b must have shape \[O, R\] = \[{O}, \*\], got \[{O + 1}, {R}\]"),
+    ("linear_expand", {"b": torch.randn(O, R).half()}, "b must be float32"),
+    ("linear_expand", {"scale": -math.inf}, "scale must be finite in float32, got -inf"),
+    ("lora_linear", {"x": torch.randn(T, I).long()}, "x must be float32, float16 or bfloat16, got int64"),
+    ("lora_linear", {"x": torch.randn(T, I).to_sparse()}, "x must be a dense strided tensor"),
+    ("lora_linear", {"weight": torch.randn(O, I).to_sparse()}, "weight must be a dense strided tensor"),
+    ("lora_linear", {"weight": torch.randn(O)}, r"weight must have shape \[O, I\]"),
+    ("lora_linear", {"weight": torch.randn(O, I).bfloat16()}, "weight must be float32, got bfloat16"),
+    ("lora_linear", {"bias": torch.randn(1, O)}, rf"bias must have shape \[O\] = \[{O}\], got \[1, {O}\]"),
+    ("lora_linear", {"a": torch.randn(R + 1, I)}, rf"b must have shape \[O, R\] = \[{O}, {R + 1}\], got \[{O}, {R}\]"),
+    ("lora_linear", {"b": torch.randn(R, O)}, rf"b must have shape \[O, R\] = \[{O}, {R}\], got \[{R}, {O}\]"),
+    ("lora_linear", {"scale": math.nan}, "scale must be finite in float32, got nan"),
+    ("lora_linear", {"dropout_p": 2.0}, r"dropout_p must lie in \[0, 1\], got 2"),
+    ("lora_linear", {"dropout_p": 0.1, "seed": SEED.float()}, "seed must be int64, got float32"),
+    ("lora_expand_", {"y": torch.randn(O, T).T}, "y must be rows of contiguous elements at one pitch, since it is written"),
+    ("lora_expand_", {"y": torch.randn(O)}, r"s must have shape \[..., R\]"),
+    ("lora_expand_", {"y": torch.randn(T, O).double()}, "y must be float32, float16 or bfloat16, got float64"),
+    ("lora_expand_", {"s": torch.randn(T, R + 1)}, rf"s must have shape \[..., R\] = \[{T}, {R}\], got"),
+    ("lora_expand_", {"b": torch.randn(O + 2, R)}, rf"b must have shape \[O, R\] = \[{O}, \*\], got"),
+    ("lora_expand_", {"scale": math.inf}, "scale must be finite in float32, got inf"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "change", "text"), CASES, ids=[f"{op}-{next(iter(c))}-{i}" for i, (op, c, _) in enumerate(CASES)])
+def test_refuses(op, change, text):
+    kwargs = good(op) | change
+    before = kwargs["y"].clone() if "y" in kwargs else None
+    with pytest.raises(RuntimeError, match=rf"lrkern::{op}: {text}"):
+        getattr(lrkern.ops, op)(**kwargs)
+    if before is not None:
+        assert torch.equal(kwargs["y"], before), "a refused call must not write"
+
+
+def test_16_bit_base_and_factors_of_the_other_type():
+    x, w = torch.randn(T, I).bfloat16(), torch.randn(O, I).bfloat16()
+    with pytest.raises(RuntimeError, match=r"lora_linear: a must be bfloat16 \(the dtype of x\) or float32, got float16"):
+        lrkern.ops.lora_linear(x, w, None, torch.randn(R, I).half(), torch.randn(O, R).half())
+    with pytest.raises(RuntimeError, match=r"lora_linear: b must be float32 \(the dtype of a\), got bfloat16"):
+        lrkern.ops.lora_linear(x, w, None, torch.randn(R, I), torch.randn(O, R).bfloat16())
+
+
+def test_devices_do_not_mix_and_meta_traces():
+    kw = good("lora_linear")
+    with pytest.raises(RuntimeError, match="lrkern::lora_linear: all tensors must be on one device, got cpu and meta"):
+        lrkern.ops.lora_linear(**(kw | {"a": kw["a"].to("meta")}))
+    y = lrkern.ops.lora_linear(**{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in kw.items()})
+    assert y.shape == (T, O) and y.device.type == "meta"
+
+
+def test_backward_refuses_a_gradient_of_another_shape_or_dtype():
+    x, w, a, b, s = torch.randn(T, I), torch.randn(O, I), torch.randn(R, I), torch.randn(O, R), torch.randn(T, R)
+    tail = (1.0, 0.0, None, True, False, False, True, True)
+    with pytest.raises(RuntimeError, match=rf"lora_linear_bwd: dy must have shape \[..., O\] = \[{T}, {O}\], got \[{T}, {I}\]"):
+        torch.ops.lrkern.lora_linear_bwd(torch.randn(T, I), x, w, a, b, s, *tail)
+    with pytest.raises(RuntimeError, match="lora_linear_bwd: dy must be float32, got bfloat16"):
+        torch.ops.lrkern.lora_linear_bwd(torch.randn(T, O).bfloat16(), x, w, a, b, s, *tail)
