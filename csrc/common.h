@@ -24,7 +24,9 @@ enum class DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
 enum class Device : int32_t { kCPU = 0, kCUDA = 1 };
 
 constexpr size_t size_of(DType t) { return t == DType::kF32 ? 4 : 2; }
-constexpr const char* name_of(DType t) { return t == DType::kF32 ? "float32" : t == DType::kF16 ? "float16" : "bfloat16"; }
+constexpr const char* name_of(DType t) {
+  return t == DType::kF32 ? "float32" : t == DType::kF16 ? "float16" : "bfloat16";
+}
 
 // 16-bit floats as storage; arithmetic is always fp32.
 struct alignas(2) f16 {

@@ -16,7 +16,7 @@
 namespace lrk {
 
 constexpr int kMaxRank = 512;
-constexpr int kCpuChunk = 512;  // columns of N summed at a time on the CPU
+constexpr int kCpuChunk = 512;    // columns of N summed at a time on the CPU
 constexpr int kCpuSegment = 256;  // tokens per partial sum of wgrad on the CPU
 constexpr int kCudaChunk = 256;
 constexpr int kCudaSegment = 512;

@@ -19,6 +19,9 @@ struct Philox {
 
 LRK_HD uint32_t mul_hi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
 
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // multipliers
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // key increments
+
 template <int kRounds = 10>
 LRK_HD Philox philox4x32(Philox c, uint64_t key) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
@@ -26,11 +29,11 @@ LRK_HD Philox philox4x32(Philox c, uint64_t key) {
 #pragma unroll
 #endif
   for (int i = 0; i < kRounds; ++i) {
-    const uint32_t h0 = mul_hi(0xD2511F53u, c.v[0]), l0 = 0xD2511F53u * c.v[0];
-    const uint32_t h1 = mul_hi(0xCD9E8D57u, c.v[2]), l1 = 0xCD9E8D57u * c.v[2];
+    const uint32_t h0 = mul_hi(kPhiloxM0, c.v[0]), l0 = kPhiloxM0 * c.v[0];
+    const uint32_t h1 = mul_hi(kPhiloxM1, c.v[2]), l1 = kPhiloxM1 * c.v[2];
     c = Philox{{h1 ^ c.v[1] ^ k0, l1, h0 ^ c.v[3] ^ k1, l0}};
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
   }
   return c;
 }
@@ -48,10 +51,12 @@ LRK_HD constexpr uint32_t stream_tag(Method method, Distribution distribution, u
 // The keep probability is therefore a multiple of 2^-16, and keep_scale uses that very value, so E[dropout(x)] = x.
 constexpr int kDropoutBlock = 8;  // columns per Philox block
 
+LRK_HD Philox dropout_counter(int64_t row, int64_t col_block) {
+  return Philox{{static_cast<uint32_t>(col_block), static_cast<uint32_t>(row), 0u,
+                 stream_tag(Method::kDropout, Distribution::kBits16)}};
+}
 LRK_HD Philox dropout_block(uint64_t seed, int64_t row, int64_t col_block) {
-  const Philox counter = {{static_cast<uint32_t>(col_block), static_cast<uint32_t>(row), 0u,
-                           stream_tag(Method::kDropout, Distribution::kBits16)}};
-  return philox4x32(counter, seed);
+  return philox4x32(dropout_counter(row, col_block), seed);
 }
 LRK_HD uint32_t bits16(const Philox& block, int j) { return (block.v[j >> 1] >> ((j & 1) * 16)) & 0xffffu; }
 

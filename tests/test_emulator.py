@@ -58,6 +58,12 @@ def test_healthy_kernel_passes_under_every_schedule(variant):
         np.testing.assert_array_equal(np.array(values, float), want)
 
 
+@pytest.mark.parametrize("variant", ["plain", "sanitized"])
+def test_blocks_on_several_host_threads(variant):
+    done = emulator.execute(program("cases", variant, CASES), "none", LRK_EMU_THREADS=3)
+    assert done.stdout == run_case("none", variant)[0].stdout and done.stderr == ""
+
+
 def test_ucontext_serves_where_there_is_no_assembly():
     needs("plain")
     fallback = emulator.executable("cases-ucontext", [CASES], "plain", runtime=("-DLRK_EMU_UCONTEXT",))

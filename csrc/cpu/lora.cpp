@@ -16,11 +16,28 @@ constexpr int kTileRows = 24;   // tokens per fp32 tile: 48 KB
 constexpr int kRankBlock = 64;  // shrink: ranks per task, so that one token with a large rank still has tasks to share;
                                 // expand: ranks summed at a time
 
+int64_t tile_rows(int64_t T) { return std::min<int64_t>(T, kTileRows); }
+
+// Tasks of `work` multiply-adds that a thread takes at once: some 10 us, below which a second thread costs more than it
+// brings.
+int64_t grain(int64_t work) { return std::max<int64_t>(1, 262144 / std::max<int64_t>(1, work)); }
+
 template <class F>
 void with_float(DType t, const F& f) {
   if (t == DType::kF32) return f(float{});
   if (t == DType::kF16) return f(f16{});
   f(bf16{});
+}
+
+template <class F>
+inline void transpose_4x4(const F* src, int64_t src_pitch, float* dst, int64_t dst_pitch) {
+  v4f rows[4];
+  for (int i = 0; i < 4; ++i) {
+    const F* p = src + i * src_pitch;
+    rows[i] = v4f{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  }
+  transpose(rows);
+  for (int i = 0; i < 4; ++i) store_as(dst + i * dst_pitch, rows[i]);
 }
 
 // Packs U [R, N] into fp32 tiles [chunk][R][kChunk], zero-padded to kBlock columns.
@@ -39,10 +56,18 @@ void pack_factor(const Factor& u, int32_t R, int64_t N, float* packed) {
                   Dropout{}, 0, tile + r0 * kChunk);
         continue;
       }
-      const int64_t padded = round_up(n, kBlock);
-      for (int64_t i = 0; i < padded; ++i)
-        for (int64_t r = r0; r < r1; ++r)
-          tile[r * kChunk + i] = i < n ? to_float(data[(c * kChunk + i) * u.stride_n + r]) : 0.f;
+      const F* src = data + c * kChunk * u.stride_n;
+      int64_t r = r0;
+      for (; r + 4 <= r1; r += 4) {  // 4 x 4 blocks, so that loads and stores are vectors
+        int64_t i = 0;
+        for (; i + 4 <= n; i += 4) transpose_4x4(src + i * u.stride_n + r, u.stride_n, tile + r * kChunk + i, kChunk);
+        for (; i < n; ++i)
+          for (int64_t j = r; j < r + 4; ++j) tile[j * kChunk + i] = to_float(src[i * u.stride_n + j]);
+      }
+      for (; r < r1; ++r)
+        for (int64_t i = 0; i < n; ++i) tile[r * kChunk + i] = to_float(src[i * u.stride_n + r]);
+      for (r = r0; r < r1; ++r)
+        for (int64_t i = n; i < round_up(n, kBlock); ++i) tile[r * kChunk + i] = 0.f;
     }
   });
 }
@@ -61,23 +86,24 @@ void shrink(const LoraShrinkParams& p, float* packed) {
   F* s = static_cast<F*>(p.s);
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
   const int64_t rank_blocks = ceil_div(p.R, kRankBlock), tasks = ceil_div(p.T, kTileRows) * rank_blocks;
-  const int64_t work = kTileRows * p.N * std::min<int64_t>(p.R, kRankBlock);
-  parallel_for(tasks, std::max<int64_t>(1, 262144 / work), [&](int64_t begin, int64_t end) {
-    alignas(64) float tile[kTileRows * kChunk], acc[kTileRows * kRankBlock];
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t t0 = task / rank_blocks * kTileRows, r0 = task % rank_blocks * kRankBlock;
-      const int rows = static_cast<int>(std::min<int64_t>(kTileRows, p.T - t0));
-      const int ranks = static_cast<int>(std::min<int64_t>(kRankBlock, p.R - r0));
-      std::fill_n(acc, rows * kRankBlock, 0.f);
-      for (int64_t c = 0; c * kChunk < p.N; ++c) {
-        const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - c * kChunk));
-        load_tile(x, p.x_pitch, t0, rows, c * kChunk, n, p.dropout, seed, tile);
-        dot_tiles(tile, rows, packed + (c * p.R + r0) * kChunk, ranks, n, acc, kRankBlock);
-      }
-      for (int t = 0; t < rows; ++t)
-        for (int r = 0; r < ranks; ++r) s[(t0 + t) * p.R + r0 + r] = from_float<F>(p.scale * acc[t * kRankBlock + r]);
-    }
-  });
+  parallel_for(tasks, grain(tile_rows(p.T) * p.N * std::min<int64_t>(p.R, kRankBlock)),
+               [&](int64_t begin, int64_t end) {
+                 alignas(64) float tile[kTileRows * kChunk], acc[kTileRows * kRankBlock];
+                 for (int64_t task = begin; task < end; ++task) {
+                   const int64_t t0 = task / rank_blocks * kTileRows, r0 = task % rank_blocks * kRankBlock;
+                   const int rows = static_cast<int>(std::min<int64_t>(kTileRows, p.T - t0));
+                   const int ranks = static_cast<int>(std::min<int64_t>(kRankBlock, p.R - r0));
+                   std::fill_n(acc, rows * kRankBlock, 0.f);
+                   for (int64_t c = 0; c * kChunk < p.N; ++c) {
+                     const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - c * kChunk));
+                     load_tile(x, p.x_pitch, t0, rows, c * kChunk, n, p.dropout, seed, tile);
+                     dot_tiles(tile, rows, packed + (c * p.R + r0) * kChunk, ranks, n, acc, kRankBlock);
+                   }
+                   for (int t = 0; t < rows; ++t)
+                     for (int r = 0; r < ranks; ++r)
+                       s[(t0 + t) * p.R + r0 + r] = from_float<F>(p.scale * acc[t * kRankBlock + r]);
+                 }
+               });
 }
 
 template <class X, class F>
@@ -87,7 +113,7 @@ void expand(const LoraExpandParams& p, float* packed) {
   const F* s = static_cast<const F*>(p.s);
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
   const int64_t chunks = ceil_div(p.N, kChunk), tasks = ceil_div(p.T, kTileRows) * chunks;
-  parallel_for(tasks, std::max<int64_t>(1, 262144 / (kTileRows * kChunk * p.R)), [&](int64_t begin, int64_t end) {
+  parallel_for(tasks, grain(tile_rows(p.T) * std::min<int64_t>(p.N, kChunk) * p.R), [&](int64_t begin, int64_t end) {
     alignas(64) float tile[kTileRows * kChunk], sf[kTileRows * kMaxRank], mask[kChunk];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t t0 = task / chunks * kTileRows, c = task % chunks;
@@ -142,29 +168,31 @@ void wgrad_planes(const LoraWgradParams& p, float* planes, const float* packed, 
   const F* s = static_cast<const F*>(p.s);
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
   const int64_t chunks = ceil_div(p.N, kChunk), segments = ceil_div(p.T, kCpuSegment), plane = chunks * p.R * kChunk;
-  parallel_for(chunks * segments, 1, [&](int64_t begin, int64_t end) {
-    alignas(64) float tile[kTileRows * kChunk], sf[kTileRows * kMaxRank];
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t c = task % chunks, k = task / chunks, last = std::min<int64_t>(p.T, (k + 1) * kCpuSegment);
-      const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - c * kChunk));
-      float* g = planes + k * plane + c * p.R * kChunk;
-      for (int64_t t0 = k * kCpuSegment; t0 < last; t0 += kTileRows) {
-        const int rows = static_cast<int>(std::min<int64_t>(kTileRows, last - t0));
-        load_tile(x, p.x_pitch, t0, rows, c * kChunk, n, p.dropout, seed, tile);
-        load_floats(s + t0 * p.R, rows * static_cast<int64_t>(p.R), sf);
-        if (t0 == k * kCpuSegment) {
-          outer_tiles<false>(sf, 1, p.R, tile, rows, p.R, n, g);
-        } else {
-          outer_tiles<true>(sf, 1, p.R, tile, rows, p.R, n, g);
+  const int64_t tokens = std::min<int64_t>(p.T, kCpuSegment);
+  parallel_for(
+      chunks * segments, grain(tokens * std::min<int64_t>(p.N, kChunk) * p.R), [&](int64_t begin, int64_t end) {
+        alignas(64) float tile[kTileRows * kChunk], sf[kTileRows * kMaxRank];
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t c = task % chunks, k = task / chunks, last = std::min<int64_t>(p.T, (k + 1) * kCpuSegment);
+          const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - c * kChunk));
+          float* g = planes + k * plane + c * p.R * kChunk;
+          for (int64_t t0 = k * kCpuSegment; t0 < last; t0 += kTileRows) {
+            const int rows = static_cast<int>(std::min<int64_t>(kTileRows, last - t0));
+            load_tile(x, p.x_pitch, t0, rows, c * kChunk, n, p.dropout, seed, tile);
+            load_floats(s + t0 * p.R, rows * static_cast<int64_t>(p.R), sf);
+            if (t0 == k * kCpuSegment) {
+              outer_tiles<false>(sf, 1, p.R, tile, rows, p.R, n, g);
+            } else {
+              outer_tiles<true>(sf, 1, p.R, tile, rows, p.R, n, g);
+            }
+            if constexpr (kShrink) {
+              float* ds = partial + (c * p.T + t0) * p.R;
+              std::fill_n(ds, rows * static_cast<int64_t>(p.R), 0.f);
+              dot_tiles(tile, rows, packed + c * p.R * kChunk, p.R, n, ds, p.R);
+            }
+          }
         }
-        if constexpr (kShrink) {
-          float* ds = partial + (c * p.T + t0) * p.R;
-          std::fill_n(ds, rows * static_cast<int64_t>(p.R), 0.f);
-          dot_tiles(tile, rows, packed + c * p.R * kChunk, p.R, n, ds, p.R);
-        }
-      }
-    }
-  });
+      });
 }
 
 template <class X, class F>
@@ -223,11 +251,11 @@ void lora_shrink_wgrad(const LoraShrinkWgradParams& p, float* workspace) {
 
 #if defined(LRK_ISA_ENTRY)
 // The entry points, in the baseline copy only.
-#define LRK_DECLARE(isa)                                                   \
-  namespace isa {                                                          \
-  void lora_shrink(const LoraShrinkParams& p, float* workspace);           \
-  void lora_expand(const LoraExpandParams& p, float* workspace);           \
-  void lora_wgrad(const LoraWgradParams& p, float* workspace);             \
+#define LRK_DECLARE(isa)                                                    \
+  namespace isa {                                                           \
+  void lora_shrink(const LoraShrinkParams& p, float* workspace);            \
+  void lora_expand(const LoraExpandParams& p, float* workspace);            \
+  void lora_wgrad(const LoraWgradParams& p, float* workspace);              \
   void lora_shrink_wgrad(const LoraShrinkWgradParams& p, float* workspace); \
   }
 #if defined(LRK_HAVE_AVX2)

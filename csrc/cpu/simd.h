@@ -25,7 +25,7 @@ typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 
 template <class V, class T>
 inline V load_as(const T* p) {
-  static_assert(sizeof(V) == kLanes * sizeof(T), "a vector of kLanes elements");
+  static_assert(sizeof(V) % sizeof(T) == 0, "a vector of whole elements");
   V v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
@@ -46,7 +46,9 @@ inline void store(bf16* p, vf v) {
 }
 #if defined(__AVX512F__)
 inline vf load(const f16* p) { return (vf)_mm512_maskz_cvtph_ps(0xffff, (__m256i)load_as<vh>(p)); }
-inline void store(f16* p, vf v) { store_as(p, (vh)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT)); }
+inline void store(f16* p, vf v) {
+  store_as(p, (vh)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
 #elif defined(__AVX2__)
 inline vf load(const f16* p) { return (vf)_mm256_cvtph_ps((__m128i)load_as<vh>(p)); }
 inline void store(f16* p, vf v) { store_as(p, (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
@@ -61,13 +63,65 @@ inline void store(f16* p, vf v) {
 }
 #endif
 
-// Sum of the lanes, halves first: a fixed order.
-inline float sum_lanes(vf v) {
-  float a[kLanes];
-  store(a, v);
-  for (int w = kLanes / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; ++i) a[i] += a[i + w];
-  return a[0];
+// Sums of the lanes of four vectors. Halves first, in a fixed order: lane i + lane i + kLanes / 2, and so on.
+typedef float v4f __attribute__((vector_size(16)));
+inline v4f sum_lanes(vf a, vf b, vf c, vf d) {
+#define LRK_FOLD(p, q, lo, hi) (__builtin_shufflevector(p, q, lo) + __builtin_shufflevector(p, q, hi))
+#define LRK_LIST(...) __VA_ARGS__
+#if defined(__AVX512F__)
+#define LRK_LO LRK_LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+#define LRK_HI LRK_LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+  const vf ab = LRK_FOLD(a, b, LRK_LO, LRK_HI), cd = LRK_FOLD(c, d, LRK_LO, LRK_HI);  // 8 lanes each
+#undef LRK_LO
+#undef LRK_HI
+#define LRK_LO LRK_LIST(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+#define LRK_HI LRK_LIST(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+  vf v = LRK_FOLD(ab, cd, LRK_LO, LRK_HI);  // a, b, c, d with 4 lanes each
+#undef LRK_LO
+#undef LRK_HI
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  return __builtin_shufflevector(v, v, 0, 4, 8, 12);
+#elif defined(__AVX2__)
+  const vf ab = LRK_FOLD(a, b, LRK_LIST(0, 1, 2, 3, 8, 9, 10, 11), LRK_LIST(4, 5, 6, 7, 12, 13, 14, 15));
+  const vf cd = LRK_FOLD(c, d, LRK_LIST(0, 1, 2, 3, 8, 9, 10, 11), LRK_LIST(4, 5, 6, 7, 12, 13, 14, 15));
+  vf v = LRK_FOLD(ab, cd, LRK_LIST(0, 1, 4, 5, 8, 9, 12, 13), LRK_LIST(2, 3, 6, 7, 10, 11, 14, 15));
+  v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+  return __builtin_shufflevector(v, v, 0, 2, 4, 6);
+#else
+  const vf ab = LRK_FOLD(a, b, LRK_LIST(0, 1, 4, 5), LRK_LIST(2, 3, 6, 7));
+  const vf cd = LRK_FOLD(c, d, LRK_LIST(0, 1, 4, 5), LRK_LIST(2, 3, 6, 7));
+  return LRK_FOLD(ab, cd, LRK_LIST(0, 2, 4, 6), LRK_LIST(1, 3, 5, 7));
+#endif
+#undef LRK_FOLD
+#undef LRK_LIST
+}
+
+inline void transpose(v4f (&r)[4]) {
+  const v4f a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+  const v4f c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+  r[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  r[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  r[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  r[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+
+// High and low words of a * m, lane by lane. SIMD multiplies 32 x 32 bits in the even lanes only: twice, then interleave.
+struct Wide {
+  vu hi, lo;
+};
+inline Wide mul_wide(vu a, uint32_t m) {
+  typedef uint64_t vl __attribute__((vector_size(kLanes * 4)));
+  const vl v = (vl)a, high = ~vl{} << 32;
+#if defined(__AVX512F__)
+  const auto mul = [m](vl x) { return (vl)_mm512_maskz_mul_epu32(0xff, (__m512i)x, _mm512_set1_epi32((int)m)); };
+#elif defined(__AVX2__)
+  const auto mul = [m](vl x) { return (vl)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi32((int)m)); };
+#else
+  const auto mul = [m, high](vl x) { return (x & ~high) * m; };
+#endif
+  const vl even = mul(v), odd = mul(v >> 32);
+  return {(vu)(even >> 32 | (odd & high)), (vu)((even & ~high) | odd << 32)};
 }
 
 }  // namespace lrk::LRK_ISA

@@ -11,27 +11,48 @@
 
 namespace lrk::LRK_ISA {
 
-constexpr int kChunk = 512;                    // columns of a tile; sums over N go chunk by chunk, in order
-constexpr int kRows = kLanes == 16 ? 6 : 3;    // rows a micro-kernel holds in registers
-constexpr int kCols = kLanes == 16 ? 4 : 2;    // vectors of a row it holds beside them
-constexpr int kBlock = kCols * kLanes;         // columns per outer_tile call; divides kChunk
+constexpr int kChunk = 512;                  // columns of a tile; sums over N go chunk by chunk, in order
+constexpr int kRows = kLanes == 16 ? 6 : 3;  // rows a micro-kernel holds in registers
+constexpr int kCols = kLanes == 16 ? 4 : 2;  // vectors of a row it holds beside them
+constexpr int kBlock = kCols * kLanes;       // columns per outer_tile call; divides kChunk
 
 constexpr int64_t round_up(int64_t n, int64_t m) { return ceil_div(n, m) * m; }
 
-// Multipliers keep_scale or 0 for columns [col0, col0 + n) of one row; col0 is a multiple of kDropoutBlock.
+// Philox4x32-10 of kLanes counters that differ in their first word: first, first + 1, ... Same bits as rng.h's.
+inline void philox_lanes(const Philox& first, uint64_t key, vu (&c)[4]) {
+  uint32_t counter[kLanes];
+  for (uint32_t i = 0; i < kLanes; ++i) counter[i] = first.v[0] + i;
+  c[0] = load_as<vu>(counter);
+  for (int w = 1; w < 4; ++w) c[w] = first.v[w] - vu{};
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const Wide p0 = mul_wide(c[0], kPhiloxM0), p1 = mul_wide(c[2], kPhiloxM1);
+    c[0] = p1.hi ^ c[1] ^ k0;
+    c[1] = p1.lo;
+    c[2] = p0.hi ^ c[3] ^ k1;
+    c[3] = p0.lo;
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+}
+
+// Multipliers keep_scale or 0 for columns [col0, col0 + n) of one row, n rounded up to kLanes; col0 is a multiple of
+// kDropoutBlock.
 inline void dropout_row(const Dropout& d, uint64_t seed, int64_t row, int64_t col0, int n, float* m) {
-  constexpr int kBlocks = 16;  // Philox blocks side by side, so that the compiler has lanes to fill
-  for (int done = 0; done < n; done += kBlocks * kDropoutBlock) {
-    uint32_t c[4][kBlocks];
-    const uint32_t first = static_cast<uint32_t>((col0 + done) / kDropoutBlock);
-    for (int i = 0; i < kBlocks; ++i) {
-      const Philox b = dropout_block(seed, row, first + i);
-      for (int w = 0; w < 4; ++w) c[w][i] = b.v[w];
+  constexpr int kSpan = kLanes * kDropoutBlock;
+  for (int done = 0; done < n; done += kSpan) {
+    vu c[4];
+    philox_lanes(dropout_counter(row, (col0 + done) / kDropoutBlock), seed, c);
+    uint16_t h[kSpan];  // in column order: block by block, word 0 first, its low half first
+    for (int i = 0; i < kLanes; i += 4) {
+      v4f words[4];
+      for (int w = 0; w < 4; ++w) __builtin_memcpy(&words[w], reinterpret_cast<char*>(&c[w]) + i * 4, 16);
+      transpose(words);
+      __builtin_memcpy(h + i * kDropoutBlock, words, sizeof words);
     }
-    const int count = n - done < kBlocks * kDropoutBlock ? n - done : kBlocks * kDropoutBlock;
-    for (int j = 0; j < count; ++j) {
-      const uint32_t word = c[(j % kDropoutBlock) / 2][j / kDropoutBlock];
-      m[done + j] = ((word >> ((j & 1) * 16)) & 0xffffu) >= d.threshold ? d.keep_scale : 0.f;
+    for (int j = 0; j < kSpan && done + j < n; j += kLanes) {
+      const vu keep = (vu)(__builtin_convertvector(load_as<vh>(h + j), vu) >= d.threshold);
+      store(m + done + j, (vf)(keep & bit_cast<uint32_t>(d.keep_scale)));
     }
   }
 }
@@ -68,8 +89,10 @@ inline void dot_tile(const float* x, const float* u, int n, float* out, int64_t 
       for (int j = 0; j < J; ++j) acc[m][j] += a * b[j];
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int j = 0; j < J; ++j) out[m * pitch + j] += sum_lanes(acc[m][j]);
+  for (int m = 0; m < M; ++m) {
+    const v4f sums = sum_lanes(acc[m][0], acc[m][J > 1 ? 1 : 0], acc[m][J > 2 ? 2 : 0], acc[m][J > 3 ? 3 : 0]);
+    for (int j = 0; j < J; ++j) out[m * pitch + j] += sums[j];
+  }
 }
 
 // c[m][0..kBlock) = (kAdd ? c : 0) + sum_k p[m * pm + k * pk] q[k][0..kBlock), the sum in order of k before it meets c.
@@ -117,9 +140,8 @@ template <bool kAdd>
 inline void outer_tiles(const float* p, int64_t pm, int64_t pk, const float* q, int64_t K, int rows, int n, float* c) {
   for (int i = 0; i < n; i += kBlock)
     for (int m = 0; m < rows; m += kRows)
-      with_count<kRows>(rows - m < kRows ? rows - m : kRows, [&](auto M) {
-        outer_tile<M.value, kAdd>(p + m * pm, pm, pk, q + i, K, c + m * kChunk + i);
-      });
+      with_count<kRows>(rows - m < kRows ? rows - m : kRows,
+                        [&](auto M) { outer_tile<M.value, kAdd>(p + m * pm, pm, pk, q + i, K, c + m * kChunk + i); });
 }
 
 }  // namespace lrk::LRK_ISA

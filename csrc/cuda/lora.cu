@@ -3,7 +3,6 @@
 // Occupancy plan: blocks of 128 threads, at least two on an SM (255 registers), four for shrink up to rank 16 (128
 // registers). Shared memory stays under 48 KB but in shrink_wgrad, which holds a [64, 256] tile of dY: 46 to 96 KB.
 #include "lora.h"
-
 #include "tile.cuh"
 
 namespace lrk {
@@ -34,7 +33,8 @@ using FactorTile = Tile<typename M::Elem, kNContig ? kRanks : kCols, kNContig ? 
 // ---- S[T, R] = scale * D(X) U^T. Block (t tile, r tile), all chunks; or (.., chunk), its sum to planes [chunk][T][R].
 
 template <class X, class F, int kRanks, bool kNContig>
-__global__ __launch_bounds__(kBlockThreads, kRanks == 16 ? 4 : 2) void shrink_kernel(LoraShrinkParams p, Vectorize vec, float* planes) {
+__global__ __launch_bounds__(kBlockThreads, kRanks == 16 ? 4 : 2) void shrink_kernel(LoraShrinkParams p, Vectorize vec,
+                                                                                     float* planes) {
   using M = Math<X, F>;
   using TX = Tile<typename M::Elem, kBM, kBK, M::kXTerms>;
   using TU = FactorTile<M, kRanks, kBK, kNContig>;
@@ -221,7 +221,7 @@ __global__ __launch_bounds__(kBlockThreads, 2) void wgrad_kernel(LoraWgradParams
 
 template <class X, class F>
 __global__ __launch_bounds__(kBlockThreads, 2) void shrink_wgrad_kernel(LoraShrinkWgradParams both, Vectorize vec,
-                                                                     float* s_planes, float* g_planes) {
+                                                                        float* s_planes, float* g_planes) {
   using M = Math<X, F>;
   using TX = Tile<typename M::Elem, kBM, kCudaChunk, M::kXTerms>;
   using TU = FactorTile<M, kFusedRanks, kCudaChunk, false>;
@@ -256,8 +256,7 @@ __global__ __launch_bounds__(kBlockThreads, 2) void shrink_wgrad_kernel(LoraShri
     for (int k = 0; k < kCudaChunk; k += 16)
       mma_step(ds, Operand<TX, true>{tx}, Operand<TU, false>{tu}, warp * 16, 0, k);
 #pragma unroll
-    for (int k = 0; k < kBM; k += 16)
-      mma_step(db, Operand<TS, false>{ts}, Operand<TX, false>{tx}, 0, warp * kWarpN, k);
+    for (int k = 0; k < kBM; k += 16) mma_step(db, Operand<TS, false>{ts}, Operand<TX, false>{tx}, 0, warp * kWarpN, k);
     for_each_element(ds, t + warp * 16, 0, [&](int64_t row, int64_t r, float v) {
       if (row < end && r < p.R) s_planes[(int64_t{blockIdx.y} * p.T + row) * p.R + r] = v;
     });
@@ -281,8 +280,8 @@ __global__ __launch_bounds__(kBlockThreads) void sum_planes_kernel(const float* 
 }
 
 template <class F>
-int sum_planes(const float* planes, int64_t count, int64_t rows, int64_t cols, float scale, void* out,
-               int64_t stride_i, int64_t stride_j, Stream stream) {
+int sum_planes(const float* planes, int64_t count, int64_t rows, int64_t cols, float scale, void* out, int64_t stride_i,
+               int64_t stride_j, Stream stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(rows * cols, kBlockThreads)));
   return launch("sum_planes", sum_planes_kernel<F>, grid, dim3(kBlockThreads), 0, stream, planes, count, rows, cols,
                 scale, static_cast<F*>(out), stride_i, stride_j);

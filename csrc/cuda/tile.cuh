@@ -254,8 +254,7 @@ __device__ __forceinline__ void for_each_element(const float (&acc)[kTilesN][4],
 #pragma unroll
   for (int j = 0; j < kTilesN; ++j)
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      f(m + lane_id() / 4 + e / 2 * 8, n + j * 8 + lane_id() % 4 * 2 + e % 2, acc[j][e]);
+    for (int e = 0; e < 4; ++e) f(m + lane_id() / 4 + e / 2 * 8, n + j * 8 + lane_id() % 4 * 2 + e % 2, acc[j][e]);
 }
 
 }  // namespace lrk

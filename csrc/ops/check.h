@@ -25,6 +25,9 @@
 #endif
 
 extern "C" {
+#if defined(LRK_EMULATE)
+const char* lrk_emulator_report();
+#endif
 // Weak: one _C.so serves torch with and without CUDA, where these are absent.
 __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 __attribute__((weak)) AOTITorchError torch_c10_cuda_check_msg(int32_t err, const char* file, const char* function,
@@ -111,7 +114,8 @@ inline void check_device(const char* op, const char* arg, const Tensor& t, const
 }
 
 inline void check_strided(const char* op, const char* arg, const Tensor& t) {
-  if (t.layout() != torch::headeronly::Layout::Strided) fail(op, arg, " must be a dense strided tensor, got another layout");
+  if (t.layout() != torch::headeronly::Layout::Strided)
+    fail(op, arg, " must be a dense strided tensor, got another layout");
 }
 
 inline float check_finite(const char* op, const char* arg, double v) {
@@ -188,6 +192,9 @@ struct CudaScope {  // current device and stream for the length of a launch
 inline void check_launch(const char* op, int code) {
   if (code == 0) return;
   std::string text = "CUDA error " + std::to_string(code);
+#if defined(LRK_EMULATE)
+  text += std::string(": ") + lrk_emulator_report();
+#endif
   char* message = nullptr;
   if (torch_c10_cuda_check_msg && torch_c10_cuda_free_error_msg) {
     torch_c10_cuda_check_msg(code, __FILE__, op, __LINE__, false, &message);

@@ -84,8 +84,18 @@ Tensor shrink(const char* op, const Rows& x, DType x_dtype, const SmallMatrix& u
   Tensor s = torch::stable::new_empty(x.tensor, with_last(x.tensor, u.R), u.tensor.scalar_type());
   if (!s.numel()) return s;
   if (!x.N) return torch::stable::zero_(s);
-  const LoraShrinkParams p{x.tensor.const_data_ptr(), u.factor, s.mutable_data_ptr(), x.T, x.N, x.pitch,
-                           static_cast<int32_t>(u.R), x_dtype, u.dtype, scale, d.dropout, d.seed_ptr};
+  const LoraShrinkParams p{x.tensor.const_data_ptr(),
+                           u.factor,
+                           s.mutable_data_ptr(),
+                           x.T,
+                           x.N,
+                           x.pitch,
+                           static_cast<int32_t>(u.R),
+                           x_dtype,
+                           u.dtype,
+                           scale,
+                           d.dropout,
+                           d.seed_ptr};
   run(op, x.tensor, p, lora_shrink_workspace, lora_shrink_cpu, LRK_LAUNCHER(lora_shrink_cuda));
   return s;
 }
@@ -93,15 +103,37 @@ Tensor shrink(const char* op, const Rows& x, DType x_dtype, const SmallMatrix& u
 void expand(const char* op, const Rows& y, DType y_dtype, const Tensor& s, const SmallMatrix& u, float scale,
             const DropoutArgs& d) {
   if (!y.T || !y.N || !u.R) return;
-  const LoraExpandParams p{y.tensor.mutable_data_ptr(), s.const_data_ptr(), u.factor, y.T, y.N, y.pitch,
-                           static_cast<int32_t>(u.R), y_dtype, u.dtype, scale, d.dropout, d.seed_ptr};
+  const LoraExpandParams p{y.tensor.mutable_data_ptr(),
+                           s.const_data_ptr(),
+                           u.factor,
+                           y.T,
+                           y.N,
+                           y.pitch,
+                           static_cast<int32_t>(u.R),
+                           y_dtype,
+                           u.dtype,
+                           scale,
+                           d.dropout,
+                           d.seed_ptr};
   run(op, y.tensor, p, lora_expand_workspace, lora_expand_cpu, LRK_LAUNCHER(lora_expand_cuda));
 }
 
 LoraWgradParams wgrad_params(const Rows& x, DType x_dtype, const Tensor& s, int64_t R, const Tensor& g, bool g_is_b,
                              DType dtype, float scale, const DropoutArgs& d) {
-  return {s.const_data_ptr(), x.tensor.const_data_ptr(), g.mutable_data_ptr(), g_is_b ? 1 : x.N, g_is_b ? R : 1,
-          x.T, x.N, x.pitch, static_cast<int32_t>(R), x_dtype, dtype, scale, d.dropout, d.seed_ptr};
+  return {s.const_data_ptr(),
+          x.tensor.const_data_ptr(),
+          g.mutable_data_ptr(),
+          g_is_b ? 1 : x.N,
+          g_is_b ? R : 1,
+          x.T,
+          x.N,
+          x.pitch,
+          static_cast<int32_t>(R),
+          x_dtype,
+          dtype,
+          scale,
+          d.dropout,
+          d.seed_ptr};
 }
 
 // G = scale * S^T D(x), laid out as A [R, I] or as B [O, R].
@@ -123,10 +155,10 @@ ExpandGrads expand_grads(const char* op, const Rows& dy, DType dy_dtype, const T
                          float scale, float scale_b, bool need_ds, bool need_db) {
   const DropoutArgs none;
   const bool is_cuda = on_cuda(op, dy.tensor);
-  const bool fused = need_ds && need_db && dy.T && dy.N && b.R &&
-                     choose_lora_backward({dy.T, dy.N, static_cast<int32_t>(b.R), dy_dtype,
-                                           is_cuda ? Device::kCUDA : Device::kCPU})
-                         .fused;
+  const bool fused =
+      need_ds && need_db && dy.T && dy.N && b.R &&
+      choose_lora_backward({dy.T, dy.N, static_cast<int32_t>(b.R), dy_dtype, is_cuda ? Device::kCUDA : Device::kCPU})
+          .fused;
   if (!fused) {
     return {need_ds ? shrink(op, dy, dy_dtype, b, scale, none) : nothing(b.tensor),
             need_db ? wgrad(op, dy, dy_dtype, s, b, true, scale_b, none) : nothing(b.tensor)};
@@ -134,8 +166,18 @@ ExpandGrads expand_grads(const char* op, const Rows& dy, DType dy_dtype, const T
   Tensor ds = torch::stable::new_empty(s, with_last(dy.tensor, b.R));
   Tensor db = torch::stable::new_empty(b.tensor, sizes_of(b.tensor));
   LoraShrinkWgradParams p;
-  p.shrink = {dy.tensor.const_data_ptr(), b.factor, ds.mutable_data_ptr(), dy.T, dy.N, dy.pitch,
-              static_cast<int32_t>(b.R), dy_dtype, b.dtype, scale, Dropout{}, nullptr};
+  p.shrink = {dy.tensor.const_data_ptr(),
+              b.factor,
+              ds.mutable_data_ptr(),
+              dy.T,
+              dy.N,
+              dy.pitch,
+              static_cast<int32_t>(b.R),
+              dy_dtype,
+              b.dtype,
+              scale,
+              Dropout{},
+              nullptr};
   p.wgrad = wgrad_params(dy, dy_dtype, s, b.R, db, true, b.dtype, scale_b, none);
   run(op, dy.tensor, p, lora_shrink_wgrad_workspace, lora_shrink_wgrad_cpu, LRK_LAUNCHER(lora_shrink_wgrad_cuda));
   return {ds, db};
@@ -157,9 +199,7 @@ void check_base(const char* op, const Tensor& x, const Tensor& w, const OptTenso
 Tensor flat(const Tensor& t) {
   return torch::stable::reshape(t, Sizes{t.size(t.dim() - 1) ? -1 : t.numel(), t.size(t.dim() - 1)});
 }
-Tensor base_dx(const Tensor& dy, const Tensor& w) {
-  return torch::stable::contiguous(torch::stable::matmul(dy, w));
-}
+Tensor base_dx(const Tensor& dy, const Tensor& w) { return torch::stable::contiguous(torch::stable::matmul(dy, w)); }
 Tensor base_dw(const Tensor& dy, const Tensor& x) {
   return torch::stable::matmul(torch::stable::transpose(flat(dy), 0, 1), flat(x));
 }
@@ -240,8 +280,7 @@ void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
 Tensor linear_expand(const OptTensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& s,
                      const Tensor& b, double scale) {
   constexpr const char* op = "linear_expand";
-  if (x.has_value() != weight.has_value())
-    fail(op, "x and weight must come together, got only ", x ? "x" : "weight");
+  if (x.has_value() != weight.has_value()) fail(op, "x and weight must come together, got only ", x ? "x" : "weight");
   const Tensor& like = x ? *x : bias ? *bias : s;
   const char* like_arg = x ? "x" : bias ? "bias" : "s";
   const DType dtype = check_x(op, like_arg, like);
@@ -315,8 +354,8 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias,
 
 // s is what the forward made: scale * D(x) A^T. dS = scale * dY B, so that dA = dS^T D(x) and dx += D(dS A).
 Five lora_linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& a, const Tensor& b,
-                     const Tensor& s, double scale, double dropout_p, const OptTensor& seed, bool need_dx,
-                     bool need_dw, bool need_dbias, bool need_da, bool need_db) {
+                     const Tensor& s, double scale, double dropout_p, const OptTensor& seed, bool need_dx, bool need_dw,
+                     bool need_dbias, bool need_da, bool need_db) {
   constexpr const char* op = "lora_linear_bwd";
   const DType dtype = check_x(op, "x", x);
   const Rows dy_rows = rows_of(op, "dy", dy), x_rows = rows_of(op, "x", x);
@@ -347,8 +386,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LRK_NAMESPACE, m) {
       "lora_shrink_bwd(Tensor ds, Tensor x, Tensor a, float scale, float dropout_p, Tensor? seed, bool need_dx, "
       "bool need_da) -> (Tensor dx, Tensor da)");
   m.def("lora_expand_(Tensor(a!) y, Tensor s, Tensor b, float scale=1.0) -> ()");
-  m.def(
-      "linear_expand(Tensor? x, Tensor? weight, Tensor? bias, Tensor s, Tensor b, float scale=1.0) -> Tensor");
+  m.def("linear_expand(Tensor? x, Tensor? weight, Tensor? bias, Tensor s, Tensor b, float scale=1.0) -> Tensor");
   m.def(
       "linear_expand_bwd(Tensor dy, Tensor? x, Tensor? weight, Tensor s, Tensor b, float scale, bool need_dx, "
       "bool need_dw, bool need_dbias, bool need_ds, bool need_db) "

@@ -31,7 +31,14 @@ COMMON = ["-std=c++17", "-fPIC", f"-ffile-prefix-map={ROOT}=.", "-fno-strict-ali
           "-Icsrc", "-Icsrc/cuda", f"-I{HERE}"]  # fmt: skip
 KERNEL = {
     "plain": ["-O2", "-g1", "-ftls-model=initial-exec"],
-    "sanitized": ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "sanitized": [
+        "-O1",
+        "-g1",
+        "-fno-omit-frame-pointer",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize=null",
+        "-fno-sanitize-recover=all",
+    ],
     # The instrumentation alone is wanted; track.cpp answers its calls and no libtsan is linked.
     "tracked": ["-O1", "-g", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"],
 }
