@@ -215,6 +215,16 @@ def test_nan_and_inf_stay_in_their_rows(device, dtype):
     assert not s[dirty].isfinite().any()
 
 
+def test_a_dropped_nan_is_dropped(device, dtype):
+    x, a = torch.full((40, 64), float("nan")).to(dtype), torch.eye(64).to(dtype)
+    seed = torch.tensor([5])
+    kept = lrkern.ops.lora_shrink(torch.ones_like(x), a, 1.0, 0.5, seed) != 0
+    rows = lrkern.ops.lora_shrink(x, torch.ones(1, 64).to(dtype), 1.0, 0.99, seed)
+    none_kept = (lrkern.ops.lora_shrink(torch.ones_like(x), a, 1.0, 0.99, seed) == 0).all(1)
+    assert 0.4 < kept.double().mean() < 0.6 and 0 < none_kept.sum() < 40
+    assert torch.equal(rows[:, 0] == 0, none_kept)
+
+
 def test_threads_do_not_change_bits(dtype):
     x, w = torch.randn(300, 1100).to(dtype), torch.randn(700, 1100).to(dtype)
     a, b = torch.randn(20, 1100), torch.randn(700, 20)

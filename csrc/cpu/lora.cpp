@@ -129,7 +129,7 @@ void expand(const LoraExpandParams& p, float* packed) {
         float* add = tile + t * kChunk;
         if (p.dropout.threshold) {
           dropout_row(p.dropout, seed, t0 + t, c * kChunk, n, mask);
-          for (int i = 0; i < n; ++i) add[i] *= mask[i];
+          for (int i = 0; i < n; ++i) add[i] = mask[i] != 0.f ? add[i] * mask[i] : 0.f;
         }
         int i = 0;
         for (; i + kLanes <= n; i += kLanes) store(dst + i, load(dst + i) + p.scale * load(add + i));

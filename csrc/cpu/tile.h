@@ -71,7 +71,7 @@ void load_tile(const T* x, int64_t pitch, int64_t row0, int rows, int64_t col0, 
     if (d.threshold) {
       float m[kChunk];
       dropout_row(d, seed, row0 + t, col0, n, m);
-      for (int j = 0; j < n; ++j) dst[j] *= m[j];
+      for (int j = 0; j < n; ++j) dst[j] = m[j] != 0.f ? dst[j] * m[j] : 0.f;  // a dropped nan is dropped
     }
   }
 }

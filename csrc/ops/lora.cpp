@@ -196,14 +196,14 @@ void check_base(const char* op, const Tensor& x, const Tensor& w, const OptTenso
   check_shape(op, "bias", *bias, "[O]", {w.size(0)});
 }
 
-Tensor flat(const Tensor& t) {
-  return torch::stable::reshape(t, Sizes{t.size(t.dim() - 1) ? -1 : t.numel(), t.size(t.dim() - 1)});
+Tensor flat(const Rows& t) { return torch::stable::reshape(t.tensor, Sizes{t.T, t.N}); }
+Tensor base_dx(const Rows& dy, const Tensor& w) {
+  return torch::stable::contiguous(torch::stable::matmul(dy.tensor, w));
 }
-Tensor base_dx(const Tensor& dy, const Tensor& w) { return torch::stable::contiguous(torch::stable::matmul(dy, w)); }
-Tensor base_dw(const Tensor& dy, const Tensor& x) {
+Tensor base_dw(const Rows& dy, const Rows& x) {
   return torch::stable::matmul(torch::stable::transpose(flat(dy), 0, 1), flat(x));
 }
-Tensor base_dbias(const Tensor& dy) {
+Tensor base_dbias(const Rows& dy) {
   const Sizes rows{0};
   return torch::stable::sum(flat(dy), torch::headeronly::IntHeaderOnlyArrayRef(rows.data(), 1));
 }
@@ -320,8 +320,8 @@ Five linear_expand_bwd(const Tensor& dy, const OptTensor& x, const OptTensor& we
   if ((need_dx || need_dw) && !(x && weight)) fail(op, "x and weight are needed for their gradients, got None");
   if (need_dx) check_shape(op, "weight", *weight, "[O, I]", {rows.N, -1});
   const ExpandGrads g = expand_grads(op, rows, dtype, sc, u, k, k, need_ds, need_db);
-  return {need_dx ? base_dx(rows.tensor, *weight) : nothing(dy), need_dw ? base_dw(rows.tensor, *x) : nothing(dy),
-          need_dbias ? base_dbias(rows.tensor) : nothing(dy), g.ds, g.db};
+  return {need_dx ? base_dx(rows, *weight) : nothing(dy), need_dw ? base_dw(rows, rows_of(op, "x", *x)) : nothing(dy),
+          need_dbias ? base_dbias(rows) : nothing(dy), g.ds, g.db};
 }
 
 std::tuple<Tensor, Tensor> lora_forward(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
@@ -370,10 +370,10 @@ Five lora_linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, co
   const ExpandGrads g = expand_grads(op, dy_rows, dtype, sc, ub, k, 1.f, need_dx || need_da, need_db);
   Tensor dx = nothing(x);
   if (need_dx) {
-    dx = base_dx(dy_rows.tensor, weight);
+    dx = base_dx(dy_rows, weight);
     expand(op, rows_of(op, "dx", dx), dtype, g.ds, ua, 1.f, d);
   }
-  return {dx, need_dw ? base_dw(dy_rows.tensor, x) : nothing(x), need_dbias ? base_dbias(dy_rows.tensor) : nothing(x),
+  return {dx, need_dw ? base_dw(dy_rows, x_rows) : nothing(x), need_dbias ? base_dbias(dy_rows) : nothing(x),
           need_da ? wgrad(op, x_rows, dtype, g.ds, ua, false, 1.f, d) : nothing(a), g.db};
 }
 

@@ -47,8 +47,9 @@ def dropout_multiplier(rows: int, cols: int, p: float, seed: Tensor) -> Tensor:
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if int(p * 65536 + 0.5) == 0:
         return x
-    m = dropout_multiplier(x[..., 0].numel(), x.shape[-1], p, seed.cpu()).to(x.device)
-    return x * m.to(x.dtype).reshape(x.shape)
+    m = dropout_multiplier(x.shape[:-1].numel(), x.shape[-1], p, seed.cpu()).to(x.device)
+    m = m.to(x.dtype).reshape(x.shape)
+    return torch.where(m != 0, x * m, 0.0)  # a dropped nan is dropped
 
 
 # ---------------------------------------------------------------------------------------------------- LoRA

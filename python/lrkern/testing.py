@@ -4,7 +4,8 @@
 A result is compared with the truth (the reference in float64) by the yardstick of the same-dtype PyTorch expression:
 
     max error        <= 2   x the expression's max error + one ulp of the result's dtype at max |truth|
-    Frobenius error  <= 1.5 x the expression's           + half that ulp per element
+    Frobenius error  <= 1.5 x the expression's           + half that ulp per element (from 256 elements on: a few
+                        elements of the expression can be exact by luck)
     inf and nan      in the same places as in the expression
 
 (torch.testing.assert_close's defaults fail for torch's own fp32 linear at I >= 512.) Gradients of fp32 factors over a
@@ -19,6 +20,7 @@ from torch import Tensor
 
 MAX_ERROR_FACTOR = 2.0
 FROBENIUS_FACTOR = 1.5
+FROBENIUS_FROM = 256
 FP32_FACTOR_ERROR = 1e-5
 
 
@@ -38,7 +40,9 @@ def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
     return d.abs().max().item(), d.norm().item()
 
 
-def mismatch(got: Tensor, truth: Tensor, yardstick: Tensor, fp32_factor: bool = False) -> str | None:
+def mismatch(
+    got: Tensor, truth: Tensor, yardstick: Tensor, fp32_factor: bool = False, ulps: float = 1.0
+) -> str | None:
     """What is wrong with `got`, or None. truth is float64, yardstick the same-dtype expression's result."""
     if got.shape != truth.shape:
         return f"shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
@@ -54,23 +58,25 @@ def mismatch(got: Tensor, truth: Tensor, yardstick: Tensor, fp32_factor: bool = 
         return None
     (max_got, fro_got), (max_ref, fro_ref) = errors(got, truth), errors(yardstick, truth)
     finite = truth[truth.isfinite()]
-    step = ulp(finite.abs().max().item() if finite.numel() else 0.0, got.dtype)
+    step = ulps * ulp(finite.abs().max().item() if finite.numel() else 0.0, got.dtype)
     if fp32_factor and fro_got <= FP32_FACTOR_ERROR * finite.norm().item():
         return None
     if max_got > MAX_ERROR_FACTOR * max_ref + step:
-        return f"max error {max_got:.3e}, the same-dtype expression has {max_ref:.3e}, one ulp is {step:.3e}"
-    if fro_got > FROBENIUS_FACTOR * fro_ref + 0.5 * step * got.numel() ** 0.5:
-        return f"Frobenius error {fro_got:.3e}, the same-dtype expression has {fro_ref:.3e}, one ulp is {step:.3e}"
+        return f"max error {max_got:.3e}, the same-dtype expression has {max_ref:.3e}, allowed beside it {step:.3e}"
+    if got.numel() >= FROBENIUS_FROM and fro_got > FROBENIUS_FACTOR * fro_ref + 0.5 * step * got.numel() ** 0.5:
+        return f"Frobenius error {fro_got:.3e}, the same-dtype expression has {fro_ref:.3e}, allowed beside it {step:.3e}"
     return None
 
 
-def check(got: Any, truth: Any, yardstick: Any, what: str, fp32_factor: bool = False) -> None:
+def check(
+    got: Any, truth: Any, yardstick: Any, what: str, fp32_factor: bool = False, ulps: float = 1.0
+) -> None:
     """Raises AssertionError naming `what` where a tensor (or one of a tuple) is off."""
     if isinstance(got, (tuple, list)):
         for i, parts in enumerate(zip(got, truth, yardstick, strict=True)):
-            check(*parts, f"{what}[{i}]", fp32_factor)
+            check(*parts, f"{what}[{i}]", fp32_factor, ulps)
         return
-    if wrong := mismatch(got, truth.to(got.device), yardstick.to(got.device), fp32_factor):
+    if wrong := mismatch(got, truth.to(got.device), yardstick.to(got.device), fp32_factor, ulps):
         raise AssertionError(f"{what}: {wrong}")
 
 
