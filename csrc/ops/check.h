@@ -11,6 +11,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -123,6 +124,10 @@ inline float check_finite(const char* op, const char* arg, double v) {
   return static_cast<float>(v);
 }
 
+inline Tensor as_contiguous(const Tensor& t) {  // a call through the dispatcher only where it has something to do
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 // A tensor [..., N] as T rows of N contiguous elements, `pitch` apart. Other strides are copied once.
 struct Rows {
   Tensor tensor;
@@ -150,11 +155,7 @@ inline Rows rows_of(const char* op, const char* arg, const Tensor& t) {
     }
   }
   if (ok || !t.numel()) return {t, T, N, pitch};
-  return {torch::stable::contiguous(t), T, N, N};
-}
-
-inline Tensor empty_like_rows(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  return {as_contiguous(t), T, N, N};
 }
 
 // Which side of the contract a tensor goes to.
@@ -213,14 +214,30 @@ inline void check_launch(const char* op, int code) {
 #define LRK_LAUNCHER(f) static_cast<decltype(&f)>(nullptr)
 #endif
 
+// Scratch of small CPU calls, one per calling thread: an allocation costs a microsecond, as much as such a call.
+struct alignas(64) SmallScratch {
+  char bytes[1 << 18];
+};
+inline void* small_scratch() {
+  static thread_local std::unique_ptr<SmallScratch> scratch;
+  if (!scratch) scratch.reset(new SmallScratch);
+  return scratch->bytes;
+}
+
 // Runs one kernel of a contract on the device of `t`, with its scratch memory from torch's allocator.
 template <class P>
 void run(const char* op, const Tensor& t, const P& p, size_t (*workspace)(const P&, Device),
          void (*cpu)(const P&, void*), int (*cuda)(const P&, void*, Stream)) {
   const bool is_cuda = on_cuda(op, t);
   const size_t bytes = workspace(p, is_cuda ? Device::kCUDA : Device::kCPU);
-  Tensor scratch = torch::stable::new_empty(t, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  void* ws = bytes ? scratch.mutable_data_ptr() : nullptr;
+  OptTensor scratch;
+  void* ws = nullptr;
+  if (!is_cuda && bytes <= sizeof(SmallScratch)) {
+    ws = small_scratch();
+  } else if (bytes) {
+    scratch = torch::stable::new_empty(t, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+    ws = scratch->mutable_data_ptr();
+  }
   if (!is_cuda) return cpu(p, ws);
   CudaScope scope(op, t);
   check_launch(op, cuda(p, ws, scope.stream));

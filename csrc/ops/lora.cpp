@@ -17,11 +17,11 @@ struct SmallMatrix {
   Factor factor;
 };
 SmallMatrix factor_of_a(const Tensor& a, DType dtype) {
-  Tensor t = torch::stable::contiguous(a);
+  Tensor t = as_contiguous(a);
   return {t, dtype, t.size(0), t.size(1), Factor{t.const_data_ptr(), t.size(1), 1}};
 }
 SmallMatrix factor_of_b(const Tensor& b, DType dtype) {
-  Tensor t = torch::stable::contiguous(b);
+  Tensor t = as_contiguous(b);
   return {t, dtype, t.size(1), t.size(0), Factor{t.const_data_ptr(), 1, t.size(1)}};
 }
 
@@ -197,9 +197,7 @@ void check_base(const char* op, const Tensor& x, const Tensor& w, const OptTenso
 }
 
 Tensor flat(const Rows& t) { return torch::stable::reshape(t.tensor, Sizes{t.T, t.N}); }
-Tensor base_dx(const Rows& dy, const Tensor& w) {
-  return torch::stable::contiguous(torch::stable::matmul(dy.tensor, w));
-}
+Tensor base_dx(const Rows& dy, const Tensor& w) { return as_contiguous(torch::stable::matmul(dy.tensor, w)); }
 Tensor base_dw(const Rows& dy, const Rows& x) {
   return torch::stable::matmul(torch::stable::transpose(flat(dy), 0, 1), flat(x));
 }
@@ -238,7 +236,7 @@ Tensor check_s(const char* op, const char* arg, const Tensor& s, const Tensor& l
   if (s.scalar_type() != u.tensor.scalar_type())
     fail(op, arg, " must be ", name_of(u.tensor.scalar_type()), " (the dtype of ", u_arg, "), got ",
          name_of(s.scalar_type()));
-  return torch::stable::contiguous(s);
+  return as_contiguous(s);
 }
 
 Tensor lora_shrink(const Tensor& x, const Tensor& a, double scale, double dropout_p, const OptTensor& seed) {
@@ -293,7 +291,7 @@ Tensor linear_expand(const OptTensor& x, const OptTensor& weight, const OptTenso
     check_base(op, *x, *weight, bias);
     u = check_b(op, b, weight->size(0), -1, *x, "x");
     check_s(op, "s", s, *x, "x", u, "b");
-    y = torch::stable::contiguous(aten_linear(*x, *weight, bias));
+    y = as_contiguous(aten_linear(*x, *weight, bias));
   } else {
     if (bias) check_shape(op, "bias", *bias, "[O]", {b.dim() == 2 ? b.size(0) : -1});
     u = check_b(op, b, -1, s.size(s.dim() - 1), like, like_arg);
@@ -302,7 +300,7 @@ Tensor linear_expand(const OptTensor& x, const OptTensor& weight, const OptTenso
     y = torch::stable::new_zeros(like, with_last(s, b.size(0)));
     if (bias) torch::stable::copy_(y, *bias);
   }
-  const Tensor sc = torch::stable::contiguous(s);
+  const Tensor sc = as_contiguous(s);
   expand(op, rows_of(op, "y", y), dtype, sc, u, k, {});
   return y;
 }
@@ -335,7 +333,7 @@ std::tuple<Tensor, Tensor> lora_forward(const char* op, const Tensor& x, const T
     fail(op, "b must be ", name_of(a.scalar_type()), " (the dtype of a), got ", name_of(b.scalar_type()));
   const float k = check_finite(op, "scale", scale);
   const DropoutArgs d = check_dropout(op, dropout_p, seed, x);
-  Tensor y = torch::stable::contiguous(aten_linear(x, weight, bias));
+  Tensor y = as_contiguous(aten_linear(x, weight, bias));
   const Tensor s = shrink(op, rows, dtype, ua, k, d);
   expand(op, rows_of(op, "y", y), dtype, s, ub, 1.f, {});
   return {y, s};
