@@ -28,6 +28,7 @@ __all__ = ["Report", "load_adapter", "patch", "save_adapter", "unpatch"]
 
 _DROPOUTS = (nn.Dropout, nn.Identity)
 _PLAIN = (Tensor, nn.Parameter)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class _FusedLinear(LoraLinear):
@@ -47,33 +48,36 @@ def _plan(layer: LoraLinear) -> "tuple[Tensor, Tensor | None, Tensor, Tensor, fl
     """The arguments of functional.lora_linear after x, or why this layer must run PEFT's own forward."""
     if layer.disable_adapters or layer.merged_adapters:
         return "adapters disabled or merged"
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    modules = layer._modules  # nn.Module.__getattr__ is the slow way, and this runs on every call
+    a_of, b_of = modules["lora_A"]._modules, modules["lora_B"]._modules
+    active = [name for name in layer.active_adapters if name in a_of]
     if len(active) != 1:
         return f"{len(active)} active adapters on this layer, fused with 1"
     (name,) = active
     if name in layer.lora_variant:
         return f"variant {type(layer.lora_variant[name]).__name__}"
-    base, a, b, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    base, a, b, dropout = modules["base_layer"], a_of[name], b_of[name], modules["lora_dropout"]._modules[name]
     if type(base) is not nn.Linear or type(a) is not nn.Linear or type(b) is not nn.Linear:
         return f"base layer {type(base).__name__}, fused over an exact nn.Linear"
-    weight, bias = base.weight, base.bias
+    weight, wa, wb = base._parameters["weight"], a._parameters["weight"], b._parameters["weight"]
     if type(weight) not in _PLAIN:
         return f"base weight {type(weight).__name__}"
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"base dtype {weight.dtype}"
-    if not a.weight.dtype == b.weight.dtype or a.weight.dtype not in (weight.dtype, torch.float32):
-        return f"factors of dtype {a.weight.dtype}, {b.weight.dtype} over a base of {weight.dtype}"
-    if a.bias is not None or b.bias is not None:
+    dtype = weight.dtype
+    if dtype not in _DTYPES:
+        return f"base dtype {dtype}"
+    if wa.dtype != wb.dtype or wa.dtype not in (dtype, torch.float32):
+        return f"factors of dtype {wa.dtype}, {wb.dtype} over a base of {dtype}"
+    if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
         return "lora_bias"
     if type(dropout) not in _DROPOUTS:
         return f"dropout {type(dropout).__name__}"
-    if a.weight.shape[0] > 512:
-        return f"rank {a.weight.shape[0]}, fused up to 512"
+    if wa.shape[0] > 512:
+        return f"rank {wa.shape[0]}, fused up to 512"
     for m in (base, a, b, dropout):
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "forward" in m.__dict__:
             return "hooks on an inner module"
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return weight, bias, a.weight, b.weight, float(layer.scaling[name]), p, True
+    return weight, base._parameters["bias"], wa, wb, float(layer.scaling[name]), p, True
 
 
 @dataclass
