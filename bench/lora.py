@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timing import LAST_LEVEL_CACHE, Call
 from torch import Tensor, nn
 
 from lrkern import ops
 from lrkern.reference import lora_linear as expression
-from timing import LAST_LEVEL_CACHE, Call
 
 PROVIDERS = ("base", "eager", "peft", "lrkern")
 
@@ -23,8 +23,8 @@ PROVIDERS = ("base", "eager", "peft", "lrkern")
 @dataclass(frozen=True)
 class Case:
     T: int
-    I: int  # noqa: E741, the letters of docs/ops.md
-    O: int  # noqa: E741
+    I: int
+    O: int
     R: int
     dtype: torch.dtype
     factor_dtype: torch.dtype
@@ -97,7 +97,9 @@ class AdapterOnly(torch.autograd.Function):
         x, a, b, s, seed = ctx.saved_tensors
         dx, scale, p = ctx.rest
         with torch._C._AutoDispatchBelowAutograd():
-            *_, ds, db = torch.ops.lrkern.linear_expand_bwd.default(dy, None, None, s, b, scale, *[False] * 3, True, True)
+            *_, ds, db = torch.ops.lrkern.linear_expand_bwd.default(
+                dy, None, None, s, b, scale, *[False] * 3, True, True
+            )
             # lora_shrink_bwd's dx starts from zeros where the fused op starts from dy W: one write of dx more.
             if p:
                 dx, da = torch.ops.lrkern.lora_shrink_bwd.default(ds, x, a, 1.0, p, seed, True, True)
@@ -115,13 +117,13 @@ class Copy:
         from peft.tuners.lora.layer import Linear as PeftLinear
 
         g = torch.Generator().manual_seed(seed)
-        draw = lambda *s, dtype=case.dtype: torch.randn(*s, generator=g).to(device, dtype)  # noqa: E731
+        draw = lambda *s, dtype=case.dtype: torch.randn(*s, generator=g).to(device, dtype)
         grad = case.passes != "no_grad"
         self.x = draw(case.T, case.I).requires_grad_(grad)
         self.dy, self.y, self.dx = draw(case.T, case.O), draw(case.T, case.O), draw(case.T, case.I)
         self.linear = nn.Linear(case.I, case.O, device=device, dtype=case.dtype).requires_grad_(False)
         config = LoraConfig(r=case.R, lora_alpha=2 * case.R, lora_dropout=case.dropout, init_lora_weights="gaussian")
-        make = lambda base: PeftLinear(base, "default", config=config, r=case.R, lora_alpha=2 * case.R)  # noqa: E731
+        make = lambda base: PeftLinear(base, "default", config=config, r=case.R, lora_alpha=2 * case.R)
         self.peft = make(self.linear).to(device)
         for m in (self.peft.lora_A, self.peft.lora_B):
             m.to(case.factor_dtype)
@@ -181,7 +183,7 @@ def errors(case: Case, c: Copy) -> dict[str, float]:
     quiet = Case(**{**case.__dict__, "dropout": 0.0})
     c.peft.eval()
     with torch.no_grad():
-        d = lambda t: t.double()  # noqa: E731
+        d = lambda t: t.double()
         args = (d(c.x), d(c.linear.weight), d(c.linear.bias))
         truth = expression(*args, d(c.a), d(c.b), 2.0)
         base = F.linear(*args)

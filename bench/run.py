@@ -17,11 +17,11 @@ import shlex
 import sys
 from pathlib import Path
 
+import timing
 import torch
 from tqdm import tqdm
 
 import lrkern
-import timing
 
 SUITES = ("lora",)
 
@@ -29,10 +29,9 @@ SUITES = ("lora",)
 def machine(device: str) -> str:
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    try:
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    except OSError:
-        names = []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     isa = json.loads(lrkern.ops.build_info())["cpu_isa"]
     name = names[0] if names else platform.machine()
     return f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, {isa}, torch {torch.__version__}"

@@ -51,7 +51,7 @@ def interleaved(calls: dict[str, Call], rounds: int, device: str, tick: Callable
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
-    at = lambda q: times[min(len(times) - 1, round(q * (len(times) - 1)))]  # noqa: E731
+    at = lambda q: times[min(len(times) - 1, round(q * (len(times) - 1)))]
     return {"p20_ms": at(0.2), "p50_ms": statistics.median(times), "p80_ms": at(0.8)}
 
 
@@ -61,7 +61,9 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
     src, dst = (torch.empty(n, dtype=torch.int8, device=device) for _ in range(2))
     m = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(m, m, device=device).to(dtype) for _ in range(2))
-    best = {k: v[0] for k, v in interleaved({"copy": lambda i: dst.copy_(src), "gemm": lambda i: a @ b}, 7, device).items()}
+    best = {
+        k: v[0] for k, v in interleaved({"copy": lambda i: dst.copy_(src), "gemm": lambda i: a @ b}, 7, device).items()
+    }
     return 2 * n / best["copy"] * 1e3, 2 * m**3 / best["gemm"] * 1e3
 
 

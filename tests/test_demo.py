@@ -98,7 +98,8 @@ def a_summary(gap=1e-5, dy=1e-6):
     cost = dict(base_ms=100.0, within_noise=False)
     for side in demo.SIDES:
         cost |= {
-            f"{side}_{key}": 12.0 for key in ("ms", "noise_ms", "saved_bytes", "saved_bytes_dropout", "peak_bytes")
+            f"{side}_{key}": 12.0
+            for key in ("ms", "noise_ms", "saved_bytes", "saved_bytes_dropout", "peak_bytes", "process_peak_bytes")
         }
     return dict(
         settings=dict(rank=16, device="cpu", machine="a CPU", cores=2, seed=0),
@@ -144,7 +145,7 @@ def test_dry_run_says_what_it_would_do_without_doing_it(tmp_path):
     command = [sys.executable, "-c", code, "--dry-run", "--quick", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=demo.HERE, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for word in ("320 training lines", "8 runs", "20 steps", "expected on 2 cores", "summary.json"):
+    for word in ("256 training lines", "8 runs", "16 steps", "expected on 2 cores", "summary.json"):
         assert word in done.stdout
     assert not (tmp_path / "out").exists()
 

@@ -19,11 +19,11 @@ size = st.one_of(st.integers(0, 9), st.integers(10, 70), st.sampled_from([64, 12
 
 @st.composite
 def layers(draw):
-    dtype, lead = draw(dtypes), draw(st.lists(st.integers(0, 5), min_size=0, max_size=2)) + [draw(size)]
+    dtype, lead = draw(dtypes), [*draw(st.lists(st.integers(0, 5), min_size=0, max_size=2)), draw(size)]
     I, O, R = draw(size), draw(size), draw(st.one_of(st.integers(0, 20), st.sampled_from([63, 64, 65, 128, 200])))
     factor = draw(st.sampled_from([dtype, torch.float32]))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    new = lambda *s, dtype=dtype: torch.randn(*s, generator=g).to(dtype)  # noqa: E731
+    new = lambda *s, dtype=dtype: torch.randn(*s, generator=g).to(dtype)
     kind = draw(st.sampled_from(["contiguous", "pitch", "offset", "transposed", "expanded"]))
     x = new(*lead, I)
     if kind == "pitch":
@@ -50,7 +50,11 @@ def test_lora_linear_on_anything(layer):
     leaves = [t.detach().requires_grad_() if t is not None else None for t in args]
     fp32 = args[3].dtype != args[0].dtype
     results = []
-    for fn, convert in ((lrkern.ops.lora_linear, lambda t: t), (reference.lora_linear, testing.to64), (reference.lora_linear, lambda t: t)):
+    for fn, convert in (
+        (lrkern.ops.lora_linear, lambda t: t),
+        (reference.lora_linear, testing.to64),
+        (reference.lora_linear, lambda t: t),
+    ):
         own = [convert(t).detach().requires_grad_() if t is not None else None for t in leaves]
         y = fn(*own, **kwargs)
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(args[0].dtype).to(y.dtype)
@@ -71,8 +75,12 @@ def wrong(draw):
         args[at] = draw(st.sampled_from([float("nan"), float("inf"), -1.0, 2.0, 0.5]))
     else:
         shape = draw(st.lists(st.integers(0, 6), max_size=4))
-        other = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
-        args[at] = draw(st.one_of(st.just(torch.zeros(shape, dtype=draw(other))), st.just(torch.zeros(shape).to_sparse())))
+        other = st.sampled_from(
+            [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
+        )
+        args[at] = draw(
+            st.one_of(st.just(torch.zeros(shape, dtype=draw(other))), st.just(torch.zeros(shape).to_sparse()))
+        )
     return args
 
 

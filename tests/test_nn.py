@@ -71,7 +71,8 @@ def test_inits_are_those_of_peft(init):
     peft = pytest.importorskip("peft")
     base = nn.Linear(24, 20)
     theirs = peft.get_peft_model(
-        nn.Sequential(copy.deepcopy(base)), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=init)
+        nn.Sequential(copy.deepcopy(base)),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=init),
     ).base_model.model[0]
     ours = FusedLoRALinear.from_linear(base, r=4, lora_alpha=8, init=init)
     torch.testing.assert_close(ours.base_layer.weight, theirs.base_layer.weight, atol=1e-5, rtol=1e-5)

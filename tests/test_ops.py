@@ -35,7 +35,9 @@ def run_op(op, fn, args, kwargs):
 
 def copy_rows(t):
     """A copy with the strides of t; what lies between the rows stays NaN."""
-    storage = torch.full((t.untyped_storage().nbytes() // t.element_size(),), float("nan"), dtype=t.dtype, device=t.device)
+    storage = torch.full(
+        (t.untyped_storage().nbytes() // t.element_size(),), float("nan"), dtype=t.dtype, device=t.device
+    )
     view = storage.as_strided(t.shape, t.stride(), t.storage_offset())
     return view.copy_(t)
 
@@ -52,7 +54,9 @@ def test_forward(op, sample_name, device, dtype):
 def gradients(op, fn, sample, cotangent=None):
     """Gradients of every differentiable argument present, by name."""
     names = list(inspect.signature(op.truth).parameters)
-    args = [a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_contiguous() else a for a in sample.args]
+    args = [
+        a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_contiguous() else a for a in sample.args
+    ]
     args = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args]  # pitched: keep the strides
     y = fn(*args, **sample.kwargs)
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) if cotangent is None else cotangent
@@ -108,7 +112,9 @@ def test_direct_call_has_the_gradient(op):
 
 def test_every_op_of_the_library_has_a_gradient_or_refuses():
     """No schema may slip past the registry: each op is in it, is the gradient of one that is, or takes no tensors."""
-    schemas = {s.name.removeprefix("lrkern::"): s for s in torch._C._jit_get_all_schemas() if s.name.startswith("lrkern::")}
+    schemas = {
+        s.name.removeprefix("lrkern::"): s for s in torch._C._jit_get_all_schemas() if s.name.startswith("lrkern::")
+    }
     assert OPS.keys() <= schemas.keys()
     for name, schema in schemas.items():
         if name in OPS or name == "build_info":
@@ -131,7 +137,7 @@ def test_double_backward_is_refused(op):
 
 @pytest.mark.parametrize("name", ["lora_shrink_bwd", "linear_expand_bwd", "lora_linear_bwd", "lora_linear_fwd"])
 def test_inner_ops_refuse_to_lose_a_gradient(name):
-    draw = lambda *s: torch.randn(*s, requires_grad=True)  # noqa: E731
+    draw = lambda *s: torch.randn(*s, requires_grad=True)
     x, w, a, b, s, dy = draw(3, 8), draw(5, 8), draw(2, 8), draw(5, 2), draw(3, 2), draw(3, 5)
     args = {
         "lora_shrink_bwd": (s, x, a, 1.0, 0.0, None, True, True),
@@ -149,7 +155,9 @@ OPCHECK = ("one_token", "rank_17_fp32", "pitch", "dropout_fp32_pitch", "rank_0",
 @pytest.mark.parametrize(("op", "sample_name"), [(o, n) for o, n in OP_SAMPLES if n in OPCHECK], ids=str)
 def test_opcheck(op, sample_name):
     s = get_sample(op, sample_name, "cpu", torch.float32)
-    args = tuple(a.detach().clone().requires_grad_(bool(op.differentiable)) if isinstance(a, Tensor) else a for a in s.args)
+    args = tuple(
+        a.detach().clone().requires_grad_(bool(op.differentiable)) if isinstance(a, Tensor) else a for a in s.args
+    )
     torch.library.opcheck(getattr(torch.ops.lrkern, op.name).default, args, s.kwargs)
 
 

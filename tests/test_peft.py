@@ -55,7 +55,9 @@ def test_patched_equals_peft(config, dtype):
     torch.testing.assert_close(model(x), y, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("config", "why"), [({"use_dora": True}, "variant"), ({"lora_bias": True}, "lora_bias")], ids=str)
+@pytest.mark.parametrize(
+    ("config", "why"), [({"use_dora": True}, "variant"), ({"lora_bias": True}, "lora_bias")], ids=str
+)
 def test_what_is_not_fused_runs_as_peft_bit_for_bit(config, why):
     model, x = peft_net(**config), torch.randn(3, 16)
     y = model(x)

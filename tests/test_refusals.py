@@ -17,7 +17,16 @@ def good(name):
     return {
         "lora_shrink": {"x": x, "a": a, "scale": 1.0, "dropout_p": 0.0, "seed": None},
         "linear_expand": {"x": x, "weight": w, "bias": bias, "s": s, "b": b, "scale": 1.0},
-        "lora_linear": {"x": x, "weight": w, "bias": bias, "a": a, "b": b, "scale": 1.0, "dropout_p": 0.0, "seed": None},
+        "lora_linear": {
+            "x": x,
+            "weight": w,
+            "bias": bias,
+            "a": a,
+            "b": b,
+            "scale": 1.0,
+            "dropout_p": 0.0,
+            "seed": None,
+        },
         "lora_expand_": {"y": torch.randn(T, O), "s": s, "b": b, "scale": 1.0},
     }[name]
 
@@ -72,7 +81,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("op", "change", "text"), CASES, ids=[f"{op}-{next(iter(c))}-{i}" for i, (op, c, _) in enumerate(CASES)])
+@pytest.mark.parametrize(
+    ("op", "change", "text"), CASES, ids=[f"{op}-{next(iter(c))}-{i}" for i, (op, c, _) in enumerate(CASES)]
+)
 def test_refuses(op, change, text):
     kwargs = good(op) | change
     before = kwargs["y"].clone() if "y" in kwargs else None
@@ -84,7 +95,9 @@ def test_refuses(op, change, text):
 
 def test_16_bit_base_and_factors_of_the_other_type():
     x, w = torch.randn(T, I).bfloat16(), torch.randn(O, I).bfloat16()
-    with pytest.raises(RuntimeError, match=r"lora_linear: a must be bfloat16 \(the dtype of x\) or float32, got float16"):
+    with pytest.raises(
+        RuntimeError, match=r"lora_linear: a must be bfloat16 \(the dtype of x\) or float32, got float16"
+    ):
         lrkern.ops.lora_linear(x, w, None, torch.randn(R, I).half(), torch.randn(O, R).half())
     with pytest.raises(RuntimeError, match=r"lora_linear: b must be float32 \(the dtype of a\), got bfloat16"):
         lrkern.ops.lora_linear(x, w, None, torch.randn(R, I), torch.randn(O, R).bfloat16())
@@ -101,7 +114,9 @@ def test_devices_do_not_mix_and_meta_traces():
 def test_backward_refuses_a_gradient_of_another_shape_or_dtype():
     x, w, a, b, s = torch.randn(T, I), torch.randn(O, I), torch.randn(R, I), torch.randn(O, R), torch.randn(T, R)
     tail = (1.0, 0.0, None, True, False, False, True, True)
-    with pytest.raises(RuntimeError, match=rf"lora_linear_bwd: dy must have shape \[..., O\] = \[{T}, {O}\], got \[{T}, {I}\]"):
+    with pytest.raises(
+        RuntimeError, match=rf"lora_linear_bwd: dy must have shape \[..., O\] = \[{T}, {O}\], got \[{T}, {I}\]"
+    ):
         torch.ops.lrkern.lora_linear_bwd(torch.randn(T, I), x, w, a, b, s, *tail)
     with pytest.raises(RuntimeError, match="lora_linear_bwd: dy must be float32, got bfloat16"):
         torch.ops.lrkern.lora_linear_bwd(torch.randn(T, O).bfloat16(), x, w, a, b, s, *tail)

@@ -105,7 +105,9 @@ def test_selective_checkpointing_sees_the_op():
         return CheckpointPolicy.MUST_SAVE if "lrkern" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
     net, x = Net(), torch.randn(4, I, requires_grad=True)
-    checkpoint(net, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)).sum().backward()
+    checkpoint(
+        net, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+    ).sum().backward()
     assert "lrkern.lora_linear_fwd.default" in seen
     assert x.grad is not None
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // LoRA on CUDA, sm_80 and up: four kernels over the tiles of tile.cuh and the sum of their partial results.
-// Occupancy plan: blocks of 128 threads, at least two on an SM (255 registers), four for shrink up to rank 16 (128
-// registers). Shared memory stays under 48 KB but in shrink_wgrad, which holds a [64, 256] tile of dY: 46 to 96 KB.
+// Occupancy plan: blocks of 128 threads, at least two on an SM (255 registers), four for 16-bit shrink up to rank 16
+// (128 registers). Shared memory stays under 48 KB but in shrink_wgrad, which holds a [64, 256] tile of dY: 46 to 96 KB.
 #include "lora.h"
 #include "tile.cuh"
 
@@ -32,9 +32,14 @@ using FactorTile = Tile<typename M::Elem, kNContig ? kRanks : kCols, kNContig ? 
 
 // ---- S[T, R] = scale * D(X) U^T. Block (t tile, r tile), all chunks; or (.., chunk), its sum to planes [chunk][T][R].
 
+template <class X, int kRanks>
+constexpr int kShrinkBlocks = kRanks > 16      ? 2
+                              : sizeof(X) == 4 ? 3
+                                               : 4;  // blocks on an SM
+
 template <class X, class F, int kRanks, bool kNContig>
-__global__ __launch_bounds__(kBlockThreads, kRanks == 16 ? 4 : 2) void shrink_kernel(LoraShrinkParams p, Vectorize vec,
-                                                                                     float* planes) {
+__global__ __launch_bounds__(kBlockThreads, kShrinkBlocks<X, kRanks>) void shrink_kernel(LoraShrinkParams p,
+                                                                                         Vectorize vec, float* planes) {
   using M = Math<X, F>;
   using TX = Tile<typename M::Elem, kBM, kBK, M::kXTerms>;
   using TU = FactorTile<M, kRanks, kBK, kNContig>;

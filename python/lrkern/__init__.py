@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """lrkern: fused adapter kernels for PyTorch.
 
-    from lrkern.nn import FusedLoRALinear          # a LoRA linear of your own
-    import lrkern.peft; lrkern.peft.patch(model)   # a PEFT model, in place
+from lrkern.nn import FusedLoRALinear          # a LoRA linear of your own
+import lrkern.peft; lrkern.peft.patch(model)   # a PEFT model, in place
 """
 
 __version__ = "0.1.0"

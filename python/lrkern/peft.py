@@ -36,7 +36,7 @@ class _FusedLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         plan = "called with more than x" if args or kwargs else _plan(self)
-        if isinstance(plan, str) or x.dtype != plan[0].dtype and not torch.is_autocast_enabled(x.device.type):
+        if isinstance(plan, str) or (x.dtype != plan[0].dtype and not torch.is_autocast_enabled(x.device.type)):
             return super().forward(x, *args, **kwargs)
         return F.lora_linear(x, *plan)
 

@@ -40,9 +40,7 @@ def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
     return d.abs().max().item(), d.norm().item()
 
 
-def mismatch(
-    got: Tensor, truth: Tensor, yardstick: Tensor, fp32_factor: bool = False, ulps: float = 1.0
-) -> str | None:
+def mismatch(got: Tensor, truth: Tensor, yardstick: Tensor, fp32_factor: bool = False, ulps: float = 1.0) -> str | None:
     """What is wrong with `got`, or None. truth is float64, yardstick the same-dtype expression's result."""
     if got.shape != truth.shape:
         return f"shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
@@ -64,13 +62,13 @@ def mismatch(
     if max_got > MAX_ERROR_FACTOR * max_ref + step:
         return f"max error {max_got:.3e}, the same-dtype expression has {max_ref:.3e}, allowed beside it {step:.3e}"
     if got.numel() >= FROBENIUS_FROM and fro_got > FROBENIUS_FACTOR * fro_ref + 0.5 * step * got.numel() ** 0.5:
-        return f"Frobenius error {fro_got:.3e}, the same-dtype expression has {fro_ref:.3e}, allowed beside it {step:.3e}"
+        return (
+            f"Frobenius error {fro_got:.3e}, the same-dtype expression has {fro_ref:.3e}, allowed beside it {step:.3e}"
+        )
     return None
 
 
-def check(
-    got: Any, truth: Any, yardstick: Any, what: str, fp32_factor: bool = False, ulps: float = 1.0
-) -> None:
+def check(got: Any, truth: Any, yardstick: Any, what: str, fp32_factor: bool = False, ulps: float = 1.0) -> None:
     """Raises AssertionError naming `what` where a tensor (or one of a tuple) is off."""
     if isinstance(got, (tuple, list)):
         for i, parts in enumerate(zip(got, truth, yardstick, strict=True)):

