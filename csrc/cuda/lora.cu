@@ -33,9 +33,7 @@ using FactorTile = Tile<typename M::Elem, kNContig ? kRanks : kCols, kNContig ? 
 // ---- S[T, R] = scale * D(X) U^T. Block (t tile, r tile), all chunks; or (.., chunk), its sum to planes [chunk][T][R].
 
 template <class X, int kRanks>
-constexpr int kShrinkBlocks = kRanks > 16      ? 2
-                              : sizeof(X) == 4 ? 3
-                                               : 4;  // blocks on an SM
+constexpr int kShrinkBlocks = kRanks == 16 && sizeof(X) == 2 ? 4 : 2;  // on an SM
 
 template <class X, class F, int kRanks, bool kNContig>
 __global__ __launch_bounds__(kBlockThreads, kShrinkBlocks<X, kRanks>) void shrink_kernel(LoraShrinkParams p,
