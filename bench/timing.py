@@ -59,7 +59,7 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
     """(bytes/s of a large copy, flop/s of a large GEMM), measured here and now."""
     n = 1 << (28 if device == "cuda" else 26)
     src, dst = (torch.empty(n, dtype=torch.int8, device=device) for _ in range(2))
-    m = 8192 if device == "cuda" else 1024
+    m = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(m, m, device=device).to(dtype) for _ in range(2))
     best = {
         k: v[0] for k, v in interleaved({"copy": lambda i: dst.copy_(src), "gemm": lambda i: a @ b}, 7, device).items()
