@@ -149,6 +149,17 @@ def test_inner_ops_refuse_to_lose_a_gradient(name):
         getattr(torch.ops.lrkern, name)(*args)
 
 
+def test_writing_in_place_is_seen_by_autograd():
+    y, s, b = torch.randn(4, 8), torch.randn(4, 2), torch.randn(8, 2)
+    w = torch.randn(4, 8, requires_grad=True)
+    out = (y * w).sum()  # keeps y
+    lrkern.ops.lora_expand_(y, s, b)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+    with torch.inference_mode():  # no versions there
+        lrkern.ops.lora_expand_(torch.randn(4, 8), s, b)
+
+
 OPCHECK = ("one_token", "rank_17_fp32", "pitch", "dropout_fp32_pitch", "rank_0", "no_tokens", "odd_no_base")
 
 

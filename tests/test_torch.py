@@ -62,6 +62,18 @@ def test_compile_with_dropout_follows_the_seed():
     assert not torch.equal(fast(x), fast(x)), "two calls draw two masks"
 
 
+def test_compile_of_the_in_place_op():
+    torch._dynamo.reset()
+
+    def f(x, s, b):
+        y = x.relu()
+        lrkern.ops.lora_expand_(y, s, b, 2.0)
+        return y * 2
+
+    args = torch.randn(5, O), torch.randn(5, R), torch.randn(O, R)
+    torch.testing.assert_close(torch.compile(f, backend="aot_eager", fullgraph=True)(*args), f(*args))
+
+
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()

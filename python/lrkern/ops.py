@@ -193,22 +193,26 @@ def _linear(x, weight, bias, a, b, scale=1.0, dropout_p=0.0, seed=None):
         return _ops.lora_linear.default(x, weight, bias, a, b, scale, dropout_p, seed)
 
 
-def _refuse(name: str, why: str) -> None:
-    """Gives an op without a gradient an Autograd kernel that raises where a gradient would be lost without a word."""
+def _refuse(name: str, why: str, mutates: bool = False) -> None:
+    """Gives an op without a gradient an Autograd kernel that raises where a gradient would be lost without a word. One
+    that mutates its first argument also counts up that tensor's version, so that autograd sees a saved tensor change."""
     op = getattr(_ops, name).default
 
     def kernel(*args, **kwargs):
         if _needs_grad(*(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))):
             raise RuntimeError(f"lrkern::{name}: {why}")
         with _BelowAutograd():
-            return op(*args, **kwargs)
+            out = op(*args, **kwargs)
+        if mutates:
+            torch.autograd.graph.increment_version(args[0])
+        return out
 
     _lib.impl(name, kernel, "Autograd")
 
 
 for _name, _kernel in {"lora_shrink": _shrink, "linear_expand": _expand, "lora_linear": _linear}.items():
     _lib.impl(_name, _kernel, "Autograd")
-_refuse("lora_expand_", "writes in place and has no gradient, but an argument requires one; use linear_expand")
+_refuse("lora_expand_", "writes in place and has no gradient, but an argument requires one; use linear_expand", True)
 _refuse("lora_linear_fwd", "has no gradient, but an argument requires one; use lora_linear")
 for _name in ("lora_shrink", "linear_expand", "lora_linear"):
     _refuse(f"{_name}_bwd", "is itself a gradient and has none: double backward is not supported")
