@@ -206,6 +206,14 @@ def test_a_row_does_not_depend_on_its_batch(device, dtype):
         assert torch.equal(row, full[lo:hi]), (lo, hi)
 
 
+def test_a_row_has_the_same_bits_in_a_batch_of_thousands(device):
+    """On CUDA a large batch walks the chunks of I in one block, a small one gives each chunk a block of its own."""
+    x, a = torch.randn(8200, 300).bfloat16(), torch.randn(4, 300).bfloat16()
+    s = lrkern.ops.lora_shrink(x, a)
+    for lo, hi in ((0, 1), (8190, 8200)):
+        assert torch.equal(lrkern.ops.lora_shrink(x[lo:hi], a), s[lo:hi])
+
+
 def test_rank_0_is_the_base_layer(device, dtype):
     x, w, bias = torch.randn(5, 33).to(dtype), torch.randn(9, 33).to(dtype), torch.randn(9).to(dtype)
     y = lrkern.ops.lora_linear(x, w, bias, x.new_empty(0, 33), x.new_empty(9, 0))
