@@ -14,6 +14,9 @@ constexpr int kBN = 128;         // expand, and wgrad up to 16 ranks: columns of
 constexpr int kExpandK = 32;     // expand: ranks per step
 constexpr int kFusedRanks = 16;  // shrink_wgrad
 
+template <class X>
+constexpr int kUnroll = sizeof(X) == 4 ? 1 : 4;  // fp32 steps are long as they are, and more would spill
+
 struct Vectorize {  // where 128-bit accesses are aligned
   bool x, u, s;
 };
@@ -71,7 +74,7 @@ __global__ __launch_bounds__(kBlockThreads, kShrinkBlocks<X, kRanks>) void shrin
       sx.fetch(x_slab(n + kBK));
       su.fetch(factor_slab<F>(p.u, kNContig, r0, n + kBK, p.R, p.N, vec.u));
     }
-#pragma unroll
+#pragma unroll(kUnroll<X>)
     for (int k = 0; k < kBK; k += 16) mma_step(acc, a, b, warp * 16, 0, k);
     if ((n + kBK) % kCudaChunk == 0 || n + kBK >= end) {
 #pragma unroll
@@ -249,16 +252,16 @@ __global__ __launch_bounds__(kBlockThreads, 2) void shrink_wgrad_kernel(LoraShri
     sync_threads();
     ss.put(ts);
     const Slab<X> slab{static_cast<const X*>(p.x) + t * p.x_pitch + n0, p.x_pitch, end - t, p.N - n0, vec.x};
-#pragma unroll 4
+#pragma unroll(kUnroll<X>)
     for (int at = static_cast<int>(threadIdx.x); at < kBM * kCudaChunk / 8; at += kBlockThreads)
       store_vec(tx, at / (kCudaChunk / 8), at % (kCudaChunk / 8) * 8,
                 load_vec(slab, at / (kCudaChunk / 8), at % (kCudaChunk / 8) * 8));
     sync_threads();
     float ds[kFusedRanks / 8][4] = {};
-#pragma unroll 4
+#pragma unroll(kUnroll<X>)
     for (int k = 0; k < kCudaChunk; k += 16)
       mma_step(ds, Operand<TX, true>{tx}, Operand<TU, false>{tu}, warp * 16, 0, k);
-#pragma unroll
+#pragma unroll(kUnroll<X>)
     for (int k = 0; k < kBM; k += 16) mma_step(db, Operand<TS, false>{ts}, Operand<TX, false>{tx}, 0, warp * kWarpN, k);
     for_each_element(ds, t + warp * 16, 0, [&](int64_t row, int64_t r, float v) {
       if (row < end && r < p.R) s_planes[(int64_t{blockIdx.y} * p.T + row) * p.R + r] = v;

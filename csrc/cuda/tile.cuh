@@ -182,7 +182,7 @@ __device__ __forceinline__ void mma_step(float (&acc)[kTilesN][4], const OpA& a,
       using Op = std::decay_t<decltype(op)>;
       return op.tile.data[Op::kKContig ? i * Op::Tile::kPitch + kk : kk * Op::Tile::kPitch + i];
     };
-    constexpr int kSum = 8;  // products summed before they meet acc: nearer to the truth than one chain over k
+    constexpr int kSum = 4;  // products summed before they meet acc: nearer to the truth than one chain over k
 #pragma unroll
     for (int kk = k; kk < k + 16; kk += kSum) {
       float a0[kSum], a1[kSum];
