@@ -16,10 +16,16 @@
 namespace lrk {
 
 constexpr int kMaxRank = 512;
-constexpr int kCpuChunk = 512;    // columns of N summed at a time on the CPU
-constexpr int kCpuSegment = 256;  // tokens per partial sum of wgrad on the CPU
+constexpr int kCpuChunk = 512;  // columns of N summed at a time on the CPU
 constexpr int kCudaChunk = 256;
-constexpr int kCudaSegment = 512;
+
+// Tokens per partial sum of wgrad: `least`, or more where T is long, so that there are at most 16 such sums and scratch
+// memory does not grow with T. A function of T alone.
+constexpr int kCpuSegment = 256, kCudaSegment = 512;
+LRK_HD constexpr int64_t wgrad_segment(int64_t T, int64_t least) {
+  const int64_t even = (T + 15) / 16, rounded = (even + 63) / 64 * 64;
+  return rounded > least ? rounded : least;
+}
 
 // The small factor. U[r, n] lies at data[r * stride_r + n * stride_n]; one of the strides is 1.
 // A [R, I] is (I, 1); B [O, R] read as U[R, O] is (1, R).

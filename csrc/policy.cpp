@@ -7,12 +7,14 @@ namespace lrk {
 namespace {
 
 size_t cpu_packed(const int64_t N, const int32_t R) { return ceil_div(N, kCpuChunk) * R * kCpuChunk * sizeof(float); }
-size_t cpu_planes(const LoraWgradParams& p) { return ceil_div(p.T, kCpuSegment) * cpu_packed(p.N, p.R); }
+size_t cpu_planes(const LoraWgradParams& p) {
+  return ceil_div(p.T, wgrad_segment(p.T, kCpuSegment)) * cpu_packed(p.N, p.R);
+}
 
 size_t cuda_partial_sums(const LoraShrinkParams& p) { return ceil_div(p.N, kCudaChunk) * p.T * p.R * sizeof(float); }
 // One segment needs no planes: the kernel writes the result itself.
 size_t cuda_planes(const LoraWgradParams& p) {
-  const int64_t segments = ceil_div(p.T, kCudaSegment);
+  const int64_t segments = ceil_div(p.T, wgrad_segment(p.T, kCudaSegment));
   return segments > 1 ? segments * p.R * p.N * sizeof(float) : 0;
 }
 size_t align64(size_t n) { return ceil_div(n, size_t{64}) * 64; }

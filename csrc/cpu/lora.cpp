@@ -143,7 +143,8 @@ void expand(const LoraExpandParams& p, float* packed) {
 template <class F>
 void reduce_planes(const LoraWgradParams& p, const float* planes) {
   F* g = static_cast<F*>(p.g);
-  const int64_t chunks = ceil_div(p.N, kChunk), segments = ceil_div(p.T, kCpuSegment), plane = chunks * p.R * kChunk;
+  const int64_t segment = wgrad_segment(p.T, kCpuSegment), segments = ceil_div(p.T, segment);
+  const int64_t chunks = ceil_div(p.N, kChunk), plane = chunks * p.R * kChunk;
   parallel_for(chunks * p.R, 64, [&](int64_t begin, int64_t end) {
     alignas(64) float sum[kChunk];
     for (int64_t row = begin; row < end; ++row) {
@@ -167,32 +168,33 @@ void wgrad_planes(const LoraWgradParams& p, float* planes, const float* packed, 
   const X* x = static_cast<const X*>(p.x);
   const F* s = static_cast<const F*>(p.s);
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
-  const int64_t chunks = ceil_div(p.N, kChunk), segments = ceil_div(p.T, kCpuSegment), plane = chunks * p.R * kChunk;
-  const int64_t tokens = std::min<int64_t>(p.T, kCpuSegment);
-  parallel_for(
-      chunks * segments, grain(tokens * std::min<int64_t>(p.N, kChunk) * p.R), [&](int64_t begin, int64_t end) {
-        alignas(64) float tile[kTileRows * kChunk], sf[kTileRows * kMaxRank];
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t c = task % chunks, k = task / chunks, last = std::min<int64_t>(p.T, (k + 1) * kCpuSegment);
-          const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - c * kChunk));
-          float* g = planes + k * plane + c * p.R * kChunk;
-          for (int64_t t0 = k * kCpuSegment; t0 < last; t0 += kTileRows) {
-            const int rows = static_cast<int>(std::min<int64_t>(kTileRows, last - t0));
-            load_tile(x, p.x_pitch, t0, rows, c * kChunk, n, p.dropout, seed, tile);
-            load_floats(s + t0 * p.R, rows * static_cast<int64_t>(p.R), sf);
-            if (t0 == k * kCpuSegment) {
-              outer_tiles<false>(sf, 1, p.R, tile, rows, p.R, n, g);
-            } else {
-              outer_tiles<true>(sf, 1, p.R, tile, rows, p.R, n, g);
-            }
-            if constexpr (kShrink) {
-              float* ds = partial + (c * p.T + t0) * p.R;
-              std::fill_n(ds, rows * static_cast<int64_t>(p.R), 0.f);
-              dot_tiles(tile, rows, packed + c * p.R * kChunk, p.R, n, ds, p.R);
-            }
-          }
-        }
-      });
+  const int64_t segment = wgrad_segment(p.T, kCpuSegment), segments = ceil_div(p.T, segment);
+  const int64_t chunks = ceil_div(p.N, kChunk), plane = chunks * p.R * kChunk;
+  const int64_t tokens = std::min<int64_t>(p.T, segment);
+  parallel_for(chunks * segments, grain(tokens * std::min<int64_t>(p.N, kChunk) * p.R),
+               [&](int64_t begin, int64_t end) {
+                 alignas(64) float tile[kTileRows * kChunk], sf[kTileRows * kMaxRank];
+                 for (int64_t task = begin; task < end; ++task) {
+                   const int64_t c = task % chunks, k = task / chunks, last = std::min<int64_t>(p.T, (k + 1) * segment);
+                   const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - c * kChunk));
+                   float* g = planes + k * plane + c * p.R * kChunk;
+                   for (int64_t t0 = k * segment; t0 < last; t0 += kTileRows) {
+                     const int rows = static_cast<int>(std::min<int64_t>(kTileRows, last - t0));
+                     load_tile(x, p.x_pitch, t0, rows, c * kChunk, n, p.dropout, seed, tile);
+                     load_floats(s + t0 * p.R, rows * static_cast<int64_t>(p.R), sf);
+                     if (t0 == k * segment) {
+                       outer_tiles<false>(sf, 1, p.R, tile, rows, p.R, n, g);
+                     } else {
+                       outer_tiles<true>(sf, 1, p.R, tile, rows, p.R, n, g);
+                     }
+                     if constexpr (kShrink) {
+                       float* ds = partial + (c * p.T + t0) * p.R;
+                       std::fill_n(ds, rows * static_cast<int64_t>(p.R), 0.f);
+                       dot_tiles(tile, rows, packed + c * p.R * kChunk, p.R, n, ds, p.R);
+                     }
+                   }
+                 }
+               });
 }
 
 template <class X, class F>

@@ -191,8 +191,8 @@ __global__ __launch_bounds__(kBlockThreads, 2) void wgrad_kernel(LoraWgradParams
   const Operand<TX, false> b{tx};
 
   const int64_t n0 = int64_t{blockIdx.y} * kWgradN<kRanks>, r0 = int64_t{blockIdx.z} * kRanks;
-  const int64_t begin = int64_t{blockIdx.x} * kCudaSegment;
-  const int64_t end = begin + kCudaSegment < p.T ? begin + kCudaSegment : p.T;
+  const int64_t segment = wgrad_segment(p.T, kCudaSegment), begin = blockIdx.x * segment;
+  const int64_t end = begin + segment < p.T ? begin + segment : p.T;
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
   const int warp = static_cast<int>(threadIdx.x) / 32, m = warp % kWarpsM * 16, n = warp / kWarpsM * kWarpN;
   const auto s_slab = [&](int64_t t) {
@@ -239,8 +239,8 @@ __global__ __launch_bounds__(kBlockThreads, 2) void shrink_wgrad_kernel(LoraShri
   const TU tu{smem.take<typename M::Elem>(TU::kElems)};
   const TS ts{smem.take<typename M::Elem>(TS::kElems)};
 
-  const int64_t n0 = int64_t{blockIdx.y} * kCudaChunk, begin = int64_t{blockIdx.x} * kCudaSegment;
-  const int64_t end = begin + kCudaSegment < p.T ? begin + kCudaSegment : p.T;
+  const int64_t segment = wgrad_segment(p.T, kCudaSegment), begin = blockIdx.x * segment;
+  const int64_t end = begin + segment < p.T ? begin + segment : p.T, n0 = int64_t{blockIdx.y} * kCudaChunk;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   Stage<F, TU> su;
   su.fetch(factor_slab<F>(p.u, false, 0, n0, p.R, p.N, vec.u));
@@ -367,7 +367,7 @@ int lora_expand_cuda(const LoraExpandParams& params, void*, Stream stream) {
 int lora_wgrad_cuda(const LoraWgradParams& params, void* workspace, Stream stream) {
   LoraWgradParams p = params;
   p.scale = dropout_scale(p.scale, p.dropout);
-  const int64_t segments = ceil_div(p.T, kCudaSegment);
+  const int64_t segments = ceil_div(p.T, wgrad_segment(p.T, kCudaSegment));
   float* planes = segments > 1 ? static_cast<float*>(workspace) : nullptr;
   const Vectorize vec{can_vectorize(p.x, p.x_pitch, size_of(p.dtype)), false,
                       can_vectorize(p.s, p.R, size_of(p.factor_dtype))};
@@ -392,7 +392,7 @@ int lora_shrink_wgrad_cuda(const LoraShrinkWgradParams& both, void* workspace, S
   const LoraShrinkParams& p = both.shrink;
   const LoraWgradParams& g = both.wgrad;
   if (p.R > kFusedRanks || p.u.stride_r != 1) return kInvalidConfiguration;  // choose_lora_backward does not ask for it
-  const int64_t chunks = ceil_div(p.N, kCudaChunk), segments = ceil_div(p.T, kCudaSegment);
+  const int64_t chunks = ceil_div(p.N, kCudaChunk), segments = ceil_div(p.T, wgrad_segment(p.T, kCudaSegment));
   float* s_planes = static_cast<float*>(workspace);
   const size_t s_bytes = aligned64(chunks * p.T * p.R * sizeof(float));
   float* g_planes = segments > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + s_bytes) : nullptr;
