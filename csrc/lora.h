@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The LoRA family: contract of the three skinny products that, beside the base GEMM, make up LoRA forward and backward.
+// The LoRA family: contract of the skinny products that, beside the base GEMM, make up LoRA and DoRA.
 // T tokens, I in, O out, R rank; N stands for I or O. Row pitches are in elements; the last dimension is contiguous.
 //
 //   shrink   S[T, R]   = scale * D(X)[T, N] U[R, N]^T        S = s D(x) A^T       dS = s dY B
-//   expand   Y[T, N]  += scale * D(S[T, R] U[R, N])          y += S B^T           dx += D(dS A)
+//   expand   Y[T, N]   = c * base + bias + scale * D(S[T, R] U[R, N])             y += S B^T   dx += D(dS A)
 //   wgrad    G[R, N]   = scale * S[T, R]^T D(X)[T, N]        dA = dS^T D(x)       dB^T = S^T dY
 //   shrink_wgrad       dS and dB in one pass over dY
+//   rescale  dZ[T, N]  = c * dY,  dc[N] = sum over T of dY * base                 backward of c * base
 //
 // D multiplies by the dropout mask of (row, column) times keep_scale, or is the identity. Everything accumulates in fp32
 // and rounds once. N is reduced in chunks of a fixed length, added in order: one row's bits do not depend on T.
@@ -47,10 +48,13 @@ struct LoraShrinkParams {
 };
 
 struct LoraExpandParams {
-  void* y;        // [T, N] dtype, added to in place
-  const void* s;  // [T, R] factor_dtype, contiguous
-  Factor u;       // [R, N] factor_dtype
-  int64_t T, N, y_pitch;
+  void* y;                  // [T, N] dtype
+  const void* base;         // [T, N] dtype; y itself to add in place; null for zeros
+  const float* base_scale;  // c [N]; null for ones
+  const void* bias;         // [N] dtype; null for zeros
+  const void* s;            // [T, R] factor_dtype, contiguous
+  Factor u;                 // [R, N] factor_dtype
+  int64_t T, N, y_pitch, base_pitch;
   int32_t R;
   DType dtype, factor_dtype;
   float scale;
@@ -76,6 +80,17 @@ struct LoraShrinkWgradParams {
   LoraShrinkParams shrink;
   LoraWgradParams wgrad;
 };
+
+struct LoraRescaleParams {
+  const void* dy;           // [T, N] dtype
+  const void* base;         // [T, N] dtype; read only where dc is wanted
+  const float* base_scale;  // c [N]
+  void* dz;                 // [T, N] dtype, contiguous, or null
+  float* dc;                // [N], or null
+  int64_t T, N, dy_pitch, base_pitch;
+  DType dtype;
+};
+constexpr int kRescaleRows = 64;  // rows of T per partial sum of dc
 
 // dS and dB: one pass over dY or two. The fused pass saves one read of dY [T, O] and pays a write and a read of partial
 // sums of dS, one [T, R] fp32 plane per chunk of O.
@@ -105,16 +120,19 @@ size_t lora_shrink_workspace(const LoraShrinkParams& p, Device device);
 size_t lora_expand_workspace(const LoraExpandParams& p, Device device);
 size_t lora_wgrad_workspace(const LoraWgradParams& p, Device device);
 size_t lora_shrink_wgrad_workspace(const LoraShrinkWgradParams& p, Device device);
+size_t lora_rescale_workspace(const LoraRescaleParams& p, Device device);
 
 void lora_shrink_cpu(const LoraShrinkParams& p, void* workspace);
 void lora_expand_cpu(const LoraExpandParams& p, void* workspace);
 void lora_wgrad_cpu(const LoraWgradParams& p, void* workspace);
 void lora_shrink_wgrad_cpu(const LoraShrinkWgradParams& p, void* workspace);
+void lora_rescale_cpu(const LoraRescaleParams& p, void* workspace);
 
 // Return a cudaError_t value.
 int lora_shrink_cuda(const LoraShrinkParams& p, void* workspace, Stream stream);
 int lora_expand_cuda(const LoraExpandParams& p, void* workspace, Stream stream);
 int lora_wgrad_cuda(const LoraWgradParams& p, void* workspace, Stream stream);
 int lora_shrink_wgrad_cuda(const LoraShrinkWgradParams& p, void* workspace, Stream stream);
+int lora_rescale_cuda(const LoraRescaleParams& p, void* workspace, Stream stream);
 
 }  // namespace lrk

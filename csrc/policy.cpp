@@ -57,4 +57,9 @@ size_t lora_shrink_wgrad_workspace(const LoraShrinkWgradParams& p, Device device
   return cpu_packed(s.N, s.R) + align64(ceil_div(s.N, kCpuChunk) * s.T * s.R * sizeof(float)) + cpu_planes(p.wgrad);
 }
 
+// Partial sums of dc, one [N] row per kRescaleRows tokens, on both devices.
+size_t lora_rescale_workspace(const LoraRescaleParams& p, Device) {
+  return p.dc ? ceil_div(p.T, kRescaleRows) * p.N * sizeof(float) : 0;
+}
+
 }  // namespace lrk

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import lrkern.functional
 from lrkern.nn import FusedLoRALinear
 
 
@@ -139,3 +140,124 @@ def test_dropout_only_in_training():
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     torch.testing.assert_close(layer(x), expected(layer, x), atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- DoRA
+
+
+def dora(**kwargs):
+    layer = trained(use_dora=True, **kwargs)
+    nn.init.uniform_(layer.lora_magnitude_vector.weight, 0.5, 1.5)
+    return layer
+
+
+def dora_expression(layer, x, dropped=None):
+    """Liu et al., arXiv 2402.09353, densely: y = g (x W' + ...) with the norm detached."""
+    base, delta = layer.base_layer, layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
+    w = base.weight.to(delta.dtype)
+    g = layer.lora_magnitude_vector.weight / (w + delta).norm(dim=1).detach()
+    x, bias = x.to(delta.dtype), 0 if base.bias is None else base.bias
+    if dropped is None:
+        return g * (x @ (w + delta).T) + bias
+    return x @ w.T + bias + (g - 1) * (dropped @ w.T) + g * (dropped @ delta.T)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dora_is_its_formula(bias):
+    layer, x = dora(bias=bias, lora_alpha=6), torch.randn(2, 5, 24, requires_grad=True)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    assert len(wanted) == 4
+    dy = torch.randn(2, 5, 20)
+    y, expression = layer(x), dora_expression(layer, x)
+    torch.testing.assert_close(y, expression, atol=1e-5, rtol=1e-5)
+    for got, want in zip(torch.autograd.grad(y, wanted, dy), torch.autograd.grad(expression, wanted, dy), strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), y, atol=1e-5, rtol=1e-5)
+
+
+def test_dora_dropout_drops_in_the_base_term_too():
+    layer, x = dora(lora_dropout=0.4), torch.randn(6, 24)
+    torch.manual_seed(5)
+    y = layer(x)
+    torch.manual_seed(5)
+    torch.testing.assert_close(y, dora_expression(layer, x, torch.dropout(x, 0.4, True)), atol=1e-5, rtol=1e-5)
+
+
+def test_dora_starts_as_the_base_layer_and_merges():
+    base, x = nn.Linear(24, 20), torch.randn(5, 24)
+    y = base(x)
+    fresh = FusedLoRALinear.from_linear(copy.deepcopy(base), r=4, use_dora=True, init="pissa")
+    torch.testing.assert_close(fresh(x), y, atol=1e-5, rtol=1e-5)
+    layer = dora()
+    y, w = layer(x), layer.base_layer.weight.clone()
+    delta = layer.delta_weight()
+    layer.merge()
+    torch.testing.assert_close(layer(x), y, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.base_layer.weight, w + delta, atol=1e-6, rtol=1e-5)
+    layer.unmerge()
+    torch.testing.assert_close(layer.base_layer.weight, w, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer(x), y, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="use_dora needs r >= 1"):
+        FusedLoRALinear(8, 8, r=0, use_dora=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dora_norm_against_float64(dtype):
+    w, a, b = torch.randn(33, 70).to(dtype), torch.randn(5, 70), torch.randn(33, 5)
+    truth = (w.double() + 0.7 * b.double() @ a.double()).norm(dim=1)
+    got = lrkern.functional.dora_norm(w, a, b, 0.7)
+    assert got.dtype == torch.float32 and ((got.double() - truth) / truth).abs().max() < 1e-5
+
+
+def test_dora_norm_is_kept_until_something_changes(monkeypatch):
+    """Without gradient. Every way a user changes a weight must be seen."""
+    layer, x, calls = dora().eval(), torch.randn(3, 24), []
+    real = lrkern.functional.dora_norm
+    monkeypatch.setattr(lrkern.functional, "dora_norm", lambda *args: calls.append(1) or real(*args))
+
+    def runs() -> int:
+        calls.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), dora_expression(layer, x), atol=1e-5, rtol=1e-5)
+        return len(calls)
+
+    assert [runs(), runs(), runs()] == [1, 0, 0]
+    for tensor in (layer.base_layer.weight, layer.lora_A.weight, layer.lora_B.weight):
+        with torch.no_grad():
+            tensor.mul_(1.5)
+        assert [runs(), runs()] == [1, 0]
+    with torch.no_grad():
+        layer.lora_magnitude_vector.weight.mul_(2)  # not part of the norm
+    assert runs() == 0
+    layer.scaling *= 2
+    assert [runs(), runs()] == [1, 0]
+    layer.lora_A.weight = nn.Parameter(torch.randn(4, 24))
+    assert [runs(), runs()] == [1, 0]
+    layer.load_state_dict({k: v + 0.1 for k, v in layer.state_dict().items()})
+    assert [runs(), runs()] == [1, 0]
+    layer.lora_B.weight.data.mul_(3)  # no version counter sees this
+    layer.eval()
+    assert [runs(), runs()] == [1, 0]
+    layer.lora_B.weight.data.mul_(3)
+    layer(x)  # a recorded forward: training goes on
+    assert runs() == 1
+    with torch.inference_mode():
+        calls.clear()
+        torch.testing.assert_close(layer(x), dora_expression(layer, x), atol=1e-5, rtol=1e-5)
+
+
+def test_dora_training_computes_the_norm_of_w_once(monkeypatch):
+    layer, calls = dora(), []
+    real = lrkern.functional.row_norm
+    monkeypatch.setattr(lrkern.functional, "row_norm", lambda w: calls.append(1) or real(w))
+    for _ in range(3):
+        layer(torch.randn(3, 24)).sum().backward()
+        with torch.no_grad():
+            layer.lora_A.weight -= 0.1 * layer.lora_A.weight.grad
+    assert len(calls) == 1
+    with torch.no_grad():
+        layer.base_layer.weight.add_(1)
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(layer(x), dora_expression(layer, x), atol=1e-5, rtol=1e-5)
+    assert len(calls) == 2

@@ -25,8 +25,12 @@ def get_sample(op, name, device, dtype):
     return next(s for s in op.samples(device, dtype) if s.name == name)
 
 
+def is_float(a):
+    return isinstance(a, Tensor) and a.is_floating_point()
+
+
 def has_fp32_factor(args, dtype):
-    return dtype != torch.float32 and any(isinstance(a, Tensor) and a.dtype == torch.float32 for a in args)
+    return dtype != torch.float32 and any(is_float(a) and a.dtype == torch.float32 for a in args)
 
 
 def run_op(op, fn, args, kwargs):
@@ -59,10 +63,7 @@ def test_forward(op, sample_name, device, dtype):
 def gradients(op, fn, sample, cotangent=None):
     """Gradients of every differentiable argument present, by name."""
     names = list(inspect.signature(op.truth).parameters)
-    args = [
-        a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_contiguous() else a for a in sample.args
-    ]
-    args = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args]  # pitched: keep the strides
+    args = [a.detach().requires_grad_() if is_float(a) else a for a in sample.args]  # not cloned: pitches stay
     y = fn(*args, **sample.kwargs)
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) if cotangent is None else cotangent
     wanted = {n: a for n, a in zip(names, args, strict=False) if n in op.differentiable and a is not None}
@@ -132,21 +133,26 @@ def test_double_backward_is_refused(op):
     s = get_sample(op, "odd", "cpu", torch.float32)
     args = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in s.args]
     y = getattr(lrkern.ops, op.name)(*args, **s.kwargs)
-    leaf = next(a for a in args if isinstance(a, Tensor))
+    leaf = args[list(inspect.signature(op.truth).parameters).index("b" if "b" in op.differentiable else "a")]
     (g,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match=f"lrkern::{op.name}: double backward is not supported"):
         g.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["lora_shrink_bwd", "linear_expand_bwd", "lora_linear_bwd", "lora_linear_fwd"])
+@pytest.mark.parametrize(
+    "name",
+    ["lora_shrink_bwd", "linear_expand_bwd", "lora_linear_bwd", "lora_linear_fwd", "lora_add_bwd", "lora_add_fwd"],
+)
 def test_inner_ops_refuse_to_lose_a_gradient(name):
     draw = lambda *s: torch.randn(*s, requires_grad=True)
     x, w, a, b, s, dy = draw(3, 8), draw(5, 8), draw(2, 8), draw(5, 2), draw(3, 2), draw(3, 5)
     args = {
         "lora_shrink_bwd": (s, x, a, 1.0, 0.0, None, True, True),
         "linear_expand_bwd": (dy, x, w, s, b, 1.0, True, True, True, True, True),
-        "lora_linear_bwd": (dy, x, w, a, b, s, 1.0, 0.0, None, True, True, True, True, True),
+        "lora_linear_bwd": (dy, x, w, a, b, s, 1.0, 0.0, None, None, None, True, True, True, True, True, False),
         "lora_linear_fwd": (x, w, None, a, b),
+        "lora_add_bwd": (dy, x, a, b, s, 1.0, 0.0, None, True, True, True),
+        "lora_add_fwd": (dy, x, a, b),
     }[name]
     with pytest.raises(RuntimeError, match=f"lrkern::{name}: "):
         getattr(torch.ops.lrkern, name)(*args)
@@ -169,9 +175,7 @@ OPCHECK = ("one_token", "rank_17_fp32", "pitch", "dropout_fp32_pitch", "rank_0",
 @pytest.mark.parametrize(("op", "sample_name"), [(o, n) for o, n in OP_SAMPLES if n in OPCHECK], ids=str)
 def test_opcheck(op, sample_name):
     s = get_sample(op, sample_name, "cpu", torch.float32)
-    args = tuple(
-        a.detach().clone().requires_grad_(bool(op.differentiable)) if isinstance(a, Tensor) else a for a in s.args
-    )
+    args = tuple(a.detach().clone().requires_grad_(bool(op.differentiable)) if is_float(a) else a for a in s.args)
     torch.library.opcheck(getattr(torch.ops.lrkern, op.name).default, args, s.kwargs)
 
 
@@ -186,12 +190,19 @@ def test_saves_x_s_and_seed_only():
     assert sorted(tuple(t.shape) for t in own) == [(1,), (50, 4)]
 
 
-@pytest.mark.parametrize("need", range(5))
-def test_only_the_gradients_asked_for(need):
-    tensors = [torch.randn(6, 16), torch.randn(12, 16), torch.randn(12), torch.randn(3, 16), torch.randn(12, 3)]
-    tensors[need].requires_grad_()
-    lrkern.ops.lora_linear(*tensors).sum().backward()
-    assert [t.grad is not None for t in tensors] == [i == need for i in range(5)]
+@differentiable_sample
+def test_each_gradient_alone(op, sample_name):
+    """Where only one argument requires a gradient, it gets what it gets among all, and no other argument gets one."""
+    fn, s = getattr(lrkern.ops, op.name), get_sample(op, sample_name, "cpu", torch.float32)
+    names = list(inspect.signature(op.truth).parameters)
+    together = gradients(op, fn, s)
+    for name, expected in together.items():
+        args = [a.detach().requires_grad_(n == name) if is_float(a) else a for n, a in zip(names, s.args, strict=False)]
+        y = fn(*args, **s.kwargs)
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+        grads = {n: a.grad for n, a in zip(names, args, strict=False) if isinstance(a, Tensor) and a.grad is not None}
+        assert grads.keys() == {name}
+        testing.check(grads[name], expected.double(), expected, name, ulps=4)  # dS and dB may take separate passes
 
 
 def test_a_row_does_not_depend_on_its_batch(device, dtype):
@@ -279,7 +290,7 @@ def test_threads_do_not_change_bits(dtype):
         y = torch.zeros(300, 700).to(dtype)
         lrkern.ops.lora_expand_(y, s, b)
         grads = torch.ops.lrkern.linear_expand_bwd(dy, None, None, s, b, 1.0, False, False, False, True, True)
-        return [s, y, *grads[3:], *torch.ops.lrkern.lora_shrink_bwd(grads[3], x, a, 1.0, 0.0, None, False, True)]
+        return [s, y, *grads[3:], *torch.ops.lrkern.lora_shrink_bwd(grads[3], x, a, 1.0, 0.0, None, True, True)]
 
     before = torch.get_num_threads()
     try:

@@ -113,7 +113,7 @@ def test_devices_do_not_mix_and_meta_traces():
 
 def test_backward_refuses_a_gradient_of_another_shape_or_dtype():
     x, w, a, b, s = torch.randn(T, I), torch.randn(O, I), torch.randn(R, I), torch.randn(O, R), torch.randn(T, R)
-    tail = (1.0, 0.0, None, True, False, False, True, True)
+    tail = (1.0, 0.0, None, None, None, True, False, False, True, True, False)
     with pytest.raises(
         RuntimeError, match=rf"lora_linear_bwd: dy must have shape \[..., O\] = \[{T}, {O}\], got \[{T}, {I}\]"
     ):

@@ -43,6 +43,7 @@ inline void transpose_4x4(const F* src, int64_t src_pitch, float* dst, int64_t d
 // Packs U [R, N] into fp32 tiles [chunk][R][kChunk], zero-padded to kBlock columns.
 template <class F>
 void pack_factor(const Factor& u, int32_t R, int64_t N, float* packed) {
+  if (!R) return;
   const F* data = static_cast<const F*>(u.data);
   const int64_t chunks = ceil_div(N, kChunk), pieces = R > 64 ? 8 : 1, step = ceil_div(R, pieces);
   parallel_for(chunks * pieces, std::max<int64_t>(1, 32768 / (kChunk * step)), [&](int64_t begin, int64_t end) {
@@ -106,10 +107,38 @@ void shrink(const LoraShrinkParams& p, float* packed) {
                });
 }
 
+// y = c base + bias + scale add, one row of a tile.
+template <bool kScaled, class X>
+inline void finish_row(X* y, const X* base, const float* c, const X* bias, const float* add, float scale, int n) {
+  const auto at = [&](int i, auto width) {
+    const auto get = [&](const auto* p) {
+      if constexpr (width.value == 1) {
+        return to_float(p[i]);
+      } else {
+        return load(p + i);
+      }
+    };
+    auto v = scale * get(add);
+    if (bias) v += get(bias);
+    if (base) {
+      if constexpr (kScaled) {
+        v += get(base) * get(c);
+      } else {
+        v += get(base);
+      }
+    }
+    return v;
+  };
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, at(i, std::integral_constant<int, kLanes>{}));
+  for (; i < n; ++i) y[i] = from_float<X>(at(i, std::integral_constant<int, 1>{}));
+}
+
 template <class X, class F>
 void expand(const LoraExpandParams& p, float* packed) {
   pack_factor<F>(p.u, p.R, p.N, packed);
   X* y = static_cast<X*>(p.y);
+  const X *base = static_cast<const X*>(p.base), *bias = static_cast<const X*>(p.bias);
   const F* s = static_cast<const F*>(p.s);
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
   const int64_t chunks = ceil_div(p.N, kChunk), tasks = ceil_div(p.T, kTileRows) * chunks;
@@ -125,18 +154,60 @@ void expand(const LoraExpandParams& p, float* packed) {
       for (int64_t r = kRankBlock; r < p.R; r += kRankBlock)
         outer_tiles<true>(sf + r, p.R, 1, u + r * kChunk, std::min<int64_t>(p.R - r, kRankBlock), rows, n, tile);
       for (int t = 0; t < rows; ++t) {
-        X* dst = y + (t0 + t) * p.y_pitch + c * kChunk;
+        const int64_t col = c * kChunk;
         float* add = tile + t * kChunk;
         if (p.dropout.threshold) {
-          dropout_row(p.dropout, seed, t0 + t, c * kChunk, n, mask);
+          dropout_row(p.dropout, seed, t0 + t, col, n, mask);
           for (int i = 0; i < n; ++i) add[i] = mask[i] != 0.f ? add[i] * mask[i] : 0.f;
         }
-        int i = 0;
-        for (; i + kLanes <= n; i += kLanes) store(dst + i, load(dst + i) + p.scale * load(add + i));
-        for (; i < n; ++i) dst[i] = from_float<X>(to_float(dst[i]) + p.scale * add[i]);
+        X* dst = y + (t0 + t) * p.y_pitch + col;
+        const X* src = base ? base + (t0 + t) * p.base_pitch + col : nullptr;
+        const X* b = bias ? bias + col : nullptr;
+        if (p.base_scale) {
+          finish_row<true>(dst, src, p.base_scale + col, b, add, p.scale, n);
+        } else {
+          finish_row<false>(dst, src, nullptr, b, add, p.scale, n);
+        }
       }
     }
   });
+}
+
+template <class X>
+void rescale(const LoraRescaleParams& p, float* planes) {
+  const X *dy = static_cast<const X*>(p.dy), *base = static_cast<const X*>(p.base);
+  X* dz = static_cast<X*>(p.dz);
+  const int64_t chunks = ceil_div(p.N, kChunk), segments = ceil_div(p.T, kRescaleRows);
+  parallel_for(chunks * segments, grain(std::min<int64_t>(p.T, kRescaleRows) * std::min<int64_t>(p.N, kChunk)),
+               [&](int64_t begin, int64_t end) {
+                 alignas(64) float sum[kChunk];
+                 for (int64_t task = begin; task < end; ++task) {
+                   const int64_t segment = task / chunks, col = task % chunks * kChunk;
+                   const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - col));
+                   const int64_t last = std::min<int64_t>(p.T, (segment + 1) * kRescaleRows);
+                   std::fill_n(sum, n, 0.f);
+                   for (int64_t t = segment * kRescaleRows; t < last; ++t) {
+                     const X* d = dy + t * p.dy_pitch + col;
+                     if (p.dc) {
+                       const X* b = base + t * p.base_pitch + col;
+                       int i = 0;
+                       for (; i + kLanes <= n; i += kLanes) store(sum + i, load(sum + i) + load(d + i) * load(b + i));
+                       for (; i < n; ++i) sum[i] += to_float(d[i]) * to_float(b[i]);
+                     }
+                     if (!dz) continue;
+                     X* z = dz + t * p.N + col;
+                     const float* c = p.base_scale + col;
+                     int i = 0;
+                     for (; i + kLanes <= n; i += kLanes) store(z + i, load(c + i) * load(d + i));
+                     for (; i < n; ++i) z[i] = from_float<X>(c[i] * to_float(d[i]));
+                   }
+                   if (p.dc) std::copy_n(sum, n, planes + segment * p.N + col);
+                 }
+               });
+  if (!p.dc) return;
+  std::fill_n(p.dc, p.N, 0.f);
+  for (int64_t k = 0; k < segments; ++k)
+    for (int64_t i = 0; i < p.N; ++i) p.dc[i] += planes[k * p.N + i];
 }
 
 // G = scale * the sum of the planes [segment][chunk][R][kChunk], segment by segment.
@@ -249,6 +320,10 @@ void lora_shrink_wgrad(const LoraShrinkWgradParams& p, float* workspace) {
              [&](auto x, auto f) { shrink_wgrad<decltype(x), decltype(f)>(p, workspace); });
 }
 
+void lora_rescale(const LoraRescaleParams& p, float* workspace) {
+  with_float(p.dtype, [&](auto x) { rescale<decltype(x)>(p, workspace); });
+}
+
 }  // namespace LRK_ISA
 
 #if defined(LRK_ISA_ENTRY)
@@ -259,6 +334,7 @@ void lora_shrink_wgrad(const LoraShrinkWgradParams& p, float* workspace) {
   void lora_expand(const LoraExpandParams& p, float* workspace);            \
   void lora_wgrad(const LoraWgradParams& p, float* workspace);              \
   void lora_shrink_wgrad(const LoraShrinkWgradParams& p, float* workspace); \
+  void lora_rescale(const LoraRescaleParams& p, float* workspace);          \
   }
 #if defined(LRK_HAVE_AVX2)
 LRK_DECLARE(avx2)
@@ -285,6 +361,7 @@ void lora_wgrad_cpu(const LoraWgradParams& p, void* ws) { LRK_BY_ISA(lora_wgrad(
 void lora_shrink_wgrad_cpu(const LoraShrinkWgradParams& p, void* ws) {
   LRK_BY_ISA(lora_shrink_wgrad(p, static_cast<float*>(ws)));
 }
+void lora_rescale_cpu(const LoraRescaleParams& p, void* ws) { LRK_BY_ISA(lora_rescale(p, static_cast<float*>(ws))); }
 #endif
 
 }  // namespace lrk

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// LoRA on CUDA, sm_80 and up: four kernels over the tiles of tile.cuh and the sum of their partial results.
+// LoRA on CUDA, sm_80 and up: four products over the tiles of tile.cuh, the rescale pass, and the sum of partial results.
 // Occupancy plan: blocks of 128 threads, at least two on an SM (255 registers), four for 16-bit shrink up to rank 16
 // (128 registers). Shared memory stays under 48 KB but in shrink_wgrad, which holds a [64, 256] tile of dY: 46 to 96 KB.
 #include "lora.h"
@@ -96,7 +96,7 @@ __global__ __launch_bounds__(kBlockThreads, kShrinkBlocks<X, kRanks>) void shrin
   });
 }
 
-// ---- Y[T, N] += scale * D(S U). Block (t tile, n tile).
+// ---- Y[T, N] = c * base + bias + scale * D(S U). Block (t tile, n tile).
 
 template <class X, class F, bool kNContig>
 __global__ __launch_bounds__(kBlockThreads, 2) void expand_kernel(LoraExpandParams p, Vectorize vec) {
@@ -134,6 +134,7 @@ __global__ __launch_bounds__(kBlockThreads, 2) void expand_kernel(LoraExpandPara
       if (r + k < p.R) mma_step(acc, a, b, m, 0, k);
   }
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
+  const X *base = static_cast<const X*>(p.base), *bias = static_cast<const X*>(p.bias);
 #pragma unroll
   for (int j0 = 0; j0 < kTilesN; j0 += 4)
 #pragma unroll
@@ -148,18 +149,56 @@ __global__ __launch_bounds__(kBlockThreads, 2) void expand_kernel(LoraExpandPara
         for (int i = 0; i < 8; ++i)
           if (bits16(block, i) < p.dropout.threshold) v[i] = 0.f;
       }
-      X* y = static_cast<X*>(p.y) + t * p.y_pitch + n;
-      if (vec.x && n + 8 <= p.N) {
-        Vec8<X> out = *reinterpret_cast<const Vec8<X>*>(y);
+      Vec8<X> out = {};
+      if (base) out = load_vec(Slab<X>{base + t * p.base_pitch + n, 0, 1, p.N - n, vec.x}, 0, 0);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) out.v[i] = from_float_fast<X>(to_float_fast(out.v[i]) + p.scale * v[i]);
-        *reinterpret_cast<Vec8<X>*>(y) = out;
-      } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-          if (n + i < p.N) y[i] = from_float_fast<X>(to_float_fast(y[i]) + p.scale * v[i]);
+      for (int i = 0; i < 8; ++i) {
+        float sum = to_float_fast(out.v[i]);
+        if (p.base_scale && n + i < p.N) sum *= p.base_scale[n + i];
+        if (bias && n + i < p.N) sum += to_float_fast(bias[n + i]);
+        out.v[i] = from_float_fast<X>(sum + p.scale * v[i]);
       }
+      store_row(static_cast<X*>(p.y) + t * p.y_pitch + n, out, p.N - n, vec.x);
     }
+}
+
+// ---- dZ[T, N] = c * dY, and per segment of kRescaleRows tokens the sum of dY * base. Block (segment, 256 columns): a lane
+// has 8 columns, the four warps share the rows.
+
+template <class X>
+__global__ __launch_bounds__(kBlockThreads) void rescale_kernel(LoraRescaleParams p, bool vectorize, float* planes) {
+  constexpr int kWarps = kBlockThreads / 32, kCols = 32 * 8;
+  Smem smem;
+  float* sums = smem.take<float>(kWarps * kCols);  // [warp][column]
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_id();
+  const int64_t n = int64_t{blockIdx.y} * kCols + lane * 8, t0 = int64_t{blockIdx.x} * kRescaleRows;
+  const int64_t last = t0 + kRescaleRows < p.T ? t0 + kRescaleRows : p.T;
+  float c[8], sum[8] = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) c[i] = n + i < p.N ? p.base_scale[n + i] : 0.f;
+  for (int64_t t = t0 + warp; t < last && n < p.N; t += kWarps) {
+    Vec8<X> d = load_vec(Slab<X>{static_cast<const X*>(p.dy) + t * p.dy_pitch + n, 0, 1, p.N - n, vectorize}, 0, 0);
+    if (planes) {
+      const X* base = static_cast<const X*>(p.base) + t * p.base_pitch + n;
+      const Vec8<X> b = load_vec(Slab<X>{base, 0, 1, p.N - n, vectorize}, 0, 0);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] += to_float_fast(d.v[i]) * to_float_fast(b.v[i]);
+    }
+    if (!p.dz) continue;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) d.v[i] = from_float_fast<X>(c[i] * to_float_fast(d.v[i]));
+    store_row(static_cast<X*>(p.dz) + t * p.N + n, d, p.N - n, vectorize);
+  }
+  if (!planes) return;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sums[warp * kCols + lane * 8 + i] = sum[i];
+  sync_threads();
+  for (int i = static_cast<int>(threadIdx.x); i < kCols; i += kBlockThreads) {
+    const int64_t col = int64_t{blockIdx.y} * kCols + i;
+    float total = 0.f;
+    for (int w = 0; w < kWarps; ++w) total += sums[w * kCols + i];
+    if (col < p.N) planes[int64_t{blockIdx.x} * p.N + col] = total;
+  }
 }
 
 // ---- G[R, N] = scale * S^T D(X). Block (segment of T, n tile, r tile); more than one segment: to planes [segment][R][N].
@@ -348,7 +387,8 @@ int lora_shrink_cuda(const LoraShrinkParams& params, void* workspace, Stream str
 int lora_expand_cuda(const LoraExpandParams& params, void*, Stream stream) {
   LoraExpandParams p = params;
   p.scale = dropout_scale(p.scale, p.dropout);
-  const Vectorize vec{can_vectorize(p.y, p.y_pitch, size_of(p.dtype)),
+  const size_t size = size_of(p.dtype);
+  const Vectorize vec{can_vectorize(p.y, p.y_pitch, size) && can_vectorize(p.base, p.base_pitch, size),
                       can_vectorize(p.u.data, pitch_of(p.u), size_of(p.factor_dtype)),
                       can_vectorize(p.s, p.R, size_of(p.factor_dtype))};
   return with_types(p.dtype, p.factor_dtype, [&](auto xt, auto ft) {
@@ -362,6 +402,21 @@ int lora_expand_cuda(const LoraExpandParams& params, void*, Stream stream) {
                     dim3(kBlockThreads), TS::kBytes + TU::kBytes, stream, p, vec);
     });
   });
+}
+
+int lora_rescale_cuda(const LoraRescaleParams& p, void* workspace, Stream stream) {
+  float* planes = p.dc ? static_cast<float*>(workspace) : nullptr;
+  const size_t size = size_of(p.dtype);
+  const bool vectorize = can_vectorize(p.dy, p.dy_pitch, size) && can_vectorize(p.dz, p.N, size) &&
+                         (!p.dc || can_vectorize(p.base, p.base_pitch, size));
+  const int64_t segments = ceil_div(p.T, kRescaleRows);
+  const auto run = [&](auto xt) {
+    return launch("lora_rescale", rescale_kernel<decltype(xt)>, grid_of(segments, ceil_div(p.N, 256)),
+                  dim3(kBlockThreads), smem_bytes<float>(kBlockThreads * 8), stream, p, vectorize, planes);
+  };
+  const int error = p.dtype == DType::kF32 ? run(float{}) : p.dtype == DType::kF16 ? run(f16{}) : run(bf16{});
+  if (error || !planes) return error;
+  return sum_planes<float>(planes, segments, 1, p.N, 1.f, p.dc, p.N, 1, stream);
 }
 
 int lora_wgrad_cuda(const LoraWgradParams& params, void* workspace, Stream stream) {

@@ -77,6 +77,18 @@ __device__ __forceinline__ Vec8<Src> load_vec(const Slab<Src>& s, int r, int c) 
   return v;
 }
 
+// The first `left` of 8 columns.
+template <class Dst>
+__device__ __forceinline__ void store_row(Dst* p, const Vec8<Dst>& v, int64_t left, bool vectorize) {
+  if (vectorize && left >= 8) {
+    *reinterpret_cast<Vec8<Dst>*>(p) = v;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < left) p[i] = v.v[i];
+}
+
 template <class Src>
 __device__ __forceinline__ void drop(Vec8<Src>& v, const Dropout& d, uint64_t seed, int64_t row, int64_t col) {
   const Philox block = dropout_block(seed, row, col / kDropoutBlock);

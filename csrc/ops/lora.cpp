@@ -68,7 +68,7 @@ Sizes with_last(const Tensor& t, int64_t last) {
   s.back() = last;
   return s;
 }
-Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }  // a gradient nobody asked for
+Tensor nothing() { return Tensor(); }  // a gradient nobody asked for: None in Python
 
 // The base GEMM is ATen's: cuBLAS, oneDNN, MKL.
 Tensor aten_linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
@@ -100,15 +100,27 @@ Tensor shrink(const char* op, const Rows& x, DType x_dtype, const SmallMatrix& u
   return s;
 }
 
-void expand(const char* op, const Rows& y, DType y_dtype, const Tensor& s, const SmallMatrix& u, float scale,
-            const DropoutArgs& d) {
-  if (!y.T || !y.N || !u.R) return;
+// What the low-rank product is added to: c * base + bias, each of them optional.
+struct Addend {
+  OptTensor base, base_scale, bias;
+};
+
+// y = c * base + bias + scale * D(S U); y may be base itself.
+void expand(const char* op, const Rows& y, DType y_dtype, const Addend& add, const Tensor& s, const SmallMatrix& u,
+            float scale, const DropoutArgs& d) {
+  const bool in_place = add.base && add.base->const_data_ptr() == y.tensor.const_data_ptr();
+  if (!y.T || !y.N || (in_place && !u.R && !add.base_scale)) return;
+  const Rows base = add.base ? rows_of(op, "y", *add.base) : Rows{y.tensor, 0, 0, 0};
   const LoraExpandParams p{y.tensor.mutable_data_ptr(),
+                           add.base ? base.tensor.const_data_ptr() : nullptr,
+                           add.base_scale ? static_cast<const float*>(add.base_scale->const_data_ptr()) : nullptr,
+                           add.bias ? add.bias->const_data_ptr() : nullptr,
                            s.const_data_ptr(),
                            u.factor,
                            y.T,
                            y.N,
                            y.pitch,
+                           base.pitch,
                            static_cast<int32_t>(u.R),
                            y_dtype,
                            u.dtype,
@@ -116,6 +128,19 @@ void expand(const char* op, const Rows& y, DType y_dtype, const Tensor& s, const
                            d.dropout,
                            d.seed_ptr};
   run(op, y.tensor, p, lora_expand_workspace, lora_expand_cpu, LRK_LAUNCHER(lora_expand_cuda));
+}
+
+void expand_in_place(const char* op, const Rows& y, DType dtype, const Tensor& s, const SmallMatrix& u, float scale,
+                     const DropoutArgs& d) {
+  expand(op, y, dtype, {y.tensor, std::nullopt, std::nullopt}, s, u, scale, d);
+}
+
+// dX = D(dS A), of x's shape.
+Tensor shrink_dx(const char* op, const Tensor& x, DType dtype, const Tensor& ds, const SmallMatrix& a, float scale,
+                 const DropoutArgs& d) {
+  Tensor dx = torch::stable::new_empty(x, sizes_of(x));
+  expand(op, rows_of(op, "dx", dx), dtype, {}, ds, a, scale, d);
+  return dx;
 }
 
 LoraWgradParams wgrad_params(const Rows& x, DType x_dtype, const Tensor& s, int64_t R, const Tensor& g, bool g_is_b,
@@ -160,8 +185,8 @@ ExpandGrads expand_grads(const char* op, const Rows& dy, DType dy_dtype, const T
       choose_lora_backward({dy.T, dy.N, static_cast<int32_t>(b.R), dy_dtype, is_cuda ? Device::kCUDA : Device::kCPU})
           .fused;
   if (!fused) {
-    return {need_ds ? shrink(op, dy, dy_dtype, b, scale, none) : nothing(b.tensor),
-            need_db ? wgrad(op, dy, dy_dtype, s, b, true, scale_b, none) : nothing(b.tensor)};
+    return {need_ds ? shrink(op, dy, dy_dtype, b, scale, none) : nothing(),
+            need_db ? wgrad(op, dy, dy_dtype, s, b, true, scale_b, none) : nothing()};
   }
   Tensor ds = torch::stable::new_empty(s, with_last(dy.tensor, b.R));
   Tensor db = torch::stable::new_empty(b.tensor, sizes_of(b.tensor));
@@ -183,6 +208,34 @@ ExpandGrads expand_grads(const char* op, const Rows& dy, DType dy_dtype, const T
   return {ds, db};
 }
 
+// dZ = c * dY and dc = sum over T of dY * base.
+struct RescaleGrads {
+  Tensor dz, dc;
+};
+RescaleGrads rescale(const char* op, const Rows& dy, DType dtype, const OptTensor& base, const Tensor& c, bool need_dz,
+                     bool need_dc) {
+  RescaleGrads g{nothing(), nothing()};
+  if (need_dz) g.dz = torch::stable::new_empty(dy.tensor, sizes_of(dy.tensor));
+  if (need_dc) g.dc = torch::stable::new_empty(c, {dy.N});
+  if (!dy.T || !dy.N) {
+    if (need_dc) torch::stable::zero_(g.dc);
+    return g;
+  }
+  const Rows base_rows = need_dc ? rows_of(op, "base", *base) : Rows{dy.tensor, 0, 0, 0};
+  const LoraRescaleParams p{dy.tensor.const_data_ptr(),
+                            need_dc ? base_rows.tensor.const_data_ptr() : nullptr,
+                            static_cast<const float*>(c.const_data_ptr()),
+                            need_dz ? g.dz.mutable_data_ptr() : nullptr,
+                            need_dc ? static_cast<float*>(g.dc.mutable_data_ptr()) : nullptr,
+                            dy.T,
+                            dy.N,
+                            dy.pitch,
+                            base_rows.pitch,
+                            dtype};
+  run(op, dy.tensor, p, lora_rescale_workspace, lora_rescale_cpu, LRK_LAUNCHER(lora_rescale_cuda));
+  return g;
+}
+
 // ---- base GEMM and its gradients
 
 void check_base(const char* op, const Tensor& x, const Tensor& w, const OptTensor& bias) {
@@ -194,6 +247,13 @@ void check_base(const char* op, const Tensor& x, const Tensor& w, const OptTenso
   check_device(op, "bias", *bias, x, "x");
   check_dtype(op, "bias", *bias, x.scalar_type());
   check_shape(op, "bias", *bias, "[O]", {w.size(0)});
+}
+
+// c [O], of x's dtype or fp32, as contiguous fp32.
+Tensor check_base_scale(const char* op, const Tensor& c, const Tensor& x, int64_t O) {
+  check_factor(op, "base_scale", c, x, "x");
+  check_shape(op, "base_scale", c, "[O]", {O});
+  return as_contiguous(torch::stable::to(c, ScalarType::Float));
 }
 
 Tensor flat(const Rows& t) { return torch::stable::reshape(t.tensor, Sizes{t.T, t.N}); }
@@ -256,12 +316,9 @@ std::tuple<Tensor, Tensor> lora_shrink_bwd(const Tensor& ds, const Tensor& x, co
   const Tensor s = check_s(op, "ds", ds, x, "x", u, "a");
   const float k = check_finite(op, "scale", scale);
   const DropoutArgs d = check_dropout(op, dropout_p, seed, x);
-  Tensor dx = nothing(x), da = nothing(a);
+  Tensor dx = nothing(), da = nothing();
   if (need_da) da = wgrad(op, rows, dtype, s, u, false, k, d);
-  if (need_dx) {
-    dx = torch::stable::new_zeros(x, sizes_of(x));
-    expand(op, rows_of(op, "dx", dx), dtype, s, u, k, d);
-  }
+  if (need_dx) dx = shrink_dx(op, x, dtype, s, u, k, d);
   return {dx, da};
 }
 
@@ -272,7 +329,7 @@ void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
   if (y.numel() && rows.tensor.const_data_ptr() != y.const_data_ptr())
     fail(op, "y must be rows of contiguous elements at one pitch, since it is written in place, got other strides");
   const SmallMatrix u = check_b(op, b, rows.N, -1, y, "y");
-  expand(op, rows, dtype, check_s(op, "s", s, y, "y", u, "b"), u, check_finite(op, "scale", scale), {});
+  expand_in_place(op, rows, dtype, check_s(op, "s", s, y, "y", u, "b"), u, check_finite(op, "scale", scale), {});
 }
 
 Tensor linear_expand(const OptTensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& s,
@@ -286,22 +343,23 @@ Tensor linear_expand(const OptTensor& x, const OptTensor& weight, const OptTenso
   const float k = check_finite(op, "scale", scale);
   Tensor y = s;
   SmallMatrix u;
+  Addend add;
   if (x) {
     rows_of(op, "x", *x);
     check_base(op, *x, *weight, bias);
     u = check_b(op, b, weight->size(0), -1, *x, "x");
     check_s(op, "s", s, *x, "x", u, "b");
     y = as_contiguous(aten_linear(*x, *weight, bias));
+    add.base = y;
   } else {
     if (bias) check_shape(op, "bias", *bias, "[O]", {b.dim() == 2 ? b.size(0) : -1});
     u = check_b(op, b, -1, s.size(s.dim() - 1), like, like_arg);
     check_s(op, "s", s, s, "s", u, "b");
     check_device(op, "s", s, like, like_arg);
-    y = torch::stable::new_zeros(like, with_last(s, b.size(0)));
-    if (bias) torch::stable::copy_(y, *bias);
+    y = torch::stable::new_empty(like, with_last(s, b.size(0)));
+    if (bias) add.bias = as_contiguous(*bias);
   }
-  const Tensor sc = as_contiguous(s);
-  expand(op, rows_of(op, "y", y), dtype, sc, u, k, {});
+  expand(op, rows_of(op, "y", y), dtype, add, as_contiguous(s), u, k, {});
   return y;
 }
 
@@ -315,45 +373,65 @@ Five linear_expand_bwd(const Tensor& dy, const OptTensor& x, const OptTensor& we
   const SmallMatrix u = check_b(op, b, rows.N, -1, dy, "dy");
   const Tensor sc = check_s(op, "s", s, dy, "dy", u, "b");
   const float k = check_finite(op, "scale", scale);
-  if ((need_dx || need_dw) && !(x && weight)) fail(op, "x and weight are needed for their gradients, got None");
+  if (need_dx && !weight) fail(op, "weight is needed for the gradient of x, got None");
+  if (need_dw && !x) fail(op, "x is needed for the gradient of weight, got None");
   if (need_dx) check_shape(op, "weight", *weight, "[O, I]", {rows.N, -1});
   const ExpandGrads g = expand_grads(op, rows, dtype, sc, u, k, k, need_ds, need_db);
-  return {need_dx ? base_dx(rows, *weight) : nothing(dy), need_dw ? base_dw(rows, rows_of(op, "x", *x)) : nothing(dy),
-          need_dbias ? base_dbias(rows) : nothing(dy), g.ds, g.db};
+  return {need_dx ? base_dx(rows, *weight) : nothing(), need_dw ? base_dw(rows, rows_of(op, "x", *x)) : nothing(),
+          need_dbias ? base_dbias(rows) : nothing(), g.ds, g.db};
 }
 
-std::tuple<Tensor, Tensor> lora_forward(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                                        const Tensor& a, const Tensor& b, double scale, double dropout_p,
-                                        const OptTensor& seed) {
+// a and b of one dtype, fp32 or that of the activations beside them.
+void check_pair(const char* op, const Tensor& a, const Tensor& b) {
+  if (a.scalar_type() != b.scalar_type())
+    fail(op, "b must be ", name_of(a.scalar_type()), " (the dtype of a), got ", name_of(b.scalar_type()));
+}
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+// (y, s, the base product where base_scale asks for it in backward)
+Three lora_forward(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a,
+                   const Tensor& b, double scale, double dropout_p, const OptTensor& seed,
+                   const OptTensor& base_scale) {
   const DType dtype = check_x(op, "x", x);
   const Rows rows = rows_of(op, "x", x);
   check_base(op, x, weight, bias);
   const SmallMatrix ua = check_a(op, a, x), ub = check_b(op, b, weight.size(0), a.size(0), x, "x");
-  if (ua.dtype != ub.dtype)
-    fail(op, "b must be ", name_of(a.scalar_type()), " (the dtype of a), got ", name_of(b.scalar_type()));
+  check_pair(op, a, b);
   const float k = check_finite(op, "scale", scale);
   const DropoutArgs d = check_dropout(op, dropout_p, seed, x);
-  Tensor y = as_contiguous(aten_linear(x, weight, bias));
+  if (!base_scale) {
+    Tensor y = as_contiguous(aten_linear(x, weight, bias));
+    const Tensor s = shrink(op, rows, dtype, ua, k, d);
+    expand_in_place(op, rows_of(op, "y", y), dtype, s, ub, 1.f, {});
+    return {y, s, nothing()};
+  }
+  Addend add{std::nullopt, check_base_scale(op, *base_scale, x, weight.size(0)), std::nullopt};
+  if (bias) add.bias = as_contiguous(*bias);
+  add.base = as_contiguous(aten_linear(x, weight, std::nullopt));
   const Tensor s = shrink(op, rows, dtype, ua, k, d);
-  expand(op, rows_of(op, "y", y), dtype, s, ub, 1.f, {});
-  return {y, s};
+  Tensor y = torch::stable::new_empty(x, with_last(x, weight.size(0)));
+  expand(op, rows_of(op, "y", y), dtype, add, s, ub, 1.f, {});
+  return {y, s, *add.base};
 }
 
-std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                                           const Tensor& a, const Tensor& b, double scale, double dropout_p,
-                                           const OptTensor& seed) {
-  return lora_forward("lora_linear_fwd", x, weight, bias, a, b, scale, dropout_p, seed);
+Three lora_linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a, const Tensor& b,
+                      double scale, double dropout_p, const OptTensor& seed, const OptTensor& base_scale) {
+  return lora_forward("lora_linear_fwd", x, weight, bias, a, b, scale, dropout_p, seed, base_scale);
 }
 
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a, const Tensor& b,
-                   double scale, double dropout_p, const OptTensor& seed) {
-  return std::get<0>(lora_forward("lora_linear", x, weight, bias, a, b, scale, dropout_p, seed));
+                   double scale, double dropout_p, const OptTensor& seed, const OptTensor& base_scale) {
+  return std::get<0>(lora_forward("lora_linear", x, weight, bias, a, b, scale, dropout_p, seed, base_scale));
 }
 
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 // s is what the forward made: scale * D(x) A^T. dS = scale * dY B, so that dA = dS^T D(x) and dx += D(dS A).
-Five lora_linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& a, const Tensor& b,
-                     const Tensor& s, double scale, double dropout_p, const OptTensor& seed, bool need_dx, bool need_dw,
-                     bool need_dbias, bool need_da, bool need_db) {
+Six lora_linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& a, const Tensor& b,
+                    const Tensor& s, double scale, double dropout_p, const OptTensor& seed, const OptTensor& base_scale,
+                    const OptTensor& base, bool need_dx, bool need_dw, bool need_dbias, bool need_da, bool need_db,
+                    bool need_dbase_scale) {
   constexpr const char* op = "lora_linear_bwd";
   const DType dtype = check_x(op, "x", x);
   const Rows dy_rows = rows_of(op, "dy", dy), x_rows = rows_of(op, "x", x);
@@ -365,14 +443,75 @@ Five lora_linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, co
   const Tensor sc = check_s(op, "s", s, x, "x", ua, "a");
   const float k = check_finite(op, "scale", scale);
   const DropoutArgs d = check_dropout(op, dropout_p, seed, x);
-  const ExpandGrads g = expand_grads(op, dy_rows, dtype, sc, ub, k, 1.f, need_dx || need_da, need_db);
-  Tensor dx = nothing(x);
-  if (need_dx) {
-    dx = base_dx(dy_rows, weight);
-    expand(op, rows_of(op, "dx", dx), dtype, g.ds, ua, 1.f, d);
+  Rows dz = dy_rows;  // the gradient of the base product
+  Tensor dc = nothing();
+  if (base_scale) {
+    if (need_dbase_scale) {
+      if (!base) fail(op, "base must be what lora_linear_fwd returned where dbase_scale is needed, got None");
+      check_dtype(op, "base", *base, x.scalar_type());
+      check_shape(op, "base", *base, "[..., O]", with_last(x, weight.size(0)));
+    }
+    const Tensor c = check_base_scale(op, *base_scale, x, weight.size(0));
+    const bool need_dz = need_dx || need_dw;
+    const RescaleGrads g = rescale(op, dy_rows, dtype, base, c, need_dz, need_dbase_scale);
+    if (need_dz) dz = rows_of(op, "dz", g.dz);
+    if (need_dbase_scale) dc = torch::stable::to(g.dc, base_scale->scalar_type());
   }
-  return {dx, need_dw ? base_dw(dy_rows, x_rows) : nothing(x), need_dbias ? base_dbias(dy_rows) : nothing(x),
-          need_da ? wgrad(op, x_rows, dtype, g.ds, ua, false, 1.f, d) : nothing(a), g.db};
+  const ExpandGrads g = expand_grads(op, dy_rows, dtype, sc, ub, k, 1.f, need_dx || need_da, need_db);
+  Tensor dx = nothing();
+  if (need_dx) {
+    dx = base_dx(dz, weight);
+    expand_in_place(op, rows_of(op, "dx", dx), dtype, g.ds, ua, 1.f, d);
+  }
+  return {dx,
+          need_dw ? base_dw(dz, x_rows) : nothing(),
+          need_dbias ? base_dbias(dy_rows) : nothing(),
+          need_da ? wgrad(op, x_rows, dtype, g.ds, ua, false, 1.f, d) : nothing(),
+          g.db,
+          dc};
+}
+
+// ---- beside a base layer of any kind, whose result y is
+
+std::tuple<Tensor, Tensor> add_forward(const char* op, const Tensor& y, const Tensor& x, const Tensor& a,
+                                       const Tensor& b, double scale, double dropout_p, const OptTensor& seed) {
+  const DType dtype = check_x(op, "x", x), y_dtype = check_x(op, "y", y);
+  const Rows rows = rows_of(op, "x", x);
+  check_device(op, "y", y, x, "x");
+  const SmallMatrix ua = check_a(op, a, x), ub = check_b(op, b, -1, a.size(0), y, "y");
+  check_pair(op, a, b);
+  check_shape(op, "y", y, "[..., O]", with_last(x, ub.N));
+  const Tensor s = shrink(op, rows, dtype, ua, check_finite(op, "scale", scale), check_dropout(op, dropout_p, seed, x));
+  Tensor out = torch::stable::new_empty(y, sizes_of(y));
+  expand(op, rows_of(op, "y", out), y_dtype, {y, std::nullopt, std::nullopt}, s, ub, 1.f, {});
+  return {out, s};
+}
+
+std::tuple<Tensor, Tensor> lora_add_fwd(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
+                                        double scale, double dropout_p, const OptTensor& seed) {
+  return add_forward("lora_add_fwd", y, x, a, b, scale, dropout_p, seed);
+}
+
+Tensor lora_add(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, double scale, double dropout_p,
+                const OptTensor& seed) {
+  return std::get<0>(add_forward("lora_add", y, x, a, b, scale, dropout_p, seed));
+}
+
+// The gradient of y is dy itself.
+Three lora_add_bwd(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& s, double scale,
+                   double dropout_p, const OptTensor& seed, bool need_dx, bool need_da, bool need_db) {
+  constexpr const char* op = "lora_add_bwd";
+  const DType dtype = check_x(op, "x", x), dy_dtype = check_x(op, "dy", dy);
+  const Rows dy_rows = rows_of(op, "dy", dy), x_rows = rows_of(op, "x", x);
+  check_device(op, "dy", dy, x, "x");
+  const SmallMatrix ua = check_a(op, a, x), ub = check_b(op, b, dy_rows.N, a.size(0), dy, "dy");
+  const Tensor sc = check_s(op, "s", s, x, "x", ua, "a");
+  check_shape(op, "dy", dy, "[..., O]", with_last(x, ub.N));
+  const float k = check_finite(op, "scale", scale);
+  const DropoutArgs d = check_dropout(op, dropout_p, seed, x);
+  const ExpandGrads g = expand_grads(op, dy_rows, dy_dtype, sc, ub, k, 1.f, need_dx || need_da, need_db);
+  return {need_dx ? shrink_dx(op, x, dtype, g.ds, ua, 1.f, d) : nothing(),
+          need_da ? wgrad(op, x_rows, dtype, g.ds, ua, false, 1.f, d) : nothing(), g.db};
 }
 
 }  // namespace
@@ -391,14 +530,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LRK_NAMESPACE, m) {
       "-> (Tensor dx, Tensor dw, Tensor dbias, Tensor ds, Tensor db)");
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale=1.0, float dropout_p=0.0, "
-      "Tensor? seed=None) -> Tensor");
+      "Tensor? seed=None, Tensor? base_scale=None) -> Tensor");
   m.def(
       "lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale=1.0, "
-      "float dropout_p=0.0, Tensor? seed=None) -> (Tensor y, Tensor s)");
+      "float dropout_p=0.0, Tensor? seed=None, Tensor? base_scale=None) -> (Tensor y, Tensor s, Tensor base)");
   m.def(
       "lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor s, float scale, "
-      "float dropout_p, Tensor? seed, bool need_dx, bool need_dw, bool need_dbias, bool need_da, bool need_db) "
-      "-> (Tensor dx, Tensor dw, Tensor dbias, Tensor da, Tensor db)");
+      "float dropout_p, Tensor? seed, Tensor? base_scale, Tensor? base, bool need_dx, bool need_dw, bool need_dbias, "
+      "bool need_da, bool need_db, bool need_dbase_scale) "
+      "-> (Tensor dx, Tensor dw, Tensor dbias, Tensor da, Tensor db, Tensor dbase_scale)");
+  m.def(
+      "lora_add(Tensor y, Tensor x, Tensor a, Tensor b, float scale=1.0, float dropout_p=0.0, Tensor? seed=None) "
+      "-> Tensor");
+  m.def(
+      "lora_add_fwd(Tensor y, Tensor x, Tensor a, Tensor b, float scale=1.0, float dropout_p=0.0, "
+      "Tensor? seed=None) -> (Tensor out, Tensor s)");
+  m.def(
+      "lora_add_bwd(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, float scale, float dropout_p, Tensor? seed, "
+      "bool need_dx, bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)");
 }
 
 // For every backend: the checks refuse what is not a dense cpu or cuda tensor in words of ours.
@@ -411,4 +560,7 @@ STABLE_TORCH_LIBRARY_IMPL(LRK_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("lora_linear", TORCH_BOX(&lrk::ops::lora_linear));
   m.impl("lora_linear_fwd", TORCH_BOX(&lrk::ops::lora_linear_fwd));
   m.impl("lora_linear_bwd", TORCH_BOX(&lrk::ops::lora_linear_bwd));
+  m.impl("lora_add", TORCH_BOX(&lrk::ops::lora_add));
+  m.impl("lora_add_fwd", TORCH_BOX(&lrk::ops::lora_add_fwd));
+  m.impl("lora_add_bwd", TORCH_BOX(&lrk::ops::lora_add_bwd));
 }

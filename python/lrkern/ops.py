@@ -29,7 +29,8 @@ _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 OPS_INFO = {
     "lora_shrink": "S = scale D(x) A^T",
     "linear_expand": "y = x W^T + bias + scale S B^T",
-    "lora_linear": "y = x W^T + bias + scale (D(x) A^T) B^T",
+    "lora_linear": "y = c * (x W^T) + bias + scale (D(x) A^T) B^T",
+    "lora_add": "y + scale (D(x) A^T) B^T",
     "lora_expand_": "y += scale S B^T, in place",
 }
 
@@ -65,19 +66,40 @@ def lora_linear(
     scale: float = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    base_scale: Tensor | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + bias + scale · (D(x) Aᵀ) Bᵀ, a linear layer with a LoRA adapter (Hu et al., arXiv 2106.09685).
+    """y = c ⊙ (x Wᵀ) + bias + scale · (D(x) Aᵀ) Bᵀ, a linear layer with a LoRA adapter (Hu et al., arXiv 2106.09685).
 
-    x [..., I]; weight [O, I]; bias [O] or None; a [R, I]; b [O, R]; seed int64 [1] where dropout_p > 0.
+    x [..., I]; weight [O, I]; bias [O] or None; a [R, I]; b [O, R]; seed int64 [1] where dropout_p > 0; c is base_scale
+    [O] (x's dtype or float32), ones where None: DoRA's g is c with g ⊙ b as b (``functional.dora_linear``).
+    Differentiable in all float tensors; saves x, S [T, R], the seed, and x Wᵀ where base_scale requires a gradient.
+    Double backward is refused.
+    """
+    return _route(_ops.lora_linear.default, _linear, x, weight, bias, a, b, scale, dropout_p, seed, base_scale)
+
+
+def lora_add(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y + scale · (D(x) Aᵀ) Bᵀ as a new tensor: LoRA beside a base layer of any kind (quantised, ...) that gave y.
+
+    y [..., O]; x [..., I]; a [R, I]; b [O, R]. The dtypes of y and x may differ where a and b are float32.
     Differentiable in all float tensors; saves x, S [T, R] and the seed. Double backward is refused.
     """
-    return _route(_ops.lora_linear.default, _linear, x, weight, bias, a, b, scale, dropout_p, seed)
+    return _route(_ops.lora_add.default, _add, y, x, a, b, scale, dropout_p, seed)
 
 
 def lora_expand_(y: Tensor, s: Tensor, b: Tensor, scale: float = 1.0) -> None:
     """y += scale · S Bᵀ in place, beside anyone's base GEMM. y [..., O]; s [..., R]; b [O, R].
 
-    Not differentiable: raises when gradients are recorded and an argument requires one; use ``linear_expand`` then.
+    Not differentiable: raises when gradients are recorded and an argument requires one; use ``lora_add`` or
+    ``linear_expand`` then.
     """
     _ops.lora_expand_.default(y, s, b, scale)
 
@@ -93,7 +115,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def _route(op: Any, eager: Any, *args: Any) -> Any:
     """Plain eager tensors take a classic autograd.Function, a third of the host time of the dispatcher's way through
     autograd. Everything else (compile, autocast, tensor subclasses, FakeTensor) goes through the op itself."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return op(*args)
     for arg in args:
         if isinstance(arg, Tensor) and type(arg) not in _PLAIN:
@@ -108,13 +130,14 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _once(name: str, needed: tuple[bool, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients as autograd wants them: None where not needed, and an error that names the op on a second backward."""
-    if torch.is_grad_enabled():  # backward(create_graph=True)
-        text = f"lrkern::{name}: double backward is not supported, the gradients of this op have no gradient"
-        tagged = [g.detach().requires_grad_() for g in grads]
-        grads = torch._C._functions.DelayedError(text.encode(), len(tagged))(*tagged)
-    return tuple(g if n else None for n, g in zip(needed, grads, strict=True))
+def _once(name: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients, which raise an error that names the op when they are differentiated again."""
+    if not torch.is_grad_enabled():
+        return grads
+    text = f"lrkern::{name}: double backward is not supported, the gradients of this op have no gradient"
+    present = [g.detach().requires_grad_() for g in grads if g is not None]
+    tagged = iter(torch._C._functions.DelayedError(text.encode(), len(present))(*present))
+    return tuple(None if g is None else next(tagged) for g in grads)
 
 
 class _Shrink(Function):
@@ -123,16 +146,15 @@ class _Shrink(Function):
         with _BelowAutograd():
             s = _ops.lora_shrink.default(x, a, scale, dropout_p, seed)
         ctx.save_for_backward(x, a, seed)
-        ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.rest = scale, dropout_p
         return s
 
     @staticmethod
     def backward(ctx, ds):
         x, a, seed = ctx.saved_tensors
-        need = ctx.needs_input_grad[:2]
         with _BelowAutograd():
-            grads = _ops.lora_shrink_bwd.default(ds, x, a, ctx.scale, ctx.dropout_p, seed, *need)
-        return (*_once("lora_shrink", need, grads), None, None, None)
+            grads = _ops.lora_shrink_bwd.default(ds, x, a, *ctx.rest, seed, *ctx.needs_input_grad[:2])
+        return (*_once("lora_shrink", grads), None, None, None)
 
 
 class _Expand(Function):
@@ -148,28 +170,46 @@ class _Expand(Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, s, b = ctx.saved_tensors
-        need = ctx.needs_input_grad[:5]
         with _BelowAutograd():
-            grads = _ops.linear_expand_bwd.default(dy, x, weight, s, b, ctx.scale, *need)
-        return (*_once("linear_expand", need, grads), None)
+            grads = _ops.linear_expand_bwd.default(dy, x, weight, s, b, ctx.scale, *ctx.needs_input_grad[:5])
+        return (*_once("linear_expand", grads), None)
 
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale, dropout_p, seed):
+    def forward(ctx, x, weight, bias, a, b, scale, dropout_p, seed, c):
         with _BelowAutograd():
-            y, s = _ops.lora_linear_fwd.default(x, weight, bias, a, b, scale, dropout_p, seed)
-        ctx.save_for_backward(x, weight, a, b, s, seed)
-        ctx.scale, ctx.dropout_p = scale, dropout_p
+            y, s, base = _ops.lora_linear_fwd.default(x, weight, bias, a, b, scale, dropout_p, seed, c)
+        ctx.save_for_backward(x, weight, a, b, s, seed, c, base if ctx.needs_input_grad[8] else None)
+        ctx.rest = scale, dropout_p
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, a, b, s, seed = ctx.saved_tensors
-        need = ctx.needs_input_grad[:5]
+        x, weight, a, b, s, seed, c, base = ctx.saved_tensors
+        x_, w, bias, a_, b_, _, _, _, c_ = ctx.needs_input_grad
         with _BelowAutograd():
-            grads = _ops.lora_linear_bwd.default(dy, x, weight, a, b, s, ctx.scale, ctx.dropout_p, seed, *need)
-        return (*_once("lora_linear", need, grads), None, None, None)
+            dx, dw, dbias, da, db, dc = _once("lora_linear", _ops.lora_linear_bwd.default(
+                dy, x, weight, a, b, s, *ctx.rest, seed, c, base, x_, w, bias, a_, b_, c_
+            ))  # fmt: skip
+        return dx, dw, dbias, da, db, None, None, None, dc
+
+
+class _Add(Function):
+    @staticmethod
+    def forward(ctx, y, x, a, b, scale, dropout_p, seed):
+        with _BelowAutograd():
+            out, s = _ops.lora_add_fwd.default(y, x, a, b, scale, dropout_p, seed)
+        ctx.save_for_backward(x, a, b, s, seed)
+        ctx.rest = scale, dropout_p
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, a, b, s, seed = ctx.saved_tensors
+        with _BelowAutograd():
+            grads = _ops.lora_add_bwd.default(dy, x, a, b, s, *ctx.rest, seed, *ctx.needs_input_grad[1:4])
+        return (dy, *_once("lora_add", grads), None, None, None)
 
 
 def _shrink(x, a, scale=1.0, dropout_p=0.0, seed=None):
@@ -186,11 +226,18 @@ def _expand(x, weight, bias, s, b, scale=1.0):
         return _ops.linear_expand.default(x, weight, bias, s, b, scale)
 
 
-def _linear(x, weight, bias, a, b, scale=1.0, dropout_p=0.0, seed=None):
-    if _needs_grad(x, weight, bias, a, b):
-        return _Linear.apply(x, weight, bias, a, b, scale, dropout_p, seed)
+def _linear(x, weight, bias, a, b, scale=1.0, dropout_p=0.0, seed=None, base_scale=None):
+    if _needs_grad(x, weight, bias, a, b, base_scale):
+        return _Linear.apply(x, weight, bias, a, b, scale, dropout_p, seed, base_scale)
     with _BelowAutograd():
-        return _ops.lora_linear.default(x, weight, bias, a, b, scale, dropout_p, seed)
+        return _ops.lora_linear.default(x, weight, bias, a, b, scale, dropout_p, seed, base_scale)
+
+
+def _add(y, x, a, b, scale=1.0, dropout_p=0.0, seed=None):
+    if _needs_grad(y, x, a, b):
+        return _Add.apply(y, x, a, b, scale, dropout_p, seed)
+    with _BelowAutograd():
+        return _ops.lora_add.default(y, x, a, b, scale, dropout_p, seed)
 
 
 def _refuse(name: str, why: str, mutates: bool = False) -> None:
@@ -210,35 +257,41 @@ def _refuse(name: str, why: str, mutates: bool = False) -> None:
     _lib.impl(name, kernel, "Autograd")
 
 
-for _name, _kernel in {"lora_shrink": _shrink, "linear_expand": _expand, "lora_linear": _linear}.items():
+_DIFFERENTIABLE = {"lora_shrink": _shrink, "linear_expand": _expand, "lora_linear": _linear, "lora_add": _add}
+for _name, _kernel in _DIFFERENTIABLE.items():
     _lib.impl(_name, _kernel, "Autograd")
-_refuse("lora_expand_", "writes in place and has no gradient, but an argument requires one; use linear_expand", True)
-_refuse("lora_linear_fwd", "has no gradient, but an argument requires one; use lora_linear")
-for _name in ("lora_shrink", "linear_expand", "lora_linear"):
     _refuse(f"{_name}_bwd", "is itself a gradient and has none: double backward is not supported")
+for _name in ("lora_linear", "lora_add"):
+    _refuse(f"{_name}_fwd", f"has no gradient, but an argument requires one; use {_name}")
+_refuse("lora_expand_", "writes in place and has no gradient, but an argument requires one; use lora_add", True)
 
 # ---------------------------------------------------------------------------------------------------- autocast
 
 
 def _autocast(name: str) -> None:
-    """As F.linear under autocast: floating-point arguments are cast to the autocast dtype."""
+    """As F.linear under autocast: floating-point arguments are cast to the autocast dtype. lora_add leaves y as the base
+    layer gave it, and where that is another dtype, a and b are float32."""
     op = getattr(_ops, name).default
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def kernel(*args, _device=device, _key=getattr(torch._C.DispatchKey, key), **kwargs):
-            dtype = torch.get_autocast_dtype(_device)
+            low = torch.get_autocast_dtype(_device)
 
-            def cast(t):
+            def cast(t, dtype=low):
                 ok = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
                 return t.to(dtype) if ok else t
 
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_key)):
+                if name == "lora_add":
+                    y, x, a, b, *rest = args
+                    factors = low if y.dtype == low else torch.float32
+                    return op(y, cast(x), cast(a, factors), cast(b, factors), *rest, **kwargs)
                 return op(*map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
 
         _lib.impl(name, kernel, key)
 
 
-for _name in ("lora_shrink", "linear_expand", "lora_linear"):
+for _name in _DIFFERENTIABLE:
     _autocast(_name)
 
 # ---------------------------------------------------------------------------------------------------- fakes
@@ -258,9 +311,8 @@ def _fake(name: str):
     return register
 
 
-def _grad(needed: bool, like: Tensor | None) -> Tensor:
-    """A gradient nobody asked for is an empty tensor."""
-    return torch.empty_like(like, memory_format=torch.contiguous_format) if needed else like.new_empty(0)
+def _grad(needed: bool, like: Tensor | None) -> Tensor | None:
+    return torch.empty_like(like, memory_format=torch.contiguous_format) if needed else None
 
 
 @_fake("lora_shrink")
@@ -281,9 +333,9 @@ def _(x, weight, bias, s, b, scale=1.0):
 
 @_fake("linear_expand_bwd")
 def _(dy, x, weight, s, b, scale, need_dx, need_dw, need_dbias, need_ds, need_db):
-    dx = dy.new_empty((*dy.shape[:-1], weight.shape[1])) if need_dx else dy.new_empty(0)
-    dw = dy.new_empty((dy.shape[-1], x.shape[-1])) if need_dw else dy.new_empty(0)
-    dbias = dy.new_empty(dy.shape[-1] if need_dbias else 0)
+    dx = dy.new_empty((*dy.shape[:-1], weight.shape[1])) if need_dx else None
+    dw = dy.new_empty((dy.shape[-1], x.shape[-1])) if need_dw else None
+    dbias = dy.new_empty(dy.shape[-1]) if need_dbias else None
     return dx, dw, dbias, _grad(need_ds, s), _grad(need_db, b)
 
 
@@ -293,16 +345,35 @@ def _(y, s, b, scale=1.0):
 
 
 @_fake("lora_linear")
-def _(x, weight, bias, a, b, scale=1.0, dropout_p=0.0, seed=None):
+def _(x, weight, bias, a, b, scale=1.0, dropout_p=0.0, seed=None, base_scale=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @_fake("lora_linear_fwd")
-def _(x, weight, bias, a, b, scale=1.0, dropout_p=0.0, seed=None):
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), a.new_empty((*x.shape[:-1], a.shape[0]))
+def _(x, weight, bias, a, b, scale=1.0, dropout_p=0.0, seed=None, base_scale=None):
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, a.new_empty((*x.shape[:-1], a.shape[0])), _grad(base_scale is not None, y)
 
 
 @_fake("lora_linear_bwd")
-def _(dy, x, weight, a, b, s, scale, dropout_p, seed, need_dx, need_dw, need_dbias, need_da, need_db):
-    dbias = dy.new_empty(weight.shape[0] if need_dbias else 0)
-    return _grad(need_dx, x), _grad(need_dw, weight), dbias, _grad(need_da, a), _grad(need_db, b)
+def _(dy, x, weight, a, b, s, scale, dropout_p, seed, c, base, need_dx, need_dw, need_dbias, need_da, need_db, need_dc):
+    dbias = dy.new_empty(weight.shape[0]) if need_dbias else None
+    needed = ((need_dx, x), (need_dw, weight), (need_da, a), (need_db, b), (need_dc, c))
+    dx, dw, da, db, dc = (_grad(*pair) for pair in needed)
+    return dx, dw, dbias, da, db, dc
+
+
+@_fake("lora_add")
+def _(y, x, a, b, scale=1.0, dropout_p=0.0, seed=None):
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+@_fake("lora_add_fwd")
+def _(y, x, a, b, scale=1.0, dropout_p=0.0, seed=None):
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
+    return out, a.new_empty((*x.shape[:-1], a.shape[0]))
+
+
+@_fake("lora_add_bwd")
+def _(dy, x, a, b, s, scale, dropout_p, seed, need_dx, need_da, need_db):
+    return _grad(need_dx, x), _grad(need_da, a), _grad(need_db, b)

@@ -1,83 +1,222 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drop-in for Hugging Face PEFT: ``lrkern.peft.patch(model)`` makes an existing PEFT model run on lrkern, in place.
+"""Drop-in for Hugging Face PEFT.
 
-A layer is fused where its forward is y = base(x) + scaling · B(A(dropout(x))) over a plain nn.Linear; any other one runs
-PEFT's own code. Only a layer's class changes: parameters, state_dict, configs and files stay PEFT's. Nothing in PEFT is
-monkeypatched.
+``lrkern.peft.patch(model)`` makes an existing PEFT model run on lrkern, in place; ``register(config, model)`` makes the
+layers that PEFT creates from a config fused from the start; ``report(model)`` says what runs, ``unpatch(model)`` undoes it.
+
+A LoRA layer over an exact nn.Linear runs as one op. Over any other base layer (bitsandbytes, GPTQ, AWQ, torchao, ...) the
+base runs untouched and lrkern adds the low-rank part. DoRA is fused over both. What a layer does is decided in every call
+from the layer as it then is (``_plan``); what is not fused runs PEFT's own forward. Only a layer's class changes:
+parameters, state_dict, configs and files stay PEFT's, and nothing in PEFT is monkeypatched.
 
 Adapter files of lrkern's own modules: ``save_adapter`` and ``load_adapter`` write and read PEFT's format (safetensors
 only).
 """
 
+import copy
+import functools
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import peft
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import transpose
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import functional as F
 from .nn import FusedLoRALinear
+from .nn.dora import DoraNorm
 
-__all__ = ["Report", "load_adapter", "patch", "save_adapter", "unpatch"]
+__all__ = ["Report", "load_adapter", "patch", "register", "report", "save_adapter", "unpatch"]
 
 _DROPOUTS = (nn.Dropout, nn.Identity)
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OTHER_KINDS = (Embedding, MultiheadAttention, ParamWrapper)  # LoRA layers whose forward is no linear layer's
 
 
-class _FusedLinear(LoraLinear):
-    """peft's lora.Linear with a fused forward. Only ``patch`` makes one, by swapping a layer's class."""
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        plan = "called with more than x" if args or kwargs else _plan(self)
-        if isinstance(plan, str) or (x.dtype != plan[0].dtype and not torch.is_autocast_enabled(x.device.type)):
-            return super().forward(x, *args, **kwargs)
-        return F.lora_linear(x, *plan)
+class _Adapter(NamedTuple):
+    a: Tensor  # [R, I]
+    b: Tensor  # [O, R]
+    scale: float
+    dropout_p: float  # 0 where it does not act
 
 
-_FusedLinear.__name__ = "Linear"  # repr stays PEFT's, "lora.Linear"
+class _Plan(NamedTuple):
+    weight: Tensor | None  # of a plain nn.Linear, None for any other base layer
+    bias: Tensor | None
+    adapters: list[_Adapter]
+    magnitude: Tensor | None  # DoRA
 
 
-def _plan(layer: LoraLinear) -> "tuple[Tensor, Tensor | None, Tensor, Tensor, float, float, bool] | str":
-    """The arguments of functional.lora_linear after x, or why this layer must run PEFT's own forward."""
+# ---------------------------------------------------------------------------------------------------- the decision
+
+
+def _plan(layer: LoraLayer) -> _Plan | str:
+    """How to run this layer as it is now, or why it must run PEFT's own forward."""
     if layer.disable_adapters or layer.merged_adapters:
         return "adapters disabled or merged"
     modules = layer._modules  # nn.Module.__getattr__ is the slow way, and this runs on every call
     a_of, b_of = modules["lora_A"]._modules, modules["lora_B"]._modules
     active = [name for name in layer.active_adapters if name in a_of]
-    if len(active) != 1:
-        return f"{len(active)} active adapters on this layer, fused with 1"
-    (name,) = active
-    if name in layer.lora_variant:
-        return f"variant {type(layer.lora_variant[name]).__name__}"
-    base, a, b, dropout = modules["base_layer"], a_of[name], b_of[name], modules["lora_dropout"]._modules[name]
-    if type(base) is not nn.Linear or type(a) is not nn.Linear or type(b) is not nn.Linear:
-        return f"base layer {type(base).__name__}, fused over an exact nn.Linear"
-    weight, wa, wb = base._parameters["weight"], a._parameters["weight"], b._parameters["weight"]
-    if type(weight) not in _PLAIN:
-        return f"base weight {type(weight).__name__}"
-    dtype = weight.dtype
-    if dtype not in _DTYPES:
-        return f"base dtype {dtype}"
-    if wa.dtype != wb.dtype or wa.dtype not in (dtype, torch.float32):
-        return f"factors of dtype {wa.dtype}, {wb.dtype} over a base of {dtype}"
+    if not active:
+        return "no active adapter"
+    magnitude, adapters = None, []
+    for name in active:
+        if name in layer.lora_variant:
+            variant = type(layer.lora_variant[name])
+            if variant is not DoraLinearVariant:
+                return f"variant {variant.__name__}"
+            if len(active) > 1:
+                return "DoRA among several active adapters"
+            magnitude = modules["lora_magnitude_vector"]._modules[name]._parameters["weight"]
+            if type(magnitude) not in _PLAIN:
+                return f"magnitude of type {type(magnitude).__name__}"
+        adapter = _adapter(layer, name, a_of[name], b_of[name], modules["lora_dropout"]._modules[name])
+        if isinstance(adapter, str):
+            return adapter
+        adapters.append(adapter)
+    base = modules["base_layer"]
+    if type(base) is nn.Linear and not _hooked(base):
+        weight = base._parameters["weight"]
+        fits = type(weight) in _PLAIN and weight.dtype in _DTYPES
+        if fits and all(f.a.dtype in (weight.dtype, torch.float32) for f in adapters):
+            return _Plan(weight, base._parameters["bias"], adapters, magnitude)
+    if magnitude is not None and not (hasattr(base, "weight") and hasattr(base, "bias")):
+        return f"DoRA over {type(base).__name__}, which has no weight and bias"
+    return _Plan(None, None, adapters, magnitude)
+
+
+def _adapter(layer: LoraLayer, name: str, a: nn.Module, b: nn.Module, dropout: nn.Module) -> _Adapter | str:
+    if type(a) is not nn.Linear or type(b) is not nn.Linear:
+        return f"lora_A and lora_B are {type(a).__name__} and {type(b).__name__}, fused with nn.Linear"
+    wa, wb = a._parameters["weight"], b._parameters["weight"]
+    if type(wa) not in _PLAIN or type(wb) not in _PLAIN:
+        return f"factors of type {type(wa).__name__} and {type(wb).__name__}"
+    if wa.dtype != wb.dtype or wa.dtype not in _DTYPES:
+        return f"factors of dtype {wa.dtype} and {wb.dtype}"
     if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
         return "lora_bias"
     if type(dropout) not in _DROPOUTS:
         return f"dropout {type(dropout).__name__}"
     if wa.shape[0] > 512:
         return f"rank {wa.shape[0]}, fused up to 512"
-    for m in (base, a, b, dropout):
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "forward" in m.__dict__:
-            return "hooks on an inner module"
-    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return weight, base._parameters["bias"], wa, wb, float(layer.scaling[name]), p, True
+    if _hooked(a) or _hooked(b) or _hooked(dropout):
+        return "hooks on lora_A, lora_B or lora_dropout"
+    scale = layer.scaling[name]
+    if isinstance(scale, Tensor):  # peft.utils.hotswap.prepare_model_for_compiled_hotswap
+        wb, scale = wb * scale.to(wb), 1.0
+    return _Adapter(wa, wb, float(scale), dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0)
+
+
+def _hooked(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) or (
+        "forward" in m.__dict__
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- the layer
+
+
+class _Fused:
+    """Comes before a layer's PEFT class; ``patch`` makes one by swapping the layer's class."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plan = "called with more than x" if args or kwargs else _plan(self)
+        if isinstance(plan, str) or not _takes(plan, x):
+            return super().forward(x, *args, **kwargs)
+        weight, bias, adapters, magnitude = plan
+        if magnitude is not None:
+            return self._dora(x, weight, bias, adapters[0], magnitude)
+        if weight is None:
+            y = self._modules["base_layer"](x)
+        else:
+            y, adapters = F.lora_linear(x, weight, bias, *adapters[0]), adapters[1:]
+        for a, b, scale, p in adapters:
+            y = _add(y, x, a, b, scale, p)
+        return y
+
+    def _dora(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, f: _Adapter, magnitude: Tensor) -> Tensor:
+        norm_of: DoraNorm = self.__dict__["_lrkern_norm"]
+        p = f.dropout_p if self.training else 0.0
+        if weight is not None:
+            return F.dora_linear(x, weight, bias, f.a, f.b, magnitude, f.scale, p, True, norm_of(weight, *f[:3]))
+        base = self._modules["base_layer"]
+        turn = self.__dict__.get("fan_in_fan_out", False)
+        dense = functools.cache(lambda: transpose(dequantize_module_weight(base), turn).to(x.dtype))
+        y = base(x)
+        g = magnitude / norm_of(base.weight, *f[:3], dense)
+        if p:
+            x = torch.dropout(x, p, True)
+            product = nn.functional.linear(x, dense())
+        else:
+            product = y if base.bias is None else y - base.bias
+        return _add((y + (g - 1) * product).to(y.dtype), x, f.a, (g[:, None] * f.b).to(f.b.dtype), f.scale, 0.0)
+
+    def train(self, mode: bool = True):
+        self.__dict__["_lrkern_norm"].clear()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["_lrkern_norm"].clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        make, args, *state = super().__reduce_ex__(protocol)
+        return (
+            (_rebuild, (args[0]._lrkern_base,), *state) if "_lrkern_base" in args[0].__dict__ else (make, args, *state)
+        )
+
+
+def _reached(name: str) -> property:
+    """Whoever reaches for the factors by name may write them through ``.data``, as PEFT's merge and hotswap do, which no
+    version counter sees: what DoRA kept of them goes."""
+
+    def get(self: _Fused) -> nn.Module:
+        self.__dict__["_lrkern_norm"].clear()
+        return self._modules[name]
+
+    return property(get)
+
+
+for _name in ("base_layer", "lora_A", "lora_B"):
+    setattr(_Fused, _name, _reached(_name))
+
+
+@functools.cache
+def _fused(cls: type) -> type:
+    """The fused subclass of a PEFT class, of the same name: repr stays PEFT's."""
+    return type(
+        cls.__name__, (_Fused, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__, "_lrkern_base": cls}
+    )
+
+
+def _rebuild(cls: type) -> nn.Module:
+    return _fused(cls).__new__(_fused(cls))
+
+
+def _takes(plan: _Plan, x: Tensor) -> bool:
+    if plan.weight is not None:
+        return x.dtype == plan.weight.dtype or torch.is_autocast_enabled(x.device.type)
+    return x.dtype in _DTYPES
+
+
+def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
+    if a.dtype != torch.float32 and not a.dtype == x.dtype == y.dtype:  # a base layer may answer in a dtype of its own
+        a, b = a.float(), b.float()
+    return F.lora_add(y, x, a, b, scale, p)
+
+
+# ---------------------------------------------------------------------------------------------------- for users
 
 
 @dataclass
@@ -95,28 +234,85 @@ class Report:
         return "\n".join(lines + [f"  {name}: PEFT's own code, {why}" for name, why in self.layers.items() if why])
 
 
-def patch(model: nn.Module) -> Report:
-    """Makes every LoRA linear of a PEFT model that can be fused run on lrkern, in place, and reports per layer."""
-    layers: dict[str, str | None] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, peft.tuners.lora.layer.LoraLayer):
-            continue
-        if type(module) not in (LoraLinear, _FusedLinear):
-            layers[name] = f"{type(module).__name__} is not fused"
-            continue
-        module.__class__ = _FusedLinear
-        plan = _plan(module)
-        layers[name] = plan if isinstance(plan, str) else None
+def _cannot_patch(layer: LoraLayer) -> str | None:
+    """Why this layer's class must stay what it is."""
+    if isinstance(layer, _OTHER_KINDS):
+        return f"{type(layer).__name__} is no linear layer"
+    if not type(layer).forward.__module__.startswith("peft.tuners.lora."):
+        return f"{type(layer).__name__} has a forward of its own"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance"
+    return None
+
+
+def _patch(layer: LoraLayer) -> str | None:
+    if not isinstance(layer, _Fused):
+        if why := _cannot_patch(layer):
+            return why
+        layer.__dict__["_lrkern_norm"] = DoraNorm()
+        layer.__class__ = _fused(type(layer))
+    plan = _plan(layer)
+    return plan if isinstance(plan, str) else None
+
+
+def _lora_layers(model: nn.Module, who: str) -> dict[str, LoraLayer]:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     if not layers:
-        raise ValueError(f"lrkern.peft.patch: model must have PEFT LoRA layers, got {type(model).__name__} with none")
+        raise ValueError(f"lrkern.peft.{who}: model must have PEFT LoRA layers, got {type(model).__name__} with none")
+    return layers
+
+
+def patch(model: nn.Module) -> Report:
+    """Makes the LoRA linears of a PEFT model run on lrkern, in place, and reports per layer."""
+    return Report({name: _patch(layer) for name, layer in _lora_layers(model, "patch").items()})
+
+
+def report(model: nn.Module) -> Report:
+    """What each LoRA layer of the model would do if it were called now. Changes nothing."""
+    layers: dict[str, str | None] = {}
+    for name, layer in _lora_layers(model, "report").items():
+        plan = _plan(layer) if isinstance(layer, _Fused) else _cannot_patch(layer) or "not patched"
+        layers[name] = plan if isinstance(plan, str) else None
     return Report(layers)
 
 
 def unpatch(model: nn.Module) -> None:
-    """Gives every layer that ``patch`` took its PEFT class back."""
-    for module in model.modules():
-        if type(module) is _FusedLinear:
-            module.__class__ = LoraLinear
+    """Gives every layer that ``patch`` or ``register`` took its PEFT class back."""
+    patched = [m for m in model.modules() if isinstance(m, _Fused)]
+    for m in patched:
+        if "_lrkern_base" not in type(m).__dict__:  # such as FSDP2's own subclass of a layer
+            raise RuntimeError(f"lrkern.peft.unpatch: {type(m).__name__} was made of a patched layer, undo that first")
+    for m in patched:
+        m.__class__ = type(m)._lrkern_base
+        del m.__dict__["_lrkern_norm"]
+
+
+def register(config: peft.LoraConfig, model: nn.Module) -> None:
+    """Makes the LoRA layers that PEFT creates from this config fused from the start, whatever their base layer:
+
+        lrkern.peft.register(config, model); model = peft.get_peft_model(model, config)
+
+    or PeftModel.from_pretrained(model, folder, config=config). PEFT does not write a registration to its files.
+    """
+    if not isinstance(config, peft.LoraConfig):
+        raise TypeError(f"lrkern.peft.register: config must be a peft.LoraConfig, got {type(config).__name__}")
+    kinds = {type(m): _create for m in model.modules() if not list(m.children()) and list(m.parameters())}
+    if any(isinstance(m, LoraLayer) for m in model.modules()) or not kinds:
+        raise ValueError(
+            "lrkern.peft.register: model must be a model without LoRA layers yet (patch is for those), with layers to "
+            f"adapt, got {type(model).__name__}"
+        )
+    config._register_custom_module(kinds)
+
+
+def _create(target: nn.Module, adapter_name: str, config: peft.LoraConfig, **kwargs: Any) -> nn.Module | None:
+    """What PEFT calls in place of a layer's constructor: PEFT's own choice of class, then patched."""
+    own = copy.copy(config)
+    own._custom_modules = None
+    layer = LoraModel._create_new_module(own, adapter_name, target, **kwargs)
+    if isinstance(layer, LoraLayer):
+        _patch(layer)
+    return layer
 
 
 # ---------------------------------------------------------------------------------------------------- adapter files
@@ -131,21 +327,31 @@ def _lora_modules(model: nn.Module) -> dict[str, FusedLoRALinear]:
     return found
 
 
+def _in_file(modules: dict[str, FusedLoRALinear]) -> dict[str, nn.Parameter]:
+    """The parameters by the keys that PEFT's files give them."""
+    found = {}
+    for name, m in modules.items():
+        found[f"{_PREFIX}{name}.lora_A.weight"] = m.lora_A.weight
+        found[f"{_PREFIX}{name}.lora_B.weight"] = m.lora_B.weight
+        if m.use_dora:
+            found[f"{_PREFIX}{name}.lora_magnitude_vector"] = m.lora_magnitude_vector.weight
+    return found
+
+
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Writes the factors of a model's FusedLoRALinear layers as a PEFT folder that PeftModel.from_pretrained loads."""
     modules = _lora_modules(model)
     first = next(iter(modules.values()))
-    tensors = {}
-    for name, m in modules.items():
-        for key in ("lora_A", "lora_B"):
-            tensors[f"{_PREFIX}{name}.{key}.weight"] = getattr(m, key).weight.detach().cpu().contiguous()
-    if any(m.use_rslora != first.use_rslora for m in modules.values()):
-        raise ValueError("lrkern.peft.save_adapter: one PEFT folder has one use_rslora for all layers, got both")
+    tensors = {key: w.detach().cpu().contiguous() for key, w in _in_file(modules).items()}
+    for flag in ("use_rslora", "use_dora"):
+        if any(getattr(m, flag) != getattr(first, flag) for m in modules.values()):
+            raise ValueError(f"lrkern.peft.save_adapter: one PEFT folder has one {flag} for all layers, got both")
     config = peft.LoraConfig(
         r=first.r,
         lora_alpha=first.lora_alpha,
         lora_dropout=first.lora_dropout,
         use_rslora=first.use_rslora,
+        use_dora=first.use_dora,
         target_modules=sorted(modules),
         rank_pattern={name: m.r for name, m in modules.items() if m.r != first.r},
         alpha_pattern={name: m.lora_alpha for name, m in modules.items() if m.lora_alpha != first.lora_alpha},
@@ -177,11 +383,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         config = json.loads(config_path.read_text())
     except (SafetensorError, OSError, ValueError) as error:
         raise bad(f"cannot be read: {error}") from error
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("lora_bias"):
-        raise bad(f"must be plain LoRA, got peft_type={config.get('peft_type')}, use_dora={config.get('use_dora')}")
-    expected = {
-        f"{_PREFIX}{n}.{k}.weight": (m, getattr(m, k).weight) for n, m in modules.items() for k in ("lora_A", "lora_B")
-    }
+    if config.get("peft_type") != "LORA" or config.get("lora_bias"):
+        raise bad(f"must be LoRA or DoRA, got peft_type={config.get('peft_type')}, lora_bias={config.get('lora_bias')}")
+    expected = _in_file(modules)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise bad(f"lacks {missing[0]} and {len(missing) - 1} more")
     if extra := sorted(tensors.keys() - expected.keys()):
@@ -189,16 +393,16 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     for name, m in modules.items():
         r = _pattern(config.get("rank_pattern"), name, config["r"])
         alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
-        scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        scaling = F.lora_scaling(alpha, r, config.get("use_rslora", False))
         if r != m.r or not math.isclose(scaling, m.scaling):
             raise bad(f"{name} must have r={m.r}, scaling={m.scaling:g}, got r={r}, scaling={scaling:g}")
-    for key, (_, weight) in expected.items():
+    for key, weight in expected.items():
         if tensors[key].shape != weight.shape:
             raise bad(f"{key} must have shape {list(weight.shape)}, got {list(tensors[key].shape)}")
         if not tensors[key].is_floating_point() or not tensors[key].isfinite().all():
             raise bad(f"{key} must be finite floats")
     with torch.no_grad():
-        for key, (_, weight) in expected.items():
+        for key, weight in expected.items():
             weight.copy_(tensors[key])
 
 

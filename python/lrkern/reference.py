@@ -71,8 +71,16 @@ def linear_expand(x, weight, bias, s, b, scale=1.0):
     return add(torch.nn.functional.linear(x, weight, bias), delta)
 
 
-def lora_linear(x, weight, bias, a, b, scale=1.0, dropout_p=0.0, seed=None):
-    return linear_expand(x, weight, bias, lora_shrink(x, a, scale, dropout_p, seed), b)
+def lora_linear(x, weight, bias, a, b, scale=1.0, dropout_p=0.0, seed=None, base_scale=None):
+    s = lora_shrink(x, a, scale, dropout_p, seed)
+    if base_scale is None:
+        return linear_expand(x, weight, bias, s, b)
+    y = torch.nn.functional.linear(x, weight).to(s.dtype) * base_scale.to(s.dtype) + s @ b.mT
+    return (y if bias is None else y + bias.to(s.dtype)).to(x.dtype)
+
+
+def lora_add(y, x, a, b, scale=1.0, dropout_p=0.0, seed=None):
+    return add(y, lora_shrink(x, a, scale, dropout_p, seed) @ b.mT)
 
 
 def lora_expand_(y, s, b, scale=1.0):
@@ -180,10 +188,24 @@ def _(device, dtype):
             yield Sample(f"{name}_no_base", (None, None, bias, s, b), {"scale": kw["scale"]})
 
 
-@register(lora_linear, "y = x W^T + bias + scale (D(x) A^T) B^T", ("x", "weight", "bias", "a", "b"))
+@register(lora_linear, "y = c * (x W^T) + bias + scale (D(x) A^T) B^T", ("x", "weight", "bias", "a", "b", "base_scale"))
 def _(device, dtype):
-    for name, _, x, w, bias, a, b, kw in _lora_tensors(device, dtype):
+    for name, draw, x, w, bias, a, b, kw in _lora_tensors(device, dtype):
         yield Sample(name, (x, w, bias, a, b), kw)
+        if name not in ("one_token", "segments", "fp32_factors", "odd_pitch", "dropout", "rank_0", "no_tokens_3d"):
+            continue
+        c = draw(w.shape[0], dtype=a.dtype)
+        yield Sample(f"{name}_base_scale", (x, w, bias, a, b, *kw.values(), c))
+
+
+@register(lora_add, "y + scale (D(x) A^T) B^T", ("y", "x", "a", "b"))
+def _(device, dtype):
+    for name, draw, x, w, _, a, b, kw in _lora_tensors(device, dtype):
+        pitch = w.shape[0] + 13 if "pitch" in name else 0
+        yield Sample(name, (draw(*x.shape[:-1], w.shape[0], pitch=pitch), x, a, b), kw)
+        if name in ("fp32_factors", "dropout_fp32_pitch"):  # a base layer may answer in a dtype of its own
+            other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+            yield Sample(f"{name}_other_y", (draw(*x.shape[:-1], w.shape[0], dtype=other), x, a, b), kw)
 
 
 @register(lora_expand_, "y += scale S B^T, in place", mutates="y")

@@ -82,10 +82,12 @@ struct Case {
   int64_t pad, shift;
   double p;
   float scale;
+  bool in_place, base, base_scale, bias;  // expand: what the product is added to; rescale: base is for dc
 
   std::string text() const {
     char s[256];
-    std::snprintf(s, sizeof s, "%s %s/%s T=%lld N=%lld R=%d %s pad=%lld shift=%lld dropout=%g", op.c_str(),
+    std::snprintf(s, sizeof s, "%s%s%s%s%s %s/%s T=%lld N=%lld R=%d %s pad=%lld shift=%lld dropout=%g", op.c_str(),
+                  in_place ? " in place" : "", base ? " base" : "", base_scale ? " scaled" : "", bias ? " bias" : "",
                   lrk::name_of(dtype), lrk::name_of(factor_dtype), static_cast<long long>(T), static_cast<long long>(N),
                   R, n_contig ? "U[R,N]" : "U[N,R]", static_cast<long long>(pad), static_cast<long long>(shift), p);
     return s;
@@ -98,9 +100,9 @@ Case draw_case() {
                                            {DType::kBF16, DType::kBF16},
                                            {DType::kF16, DType::kF32},
                                            {DType::kBF16, DType::kF32}};
-  const char* ops[] = {"shrink", "expand", "wgrad", "shrink_wgrad"};
-  Case c;
-  c.op = ops[draw() % 4];
+  const char* ops[] = {"shrink", "expand", "expand", "wgrad", "shrink_wgrad", "rescale"};
+  Case c{};
+  c.op = ops[draw() % 6];
   std::tie(c.dtype, c.factor_dtype) = types[draw() % 5];
   c.T = pick({1, 3, 16, 64, 65, 100, 130});
   c.N = pick({1, 8, 24, 64, 100, 130, 256, 257, 520});
@@ -114,6 +116,12 @@ Case draw_case() {
   c.shift = pick({0, 0, 0, 1, 8});
   c.p = draw() % 3 == 0 && c.op != "shrink_wgrad" ? 0.3 : 0.0;
   c.scale = static_cast<float>(pick({1, 2, 3})) * 0.75f;
+  c.base = draw() % 4 != 0;
+  if (c.op == "expand") {
+    c.in_place = c.base && draw() % 2;
+    c.base_scale = c.base && draw() % 2;
+    c.bias = draw() % 2;
+  }
   return c;
 }
 
@@ -137,6 +145,9 @@ bool run_case(const Case& c, const std::vector<int>& schedules) {
   Matrix s_in(c.factor_dtype, c.T, c.R, 0, 0, true);
   Matrix s_out(c.factor_dtype, c.T, c.R, 0, 0, false);
   Matrix g(c.factor_dtype, c.n_contig ? c.R : c.N, c.n_contig ? c.N : c.R, 0, 0, false);
+  Matrix out(c.dtype, c.T, c.N, c.op == "expand" ? c.pad : 0, 0, false), bias(c.dtype, 1, c.N, 0, 0, true);
+  Matrix base_scale(DType::kF32, 1, c.N, 0, 0, true), dc(DType::kF32, 1, c.N, 0, 0, false);
+  Matrix base(c.dtype, c.T, c.N, c.pad, 0, true);  // rescale; expand adds to x
   const int64_t seed = 0x1234567890abcdef;
   emu::track_global(&seed, sizeof seed, true);
   const Factor factor{u.data(), c.n_contig ? c.N : 1, c.n_contig ? 1 : c.R};
@@ -144,8 +155,33 @@ bool run_case(const Case& c, const std::vector<int>& schedules) {
 
   const LoraShrinkParams shrink{x.data(), factor,  s_out.data(),   c.T,     c.N,     x.pitch,
                                 c.R,      c.dtype, c.factor_dtype, c.scale, dropout, &seed};
-  const LoraExpandParams expand{x.data(), s_in.data(), factor,         c.T,     c.N,     x.pitch,
-                                c.R,      c.dtype,     c.factor_dtype, c.scale, dropout, &seed};
+  Matrix& y = c.in_place ? x : out;
+  const LoraExpandParams expand{y.data(),
+                                c.base ? x.data() : nullptr,
+                                c.base_scale ? static_cast<float*>(base_scale.data()) : nullptr,
+                                c.bias ? bias.data() : nullptr,
+                                s_in.data(),
+                                factor,
+                                c.T,
+                                c.N,
+                                y.pitch,
+                                x.pitch,
+                                c.R,
+                                c.dtype,
+                                c.factor_dtype,
+                                c.scale,
+                                dropout,
+                                &seed};
+  const LoraRescaleParams rescale{x.data(),
+                                  c.base ? base.data() : nullptr,
+                                  static_cast<float*>(base_scale.data()),
+                                  out.data(),
+                                  c.base ? static_cast<float*>(dc.data()) : nullptr,
+                                  c.T,
+                                  c.N,
+                                  x.pitch,
+                                  base.pitch,
+                                  c.dtype};
   const LoraWgradParams wgrad{s_in.data(),
                               x.data(),
                               g.data(),
@@ -169,23 +205,25 @@ bool run_case(const Case& c, const std::vector<int>& schedules) {
   if (c.op == "expand") bytes = lora_expand_workspace(expand, Device::kCUDA);
   if (c.op == "wgrad") bytes = lora_wgrad_workspace(wgrad, Device::kCUDA);
   if (c.op == "shrink_wgrad") bytes = lora_shrink_wgrad_workspace(both, Device::kCUDA);
+  if (c.op == "rescale") bytes = lora_rescale_workspace(rescale, Device::kCUDA);
   Matrix scratch(DType::kF32, 1, static_cast<int64_t>(bytes / 4) + (bytes == 0), 0, 0, false);
   void* workspace = bytes ? scratch.data() : nullptr;
 
   std::vector<unsigned char> first;
   for (int schedule : schedules) {
     lrk_emulator_set("schedule", schedule);
-    for (Matrix* m : {&x, &s_out, &g, &scratch}) m->bytes = m->fresh;
-    const int code = c.op == "shrink"   ? lora_shrink_cuda(shrink, workspace, nullptr)
-                     : c.op == "expand" ? lora_expand_cuda(expand, workspace, nullptr)
-                     : c.op == "wgrad"  ? lora_wgrad_cuda(wgrad, workspace, nullptr)
-                                        : lora_shrink_wgrad_cuda(both, workspace, nullptr);
+    for (Matrix* m : {&x, &s_out, &g, &out, &dc, &scratch}) m->bytes = m->fresh;
+    const int code = c.op == "shrink"    ? lora_shrink_cuda(shrink, workspace, nullptr)
+                     : c.op == "expand"  ? lora_expand_cuda(expand, workspace, nullptr)
+                     : c.op == "wgrad"   ? lora_wgrad_cuda(wgrad, workspace, nullptr)
+                     : c.op == "rescale" ? lora_rescale_cuda(rescale, workspace, nullptr)
+                                         : lora_shrink_wgrad_cuda(both, workspace, nullptr);
     if (code) {
       std::printf("FAIL %s: the launch returned %d\n", c.text().c_str(), code);
       return false;
     }
     std::vector<unsigned char> now;
-    for (Matrix* m : {&x, &s_out, &g}) now.insert(now.end(), m->bytes.begin(), m->bytes.end());
+    for (Matrix* m : {&x, &s_out, &g, &out, &dc}) now.insert(now.end(), m->bytes.begin(), m->bytes.end());
     if (first.empty()) first = now;
     if (first != now) {
       std::printf("FAIL %s: schedule %d gives other bits than schedule %d\n", c.text().c_str(), schedule, schedules[0]);
@@ -233,15 +271,27 @@ bool run_case(const Case& c, const std::vector<int>& schedules) {
           const double v = mask(t, n) * s_in.at(t, r) * u_at(r, n);
           sum += v, magnitude += std::fabs(v);
         }
-        const double y = x.fresh_at(t, n);
-        error.add(x.at(t, n), y + c.scale * sum, std::fabs(y) + c.scale * magnitude, c.dtype, mixed);
+        double add = c.base ? x.fresh_at(t, n) * (c.base_scale ? base_scale.at(0, n) : 1.0) : 0.0;
+        if (c.bias) add += bias.at(0, n);
+        error.add(y.at(t, n), add + c.scale * sum, std::fabs(add) + 1 + c.scale * magnitude, c.dtype, mixed);
       }
+  }
+  if (c.op == "rescale") {
+    for (int64_t n = 0; n < c.N; ++n) {
+      double sum = 0, magnitude = 0;
+      for (int64_t t = 0; t < c.T; ++t) {
+        const double v = x.fresh_at(t, n) * base.at(t, n);
+        sum += v, magnitude += std::fabs(v);
+        error.add(out.at(t, n), x.fresh_at(t, n) * base_scale.at(0, n), 1, c.dtype, false);
+      }
+      if (c.base) error.add(dc.at(0, n), sum, magnitude, DType::kF32, false);
+    }
   }
   if (!(error.worst <= 1.0)) {
     std::printf("FAIL %s: the error is %.3g times its bound\n", c.text().c_str(), error.worst);
     return false;
   }
-  if (!x.padding_untouched() || (c.op != "expand" && x.bytes != x.fresh)) {
+  if (!x.padding_untouched() || !out.padding_untouched() || (!c.in_place && x.bytes != x.fresh)) {
     std::printf("FAIL %s: wrote where it should only read\n", c.text().c_str());
     return false;
   }
@@ -283,7 +333,8 @@ bool run_huge() {
   std::vector<double> before;
   for (int64_t t = 0; t < T; ++t)
     for (int64_t n = 0; n < N; ++n) before.push_back(x_at(t, n));
-  code |= lora_expand_cuda({x, s.data(), factor, T, N, pitch, R, b, b, 1.f, {}, nullptr}, nullptr, nullptr);
+  code |= lora_expand_cuda({x, x, nullptr, nullptr, s.data(), factor, T, N, pitch, pitch, R, b, b, 1.f, {}, nullptr},
+                           nullptr, nullptr);
   for (int64_t t = 0; t < T; ++t)
     for (int64_t n = 0; n < N; ++n) {
       double sum = before[static_cast<size_t>(t * N + n)];
