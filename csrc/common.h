@@ -105,6 +105,7 @@ LRK_HD constexpr auto ceil_div(A a, B b) {
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* ctx);
 using ParallelRunner = void (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* ctx);
 extern ParallelRunner g_parallel_runner;
+extern int64_t (*g_parallel_threads)();
 
 template <class F>
 void parallel_for(int64_t n, int64_t grain, const F& f) {
@@ -117,6 +118,9 @@ void parallel_for(int64_t n, int64_t grain, const F& f) {
     g_parallel_runner(0, n, grain, body, ctx);
   }
 }
+
+// Threads there are to share work among; only speed may depend on it.
+inline int64_t parallel_threads() { return g_parallel_threads ? g_parallel_threads() : 1; }
 
 // Instruction set the CPU kernels run with: the best one this machine has, or LRKERN_CPU_ISA where that is set.
 enum class CpuIsa : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };

@@ -6,11 +6,6 @@ namespace lrk {
 
 namespace {
 
-size_t cpu_packed(const int64_t N, const int32_t R) { return ceil_div(N, kCpuChunk) * R * kCpuChunk * sizeof(float); }
-size_t cpu_planes(const LoraWgradParams& p) {
-  return ceil_div(p.T, wgrad_segment(p.T, kCpuSegment)) * cpu_packed(p.N, p.R);
-}
-
 size_t cuda_partial_sums(const LoraShrinkParams& p) { return ceil_div(p.N, kCudaChunk) * p.T * p.R * sizeof(float); }
 // One segment needs no planes: the kernel writes the result itself.
 size_t cuda_planes(const LoraWgradParams& p) {
@@ -39,22 +34,19 @@ ShrinkConfig choose_lora_shrink(int64_t T, int64_t N, int32_t R) {
 }
 
 size_t lora_shrink_workspace(const LoraShrinkParams& p, Device device) {
-  if (device == Device::kCPU) return cpu_packed(p.N, p.R);
-  return choose_lora_shrink(p.T, p.N, p.R).split ? cuda_partial_sums(p) : 0;
+  return device == Device::kCUDA && choose_lora_shrink(p.T, p.N, p.R).split ? cuda_partial_sums(p) : 0;
 }
 
-size_t lora_expand_workspace(const LoraExpandParams& p, Device device) {
-  return device == Device::kCPU ? cpu_packed(p.N, p.R) : 0;
-}
+size_t lora_expand_workspace(const LoraExpandParams&, Device) { return 0; }
 
 size_t lora_wgrad_workspace(const LoraWgradParams& p, Device device) {
-  return device == Device::kCPU ? cpu_planes(p) : cuda_planes(p);
+  return device == Device::kCUDA ? cuda_planes(p) : 0;
 }
 
 size_t lora_shrink_wgrad_workspace(const LoraShrinkWgradParams& p, Device device) {
   const LoraShrinkParams& s = p.shrink;
   if (device == Device::kCUDA) return align64(cuda_partial_sums(s)) + cuda_planes(p.wgrad);
-  return cpu_packed(s.N, s.R) + align64(ceil_div(s.N, kCpuChunk) * s.T * s.R * sizeof(float)) + cpu_planes(p.wgrad);
+  return ceil_div(s.N, kCpuChunk) * s.T * s.R * sizeof(float);
 }
 
 // Partial sums of dc, one [N] row per kRescaleRows tokens, on both devices.

@@ -7,6 +7,7 @@
 namespace lrk {
 
 ParallelRunner g_parallel_runner = nullptr;
+int64_t (*g_parallel_threads)() = nullptr;
 
 namespace {
 

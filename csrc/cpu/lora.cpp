@@ -3,6 +3,7 @@
 #include "lora.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "tile.h"
 
@@ -10,17 +11,19 @@ namespace lrk {
 namespace LRK_ISA {
 namespace {
 
-static_assert(kChunk == kCpuChunk, "workspace sizes follow kCpuChunk");
+static_assert(kChunk == kCpuChunk, "workspace sizes follow lora.h");
 
 constexpr int kTileRows = 24;   // tokens per fp32 tile: 48 KB
 constexpr int kRankBlock = 64;  // shrink: ranks per task, so that one token with a large rank still has tasks to share;
                                 // expand: ranks summed at a time
+constexpr int kRun = 10;        // shrink: tiles a thread takes through all of N at once
+constexpr int kWgradCols = 256;  // columns of one task of wgrad
 
-int64_t tile_rows(int64_t T) { return std::min<int64_t>(T, kTileRows); }
-
-// Tasks of `work` multiply-adds that a thread takes at once: some 10 us, below which a second thread costs more than it
-// brings.
-int64_t grain(int64_t work) { return std::max<int64_t>(1, 262144 / std::max<int64_t>(1, work)); }
+// Tasks that a thread takes at once: some 10 us of work, below which a second thread costs more than it brings. A task is
+// `rows` x `cols` elements against `ranks` ranks of a factor; reading an element of the factor counts as 16 multiply-adds.
+int64_t grain(int64_t rows, int64_t cols, int64_t ranks) {
+  return std::max<int64_t>(1, 262144 / std::max<int64_t>(1, (rows + 16) * cols * ranks));
+}
 
 template <class F>
 void with_float(DType t, const F& f) {
@@ -29,147 +32,182 @@ void with_float(DType t, const F& f) {
   f(bf16{});
 }
 
+// U's columns [n0, n0 + n) of ranks [r0, r0 + ranks), widened to fp32 rows in `tile` [ranks][kPitch], zero-padded to kBlock
+// columns.
 template <class F>
-inline void transpose_4x4(const F* src, int64_t src_pitch, float* dst, int64_t dst_pitch) {
-  v4f rows[4];
-  for (int i = 0; i < 4; ++i) {
-    const F* p = src + i * src_pitch;
-    rows[i] = v4f{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+void pack(const Factor& u, int64_t r0, int ranks, int64_t n0, int n, float* tile) {
+  const F* data = static_cast<const F*>(u.data) + r0 * u.stride_r + n0 * u.stride_n;
+  if (u.stride_n == 1) {
+    load_tile(data, u.stride_r, 0, ranks, 0, n, Dropout{}, 0, tile);
+    return;
   }
-  transpose(rows);
-  for (int i = 0; i < 4; ++i) store_as(dst + i * dst_pitch, rows[i]);
-}
-
-// Packs U [R, N] into fp32 tiles [chunk][R][kChunk], zero-padded to kBlock columns.
-template <class F>
-void pack_factor(const Factor& u, int32_t R, int64_t N, float* packed) {
-  if (!R) return;
-  const F* data = static_cast<const F*>(u.data);
-  const int64_t chunks = ceil_div(N, kChunk), pieces = R > 64 ? 8 : 1, step = ceil_div(R, pieces);
-  parallel_for(chunks * pieces, std::max<int64_t>(1, 32768 / (kChunk * step)), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t c = task / pieces, r0 = task % pieces * step, r1 = std::min<int64_t>(R, r0 + step);
-      const int64_t n = std::min<int64_t>(kChunk, N - c * kChunk);
-      float* tile = packed + c * R * kChunk;
-      if (r0 >= r1) continue;
-      if (u.stride_n == 1) {
-        load_tile(data + r0 * u.stride_r, u.stride_r, 0, static_cast<int>(r1 - r0), c * kChunk, static_cast<int>(n),
-                  Dropout{}, 0, tile + r0 * kChunk);
-        continue;
-      }
-      const F* src = data + c * kChunk * u.stride_n;
-      int64_t r = r0;
-      for (; r + 4 <= r1; r += 4) {  // 4 x 4 blocks, so that loads and stores are vectors
-        int64_t i = 0;
-        for (; i + 4 <= n; i += 4) transpose_4x4(src + i * u.stride_n + r, u.stride_n, tile + r * kChunk + i, kChunk);
-        for (; i < n; ++i)
-          for (int64_t j = r; j < r + 4; ++j) tile[j * kChunk + i] = to_float(src[i * u.stride_n + j]);
-      }
-      for (; r < r1; ++r)
-        for (int64_t i = 0; i < n; ++i) tile[r * kChunk + i] = to_float(src[i * u.stride_n + r]);
-      for (r = r0; r < r1; ++r)
-        for (int64_t i = n; i < round_up(n, kBlock); ++i) tile[r * kChunk + i] = 0.f;
+  int r = 0;
+  for (; r + kLanes <= ranks; r += kLanes) {
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      vf block[kLanes];
+      for (int j = 0; j < kLanes; ++j) block[j] = load(data + (i + j) * u.stride_n + r);
+      transpose(block);
+      for (int j = 0; j < kLanes; ++j) store(tile + (r + j) * kPitch + i, block[j]);
     }
-  });
+    for (; i < n; ++i)
+      for (int j = r; j < r + kLanes; ++j) tile[j * kPitch + i] = to_float(data[i * u.stride_n + j]);
+  }
+  for (; r < ranks; ++r)
+    for (int i = 0; i < n; ++i) tile[r * kPitch + i] = to_float(data[i * u.stride_n + r]);
+  for (r = 0; r < ranks; ++r)
+    for (int64_t i = n; i < round_up(n, kBlock); ++i) tile[r * kPitch + i] = 0.f;
 }
 
+// The same as a view: of the factor itself where it is fp32 rows of whole blocks, else packed.
 template <class F>
-void load_floats(const F* src, int64_t n, float* dst) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
-  for (; i < n; ++i) dst[i] = to_float(src[i]);
+View factor_tile(const Factor& u, int64_t r0, int ranks, int64_t n0, int n, float* tile) {
+  if constexpr (sizeof(F) == 4) {
+    if (u.stride_n == 1 && n % kBlock == 0)
+      return {static_cast<const float*>(u.data) + r0 * u.stride_r + n0, u.stride_r};
+  }
+  pack<F>(u, r0, ranks, n0, n, tile);
+  return {tile, kPitch};
+}
+
+// S's rows [t0, t0 + rows) of ranks [r0, r0 + ranks) as fp32: S itself, or in `tile` [rows][ranks].
+template <class F>
+View s_tile(const void* s, int64_t R, int64_t t0, int rows, int64_t r0, int ranks, float* tile) {
+  const F* src = static_cast<const F*>(s) + t0 * R + r0;
+  if constexpr (sizeof(F) == 4) return {src, R};
+  for (int t = 0; t < rows; ++t)
+    for (int r = 0; r < ranks; ++r) tile[t * ranks + r] = to_float(src[t * R + r]);
+  return {tile, ranks};
+}
+
+// Memory of this thread, kept for its next call.
+float* thread_scratch(size_t floats) {
+  static thread_local std::vector<float> memory;
+  if (memory.size() < floats + 16) memory.resize(floats + 16);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+}
+
+// Tasks are (outer, inner) pairs, numbered outer by outer. Calls f(outer, first inner, count) for every run of at most
+// `most` of them with one outer in [begin, end): what depends on outer alone is made once a run, by the thread that needs
+// it, since data another core has written is dear.
+template <class F>
+void for_each_run(int64_t begin, int64_t end, int64_t inner, int64_t most, const F& f) {
+  while (begin < end) {
+    const int64_t first = begin % inner, count = std::min({most, inner - first, end - begin});
+    f(begin / inner, first, count);
+    begin += count;
+  }
 }
 
 template <class X, class F>
-void shrink(const LoraShrinkParams& p, float* packed) {
-  pack_factor<F>(p.u, p.R, p.N, packed);
+void shrink(const LoraShrinkParams& p) {
   const X* x = static_cast<const X*>(p.x);
   F* s = static_cast<F*>(p.s);
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
-  const int64_t rank_blocks = ceil_div(p.R, kRankBlock), tasks = ceil_div(p.T, kTileRows) * rank_blocks;
-  parallel_for(tasks, grain(tile_rows(p.T) * p.N * std::min<int64_t>(p.R, kRankBlock)),
-               [&](int64_t begin, int64_t end) {
-                 alignas(64) float tile[kTileRows * kChunk], acc[kTileRows * kRankBlock];
-                 for (int64_t task = begin; task < end; ++task) {
-                   const int64_t t0 = task / rank_blocks * kTileRows, r0 = task % rank_blocks * kRankBlock;
-                   const int rows = static_cast<int>(std::min<int64_t>(kTileRows, p.T - t0));
-                   const int ranks = static_cast<int>(std::min<int64_t>(kRankBlock, p.R - r0));
-                   std::fill_n(acc, rows * kRankBlock, 0.f);
-                   for (int64_t c = 0; c * kChunk < p.N; ++c) {
-                     const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - c * kChunk));
-                     load_tile(x, p.x_pitch, t0, rows, c * kChunk, n, p.dropout, seed, tile);
-                     dot_tiles(tile, rows, packed + (c * p.R + r0) * kChunk, ranks, n, acc, kRankBlock);
-                   }
-                   for (int t = 0; t < rows; ++t)
-                     for (int r = 0; r < ranks; ++r)
-                       s[(t0 + t) * p.R + r0 + r] = from_float<F>(p.scale * acc[t * kRankBlock + r]);
-                 }
-               });
+  const int64_t tiles = ceil_div(p.T, kTileRows),
+                block = tiles > 1 ? kRankBlock : 8;  // few tokens share a factor's rows
+  const int64_t rank_blocks = ceil_div(p.R, block);
+  const int64_t task = grain(std::min<int64_t>(p.T, kTileRows), p.N, std::min<int64_t>(p.R, block));
+  parallel_for(rank_blocks * tiles, task, [&](int64_t begin, int64_t end) {
+    alignas(64) float tile[kTileRows * kPitch], u_tile[kRankBlock * kPitch], acc[kRun * kTileRows * kRankBlock];
+    for_each_run(begin, end, tiles, kRun, [&](int64_t rank_block, int64_t first, int64_t count) {
+      const int64_t r0 = rank_block * block, t0 = first * kTileRows;
+      const int64_t rows = std::min<int64_t>(count * kTileRows, p.T - t0);
+      const int ranks = static_cast<int>(std::min<int64_t>(block, p.R - r0));
+      std::fill_n(acc, rows * kRankBlock, 0.f);
+      for (int64_t n0 = 0; n0 < p.N; n0 += kChunk) {
+        const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - n0));
+        const View u = factor_tile<F>(p.u, r0, ranks, n0, n, u_tile);
+        for (int64_t t = 0; t < rows; t += kTileRows) {
+          const int m = static_cast<int>(std::min<int64_t>(kTileRows, rows - t));
+          load_tile(x, p.x_pitch, t0 + t, m, n0, n, p.dropout, seed, tile);
+          const int64_t next = t + kTileRows, next_rows = std::min<int64_t>(kTileRows, rows - next);
+          dot_tiles({tile, kPitch}, m, u, ranks, n, acc + t * kRankBlock, kRankBlock,
+                    Ahead::of(x + (t0 + next) * p.x_pitch + n0, p.x_pitch, next_rows, n));
+        }
+      }
+      for (int64_t t = 0; t < rows; ++t)
+        for (int r = 0; r < ranks; ++r) s[(t0 + t) * p.R + r0 + r] = from_float<F>(p.scale * acc[t * kRankBlock + r]);
+    });
+  });
 }
 
-// y = c base + bias + scale add, one row of a tile.
-template <bool kScaled, class X>
-inline void finish_row(X* y, const X* base, const float* c, const X* bias, const float* add, float scale, int n) {
-  const auto at = [&](int i, auto width) {
-    const auto get = [&](const auto* p) {
-      if constexpr (width.value == 1) {
-        return to_float(p[i]);
-      } else {
-        return load(p + i);
-      }
-    };
-    auto v = scale * get(add);
-    if (bias) v += get(bias);
-    if (base) {
-      if constexpr (kScaled) {
-        v += get(base) * get(c);
-      } else {
-        v += get(base);
-      }
-    }
+// What expand adds to: c base + bias of one row, from its column n0 on.
+template <class X>
+struct AddendRow {
+  const X* base;            // or null
+  const float* base_scale;  // or null
+  const X* bias;            // or null
+
+  template <class P>
+  static auto get(const P* p, std::integral_constant<int, 1>) {
+    return to_float(*p);
+  }
+  template <class P>
+  static auto get(const P* p, std::integral_constant<int, kLanes>) {
+    return load(p);
+  }
+  // The row's columns i.. (kWidth of them) plus v.
+  template <int kWidth, class V>
+  V plus(V v, int i) const {
+    constexpr std::integral_constant<int, kWidth> width;
+    if (bias) v += get(bias + i, width);
+    if (base) v += base_scale ? get(base_scale + i, width) * get(base + i, width) : get(base + i, width);
     return v;
-  };
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(y + i, at(i, std::integral_constant<int, kLanes>{}));
-  for (; i < n; ++i) y[i] = from_float<X>(at(i, std::integral_constant<int, 1>{}));
-}
+  }
+};
 
 template <class X, class F>
-void expand(const LoraExpandParams& p, float* packed) {
-  pack_factor<F>(p.u, p.R, p.N, packed);
-  X* y = static_cast<X*>(p.y);
-  const X *base = static_cast<const X*>(p.base), *bias = static_cast<const X*>(p.bias);
-  const F* s = static_cast<const F*>(p.s);
+void expand(const LoraExpandParams& p) {
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
-  const int64_t chunks = ceil_div(p.N, kChunk), tasks = ceil_div(p.T, kTileRows) * chunks;
-  parallel_for(tasks, grain(tile_rows(p.T) * std::min<int64_t>(p.N, kChunk) * p.R), [&](int64_t begin, int64_t end) {
-    alignas(64) float tile[kTileRows * kChunk], sf[kTileRows * kMaxRank], mask[kChunk];
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t t0 = task / chunks * kTileRows, c = task % chunks;
-      const int rows = static_cast<int>(std::min<int64_t>(kTileRows, p.T - t0));
-      const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - c * kChunk));
-      load_floats(s + t0 * p.R, rows * static_cast<int64_t>(p.R), sf);
-      const float* u = packed + c * p.R * kChunk;
-      outer_tiles<false>(sf, p.R, 1, u, std::min<int64_t>(p.R, kRankBlock), rows, n, tile);
-      for (int64_t r = kRankBlock; r < p.R; r += kRankBlock)
-        outer_tiles<true>(sf + r, p.R, 1, u + r * kChunk, std::min<int64_t>(p.R - r, kRankBlock), rows, n, tile);
-      for (int t = 0; t < rows; ++t) {
-        const int64_t col = c * kChunk;
-        float* add = tile + t * kChunk;
-        if (p.dropout.threshold) {
-          dropout_row(p.dropout, seed, t0 + t, col, n, mask);
-          for (int i = 0; i < n; ++i) add[i] = mask[i] != 0.f ? add[i] * mask[i] : 0.f;
+  const int64_t tiles = ceil_div(p.T, kTileRows), chunks = ceil_div(p.N, kChunk);
+  const int64_t task = grain(std::min<int64_t>(p.T, kTileRows), std::min<int64_t>(p.N, kChunk), p.R);
+  const auto y_at = [&](int64_t t, int64_t n) { return static_cast<X*>(p.y) + t * p.y_pitch + n; };
+  const auto addend = [&](int64_t t, int64_t n) {
+    return AddendRow<X>{p.base ? static_cast<const X*>(p.base) + t * p.base_pitch + n : nullptr,
+                        p.base_scale ? p.base_scale + n : nullptr,
+                        p.bias ? static_cast<const X*>(p.bias) + n : nullptr};
+  };
+  parallel_for(chunks * tiles, task, [&](int64_t begin, int64_t end) {
+    alignas(64) float tile[kTileRows * kPitch], s_rows[kTileRows * kMaxRank], mask[kChunk];
+    float* u_tile = thread_scratch(p.R * kPitch);
+    for_each_run(begin, end, tiles, tiles, [&](int64_t chunk, int64_t first, int64_t count) {
+      const int64_t n0 = chunk * kChunk, last = std::min<int64_t>((first + count) * kTileRows, p.T);
+      const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - n0));
+      const View u = factor_tile<F>(p.u, 0, p.R, n0, n, u_tile);
+      for (int64_t t0 = first * kTileRows; t0 < last; t0 += kTileRows) {
+        const int rows = static_cast<int>(std::min<int64_t>(kTileRows, last - t0));
+        const View s = s_tile<F>(p.s, p.R, t0, rows, 0, p.R, s_rows);
+        if (p.R <= kRankBlock && n % kBlock == 0 && !p.dropout.threshold) {  // sums go from registers to y
+          for (int m0 = 0; m0 < rows; m0 += kRows)
+            with_count<kRows>(std::min(rows - m0, kRows), [&](auto M) {
+              for (int i = 0; i < n; i += kBlock) {
+                Ahead none;
+                outer_tile<M.value>(s.at(m0).data, s.pitch, 1, u.at(0, i), p.R, none, [&](int m, int v, vf sums) {
+                  const int64_t t = t0 + m0 + m, col = n0 + i + v * kLanes;
+                  store(y_at(t, col), addend(t, col).template plus<kLanes>(p.scale * sums, 0));
+                });
+              }
+            });
+          continue;
         }
-        X* dst = y + (t0 + t) * p.y_pitch + col;
-        const X* src = base ? base + (t0 + t) * p.base_pitch + col : nullptr;
-        const X* b = bias ? bias + col : nullptr;
-        if (p.base_scale) {
-          finish_row<true>(dst, src, p.base_scale + col, b, add, p.scale, n);
-        } else {
-          finish_row<false>(dst, src, nullptr, b, add, p.scale, n);
+        outer_tiles<false>(s.data, s.pitch, 1, u, std::min<int64_t>(p.R, kRankBlock), rows, n, tile);
+        for (int64_t r = kRankBlock; r < p.R; r += kRankBlock)
+          outer_tiles<true>(s.data + r, s.pitch, 1, u.at(r), std::min<int64_t>(p.R - r, kRankBlock), rows, n, tile);
+        for (int t = 0; t < rows; ++t) {
+          float* sums = tile + t * kPitch;
+          if (p.dropout.threshold) {
+            dropout_row(p.dropout, seed, t0 + t, n0, n, mask);
+            for (int i = 0; i < n; ++i) sums[i] = mask[i] != 0.f ? sums[i] * mask[i] : 0.f;
+          }
+          X* y = y_at(t0 + t, n0);
+          const AddendRow<X> add = addend(t0 + t, n0);
+          int i = 0;
+          for (; i + kLanes <= n; i += kLanes) store(y + i, add.template plus<kLanes>(p.scale * load(sums + i), i));
+          for (; i < n; ++i) y[i] = from_float<X>(add.template plus<1>(p.scale * sums[i], i));
         }
       }
-    }
+    });
   });
 }
 
@@ -178,7 +216,7 @@ void rescale(const LoraRescaleParams& p, float* planes) {
   const X *dy = static_cast<const X*>(p.dy), *base = static_cast<const X*>(p.base);
   X* dz = static_cast<X*>(p.dz);
   const int64_t chunks = ceil_div(p.N, kChunk), segments = ceil_div(p.T, kRescaleRows);
-  parallel_for(chunks * segments, grain(std::min<int64_t>(p.T, kRescaleRows) * std::min<int64_t>(p.N, kChunk)),
+  parallel_for(chunks * segments, grain(std::min<int64_t>(p.T, kRescaleRows), std::min<int64_t>(p.N, kChunk), 1),
                [&](int64_t begin, int64_t end) {
                  alignas(64) float sum[kChunk];
                  for (int64_t task = begin; task < end; ++task) {
@@ -210,82 +248,72 @@ void rescale(const LoraRescaleParams& p, float* planes) {
     for (int64_t i = 0; i < p.N; ++i) p.dc[i] += planes[k * p.N + i];
 }
 
-// G = scale * the sum of the planes [segment][chunk][R][kChunk], segment by segment.
-template <class F>
-void reduce_planes(const LoraWgradParams& p, const float* planes) {
-  F* g = static_cast<F*>(p.g);
-  const int64_t segment = wgrad_segment(p.T, kCpuSegment), segments = ceil_div(p.T, segment);
-  const int64_t chunks = ceil_div(p.N, kChunk), plane = chunks * p.R * kChunk;
-  parallel_for(chunks * p.R, 64, [&](int64_t begin, int64_t end) {
-    alignas(64) float sum[kChunk];
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t c = row / p.R, r = row % p.R;
-      const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - c * kChunk));
-      std::fill_n(sum, n, 0.f);
-      for (int64_t k = 0; k < segments; ++k) {
-        const float* src = planes + k * plane + row * kChunk;
-        for (int i = 0; i < n; ++i) sum[i] += src[i];
+// wgrad of ranks [r0, r0 + ranks) and columns [n0, n0 + n): the sum of each segment of T in order, then their sum. Where
+// `u` is given, the tiles of x that it reads also go to ds [T][R], as shrink's sum over these columns.
+template <class X, class F>
+void wgrad_block(const LoraWgradParams& p, int64_t r0, int ranks, int64_t n0, int n, float* sums, const View* u,
+                 float* ds) {
+  alignas(64) float tile[kTileRows * kPitch], s_rows[kTileRows * kMaxRank];
+  float *sum = sums, *total = sums + ranks * kPitch;  // [ranks][kPitch]
+  const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
+  const int64_t segment = wgrad_segment(p.T, kCpuSegment);
+  for (int64_t start = 0; start < p.T; start += segment) {
+    const int64_t last = std::min<int64_t>(p.T, start + segment);
+    for (int64_t t0 = start; t0 < last; t0 += kTileRows) {
+      const int rows = static_cast<int>(std::min<int64_t>(kTileRows, last - t0));
+      load_tile(static_cast<const X*>(p.x), p.x_pitch, t0, rows, n0, n, p.dropout, seed, tile);
+      const View s = s_tile<F>(p.s, p.R, t0, rows, r0, ranks, s_rows), x{tile, kPitch};
+      const Ahead next = Ahead::of(static_cast<const X*>(p.x) + (t0 + rows) * p.x_pitch + n0, p.x_pitch,
+                                   std::min<int64_t>(kTileRows, p.T - t0 - rows), n);
+      if (t0 == start) {
+        outer_tiles<false>(s.data, 1, s.pitch, x, rows, ranks, n, sum, next);
+      } else {
+        outer_tiles<true>(s.data, 1, s.pitch, x, rows, ranks, n, sum, next);
       }
-      F* dst = g + r * p.g_stride_r + c * kChunk * p.g_stride_n;
-      for (int i = 0; i < n; ++i) dst[i * p.g_stride_n] = from_float<F>(p.scale * sum[i]);
+      if (!u) continue;
+      std::fill_n(ds + t0 * p.R, rows * static_cast<int64_t>(p.R), 0.f);
+      dot_tiles(x, rows, *u, ranks, n, ds + t0 * p.R, p.R);
+    }
+    for (int64_t i = 0; i < int64_t{ranks} * kPitch; ++i) total[i] = start ? total[i] + sum[i] : sum[i];
+  }
+  F* g = static_cast<F*>(p.g) + r0 * p.g_stride_r + n0 * p.g_stride_n;
+  for (int r = 0; r < ranks; ++r)
+    for (int i = 0; i < n; ++i) g[r * p.g_stride_r + i * p.g_stride_n] = from_float<F>(p.scale * total[r * kPitch + i]);
+}
+
+template <class X, class F>
+void wgrad(const LoraWgradParams& p) {
+  const int64_t blocks = ceil_div(p.N, kWgradCols), rank_blocks = ceil_div(p.R, kRankBlock);
+  const int64_t task = grain(p.T, std::min<int64_t>(p.N, kWgradCols), std::min<int64_t>(p.R, kRankBlock));
+  parallel_for(blocks * rank_blocks, task, [&](int64_t begin, int64_t end) {
+    float* sums = thread_scratch(2 * kRankBlock * kPitch);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n0 = i / rank_blocks * kWgradCols, r0 = i % rank_blocks * kRankBlock;
+      wgrad_block<X, F>(p, r0, static_cast<int>(std::min<int64_t>(kRankBlock, p.R - r0)), n0,
+                        static_cast<int>(std::min<int64_t>(kWgradCols, p.N - n0)), sums, nullptr, nullptr);
     }
   });
 }
 
-// One task of wgrad: a chunk of N and a segment of T, read once. Where kShrink, the same tile also gives its part of
-// dS, partial[chunk][T][R].
-template <bool kShrink, class X, class F>
-void wgrad_planes(const LoraWgradParams& p, float* planes, const float* packed, float* partial) {
-  const X* x = static_cast<const X*>(p.x);
-  const F* s = static_cast<const F*>(p.s);
-  const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
-  const int64_t segment = wgrad_segment(p.T, kCpuSegment), segments = ceil_div(p.T, segment);
-  const int64_t chunks = ceil_div(p.N, kChunk), plane = chunks * p.R * kChunk;
-  const int64_t tokens = std::min<int64_t>(p.T, segment);
-  parallel_for(chunks * segments, grain(tokens * std::min<int64_t>(p.N, kChunk) * p.R),
-               [&](int64_t begin, int64_t end) {
-                 alignas(64) float tile[kTileRows * kChunk], sf[kTileRows * kMaxRank];
-                 for (int64_t task = begin; task < end; ++task) {
-                   const int64_t c = task % chunks, k = task / chunks, last = std::min<int64_t>(p.T, (k + 1) * segment);
-                   const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - c * kChunk));
-                   float* g = planes + k * plane + c * p.R * kChunk;
-                   for (int64_t t0 = k * segment; t0 < last; t0 += kTileRows) {
-                     const int rows = static_cast<int>(std::min<int64_t>(kTileRows, last - t0));
-                     load_tile(x, p.x_pitch, t0, rows, c * kChunk, n, p.dropout, seed, tile);
-                     load_floats(s + t0 * p.R, rows * static_cast<int64_t>(p.R), sf);
-                     if (t0 == k * segment) {
-                       outer_tiles<false>(sf, 1, p.R, tile, rows, p.R, n, g);
-                     } else {
-                       outer_tiles<true>(sf, 1, p.R, tile, rows, p.R, n, g);
-                     }
-                     if constexpr (kShrink) {
-                       float* ds = partial + (c * p.T + t0) * p.R;
-                       std::fill_n(ds, rows * static_cast<int64_t>(p.R), 0.f);
-                       dot_tiles(tile, rows, packed + c * p.R * kChunk, p.R, n, ds, p.R);
-                     }
-                   }
-                 }
-               });
-}
-
+// partial: dS of one chunk of N each, [chunk][T][R].
 template <class X, class F>
-void wgrad(const LoraWgradParams& p, float* planes) {
-  wgrad_planes<false, X, F>(p, planes, nullptr, nullptr);
-  reduce_planes<F>(p, planes);
-}
-
-template <class X, class F>
-void shrink_wgrad(const LoraShrinkWgradParams& both, float* workspace) {
+void shrink_wgrad(const LoraShrinkWgradParams& both, float* partial) {
   const LoraShrinkParams& p = both.shrink;
-  const int64_t chunks = ceil_div(p.N, kChunk);
-  float* packed = workspace;
-  float* partial = packed + chunks * p.R * kChunk;
-  float* planes = partial + round_up(chunks * p.T * p.R, 16);
-  pack_factor<F>(p.u, p.R, p.N, packed);
-  wgrad_planes<true, X, F>(both.wgrad, planes, packed, partial);
-  reduce_planes<F>(both.wgrad, planes);
+  const int64_t chunks = ceil_div(p.N, kChunk), count = p.T * p.R;
+  if (chunks < 2 * parallel_threads()) {  // too few tasks: two passes, which give the same bits
+    shrink<X, F>(p);
+    wgrad<X, F>(both.wgrad);
+    return;
+  }
+  parallel_for(chunks, grain(p.T, std::min<int64_t>(p.N, kChunk), p.R), [&](int64_t begin, int64_t end) {
+    float *sums = thread_scratch(3 * p.R * kPitch), *u_tile = sums + 2 * p.R * kPitch;
+    for (int64_t c = begin; c < end; ++c) {
+      const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - c * kChunk));
+      const View u = factor_tile<F>(p.u, 0, p.R, c * kChunk, n, u_tile);
+      wgrad_block<X, F>(both.wgrad, 0, p.R, c * kChunk, n, sums, &u, partial + c * count);
+    }
+  });
   F* s = static_cast<F*>(p.s);
-  const int64_t count = p.T * p.R;
   parallel_for(count, 16384, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       float sum = 0.f;
@@ -306,14 +334,14 @@ void with_types(DType x, DType factor, const F& f) {
 
 }  // namespace
 
-void lora_shrink(const LoraShrinkParams& p, float* workspace) {
-  with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { shrink<decltype(x), decltype(f)>(p, workspace); });
+void lora_shrink(const LoraShrinkParams& p, float*) {
+  with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { shrink<decltype(x), decltype(f)>(p); });
 }
-void lora_expand(const LoraExpandParams& p, float* workspace) {
-  with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { expand<decltype(x), decltype(f)>(p, workspace); });
+void lora_expand(const LoraExpandParams& p, float*) {
+  with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { expand<decltype(x), decltype(f)>(p); });
 }
-void lora_wgrad(const LoraWgradParams& p, float* workspace) {
-  with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { wgrad<decltype(x), decltype(f)>(p, workspace); });
+void lora_wgrad(const LoraWgradParams& p, float*) {
+  with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { wgrad<decltype(x), decltype(f)>(p); });
 }
 void lora_shrink_wgrad(const LoraShrinkWgradParams& p, float* workspace) {
   with_types(p.shrink.dtype, p.shrink.factor_dtype,

@@ -3,6 +3,8 @@
 // written once. CMake compiles each csrc/cpu/<family>.cpp once per instruction set with LRK_ISA naming the namespace.
 #pragma once
 
+#include <utility>
+
 #include "common.h"
 
 #if defined(__AVX2__)
@@ -104,6 +106,22 @@ inline void transpose(v4f (&r)[4]) {
   r[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
   r[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
   r[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+
+// kLanes x kLanes: in step h, the off-diagonal h x h blocks of every 2h x 2h block change places.
+template <int h, int... L>
+inline void transpose_step(vf (&r)[kLanes], std::integer_sequence<int, L...>) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & h) continue;
+    const vf a = r[i], b = r[i | h];
+    r[i] = __builtin_shufflevector(a, b, ((L & h) ? kLanes + L - h : L)...);
+    r[i | h] = __builtin_shufflevector(a, b, ((L & h) ? kLanes + L : L + h)...);
+  }
+}
+template <int h = kLanes / 2>
+inline void transpose(vf (&r)[kLanes]) {
+  transpose_step<h>(r, std::make_integer_sequence<int, kLanes>{});
+  if constexpr (h > 1) transpose<h / 2>(r);
 }
 
 // High and low words of a * m, lane by lane. SIMD multiplies 32 x 32 bits in the even lanes only: twice, then interleave.

@@ -15,6 +15,7 @@ void torch_runner(int64_t begin, int64_t end, int64_t grain, ParallelBody body, 
 
 const bool g_bound = [] {
   g_parallel_runner = torch_runner;
+  g_parallel_threads = [] { return static_cast<int64_t>(torch::stable::get_num_threads()); };
   return true;
 }();
 

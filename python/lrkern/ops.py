@@ -8,6 +8,7 @@ divided by the keep probability. The mask is recomputed wherever it is needed an
 Bad arguments raise RuntimeError as ``lrkern::op: argument must ..., got ...``.
 """
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,15 @@ def _route(op: Any, eager: Any, *args: Any) -> Any:
         return op(*args)
     for arg in args:
         if isinstance(arg, Tensor) and type(arg) not in _PLAIN:
+            _meet(arg)
             return op(*args)
     return eager(*args)
+
+
+def _meet(t: Tensor) -> None:
+    """DTensor learns our ops when the first one comes: importing it costs a second."""
+    if type(t).__name__ == "DTensor":
+        importlib.import_module("lrkern.sharding")
 
 
 # ---------------------------------------------------------------------------------------------------- autograd
@@ -258,8 +266,20 @@ def _refuse(name: str, why: str, mutates: bool = False) -> None:
 
 
 _DIFFERENTIABLE = {"lora_shrink": _shrink, "linear_expand": _expand, "lora_linear": _linear, "lora_add": _add}
+
+
+def _autograd(kernel: Any) -> Any:
+    def from_dispatcher(*args, **kwargs):
+        for arg in args:
+            if isinstance(arg, Tensor) and type(arg) not in _PLAIN:
+                _meet(arg)
+        return kernel(*args, **kwargs)
+
+    return from_dispatcher
+
+
 for _name, _kernel in _DIFFERENTIABLE.items():
-    _lib.impl(_name, _kernel, "Autograd")
+    _lib.impl(_name, _autograd(_kernel), "Autograd")
     _refuse(f"{_name}_bwd", "is itself a gradient and has none: double backward is not supported")
 for _name in ("lora_linear", "lora_add"):
     _refuse(f"{_name}_fwd", f"has no gradient, but an argument requires one; use {_name}")
