@@ -289,8 +289,8 @@ _refuse("lora_expand_", "writes in place and has no gradient, but an argument re
 
 
 def _autocast(name: str) -> None:
-    """As F.linear under autocast: floating-point arguments are cast to the autocast dtype. lora_add leaves y as the base
-    layer gave it, and where that is another dtype, a and b are float32."""
+    """As F.linear under autocast: floating-point arguments are cast to the autocast dtype. base_scale stays as it is, and
+    so does lora_add's y, which the base layer gave; where that is of another dtype, a and b are float32."""
     op = getattr(_ops, name).default
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
@@ -306,7 +306,8 @@ def _autocast(name: str) -> None:
                     y, x, a, b, *rest = args
                     factors = low if y.dtype == low else torch.float32
                     return op(y, cast(x), cast(a, factors), cast(b, factors), *rest, **kwargs)
-                return op(*map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
+                args, base_scale = args[:8], args[8:]
+                return op(*map(cast, args), *(cast(c, torch.float32) for c in base_scale), **kwargs)
 
         _lib.impl(name, kernel, key)
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import peft
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
@@ -41,7 +41,7 @@ __all__ = ["Report", "load_adapter", "patch", "register", "report", "save_adapte
 _DROPOUTS = (nn.Dropout, nn.Identity)
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_OTHER_KINDS = (Embedding, MultiheadAttention, ParamWrapper)  # LoRA layers whose forward is no linear layer's
+_NO_LINEAR = (Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, ParamWrapper)
 
 
 class _Adapter(NamedTuple):
@@ -88,9 +88,11 @@ def _plan(layer: LoraLayer) -> _Plan | str:
     base = modules["base_layer"]
     if type(base) is nn.Linear and not _hooked(base):
         weight = base._parameters["weight"]
-        fits = type(weight) in _PLAIN and weight.dtype in _DTYPES
-        if fits and all(f.a.dtype in (weight.dtype, torch.float32) for f in adapters):
-            return _Plan(weight, base._parameters["bias"], adapters, magnitude)
+        if type(weight) in _PLAIN:
+            if weight.dtype not in _DTYPES:
+                return f"base dtype {weight.dtype}"
+            if all(f.a.dtype in (weight.dtype, torch.float32) for f in adapters):
+                return _Plan(weight, base._parameters["bias"], adapters, magnitude)
     if magnitude is not None and not (hasattr(base, "weight") and hasattr(base, "bias")):
         return f"DoRA over {type(base).__name__}, which has no weight and bias"
     return _Plan(None, None, adapters, magnitude)
@@ -236,7 +238,7 @@ class Report:
 
 def _cannot_patch(layer: LoraLayer) -> str | None:
     """Why this layer's class must stay what it is."""
-    if isinstance(layer, _OTHER_KINDS):
+    if isinstance(layer, _NO_LINEAR):
         return f"{type(layer).__name__} is no linear layer"
     if not type(layer).forward.__module__.startswith("peft.tuners.lora."):
         return f"{type(layer).__name__} has a forward of its own"
