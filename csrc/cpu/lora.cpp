@@ -17,12 +17,13 @@ constexpr int kTileRows = 24;   // tokens per fp32 tile: 48 KB
 constexpr int kRankBlock = 64;  // shrink: ranks per task, so that one token with a large rank still has tasks to share;
                                 // expand: ranks summed at a time
 constexpr int kRun = 10;        // shrink: tiles a thread takes through all of N at once
+constexpr int kFewRows = 16;      // tokens that do not pay for reading a factor
 constexpr int kWgradCols = 256;  // columns of one task of wgrad
 
-// Tasks that a thread takes at once: some 10 us of work, below which a second thread costs more than it brings. A task is
-// `rows` x `cols` elements against `ranks` ranks of a factor; reading an element of the factor counts as 16 multiply-adds.
+// Tasks that a thread takes at once: some 30 us of work, what waking a second thread can cost. A task is `rows` x `cols`
+// elements against `ranks` ranks of a factor; reading an element of the factor counts as 4 multiply-adds.
 int64_t grain(int64_t rows, int64_t cols, int64_t ranks) {
-  return std::max<int64_t>(1, 262144 / std::max<int64_t>(1, (rows + 16) * cols * ranks));
+  return std::max<int64_t>(1, (int64_t{1} << 20) / std::max<int64_t>(1, (rows + 4) * cols * ranks));
 }
 
 template <class F>
@@ -70,6 +71,14 @@ View factor_tile(const Factor& u, int64_t r0, int ranks, int64_t n0, int n, floa
   return {tile, kPitch};
 }
 
+// Draws that piece of U into the cache, for few tokens: there is no arithmetic to hide the wait behind, but all lines can
+// be under way at once.
+template <class F>
+void fetch_factor(const Factor& u, int64_t r0, int ranks, int64_t n0, int64_t n) {
+  const F* data = static_cast<const F*>(u.data) + r0 * u.stride_r + n0 * u.stride_n;
+  (u.stride_n == 1 ? Ahead::of(data, u.stride_r, ranks, n) : Ahead::of(data, u.stride_n, n, ranks)).all();
+}
+
 // S's rows [t0, t0 + rows) of ranks [r0, r0 + ranks) as fp32: S itself, or in `tile` [rows][ranks].
 template <class F>
 View s_tile(const void* s, int64_t R, int64_t t0, int rows, int64_t r0, int ranks, float* tile) {
@@ -115,6 +124,7 @@ void shrink(const LoraShrinkParams& p) {
       const int64_t rows = std::min<int64_t>(count * kTileRows, p.T - t0);
       const int ranks = static_cast<int>(std::min<int64_t>(block, p.R - r0));
       std::fill_n(acc, rows * kRankBlock, 0.f);
+      if (rows <= kFewRows) fetch_factor<F>(p.u, r0, ranks, 0, p.N);
       for (int64_t n0 = 0; n0 < p.N; n0 += kChunk) {
         const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - n0));
         const View u = factor_tile<F>(p.u, r0, ranks, n0, n, u_tile);
@@ -174,6 +184,7 @@ void expand(const LoraExpandParams& p) {
     for_each_run(begin, end, tiles, tiles, [&](int64_t chunk, int64_t first, int64_t count) {
       const int64_t n0 = chunk * kChunk, last = std::min<int64_t>((first + count) * kTileRows, p.T);
       const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - n0));
+      if (last - first * kTileRows <= kFewRows) fetch_factor<F>(p.u, 0, p.R, n0, n);
       const View u = factor_tile<F>(p.u, 0, p.R, n0, n, u_tile);
       for (int64_t t0 = first * kTileRows; t0 < last; t0 += kTileRows) {
         const int rows = static_cast<int>(std::min<int64_t>(kTileRows, last - t0));

@@ -105,6 +105,9 @@ struct Ahead {
     row_end += pitch;
     --rows;
   }
+  void all() {
+    while (rows > 0) next();
+  }
 };
 
 // out[m][j] += sum_k x[m][k] u[j][k]; k < n rounded up to kLanes. The order of each sum is the same for every M and J, so
