@@ -1,211 +1,200 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suite `lora`: one linear layer with a LoRA adapter, base frozen, x requiring a gradient.
+"""Suite `lora`: one linear layer with a LoRA or DoRA adapter; W frozen, x requires a gradient.
 
-Providers: base (the linear alone), eager (the same maths in PyTorch), peft (stock PEFT's layer), lrkern.
-adapter_ms times the adapter alone: for every provider alike the base GEMM (forward, and dx in backward) is replaced by
-a stored result.
+    base      the linear layer alone
+    eager     the formula in PyTorch
+    compile   the same under torch.compile
+    peft      stock PEFT's layer
+    lrkern    the same PEFT layer after lrkern.peft.patch: what users call, through the same Python entry
+
+The adapter alone (adapter_ms) has the base GEMM replaced by a stored result, the same for all (stored.py). For peft it is
+still PEFT's layer. For lrkern it is functional.lora_linear, without the patched layer's own Python; with DoRA it is the
+patched layer, which holds the norms.
 """
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
+import suite
 import torch
 import torch.nn.functional as F
-from timing import LAST_LEVEL_CACHE, Call
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear as PeftLinear
+from stored import Stored, StoredLinear, StoredOps, calling
+from suite import Call
 from torch import Tensor, nn
 
-from lrkern import ops
-from lrkern.reference import lora_linear as expression
+import lrkern.peft
+from lrkern import functional
+from lrkern.reference import add
 
-PROVIDERS = ("base", "eager", "peft", "lrkern")
+SCALE = 2.0  # lora_alpha / r
 
 
-@dataclass(frozen=True)
-class Case:
-    T: int
-    I: int
-    O: int
-    R: int
-    dtype: torch.dtype
-    factor_dtype: torch.dtype
-    passes: str  # fwd+bwd | no_grad
-    dropout: float = 0.0
+@dataclass(frozen=True, kw_only=True)
+class Case(suite.Case):
+    ab: torch.dtype | None = None  # of A and B where it is not the base's; fp32 over a 16-bit base is PEFT's default
+    p: float | None = None  # dropout
 
-    def __str__(self) -> str:
-        extra = f"p={self.dropout} " if self.dropout else ""
-        factors = "fp32_AB " if self.factor_dtype != self.dtype else ""
-        return f"method=lora T={self.T} I={self.I} O={self.O} R={self.R} {factors}{extra}pass={self.passes}"
+
+def case(method: str, sizes: tuple[int, int, int, int], passes: str, dtype=torch.float32, p=None) -> Case:
+    T, I, O, R = sizes
+    ab = None if dtype == torch.float32 else torch.float32
+    return Case(method=method, T=T, I=I, O=O, R=R, passes=passes, dtype=dtype, ab=ab, p=p)
 
 
 def cases(quick: bool) -> list[Case]:
-    f32, bf16 = torch.float32, torch.bfloat16
-    head = [
-        Case(512, 2048, 2048, 16, f32, f32, "fwd+bwd"),
-        Case(512, 2048, 2048, 16, bf16, f32, "fwd+bwd"),
-        Case(1, 2048, 2048, 16, f32, f32, "no_grad"),
-    ]
+    bf16 = torch.bfloat16
+    large, small, tiny = (512, 2048, 2048, 16), (512, 1024, 1024, 16), (8, 64, 64, 8)
+    few = lambda T: (T, 2048, 2048, 16)
     if quick:
-        return head
+        return [
+            case("lora", large, "fwd+bwd"),
+            case("lora", large, "fwd+bwd", bf16),
+            case("lora", few(1), "no_grad"),
+            case("dora", few(1), "no_grad"),
+        ]
     return [
-        *head,
-        Case(512, 2048, 2048, 16, f32, f32, "fwd+bwd", 0.1),
-        Case(512, 2048, 2048, 64, f32, f32, "fwd+bwd"),
-        Case(4, 2048, 2048, 16, f32, f32, "no_grad"),
-        Case(16, 2048, 2048, 16, f32, f32, "no_grad"),
-        Case(512, 1024, 1024, 16, bf16, f32, "fwd+bwd", 0.1),
-        Case(8, 64, 64, 8, f32, f32, "fwd+bwd"),
-        Case(8, 64, 64, 8, f32, f32, "no_grad"),
+        *(case("lora", large, passes) for passes in ("fwd+bwd", "fwd", "bwd")),
+        case("lora", large, "fwd+bwd", p=0.1),
+        case("lora", (512, 2048, 2048, 64), "fwd+bwd"),
+        case("lora", large, "fwd+bwd", bf16),
+        case("lora", small, "fwd+bwd", bf16),
+        case("lora", small, "fwd+bwd", bf16, p=0.1),
+        *(case("lora", few(T), "no_grad") for T in (1, 4, 16)),
+        *(case("lora", tiny, passes) for passes in ("fwd+bwd", "no_grad")),
+        case("dora", large, "fwd+bwd"),
+        case("dora", few(1), "no_grad"),
     ]
 
 
-class Stored(torch.autograd.Function):
-    """A base layer that costs nothing: y and dx are there already."""
-
-    @staticmethod
-    def forward(ctx, x, y, dx):
-        ctx.dx = dx
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return ctx.dx, None, None
+# The formulas, over any base(x, weight, bias): F.linear, or one that finds its result stored.
 
 
-class StoredBase(nn.Module):
-    def __init__(self, y: Tensor, dx: Tensor):
-        super().__init__()
-        self.y, self.dx = y, dx
-
-    def forward(self, x: Tensor) -> Tensor:
-        return Stored.apply(x, self.y, self.dx)
+def lora(base, x, weight, bias, a, b, p=None):
+    delta = SCALE * (F.dropout(x.to(a.dtype), p or 0.0) @ a.mT) @ b.mT
+    return add(base(x, weight, bias), delta)
 
 
-class AdapterOnly(torch.autograd.Function):
-    """lrkern's lora_linear with the base GEMMs left out: the same kernels, adding into stored results."""
-
-    @staticmethod
-    def forward(ctx, x, a, b, y, dx, scale, p, seed):
-        with torch._C._AutoDispatchBelowAutograd():
-            s = torch.ops.lrkern.lora_shrink.default(x, a, scale, p, seed)
-            torch.ops.lrkern.lora_expand_.default(y, s, b)
-        ctx.save_for_backward(x, a, b, s, seed)
-        ctx.rest = dx, scale, p
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, a, b, s, seed = ctx.saved_tensors
-        dx, scale, p = ctx.rest
-        with torch._C._AutoDispatchBelowAutograd():
-            *_, ds, db = torch.ops.lrkern.linear_expand_bwd.default(
-                dy, None, None, s, b, scale, *[False] * 3, True, True
-            )
-            # lora_shrink_bwd's dx starts from zeros where the fused op starts from dy W: one write of dx more.
-            if p:
-                dx, da = torch.ops.lrkern.lora_shrink_bwd.default(ds, x, a, 1.0, p, seed, True, True)
-            else:
-                _, da = torch.ops.lrkern.lora_shrink_bwd.default(ds, x, a, 1.0, p, seed, False, True)
-                torch.ops.lrkern.lora_expand_.default(dx, ds, a.mT)
-        return dx, da, db, None, None, None, None, None
-
-
-class Copy:
-    """One set of tensors and the layers over it."""
-
-    def __init__(self, case: Case, device: str, seed: int):
-        from peft import LoraConfig
-        from peft.tuners.lora.layer import Linear as PeftLinear
-
-        g = torch.Generator().manual_seed(seed)
-        draw = lambda *s, dtype=case.dtype: torch.randn(*s, generator=g).to(device, dtype)
-        grad = case.passes != "no_grad"
-        self.x = draw(case.T, case.I).requires_grad_(grad)
-        self.dy, self.y, self.dx = draw(case.T, case.O), draw(case.T, case.O), draw(case.T, case.I)
-        self.linear = nn.Linear(case.I, case.O, device=device, dtype=case.dtype).requires_grad_(False)
-        config = LoraConfig(r=case.R, lora_alpha=2 * case.R, lora_dropout=case.dropout, init_lora_weights="gaussian")
-        make = lambda base: PeftLinear(base, "default", config=config, r=case.R, lora_alpha=2 * case.R)
-        self.peft = make(self.linear).to(device)
-        for m in (self.peft.lora_A, self.peft.lora_B):
-            m.to(case.factor_dtype)
-        self.a, self.b = self.peft.lora_A["default"].weight, self.peft.lora_B["default"].weight
-        nn.init.normal_(self.b)
-        self.peft_stored = make(nn.Linear(case.I, case.O, device="meta"))
-        self.peft_stored.base_layer = StoredBase(self.y, self.dx)
-        self.peft_stored.lora_A, self.peft_stored.lora_B = self.peft.lora_A, self.peft.lora_B
-        self.peft_stored.scaling, self.peft_stored.lora_dropout = self.peft.scaling, self.peft.lora_dropout
-
-
-def forward(case: Case, c: Copy, provider: str, adapter_only: bool) -> Tensor:
-    w, bias, p = c.linear.weight, c.linear.bias, case.dropout
-    if provider == "base":
-        return c.linear(c.x)
-    if provider == "peft":
-        return (c.peft_stored if adapter_only else c.peft)(c.x)
-    if provider == "eager":
-        base = Stored.apply(c.x, c.y, c.dx) if adapter_only else F.linear(c.x, w, bias)
-        delta = F.dropout(c.x.to(c.a.dtype), p) @ c.a.mT @ c.b.mT * 2.0
-        return (base + delta).to(base.dtype)
-    seed = torch.randint(2**63 - 1, (1,), device=c.x.device) if p else None
-    if not adapter_only:
-        return ops.lora_linear(c.x, w, bias, c.a, c.b, 2.0, p, seed)
-    if torch.is_grad_enabled():
-        return AdapterOnly.apply(c.x, c.a, c.b, c.y, c.dx, 2.0, p, seed)
-    ops.lora_expand_(c.y, ops.lora_shrink(c.x, c.a, 2.0), c.b)
-    return c.y
-
-
-def calls(case: Case, copies: list[Copy], adapter_only: bool) -> dict[str, Call]:
-    def make(provider: str) -> Call:
-        def train(i: int) -> None:
-            c = copies[i % len(copies)]
-            c.x.grad = c.a.grad = c.b.grad = None
-            forward(case, c, provider, adapter_only).backward(c.dy)
-
-        def infer(i: int) -> None:
-            with torch.no_grad():
-                forward(case, copies[i % len(copies)], provider, adapter_only)
-
-        return infer if case.passes == "no_grad" else train
-
-    names = [n for n in PROVIDERS if not (adapter_only and n == "base")]
-    return {n: make(n) for n in names} | ({} if adapter_only else {"base again": make("base")})
-
-
-def copies_of(case: Case, device: str) -> list[Copy]:
-    size = torch.empty(0, dtype=case.dtype).element_size()
-    each = size * (case.I * case.O + 2 * case.T * (case.I + case.O))
-    count = 1 if device == "cuda" else max(1, min(64, -(-LAST_LEVEL_CACHE // each)))
-    return [Copy(case, device, seed) for seed in range(count)]
-
-
-def errors(case: Case, c: Copy) -> dict[str, float]:
-    """Relative Frobenius error of y against float64, dropout off."""
-    quiet = Case(**{**case.__dict__, "dropout": 0.0})
-    c.peft.eval()
+def dora_gain(weight, a, b, magnitude):
+    """g = magnitude / norm of each row of W + s B A, the norm detached as DoRA has it (arXiv 2402.09353, §4.3)."""
     with torch.no_grad():
-        d = lambda t: t.double()
-        args = (d(c.x), d(c.linear.weight), d(c.linear.bias))
-        truth = expression(*args, d(c.a), d(c.b), 2.0)
-        base = F.linear(*args)
-        out = {n: forward(quiet, c, n, False).double() for n in PROVIDERS}
-    c.peft.train()
-    return {n: ((y - (base if n == "base" else truth)).norm() / truth.norm()).item() for n, y in out.items()}
+        norm = (weight + SCALE * (b @ a)).norm(dim=1)
+    return magnitude / norm
 
 
-def work(case: Case) -> tuple[float, float]:
-    """(flop, bytes that must move) of the whole layer."""
-    size, fsize = (torch.empty(0, dtype=t).element_size() for t in (case.dtype, case.factor_dtype))
-    train = case.passes != "no_grad"
-    base, low = 2 * case.T * case.I * case.O, 2 * case.T * case.R * (case.I + case.O)
-    flop = base * (2 if train else 1) + low * (3 if train else 1)
-    w, acts = case.I * case.O * size, case.T * (case.I + case.O) * size
-    factors = case.R * (case.I + case.O) * fsize
-    moved = w + acts + factors + (w + acts + case.T * case.I * size + 2 * factors if train else 0)
-    return flop, moved
+def dora(base, x, weight, bias, a, b, magnitude, p=None):
+    y = dora_gain(weight, a, b, magnitude) * lora(base, x, weight, None, a, b, p)
+    return y if bias is None else y + bias
 
 
-def saved(case: Case, c: Copy, measure: Callable[..., int]) -> dict[str, int | None]:
-    if case.passes == "no_grad":
-        return dict.fromkeys(PROVIDERS)
-    params = [c.x, c.linear.weight, c.linear.bias, c.a, c.b]
-    return {n: measure(lambda n=n: forward(case, c, n, False), params) for n in PROVIDERS}
+def alone(formula: Callable[..., Tensor], y: Tensor, z: Tensor, dx: Tensor, **inputs) -> Tensor:
+    return formula(lambda x, weight, bias: Stored.apply(x, z if bias is None else y, dx), **inputs)
+
+
+@cache
+def formula_of(method: str, p: float | None) -> Callable[..., Tensor]:
+    return partial({"lora": lora, "dora": dora}[method], p=p)
+
+
+@cache  # one for all copies of the data
+def compiled(method: str, p: float | None) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    formula = formula_of(method, p)
+    return tuple(torch.compile(f, fullgraph=True, dynamic=False) for f in (formula, partial(alone, formula)))
+
+
+class Data(suite.Data):
+    def __init__(self, case: Case, device: str, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        dtype, ab = case.dtype, case.ab or case.dtype
+
+        def draw(*shape: int, dtype: torch.dtype = dtype, std: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=generator) * std).to(device, dtype)
+
+        x, dy = draw(case.T, case.I), draw(case.T, case.O)
+        self.linear = nn.Linear(case.I, case.O, device=device, dtype=dtype).requires_grad_(False)
+        self.linear.weight.data = draw(case.O, case.I, std=case.I**-0.5)
+        config = LoraConfig(
+            r=case.R,
+            lora_alpha=int(SCALE * case.R),
+            lora_dropout=case.p or 0.0,
+            use_dora=case.method == "dora",
+            init_lora_weights="gaussian",
+        )
+        self.peft = PeftLinear(self.linear, "default", config=config, r=config.r, lora_alpha=config.lora_alpha)
+        self.peft.to(device).train(case.passes != "no_grad")
+        a, b = self.peft.lora_A["default"].weight, self.peft.lora_B["default"].weight
+        a.data = draw(case.R, case.I, dtype=ab, std=case.I**-0.5)
+        b.data = draw(case.O, case.R, dtype=ab, std=case.R**-0.5)
+        x.requires_grad_(case.passes != "no_grad")
+        inputs = {"x": x, "weight": self.linear.weight, "bias": self.linear.bias, "a": a, "b": b}
+        if case.method == "dora":
+            inputs["magnitude"] = self.peft.lora_magnitude_vector["default"].weight
+        super().__init__(inputs, dy, partial(formula_of(case.method, None), F.linear))
+        self.method, self.p = case.method, None if case.passes == "no_grad" else case.p
+        self.formula = formula_of(self.method, self.p)
+        self.store(dora_gain(inputs["weight"], a, b, inputs["magnitude"]) if case.method == "dora" else None)
+
+        self.patched = self.twin()
+        if (report := lrkern.peft.patch(self.patched)).fused != 1:
+            raise RuntimeError(f"lrkern.peft.patch left PEFT's own code in this layer: {report}")
+
+    @torch.no_grad()
+    def store(self, gain: Tensor | None) -> None:
+        """What the base gives: y = x Wᵀ + bias, z = x Wᵀ and dx, the gradient of x through it."""
+        x, weight, bias = (self.inputs[name] for name in ("x", "weight", "bias"))
+        self.z, self.y = F.linear(x, weight), F.linear(x, weight, bias)
+        self.dx = (self.dy if gain is None else gain * self.dy) @ weight
+        self.stored = {"y": self.y, "z": self.z, "dx": self.dx}
+        self.peft_alone = self.twin()
+        self.peft_alone.base_layer = StoredLinear(self.linear, self.y, self.dx)
+        scaled = self.y.clone() if gain is None else gain * self.z + bias
+        self.lrkern_alone = StoredOps(scaled, self.dx.clone(), self.z)  # these two are written in place
+
+    def twin(self) -> PeftLinear:
+        """Another layer over the same parameters."""
+        return copy.deepcopy(self.peft, {id(p): p for p in self.peft.parameters()})
+
+
+class Suite(suite.Suite):
+    against = "peft"
+
+    def cases(self, quick: bool) -> list[Case]:
+        return cases(quick)
+
+    def data(self, case: Case, device: str, seed: int) -> Data:
+        return Data(case, device, seed)
+
+    def exact(self, case: Case) -> Case:
+        return replace(case, p=None)
+
+    def work(self, case: Case, data: Data) -> tuple[int, int]:
+        """Each product once forward, and backward once for x and once for A and B; x, W and dY read, y and dx written."""
+        size = {name: t.nbytes for name, t in data.inputs.items()}
+        base, low = 2 * case.T * case.I * case.O, 2 * case.T * case.R * (case.I + case.O)
+        factors, y = size["a"] + size["b"], data.dy.nbytes
+        forward = base + low, size["weight"] + factors + size["x"] + y
+        backward = base + 2 * low, size["weight"] + 2 * factors + 2 * size["x"] + y
+        done = {"fwd+bwd": (forward, backward), "bwd": (backward,)}.get(case.passes, (forward,))
+        return sum(flop for flop, _ in done), sum(moved for _, moved in done)
+
+    def base(self, d: Data) -> Call:
+        return Call(lambda: d.linear(d.inputs["x"]), truth=lambda x, weight, bias, **_: F.linear(x, weight, bias))
+
+    def eager(self, d: Data) -> Call:
+        stored = Call(lambda: alone(d.formula, **d.stored, **d.inputs))
+        return Call(lambda: d.formula(F.linear, **d.inputs), stored)
+
+    def compile(self, d: Data) -> Call:
+        whole, beside = compiled(d.method, d.p)
+        return Call(lambda: whole(F.linear, **d.inputs), Call(lambda: beside(**d.stored, **d.inputs)))
+
+    def peft(self, d: Data) -> Call:
+        return Call(lambda: d.peft(d.inputs["x"]), Call(lambda: d.peft_alone(d.inputs["x"])))
+
+    def lrkern(self, d: Data) -> Call:
+        layer = lambda: d.patched(d.inputs["x"])
+        op = lambda: functional.lora_linear(**d.inputs, scale=SCALE, dropout_p=d.p or 0.0)
+        return Call(layer, Call(op if d.method == "lora" else layer, around=lambda: calling(d.lrkern_alone)))

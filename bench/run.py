@@ -1,29 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one benchmark runner:  python bench/run.py lora [--device cpu|cuda] [--quick] [--json F] [--case TEXT]
+"""The one benchmark runner:  python bench/run.py SUITE [NAME...] [--device cpu|cuda] [--quick] [--json F] [--plot F.png]
 
-Per case and provider: median milliseconds, extra over the base layer, milliseconds of the adapter alone, bytes saved for
-backward beyond x and the parameters, error against float64, and the time against the roof: the larger of flop over the
-GEMM rate and bytes over the copy rate, both measured in the same run. A second base run (A/A) shows the noise: where
-the two differ by more than 20% of the smallest figure compared, the case is run again with more rounds and, if it stays
-so, marked noisy and not to be cited.
+    lora        one layer with a LoRA or DoRA adapter, beside stock PEFT
+    op          every registry op alone, or the ops named
+    emulator    what emulating the CUDA kernels costs
+
+Providers interleave call by call. The first one, base where there is one, runs twice (A/A), which shows the noise: where
+the medians of the two differ by more than 20% of the smallest figure compared, the case is run again with more rounds, at
+most three times in all; if it stays so it is marked noisy, not to be cited. Compared is the adapter alone where a suite
+times it, else what a provider adds to the base, else its whole time.
 """
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import platform
 import shlex
+import statistics
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import report
 import timing
 import torch
+from suite import OPTIONAL, Call, Case, Data, Suite
+from timing import Step
+from torch import Tensor
 from tqdm import tqdm
 
 import lrkern
 
-SUITES = ("lora",)
+SUITES = ("lora", "op", "emulator")
+SECONDS = {True: 3.0, False: 12.0}  # of timing per case, by --quick
+ROUNDS = (5, 2000)
+ATTEMPTS = 3
+NOISE = 0.2  # of the smallest figure compared
+
+Key = tuple[str, str]  # (provider, "whole" | "alone" | "again")
 
 
 def machine(device: str) -> str:
@@ -34,90 +53,232 @@ def machine(device: str) -> str:
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     isa = json.loads(lrkern.ops.build_info())["cpu_isa"]
     name = names[0] if names else platform.machine()
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, {isa}, torch {torch.__version__}"
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    return f"{name}, {cores} cores, {threads} threads, {isa}, torch {torch.__version__}"
 
 
-def measure(suite, case, device: str, rounds: int, roofs: tuple[float, float], command: str) -> list[dict]:
-    copies = suite.copies_of(case, device)
-    flop, moved = suite.work(case)
-    roof_ms = max(flop / roofs[1], moved / roofs[0]) * 1e3
-    error, saved = suite.errors(case, copies[0]), suite.saved(case, copies[0], timing.saved_bytes)
-    for attempt in (1, 3):
-        with tqdm(total=2 * rounds * attempt, desc=str(case), leave=False) as bar:
-            whole = timing.interleaved(suite.calls(case, copies, False), rounds * attempt, device, bar.update)
-            alone = timing.interleaved(suite.calls(case, copies, True), rounds * attempt, device, bar.update)
-        base, again = (timing.percentiles(whole[n])["p50_ms"] for n in ("base", "base again"))
-        p50 = {n: timing.percentiles(t)["p50_ms"] for n, t in whole.items()}
-        smallest = min(abs(p50[n] - base) for n in suite.PROVIDERS if n != "base")
-        noisy = abs(base - again) > 0.2 * smallest
+# ---------------------------------------------------------------------------------------------------- what is timed
+
+
+def tensors(data: Data) -> list[Tensor]:
+    return [t for t in data.inputs.values() if isinstance(t, Tensor)]
+
+
+def leaves(data: Data) -> list[Tensor]:
+    return [t for t in tensors(data) if t.requires_grad]
+
+
+def step(passes: str, data: Data, call: Call) -> Step:
+    """The timed part of a call: its forward, its backward or both."""
+    wanted = leaves(data)
+
+    def fwd(_=None):
+        with call.around():
+            return call.forward()
+
+    def bwd(y):
+        with call.around():
+            return torch.autograd.grad(y, wanted, data.dy, allow_unused=True)
+
+    def both(_):
+        y = fwd()
+        return y, bwd(y)
+
+    def no_grad(_):
+        with torch.no_grad():
+            return fwd()
+
+    return {"fwd": Step(fwd), "bwd": Step(bwd, fwd), "fwd+bwd": Step(both), "no_grad": Step(no_grad)}[passes]
+
+
+@dataclass
+class Field:
+    """The providers of a case, ready to be timed."""
+
+    copies: list[Data]
+    calls: dict[str, Call] = field(default_factory=dict)  # over the first copy
+    steps: dict[Key, list[Step]] = field(default_factory=dict)  # one per copy
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def enter(self, provider: str, passes: str, make: Callable[[Data], Call | None]) -> None:
+        calls = [make(data) for data in self.copies]
+        if calls[0] is None:
+            return
+        ways = {"whole": calls, "alone": [call.alone for call in calls]}
+        steps = {
+            (provider, way): [step(passes, *pair) for pair in zip(self.copies, made, strict=True)]
+            for way, made in ways.items()
+            if made[0]
+        }
+        for first, *_ in steps.values():
+            first.run(first.ready())  # what compiles compiles here
+        self.calls[provider] = calls[0]
+        self.steps |= steps
+
+
+def line_up(suite: Suite, case: Case, device: str) -> Field:
+    torch.compiler.reset()
+    copies = [suite.data(case, device, 0)]
+    if suite.cold:
+        count = timing.copies_beyond_cache(sum(t.nbytes for t in tensors(copies[0])), device)
+        copies += [suite.data(case, device, seed) for seed in range(1, count)]
+    result = Field(copies)
+    for provider in suite.providers():
+        try:
+            result.enter(provider, case.passes, getattr(suite, provider))
+        except Exception as error:
+            if provider not in OPTIONAL:
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            result.missing[provider] = "not installed" if isinstance(error, ModuleNotFoundError) else reason
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+
+def error(suite: Suite, case: Case, provider: str, device: str) -> float | None:
+    """Relative Frobenius error against float64: the largest of the result and, after a backward, the gradients."""
+    data = suite.data(suite.exact(case), device, 0)  # fresh, since calls may write into theirs
+    call = getattr(suite, provider)(data)
+    truth = call.truth or data.truth
+    if truth is None:
+        return None
+    real = lambda t: isinstance(t, Tensor) and t.is_floating_point()
+    wide = {k: t.detach().double().requires_grad_(t.requires_grad) if real(t) else t for k, t in data.inputs.items()}
+
+    def results(y: Tensor, inputs: dict[str, Any]) -> list[Tensor | None]:
+        wanted = leaves(Data(inputs))
+        return [y, *torch.autograd.grad(y, wanted, data.dy.to(y), allow_unused=True)] if "bwd" in case.passes else [y]
+
+    with torch.set_grad_enabled(case.passes != "no_grad"), call.around():
+        got, want = results(call.forward(), data.inputs), results(truth(**wide), wide)
+    pairs = [(g.double(), w) for g, w in zip(got, want, strict=True) if w is not None]
+    return max(((g - w).norm() / w.norm()).item() for g, w in pairs)
+
+
+def noise(p50: dict[Key, float]) -> tuple[float, bool]:
+    """(A/A difference in ms, whether it is too large for the smallest figure compared)."""
+    (first,) = (provider for provider, kind in p50 if kind == "again")
+    base = p50[first, "whole"] if first == "base" else 0.0
+    figures = [p50.get((p, "alone"), abs(t - base)) for (p, kind), t in p50.items() if kind == "whole" and p != "base"]
+    difference = abs(p50[first, "again"] - p50[first, "whole"])
+    return difference, difference > NOISE * min(figures, default=base)
+
+
+def measure(suite: Suite, case: Case, device: str, seconds: float, command: str) -> tuple[list[dict], dict[str, str]]:
+    """The rows of one case, and why some providers are missing."""
+    ready = line_up(suite, case, device)
+    steps = ready.steps
+    first = next(iter(ready.calls))
+    steps[first, "again"] = steps[first, "whole"]
+    # First the figures for which calls run once: they leave their memory behind for the timed ones.
+    memory, errors = {}, {}
+    for provider, call in ready.calls.items():
+        saved = None if case.passes == "no_grad" else timing.saved_bytes(call.forward, tensors(ready.copies[0]))
+        memory[provider] = saved, timing.peak_bytes(steps[provider, "whole"][0], device)
+        errors[provider] = error(suite, case, provider, device)
+    flop, moved = suite.work(case, ready.copies[0]) or (None, None)
+    roof_ms = None
+    if flop is not None:
+        gemm, copy = ceilings(device, case.dtype)
+        roof_ms = max(flop / gemm, moved / copy) * 1e3
+
+    round_ms = sum(times[0] for times in timing.interleaved(steps, 2, device).values())
+    rounds = min(max(int(seconds * 1e3 / round_ms), ROUNDS[0]), ROUNDS[1])
+    for attempt in range(ATTEMPTS):
+        count = rounds * 2**attempt
+        with tqdm(total=count, desc=str(case), leave=False) as bar:
+            times = timing.interleaved(steps, count, device, bar.update)
+        p50 = {key: statistics.median(t) for key, t in times.items()}
+        noise_ms, noisy = noise(p50)
         if not noisy:
             break
+
     rows = []
-    for name in suite.PROVIDERS:
+    for provider in ready.calls:
+        mine = p50[provider, "whole"]
         rows.append(
             {
-                "suite": suite.__name__,
+                "suite": type(suite).__module__,
                 "case": str(case),
                 "dtype": str(case.dtype).removeprefix("torch."),
                 "device": device,
-                "provider": name,
-                **timing.percentiles(whole[name]),
-                "extra_over_base": p50[name] / base - 1,
-                "adapter_ms": timing.percentiles(alone[name])["p50_ms"] if name in alone else None,
-                "saved_bytes": saved[name],
+                "provider": provider,
+                **timing.percentiles(times[provider, "whole"]),
+                "extra_over_base": mine / p50["base", "whole"] - 1 if first == "base" else None,
+                "adapter_ms": p50.get((provider, "alone")),
+                "saved_bytes": memory[provider][0],
                 "bytes": moved,
                 "flops": flop,
                 "roof_ms": roof_ms,
-                "of_roof": roof_ms / p50[name],
-                "error": error[name],
-                "noise_ms": abs(base - again),
+                "of_roof": roof_ms and roof_ms / mine,
+                "error": errors[provider],
+                "peak_bytes": memory[provider][1],
+                "noise_ms": noise_ms,
                 "noisy": noisy,
                 "command": command,
             }
         )
-    return rows
+    return rows, ready.missing
 
 
-def show(rows: list[dict]) -> None:
-    first = rows[0]
-    adapter = {r["provider"]: r["adapter_ms"] for r in rows}
-    print(f"\n{first['case']} {first['dtype']}   (A/A {first['noise_ms']:.3f} ms{', NOISY' if first['noisy'] else ''})")
-    print("  provider      ms    extra   adapter ms  vs peft    saved kB   of roof     error")
-    for r in rows:
-        alone = r["adapter_ms"]
-        ratio = f"{alone / adapter['peft']:7.2f}x" if alone is not None else " " * 8
-        kept = f"{r['saved_bytes'] / 1e3:10.1f}" if r["saved_bytes"] is not None else " " * 10
-        alone = f"{alone:10.3f}" if alone is not None else " " * 10
-        print(
-            f"  {r['provider']:8}{r['p50_ms']:9.3f} {r['extra_over_base']:+7.1%}  {alone}  {ratio}  {kept}"
-            f"   {r['of_roof']:6.1%}   {r['error']:.1e}"
-        )
+ceilings = cache(timing.ceilings)
 
 
-def main() -> int:
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
-    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name holds TEXT")
-    parser.add_argument("--json", type=Path, metavar="F", help="one row per line")
-    args = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="fewer cases, fewer rounds")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose text holds TEXT")
+    parser.add_argument("--json", type=Path, metavar="F", help="one row per line, written case by case")
+    parser.add_argument("--plot", type=Path, metavar="F.png")
+    args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
-    suite = importlib.import_module(args.suite)
-    command = shlex.join(["python", "bench/run.py", *sys.argv[1:]])
-    print(f"{machine(args.device)}\n{command}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    try:
+        suite: Suite = importlib.import_module(args.suite).Suite(args.names)
+    except ValueError as wrong:
+        parser.error(str(wrong))
+    if args.device not in suite.devices:
+        parser.error(f"suite {args.suite} runs on {' and '.join(suite.devices)}, got --device {args.device}")
+    cases = suite.cases(args.quick)
+    if not (chosen := [case for case in cases if args.case in str(case)]):
+        parser.error(f"--case {args.case!r} is in no case:\n" + "\n".join(map(str, cases)))
+    if args.json:
+        args.json.write_text("")
+
+    command = shlex.join(["python", "bench/run.py", *(sys.argv[1:] if argv is None else argv)])
+    print(f"{machine(args.device)}\n{command}", flush=True)
+    for line in suite.notes():
+        print(line, flush=True)
     rows: list[dict] = []
-    for case in suite.cases(args.quick):
-        if args.case not in str(case):
-            continue
-        roofs = timing.ceilings(args.device, case.dtype)
-        rounds = (20 if args.quick else 40) * (10 if case.passes == "no_grad" or case.T < 64 else 1)
-        rows += (now := measure(suite, case, args.device, rounds, roofs, command))
-        show(now)
-        if args.json:
-            args.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return 0
+    missing: dict[str, str] = {}
+    code = 0
+    try:
+        for case in chosen:
+            now, reasons = measure(suite, case, args.device, SECONDS[args.quick], command)
+            print(report.table(now, suite.against), flush=True)
+            rows += now
+            missing |= reasons
+            if args.json:
+                with args.json.open("a") as f:
+                    f.write("".join(json.dumps(row) + "\n" for row in now))
+    except KeyboardInterrupt:
+        print("\nstopped: what was measured until then is kept")
+        code = 130
+    for provider, reason in missing.items():
+        print(f"missing: {provider} ({reason})")
+    if args.plot and rows:
+        report.plot(rows, args.plot)
+    return code
 
 
 if __name__ == "__main__":

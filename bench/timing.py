@@ -1,73 +1,139 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing shared by every suite: candidates interleave round by round, so that machine noise hits all of them alike."""
+"""Measuring tools: milliseconds, ceilings, bytes."""
 
+import gc
+import os
+import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Call = Callable[[int], object]  # called with the round's number, to rotate over copies of the data
-
-LAST_LEVEL_CACHE = 64 << 20  # more than the last-level cache of the machines we measure on
+clock = time.perf_counter
 
 
-def synchronize(device: str) -> None:
+class Step(NamedTuple):
+    """What is timed: run(prepare()), without the time of prepare."""
+
+    run: Callable[[Any], Any]
+    prepare: Callable[[], Any] | None = None
+
+    def ready(self) -> Any:
+        return self.prepare() if self.prepare else None
+
+
+def last_level_cache() -> int:
+    """Bytes; 32 MiB where the system does not say."""
+    sizes = [int(p.read_text()[:-2]) << 10 for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max(sizes, default=32 << 20)
+
+
+def copies_beyond_cache(each: int, device: str) -> int:
+    """How many copies of `each` bytes, used in turn, are cold when their turn comes. CUDA flushes its L2 instead. At
+    most 64: what is so small measures host time."""
+    return 1 if device == "cuda" else max(1, min(64, -(-2 * last_level_cache() // each)))
+
+
+def captured(step: Step) -> Step:
+    """The step as CUDA graphs, those of prepare and run in one memory pool. Warmed up on the side stream they are captured
+    on, since autograd runs a backward on its forward's stream."""
+    side, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step.run(step.ready())
+    torch.cuda.synchronize()
+
+    def capture(work: Callable[..., Any], *args: Any) -> tuple[Any, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=side):
+            out = work(*args)
+        return out, graph.replay
+
+    ready, prepare = capture(step.prepare) if step.prepare else (None, None)
+    _, run = capture(step.run, ready)
+    return Step(lambda _: run(), prepare)
+
+
+def once_cpu(step: Step) -> float:
+    ready = step.ready()
+    begin = clock()
+    out = step.run(ready)
+    seconds = clock() - begin
+    del out, ready  # freed outside the time
+    return seconds * 1e3
+
+
+def once_cuda(step: Step, flush: Tensor) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    step.ready()
+    flush.zero_()
+    start.record()
+    step.run(None)
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+def interleaved(
+    steps: dict[str, list[Step]], rounds: int, device: str, tick: Callable[[], Any] = lambda: None
+) -> dict[str, list[float]]:
+    """{name: sorted milliseconds, one per round}. Each name's steps do the same over different copies of the data. In a
+    round every name has a turn, in an order drawn anew, so that noise and what a predecessor leaves in the caches hit all
+    alike. A turn on the CPU is an untimed call and a timed one over the next copy: code is warm and weights are cold, as
+    in a model whose layers follow one another."""
     if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def once(call: Call, i: int, device: str, flush: Tensor | None) -> float:
-    """Milliseconds of one call. On CUDA by events, after the L2 cache was overwritten."""
-    if device == "cuda":
-        flush.zero_()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call(i)
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop)
-    begin = time.perf_counter()
-    call(i)
-    return (time.perf_counter() - begin) * 1e3
-
-
-def interleaved(calls: dict[str, Call], rounds: int, device: str, tick: Callable[[], None] = lambda: None):
-    """{name: sorted milliseconds of every round}. The order within a round turns by one each round."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if device == "cuda" else None
-    names = list(calls)
-    for name in names:
-        for i in range(3):
-            calls[name](i)
-    synchronize(device)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        for k in range(len(names)):
-            name = names[(i + k) % len(names)]
-            times[name].append(once(calls[name], i, device, flush))
-        tick()
+        flush = torch.empty(256 << 20, dtype=torch.int8, device=device)  # more than any L2
+        steps = {name: [captured(s) for s in copies] for name, copies in steps.items()}
+        turn = lambda warm, timed: once_cuda(timed, flush)
+    else:
+        turn = lambda warm, timed: (once_cpu(warm), once_cpu(timed))[1]
+        for copies in steps.values():
+            for step in copies:
+                once_cpu(step)
+    order, shuffle = list(steps), random.Random(0).shuffle
+    times: dict[str, list[float]] = {name: [] for name in order}
+    turns = 0
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            shuffle(order)
+            for name in order:
+                copies = steps[name]
+                times[name].append(turn(copies[2 * turns % len(copies)], copies[(2 * turns + 1) % len(copies)]))
+                turns += 1
+            tick()
+    finally:
+        gc.enable()
     return {name: sorted(t) for name, t in times.items()}
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
-    at = lambda q: times[min(len(times) - 1, round(q * (len(times) - 1)))]
+    at = lambda q: times[round(q * (len(times) - 1))]
     return {"p20_ms": at(0.2), "p50_ms": statistics.median(times), "p80_ms": at(0.8)}
 
 
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """(bytes/s of a large copy, flop/s of a large GEMM), measured here and now."""
+    """(flop/s of a large GEMM, bytes/s of a large copy), measured here and now."""
     n = 1 << (28 if device == "cuda" else 26)
-    src, dst = (torch.empty(n, dtype=torch.int8, device=device) for _ in range(2))
+    source, target = (torch.empty(n, dtype=torch.int8, device=device) for _ in range(2))
     m = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(m, m, device=device).to(dtype) for _ in range(2))
-    best = {
-        k: v[0] for k, v in interleaved({"copy": lambda i: dst.copy_(src), "gemm": lambda i: a @ b}, 7, device).items()
-    }
-    return 2 * n / best["copy"] * 1e3, 2 * m**3 / best["gemm"] * 1e3
+    steps = {"gemm": [Step(lambda _: a @ b)], "copy": [Step(lambda _: target.copy_(source))]}
+    best = {name: times[0] * 1e-3 for name, times in interleaved(steps, 7, device).items()}
+    return 2 * m**3 / best["gemm"], 2 * n / best["copy"]
 
 
-def saved_bytes(run: Callable[[], object], exclude: list[Tensor]) -> int:
+# ---------------------------------------------------------------------------------------------------- bytes
+
+
+def saved_bytes(forward: Callable[[], Any], exclude: list[Tensor]) -> int:
     """Bytes autograd keeps for backward, by storage, beyond those of `exclude` (x and the parameters)."""
     own = {t.untyped_storage().data_ptr() for t in exclude}
     kept: dict[int, int] = {}
@@ -79,6 +145,41 @@ def saved_bytes(run: Callable[[], object], exclude: list[Tensor]) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = run()
+        out = forward()
     del out
     return sum(kept.values())
+
+
+@contextmanager
+def quiet_stderr():
+    """The profiler writes lines of its own to file descriptor 2, through the progress bar."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def peak_bytes(step: Step, device: str) -> int:
+    """Peak of the bytes that torch's allocator handed out during one run, beyond what was there before; results count.
+    Scratch memory inside MKL and oneDNN does not pass through it."""
+    ready = step.ready()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step.run(ready)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with quiet_stderr(), torch.autograd.profiler.profile(use_kineto=True, profile_memory=True) as profile:
+        out = step.run(ready)
+    del out
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak

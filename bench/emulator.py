@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suite `emulator`: what it costs to run the CUDA kernels on the CPU. Per op the time of all its registry samples, and
+above them what a switch between two emulated threads costs."""
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import suite
+import torch
+from stored import calling
+from suite import Call, Case, Data
+from torch import Tensor
+
+from lrkern import ops
+from lrkern.reference import OPS, Sample
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "emulator"))
+import build
+
+
+class Suite(suite.Suite):
+    against, cold = None, False
+    devices = ("cpu",)
+
+    def __init__(self, names: list[str]):
+        super().__init__(names)
+        if why := build.why_not():
+            raise ValueError(f"nothing can be emulated here: {why}")
+
+    def notes(self) -> Iterable[str]:
+        """switch_cost.cu: what a round of each call costs, and the switches between threads in it."""
+        program = build.executable("switch_cost", [build.HERE / "switch_cost.cu"], "plain")
+        for line in build.execute(program).stdout.splitlines():
+            name, per_switch, per_call, unit = re.match(
+                r"(\w+)\s+([\d.]+) ns per switch\s+([\d.]+) ns per (\w+)", line
+            ).groups()
+            yield f"{name:10} {1e3 / float(per_switch):7.1f} M thread switches/s {float(per_call):9.1f} ns per {unit}"
+
+    def cases(self, quick: bool) -> list[Case]:
+        dtypes = (torch.bfloat16,) if quick else (torch.float32, torch.bfloat16)
+        return [
+            Case(method=name, passes=passes, dtype=dtype)
+            for name, op in OPS.items()
+            for passes in ("no_grad", "fwd+bwd")
+            if passes == "no_grad" or op.differentiable
+            for dtype in dtypes
+        ]
+
+    def data(self, case: Case, device: str, seed: int) -> Data:
+        op = OPS[case.method]
+        names = list(inspect.signature(op.truth).parameters)
+        samples = list(op.samples(device, case.dtype))
+        inputs = {f"{s.name}.{name}": t for s in samples for name, t in zip(names, s.args, strict=False)}
+        with torch.no_grad():
+            dy = None if op.mutates else tuple(torch.randn_like(op.truth(*s.args, **s.kwargs)) for s in samples)
+        if case.passes != "no_grad":
+            for key, t in inputs.items():
+                if isinstance(t, Tensor) and key.rsplit(".", 1)[1] in op.differentiable:
+                    t.requires_grad_()
+        return Samples(inputs, dy, None, op.name, samples)
+
+    def work(self, case: Case, data: Data) -> None:
+        return None
+
+    def lrkern(self, d: "Samples") -> Call:
+        op = getattr(ops, d.name)
+        return Call(lambda: tuple(op(*s.args, **s.kwargs) for s in d.samples), around=lambda: calling(build.ops()))
+
+
+@dataclass
+class Samples(Data):
+    name: str = ""
+    samples: list[Sample] = field(default_factory=list)

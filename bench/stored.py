@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters alone: base layers whose GEMM is replaced by a stored result, forward (y) and backward (dx)."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from lrkern import ops
+
+OPS = torch.ops.lrkern
+
+
+class Stored(Function):
+    """A base layer that costs nothing: y and dx are there already."""
+
+    @staticmethod
+    def forward(ctx, x, y, dx):
+        ctx.save_for_backward(dx)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.saved_tensors[0], None, None
+
+
+class StoredLinear(nn.Linear):
+    """Stands where PEFT expects a base layer. The weight is the true one: DoRA reads it for its norm."""
+
+    def __init__(self, linear: nn.Linear, y: Tensor, dx: Tensor):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.y, self.dx = y, dx
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Stored.apply(x, self.y, self.dx)
+
+
+class calling:
+    """Inside, the wrappers and modules of lrkern call these ops, in forward and backward."""
+
+    def __init__(self, stand_in: Any):
+        self.stand_in = stand_in
+
+    def __enter__(self) -> None:
+        ops._ops = self.stand_in
+
+    def __exit__(self, *_: object) -> None:
+        ops._ops = OPS
+
+
+class StoredOps:
+    """lrkern's ops with the base GEMM left out of lora_linear: the same kernels, adding into the stored y and dx in place
+    as lora_linear adds into what the GEMM made (lora_add beside a stored base would write a new y and leave one more sum
+    of two dx to autograd). Layer, wrapper and autograd around them are the real ones.
+
+    Never cheaper than the op without its GEMM: two or three op calls take the place of one; A is copied once to be read
+    as a B; under dropout the stored dx costs a pass of its own; with base_scale a GEMM of one column stays. The base is
+    frozen; x and all of the adapter take gradients.
+    """
+
+    def __init__(self, y: Tensor, dx: Tensor, z: Tensor | None = None):
+        """y = x Wᵀ + bias, or with base_scale c · x Wᵀ + bias; z = x Wᵀ."""
+        self.y, self.dx, self.z = y, dx, z
+        self.lora_linear = SimpleNamespace(default=lambda *args: self.forward(*args)[0])
+        self.lora_linear_fwd = SimpleNamespace(default=self.forward)
+        self.lora_linear_bwd = SimpleNamespace(default=self.backward)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(OPS, name)
+
+    def forward(self, x, weight, bias, a, b, scale, p, seed, c):
+        if c is not None:
+            return *OPS.lora_add_fwd.default(self.y, x, a, b, scale, p, seed), self.z
+        s = OPS.lora_shrink.default(x, a, scale, p, seed)
+        OPS.lora_expand_.default(self.y, s, b)
+        return self.y.detach(), s, None
+
+    def backward(self, dy, x, weight, a, b, s, scale, p, seed, c, z, *_):
+        dc, dx = None, self.dx
+        if c is not None:  # the op's rescaling of dY, beside the dW of a base one column wide
+            column = x[:, :1], weight[:, :1], a[:, :1]
+            *_, dc = OPS.lora_linear_bwd.default(
+                dy, *column, b, s, scale, 0.0, None, c, z, False, True, False, False, False, True
+            )
+        *_, ds, db = OPS.linear_expand_bwd.default(dy, None, None, s, b, 1.0, False, False, False, True, True)
+        part, da = OPS.lora_shrink_bwd.default(ds, x, a, scale, p, seed, bool(p), True)
+        if p:
+            dx = part.add_(dx)
+        else:
+            OPS.lora_expand_.default(dx, ds, a.mT, scale)
+        return dx, None, None, da, db, dc

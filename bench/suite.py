@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a suite is. bench/<name>.py defines a class ``Suite`` derived from the one below, with
+
+    cases(quick)               its cases
+    data(case, device, seed)   one copy of a case's tensors
+    work(case, data)           the least work there is: (flop, bytes), or None where no roof makes sense
+    <provider>(data) -> Call   a method named by a provider id: how that provider computes the case over that copy, or
+                               None where it has no part in the case
+
+The runner does the rest: passes, interleaving, A/A, ceilings, errors, memory, rows.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Ids are fixed for all suites; tables list them in this order.
+PROVIDERS = ("base", "eager", "compile", "peft", "published", "full", "stored", "loop", "gather", "vllm", "torchao",
+             "bf16", "fp32", "lrkern")  # fmt: skip
+# Other people's code that need not be there: any failure of these lists them as missing, with the reason.
+OPTIONAL = ("compile", "published", "vllm", "torchao")
+PASSES = ("fwd", "bwd", "fwd+bwd", "no_grad")  # fwd records for backward; bwd leaves the forward untimed
+
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Its text is space-separated key=value in the order of the fields; a suite adds keys in a subclass."""
+
+    method: str | None = None  # or type
+    type: str | None = None
+    k: int | None = None
+    A: int | None = None
+    T: int | None = None
+    I: int | None = None
+    O: int | None = None
+    R: int | None = None
+    passes: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        keys = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("passes", "dtype")}
+        text = [f"{key}={SHORT.get(value, value)}" for key, value in keys.items() if value is not None]
+        return " ".join([*text, f"pass={self.passes}"])
+
+
+@dataclass
+class Call:
+    """How a provider computes a case over one copy of its tensors."""
+
+    forward: Callable[[], Any]  # the result, or a tuple of results
+    alone: "Call | None" = None  # the same with the base GEMM replaced by a stored result
+    around: Callable[[], AbstractContextManager] = nullcontext  # forward and its backward run inside
+    truth: Callable[..., Tensor] | None = None  # what forward computes, where that is not the data's truth
+
+
+@dataclass
+class Data:
+    """One copy of a case's tensors. Gradients are taken of the inputs that require them."""
+
+    inputs: dict[str, Any]  # x, the parameters and other arguments, by name
+    dy: Any = None  # the gradient of the result
+    truth: Callable[..., Tensor] | None = None  # the result from float64 inputs; None: no error is measured
+
+
+class Suite:
+    against: str | None = "eager"  # the provider the table's ratios refer to
+    cold = True  # copies of the data rotate over more than the last-level cache
+    devices = ("cpu", "cuda")
+
+    def __init__(self, names: list[str]):
+        if names:
+            raise ValueError(f"suite {type(self).__module__} takes no names, got {' '.join(names)}")
+
+    @classmethod
+    def providers(cls) -> tuple[str, ...]:
+        return tuple(name for name in PROVIDERS if hasattr(cls, name))
+
+    def cases(self, quick: bool) -> list[Case]:
+        raise NotImplementedError
+
+    def data(self, case: Case, device: str, seed: int) -> Data:
+        raise NotImplementedError
+
+    def work(self, case: Case, data: Data) -> tuple[int, int] | None:
+        raise NotImplementedError
+
+    def exact(self, case: Case) -> Case:
+        """The case without what makes its result random."""
+        return case
+
+    def notes(self) -> Iterable[str]:
+        """Lines printed before the first case."""
+        return ()
