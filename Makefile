@@ -17,7 +17,7 @@ PY := .venv/bin/python
 CFILES := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-quick test-full bench wheel lint format compile-archs abi clean
+.PHONY: help setup build demo test test-quick test-full bench gpu wheel lint format static abi clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -49,6 +49,10 @@ bench: ## measure (ARGS="lora --help" for shapes and baselines)
 	@$(SETUP) demo
 	@$(PY) bench/run.py $(or $(ARGS),lora)
 
+gpu: ## on a machine with a GPU: tests, sanitizer, benchmarks; evidence in out/gpu (ARGS="--only lora")
+	@$(SETUP) demo test
+	@$(PY) tools/gpu.py --out out/gpu $(ARGS)
+
 wheel: ## dist/lrkern-*-py3-none-*.whl for all CUDA architectures, tried in fresh environments
 	@$(SETUP) dev
 	@$(PY) tools/smoke_wheel.py $(ARGS)
@@ -66,9 +70,9 @@ format: ## rewrite sources as lint wants them
 	@.venv/bin/ruff format .
 	@$(CFILES) | xargs .venv/bin/clang-format -i
 
-compile-archs: ## every .cu for each architecture, with registers and spills
+static: ## every .cu for each architecture, its registers, spills, instructions and occupancy against the plan
 	@$(SETUP) dev
-	@$(PY) tools/compile_archs.py $(ARGS)
+	@$(PY) tools/static_checks.py $(ARGS)
 
 abi: ## _C.so asks for nothing but the stable ABI of torch 2.11
 	@$(SETUP) dev

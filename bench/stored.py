@@ -57,14 +57,15 @@ class StoredOps:
     as lora_linear adds into what the GEMM made (lora_add beside a stored base would write a new y and leave one more sum
     of two dx to autograd). Layer, wrapper and autograd around them are the real ones.
 
-    Never cheaper than the op without its GEMM: two or three op calls take the place of one; A is copied once to be read
-    as a B; under dropout the stored dx costs a pass of its own; with base_scale a GEMM of one column stays. The base is
-    frozen; x and all of the adapter take gradients.
+    Never cheaper than the op without its GEMM: two or three op calls take the place of one; under dropout the stored dx
+    costs a pass of its own; with base_scale a GEMM of one column stays. The base is frozen; x and all of the adapter take
+    gradients.
     """
 
     def __init__(self, y: Tensor, dx: Tensor, z: Tensor | None = None):
         """y = x Wᵀ + bias, or with base_scale c · x Wᵀ + bias; z = x Wᵀ."""
         self.y, self.dx, self.z = y, dx, z
+        self.a_as_b: Tensor | None = None  # A [R, I] as a factor B [I, R], of the first call
         self.lora_linear = SimpleNamespace(default=lambda *args: self.forward(*args)[0])
         self.lora_linear_fwd = SimpleNamespace(default=self.forward)
         self.lora_linear_bwd = SimpleNamespace(default=self.backward)
@@ -91,5 +92,7 @@ class StoredOps:
         if p:
             dx = part.add_(dx)
         else:
-            OPS.lora_expand_.default(dx, ds, a.mT, scale)
+            if self.a_as_b is None:
+                self.a_as_b = a.mT.contiguous()
+            OPS.lora_expand_.default(dx, ds, self.a_as_b, scale)
         return dx, None, None, da, db, dc

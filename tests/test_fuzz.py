@@ -2,6 +2,9 @@
 """Random shapes, strides, dtypes and wrong arguments: the right answer or an error that names the op, never a crash."""
 
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -61,8 +64,10 @@ def test_lora_linear_on_anything(layer):
         results.append([y, *torch.autograd.grad(y, [t for t in own if t is not None], dy)])
     names = ["y"] + ["d" + n for n, t in zip(("x", "w", "bias", "a", "b"), args, strict=True) if t is not None]
     for name, got, truth, yardstick in zip(names, *results, strict=True):
-        # 4 ulps: in thousands of tiny cases the expression is now and then exact by luck (seen: 0.001 ulp against 1.001)
-        testing.check(got, truth, yardstick, f"{name} of {[tuple(t.shape) for t in args if t is not None]}", fp32, 4)
+        # In thousands of tiny cases the expression is now and then exact by luck (seen: 0.001 ulp against 1.001), the more
+        # so where large terms cancel in a handful of elements (seen: 1.5e-7 against 7.4e-7, five sums of 63 terms).
+        what = f"{name} of {[tuple(t.shape) for t in args if t is not None]}"
+        testing.check(got, truth, yardstick, what, fp32, ulps=4 if got.numel() > 64 else 16)
 
 
 @st.composite
@@ -95,13 +100,23 @@ def test_wrong_arguments_never_crash(args):
         assert y.shape == (*args[0].shape[:-1], args[1].shape[0])
 
 
+@pytest.mark.parametrize("seed", range(10 if FULL else 1))
+def test_random_calls_of_every_op(seed, tmp_path):
+    """100,000 calls with LRK_TEST_FULL=1. In processes of their own: a crash names the call it happened in."""
+    count, state = 10_000 if FULL else 3_000, tmp_path / "call"
+    script = os.path.join(os.path.dirname(__file__), "fuzz_calls.py")
+    done = subprocess.run([sys.executable, script, str(seed), str(count), state], capture_output=True, text=True)
+    if done.returncode:
+        last = state.read_bytes().rstrip(b"\0").decode()
+        pytest.fail(f"exit status {done.returncode} in\n{last}\n{done.stderr[-3000:]}")
+    calls, refused = map(int, re.findall(r"\d+", done.stdout))
+    assert calls == count and count // 10 < refused < count // 2
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 @pytest.mark.slow
 def test_lesser_instruction_sets(isa):
     """The copies of the CPU kernels this machine would not choose, over the registry's forward and gradient tests."""
-    import subprocess
-    import sys
-
     tests = os.path.join(os.path.dirname(__file__), "test_ops.py")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests]
     command += ["-k", "(test_forward or test_gradient) and cpu and (float32 or (bfloat16 and fp32))"]

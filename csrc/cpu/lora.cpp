@@ -17,7 +17,7 @@ constexpr int kTileRows = 24;   // tokens per fp32 tile: 48 KB
 constexpr int kRankBlock = 64;  // shrink: ranks per task, so that one token with a large rank still has tasks to share;
                                 // expand: ranks summed at a time
 constexpr int kRun = 10;        // shrink: tiles a thread takes through all of N at once
-constexpr int kFewRows = 16;      // tokens that do not pay for reading a factor
+constexpr int kFewRows = 16;    // tokens that do not pay for reading a factor
 constexpr int kWgradCols = 256;  // columns of one task of wgrad
 
 // Tasks that a thread takes at once: some 30 us of work, what waking a second thread can cost. A task is `rows` x `cols`
@@ -114,7 +114,7 @@ void shrink(const LoraShrinkParams& p) {
   F* s = static_cast<F*>(p.s);
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
   const int64_t tiles = ceil_div(p.T, kTileRows),
-                block = tiles > 1 ? kRankBlock : 8;  // few tokens share a factor's rows
+                block = tiles > 1 ? kRankBlock : 16;  // few tokens share a factor's rows
   const int64_t rank_blocks = ceil_div(p.R, block);
   const int64_t task = grain(std::min<int64_t>(p.T, kTileRows), p.N, std::min<int64_t>(p.R, block));
   parallel_for(rank_blocks * tiles, task, [&](int64_t begin, int64_t end) {

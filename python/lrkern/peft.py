@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import peft
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
@@ -65,6 +66,8 @@ def _plan(layer: LoraLayer) -> _Plan | str:
     """How to run this layer as it is now, or why it must run PEFT's own forward."""
     if layer.disable_adapters or layer.merged_adapters:
         return "adapters disabled or merged"
+    if nn.modules.module._has_any_global_hook():
+        return "global module hooks"
     modules = layer._modules  # nn.Module.__getattr__ is the slow way, and this runs on every call
     a_of, b_of = modules["lora_A"]._modules, modules["lora_B"]._modules
     active = [name for name in layer.active_adapters if name in a_of]
@@ -78,21 +81,24 @@ def _plan(layer: LoraLayer) -> _Plan | str:
                 return f"variant {variant.__name__}"
             if len(active) > 1:
                 return "DoRA among several active adapters"
-            magnitude = modules["lora_magnitude_vector"]._modules[name]._parameters["weight"]
-            if type(magnitude) not in _PLAIN:
-                return f"magnitude of type {type(magnitude).__name__}"
+            vector = modules["lora_magnitude_vector"]._modules[name]
+            magnitude = vector._parameters.get("weight")
+            if type(vector) is not DoraLinearLayer or type(magnitude) not in _PLAIN:
+                return f"lora_magnitude_vector is {type(vector).__name__} with a weight of {type(magnitude).__name__}"
+            if _hooked(vector):
+                return "hooks on lora_magnitude_vector"
         adapter = _adapter(layer, name, a_of[name], b_of[name], modules["lora_dropout"]._modules[name])
         if isinstance(adapter, str):
             return adapter
         adapters.append(adapter)
     base = modules["base_layer"]
     if type(base) is nn.Linear and not _hooked(base):
-        weight = base._parameters["weight"]
+        weight = base._parameters.get("weight")  # a pruned or parametrized layer has it elsewhere
         if type(weight) in _PLAIN:
             if weight.dtype not in _DTYPES:
                 return f"base dtype {weight.dtype}"
             if all(f.a.dtype in (weight.dtype, torch.float32) for f in adapters):
-                return _Plan(weight, base._parameters["bias"], adapters, magnitude)
+                return _Plan(weight, base._parameters.get("bias"), adapters, magnitude)
     if magnitude is not None and not (hasattr(base, "weight") and hasattr(base, "bias")):
         return f"DoRA over {type(base).__name__}, which has no weight and bias"
     return _Plan(None, None, adapters, magnitude)
@@ -101,12 +107,12 @@ def _plan(layer: LoraLayer) -> _Plan | str:
 def _adapter(layer: LoraLayer, name: str, a: nn.Module, b: nn.Module, dropout: nn.Module) -> _Adapter | str:
     if type(a) is not nn.Linear or type(b) is not nn.Linear:
         return f"lora_A and lora_B are {type(a).__name__} and {type(b).__name__}, fused with nn.Linear"
-    wa, wb = a._parameters["weight"], b._parameters["weight"]
+    wa, wb = a._parameters.get("weight"), b._parameters.get("weight")
     if type(wa) not in _PLAIN or type(wb) not in _PLAIN:
         return f"factors of type {type(wa).__name__} and {type(wb).__name__}"
     if wa.dtype != wb.dtype or wa.dtype not in _DTYPES:
         return f"factors of dtype {wa.dtype} and {wb.dtype}"
-    if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
+    if a.bias is not None or b.bias is not None:
         return "lora_bias"
     if type(dropout) not in _DROPOUTS:
         return f"dropout {type(dropout).__name__}"

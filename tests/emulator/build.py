@@ -153,6 +153,12 @@ def extension() -> Path:
         return link("lrkern_emulated.so", compile_all(units), flags)
 
 
+def launched() -> set[tuple[str, int, int]]:
+    """(kernel, threads, bytes of shared memory) of every launch since the last call."""
+    lines = (line.split() for line in library().lrk_emulator_launched().decode().splitlines())
+    return {(name, int(threads), int(shared)) for name, threads, shared in lines}
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The extension, loaded; its lrk_emulator_* functions are attributes."""
@@ -164,7 +170,7 @@ def library() -> ctypes.CDLL:
     lib.lrk_emulator_set.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     lib.lrk_emulator_get.argtypes = [ctypes.c_char_p]
     lib.lrk_emulator_get.restype = ctypes.c_int64
-    lib.lrk_emulator_report.restype = ctypes.c_char_p
+    lib.lrk_emulator_report.restype = lib.lrk_emulator_launched.restype = ctypes.c_char_p
     return lib
 
 

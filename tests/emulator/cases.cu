@@ -3,7 +3,7 @@
 // each build; "bug: <name>" marks the line a report must point at.
 //
 // out[block] = sum over steps of sum over t of in[block][step][63 - t] * (t + 1): a double-buffered cp.async pipeline read
-// across warps, a shuffle reduction per warp and one through shared memory.
+// across warps, a shuffle reduction per warp and one through shared memory. counts: atomics in global memory.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -21,6 +21,7 @@ enum Bug {
   kNone, kGlobalRead, kGlobalWrite, kSharedRead, kSharedWrite, kMisaligned, kMissingSync, kMissingLastSync, kMissingSyncWarp,
   kDivergentBarrier, kEarlyReturn, kShortShuffle, kShortMma, kDivergentWarp, kUnwrittenShared, kUnwrittenGlobal,
   kMissingWait, kShortWait, kEarlyRefill, kBlockOrder, kOverflow, kCopyMisaligned, kBarrierCount,
+  kShortReduce, kFloatAtomic, kPlainBesideAtomic, kUnwrittenAtomic, kBlockOrderAtomic, kAtomicMisaligned,
   kThreads, kSharedLimit, kGridY, kEmptyGrid, kSharedOvertake, kBugs
 };
 const char* const kNames[] = {
@@ -28,6 +29,7 @@ const char* const kNames[] = {
   "missing_sync_warp",
   "divergent_barrier", "early_return", "short_shuffle", "short_mma", "divergent_warp", "unwritten_shared", "unwritten_global",
   "missing_wait", "short_wait", "early_refill", "block_order", "overflow", "copy_misaligned", "barrier_count",
+  "short_reduce", "float_atomic", "plain_beside_atomic", "unwritten_atomic", "block_order_atomic", "atomic_misaligned",
   "threads", "shared_limit", "grid_y", "empty_grid", "shared_overtake"};
 // clang-format on
 
@@ -36,6 +38,7 @@ constexpr int kThreadCount = 64, kSteps = 5, kBlocks = 6;
 struct P {
   const float* in;  // [blocks, steps, 64]
   float* out;       // [blocks]
+  int* counts;      // threads seen, the largest block
   int huge;         // 2^30, out of the compiler's sight
 };
 
@@ -45,6 +48,7 @@ __global__ void __launch_bounds__(kThreadCount) pipeline(const __grid_constant__
   float* stage = smem.take<float>(2 * kThreadCount);
   float* partial = smem.take<float>(3);
   float* turned = smem.take<float>(kThreadCount);
+  int* tickets = smem.take<int>(2);
   const int t = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
   const float* in = p.in + block * kSteps * kThreadCount;
 
@@ -108,6 +112,34 @@ __global__ void __launch_bounds__(kThreadCount) pipeline(const __grid_constant__
   if constexpr (kBug == kSharedRead) sum += stage[2 * kThreadCount + t];                  // bug: shared_read
   if constexpr (kBug == kSharedWrite) partial[3 + t / 32] = sum;                          // bug: shared_write
   if constexpr (kBug == kOverflow) sum += static_cast<float>((t + 1) * p.huge);           // bug: overflow
+  // Tickets: 64 threads draw 0..63 in some order, and the sum of what they drew is the same in every order.
+  if (t == 0) tickets[0] = 0;
+  sync_threads();
+  if constexpr (kBug == kPlainBesideAtomic) {
+    if (t == 63) tickets[0] = 5;  // bug: plain_beside_atomic
+  }
+  int drawn = atomicAdd(tickets, 1);
+  if constexpr (kBug == kUnwrittenAtomic) drawn += atomicAdd(tickets + 1, 1);  // bug: unwritten_atomic
+  if constexpr (kBug == kAtomicMisaligned) {
+    drawn += atomicCAS(reinterpret_cast<int*>(reinterpret_cast<char*>(tickets) + 2), 0, 1);  // bug: atomic_misaligned
+  }
+  if constexpr (kBug == kShortReduce) {
+    if (t % 32 < 31) drawn = __reduce_add_sync(0xffffffffu, drawn);  // bug: short_reduce
+  } else {
+    drawn = __reduce_add_sync(0xffffffffu, drawn);
+  }
+  if (t % 32 == 0) {
+    atomicAdd(p.counts, drawn);
+    atomicMax(p.counts + 1, block);
+  }
+  if constexpr (kBug == kFloatAtomic) {
+    if (t == 0) turned[0] = 0.f;
+    sync_threads();
+    atomicAdd(turned, t % 2 ? 1.f : 1e8f * static_cast<float>(t - 31));  // its sum depends on the order
+    sync_threads();
+    if (t == 0) sum += turned[0];
+  }
+
   if constexpr (kBug == kShortMma) {
     float d[4] = {};
     const uint32_t a[4] = {}, b[2] = {};
@@ -135,10 +167,12 @@ __global__ void __launch_bounds__(kThreadCount) pipeline(const __grid_constant__
   if constexpr (kBug == kUnwrittenShared) total += partial[2];                        // bug: unwritten_shared
   if constexpr (kBug == kUnwrittenGlobal) total += p.out[block];                      // bug: unwritten_global
   if constexpr (kBug == kBlockOrder) total += block ? p.out[block - 1] : 0.f;         // bug: block_order
+  if constexpr (kBug == kBlockOrderAtomic) total += static_cast<float>(p.counts[0]);  // bug: block_order_atomic
   p.out[kBug == kGlobalWrite ? static_cast<int>(gridDim.x) + block : block] = total;  // bug: global_write
 }
 
-constexpr size_t kSmem = smem_bytes<float>(2 * kThreadCount) + smem_bytes<float>(3) + smem_bytes<float>(kThreadCount);
+constexpr size_t kSmem =
+    smem_bytes<float>(2 * kThreadCount) + smem_bytes<float>(3) + smem_bytes<float>(kThreadCount) + smem_bytes<int>(2);
 
 template <int kBug>
 int run(const P& p) {
@@ -175,7 +209,11 @@ int main(int, char** argv) {
     emu::forget_global();
     emu::track_global(in.data(), in.size() * sizeof(float), true);
     emu::track_global(out.data(), out.size() * sizeof(float), false);
-    const int code = dispatch(argv[1], P{in.data(), out.data(), 1 << 30});
+    int counts[2] = {0, -1};
+    emu::track_global(counts, sizeof counts, true);
+    const int code = dispatch(argv[1], P{in.data(), out.data(), counts, 1 << 30});
+    if (code == 0 && (counts[0] != kBlocks * kThreadCount * (kThreadCount - 1) / 2 || counts[1] != kBlocks - 1))
+      std::fprintf(stderr, "counts %d, %d\n", counts[0], counts[1]);
     std::printf("%d %d", schedule, code);
     for (float v : out) std::printf(" %g", static_cast<double>(v));
     std::printf("\n");

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <set>
 #include <thread>
 
 #include "worker.h"
@@ -25,6 +26,7 @@ constexpr int kLaunchFailure = 719, kInvalidValue = 1;  // cudaErrorLaunchFailur
 
 std::mutex g_mutex;
 std::string g_report;
+std::set<std::string> g_launched;
 std::vector<std::unique_ptr<Worker>> g_idle_workers;
 
 std::string format(const char* f, ...) {
@@ -109,7 +111,7 @@ std::string thread_list(const std::vector<uint32_t>& tids) {
 
 Fiber* Worker::pick() {
   if (!ready_warps) return nullptr;
-  int warp = current ? static_cast<int>(current->tid / 32) : 0;
+  int warp = current ? static_cast<int>(current->tid / 32) : descending ? 31 - __builtin_clz(ready_warps) : 0;
   if (!(ready_warps >> warp & 1) || (random && (draw() & 3) == 0)) {
     if (random) {
       const int turn = static_cast<int>(draw() >> 11 & 31);
@@ -250,6 +252,7 @@ int launch(const char* kernel, dim3 grid, dim3 block, size_t smem, Body body, vo
   std::vector<std::unique_ptr<Worker>> workers;
   {
     std::lock_guard<std::mutex> lock(g_mutex);
+    g_launched.insert(format("%s %u %zu", kernel, block.x * block.y * block.z, smem));
     while (static_cast<int64_t>(workers.size()) < std::max<int64_t>(wanted, 1) && !g_idle_workers.empty()) {
       workers.push_back(std::move(g_idle_workers.back()));
       g_idle_workers.pop_back();
@@ -474,6 +477,14 @@ extern "C" const char* lrk_emulator_report() {
   static thread_local std::string text;
   std::lock_guard<std::mutex> lock(lrk::emu::g_mutex);
   text = lrk::emu::g_report;
+  return text.c_str();
+}
+extern "C" const char* lrk_emulator_launched() {
+  static thread_local std::string text;
+  std::lock_guard<std::mutex> lock(lrk::emu::g_mutex);
+  text.clear();
+  for (const std::string& line : lrk::emu::g_launched) text += line + "\n";
+  lrk::emu::g_launched.clear();
   return text.c_str();
 }
 extern "C" void lrk_emulator_clear() {

@@ -2,8 +2,9 @@
 // The emulator: runs a CUDA kernel compiled with plain g++ on the CPU, one fiber per CUDA thread, block after block.
 // csrc/cuda/launch.cuh and ptx.cuh include this under LRK_EMULATE in place of <cuda_runtime.h>.
 //
-// Threads switch only where they wait (barrier, warp-wide call); a seeded schedule decides who goes on. There is no
-// __shared__ here on purpose: shared arrays come from lrk::Smem, so that each has redzones around it.
+// Threads switch only where they wait (barrier, warp-wide call); a seeded schedule decides who goes on, so a thread that
+// spins on memory spins for ever. There is no __shared__ here on purpose: shared arrays come from lrk::Smem, so that each
+// has redzones around it. A cluster is one block: what would ask for more does not compile.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <type_traits>
 
 // CUDA's words.
 #define __global__
@@ -81,6 +83,8 @@ inline T __ldg(const T* p) {
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+inline void __threadfence_system() {}
+inline void __nanosleep(uint32_t) {}
 inline long long clock64() { return 0; }
 
 namespace lrk::emu {
@@ -124,16 +128,116 @@ uint32_t ballot(bool b, Where at);
 void ldmatrix(uint32_t* r, int matrices, bool transposed, const void* row, Where at);
 enum class MmaType { kF16, kBF16 };
 void mma_16816(float* d, const uint32_t* a, const uint32_t* b, MmaType type, Where at);
+// All lanes get combine(f, ... combine(f, v of lane 0, v of lane 1) ..., v of lane 31).
+uint32_t reduce(const char* name, uint32_t mask, uint32_t v, uint32_t (*combine)(const void*, uint32_t, uint32_t),
+                const void* f, Where at);
 void cp_async(void* smem, const void* gmem, int bytes, Where at);
 void cp_async_commit();
 void cp_async_wait(int groups_left, Where at);
+
+uint64_t atomic_load(void* p, size_t bytes, Where at);
+bool atomic_swap(void* p, size_t bytes, uint64_t* old, uint64_t v);  // false: *p was not *old, which is now what it is
 
 // ---- access tracking (track.cpp; active where the kernel is compiled with LRK_EMU_TRACK flags, see build.py) ------------
 // Declares global memory whose accesses are checked: `written` says whether it holds values yet.
 void track_global(const void* p, size_t bytes, bool written);
 void forget_global();
 
+template <class T>
+struct Same {
+  using type = T;
+};
+template <class To, class From>
+To bits_as(From v) {
+  To to{};
+  std::memcpy(&to, &v, std::min(sizeof to, sizeof v));
+  return to;
+}
+template <class T, class Update>
+[[gnu::always_inline]] inline T atomic_update(T* p, const Update& update, Where at) {
+  static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "atomics take 32 or 64 bits");
+  uint64_t old = atomic_load(p, sizeof(T), at);
+  while (!atomic_swap(p, sizeof(T), &old, bits_as<uint64_t>(static_cast<T>(update(bits_as<T>(old)))))) {
+  }
+  return bits_as<T>(old);
+}
+template <class T, class Combine>
+T reduce_as(const char* name, uint32_t mask, T v, const Combine& combine, Where at) {
+  static_assert(std::is_integral_v<T> && sizeof(T) == 4, "reductions take 32-bit integers");
+  const auto bits = [](const void* f, uint32_t a, uint32_t b) {
+    return static_cast<uint32_t>((*static_cast<const Combine*>(f))(static_cast<T>(a), static_cast<T>(b)));
+  };
+  return static_cast<T>(reduce(name, mask, static_cast<uint32_t>(v), bits, &combine, at));
+}
+
 }  // namespace lrk::emu
+
+// Atomics on global and shared memory, and the warp reductions of sm_80: CUDA's own names, with the caller's line.
+#define LRK_AT lrk::emu::Where at = lrk::emu::Where::here()
+#define LRK_VALUE typename lrk::emu::Same<T>::type
+template <class T>
+[[gnu::always_inline]] inline T atomicAdd(T* p, LRK_VALUE v, LRK_AT) {
+  return lrk::emu::atomic_update(p, [=](T old) { return old + v; }, at);
+}
+template <class T>
+[[gnu::always_inline]] inline T atomicSub(T* p, LRK_VALUE v, LRK_AT) {
+  return lrk::emu::atomic_update(p, [=](T old) { return old - v; }, at);
+}
+template <class T>
+[[gnu::always_inline]] inline T atomicMin(T* p, LRK_VALUE v, LRK_AT) {
+  return lrk::emu::atomic_update(p, [=](T old) { return min(old, v); }, at);
+}
+template <class T>
+[[gnu::always_inline]] inline T atomicMax(T* p, LRK_VALUE v, LRK_AT) {
+  return lrk::emu::atomic_update(p, [=](T old) { return max(old, v); }, at);
+}
+template <class T>
+[[gnu::always_inline]] inline T atomicAnd(T* p, LRK_VALUE v, LRK_AT) {
+  return lrk::emu::atomic_update(p, [=](T old) { return old & v; }, at);
+}
+template <class T>
+[[gnu::always_inline]] inline T atomicOr(T* p, LRK_VALUE v, LRK_AT) {
+  return lrk::emu::atomic_update(p, [=](T old) { return old | v; }, at);
+}
+template <class T>
+[[gnu::always_inline]] inline T atomicXor(T* p, LRK_VALUE v, LRK_AT) {
+  return lrk::emu::atomic_update(p, [=](T old) { return old ^ v; }, at);
+}
+template <class T>
+[[gnu::always_inline]] inline T atomicExch(T* p, LRK_VALUE v, LRK_AT) {
+  return lrk::emu::atomic_update(p, [=](T) { return v; }, at);
+}
+template <class T>
+[[gnu::always_inline]] inline T atomicCAS(T* p, LRK_VALUE is, LRK_VALUE v, LRK_AT) {
+  return lrk::emu::atomic_update(p, [=](T old) { return old == is ? v : old; }, at);
+}
+template <class T>
+T __reduce_add_sync(uint32_t mask, T v, LRK_AT) {
+  return lrk::emu::reduce_as(
+      "__reduce_add_sync", mask, v, [](T a, T b) { return static_cast<uint32_t>(a) + static_cast<uint32_t>(b); }, at);
+}
+template <class T>
+T __reduce_min_sync(uint32_t mask, T v, LRK_AT) {
+  return lrk::emu::reduce_as("__reduce_min_sync", mask, v, [](T a, T b) { return min(a, b); }, at);
+}
+template <class T>
+T __reduce_max_sync(uint32_t mask, T v, LRK_AT) {
+  return lrk::emu::reduce_as("__reduce_max_sync", mask, v, [](T a, T b) { return max(a, b); }, at);
+}
+template <class T>
+T __reduce_and_sync(uint32_t mask, T v, LRK_AT) {
+  return lrk::emu::reduce_as("__reduce_and_sync", mask, v, [](T a, T b) { return a & b; }, at);
+}
+template <class T>
+T __reduce_or_sync(uint32_t mask, T v, LRK_AT) {
+  return lrk::emu::reduce_as("__reduce_or_sync", mask, v, [](T a, T b) { return a | b; }, at);
+}
+template <class T>
+T __reduce_xor_sync(uint32_t mask, T v, LRK_AT) {
+  return lrk::emu::reduce_as("__reduce_xor_sync", mask, v, [](T a, T b) { return a ^ b; }, at);
+}
+#undef LRK_VALUE
+#undef LRK_AT
 
 // Settings and counters, for harnesses and ctypes. Also read from the environment as LRK_EMU_<NAME> at the first launch.
 //   schedule    0 ascending, 1 descending, other values random
@@ -144,3 +248,5 @@ extern "C" int64_t lrk_emulator_get(const char* name);
 extern "C" int lrk_emulator_set(const char* name, int64_t value);
 extern "C" const char* lrk_emulator_report();  // the last fault, "" if none since the last call of lrk_emulator_clear
 extern "C" void lrk_emulator_clear();
+// Launches since the last call, each kind once: lines of "name threads bytes-of-shared-memory".
+extern "C" const char* lrk_emulator_launched();

@@ -23,7 +23,7 @@ struct Mark {
   bool in_flight = false;  // a cp.async that no wait has covered
 };
 struct Byte {
-  Mark write, read[2];
+  Mark write, read[2], atomic[2];  // atomics need no order among themselves, only with plain loads and stores
 };
 struct Region {
   const unsigned char* base;
@@ -51,7 +51,7 @@ std::string line_of(const void* pc) {
   if (FILE* f = popen(command, "r")) {
     while (found.empty() && std::fgets(line, sizeof line, f)) {
       line[std::strcspn(line, " \n")] = 0;
-      if (!std::strstr(line, "emulated_ptx.h") && !std::strstr(line, "launch.cuh"))
+      if (!std::strstr(line, "emulated_ptx.h") && !std::strstr(line, "launch.cuh") && !std::strstr(line, "emulator.h"))
         found = std::strncmp(line, "./", 2) ? line : line + 2;
     }
     pclose(f);
@@ -87,15 +87,15 @@ Byte* shadow_of(const Worker& w, const void* p, size_t bytes, bool* shared) {
   return nullptr;  // a thread's own variables, or memory nobody declared: AddressSanitizer's business
 }
 
-void note_read(Byte& b, const Mark& me) {
+// Two marks of different warps: a third thread's write then meets at least one that is not itself.
+void note(Mark (&marks)[2], const Mark& me) {
   const auto stale = [&](const Mark& m) { return m.serial != me.serial || m.tid == me.tid; };
-  if (stale(b.read[0])) {
-    b.read[0] = me;
-  } else if (stale(b.read[1]) || b.read[0].tid / 32 != me.tid / 32) {
-    b.read[1] =
-        me;  // two readers of different warps: a third thread's write then meets at least one that is not itself
+  if (stale(marks[0])) {
+    marks[0] = me;
+  } else if (stale(marks[1]) || marks[0].tid / 32 != me.tid / 32) {
+    marks[1] = me;
   } else {
-    b.read[0] = me;
+    marks[0] = me;
   }
 }
 
@@ -129,7 +129,7 @@ void track_barrier(const uint32_t* lanes_per_warp) {
 }
 void track_sync_warp(uint32_t warp) { ++g_clock[warp][warp]; }
 
-void track_access(const void* p, size_t bytes, bool write, const void* pc) {
+void track_access(const void* p, size_t bytes, Access access, const void* pc) {
   Worker* w = t_worker;
   if (!w || !w->current) return;
   bool shared;
@@ -141,7 +141,8 @@ void track_access(const void* p, size_t bytes, bool write, const void* pc) {
     const Piece* piece = w->piece_at(p);
     const auto* c = static_cast<const unsigned char*>(p);
     if (!piece || c < piece->data || c + bytes > piece->data + piece->bytes)
-      found(write ? "write out of bounds of shared memory" : "read out of bounds of shared memory", pc,
+      found(access != Access::kRead ? "write out of bounds of shared memory" : "read out of bounds of shared memory",
+            pc,
             piece ? "at byte offset " + std::to_string(c - piece->data) + " of piece " +
                         std::to_string(piece - w->pieces) + " (" + std::to_string(piece->bytes) + " bytes)"
                   : "");
@@ -151,32 +152,34 @@ void track_access(const void* p, size_t bytes, bool write, const void* pc) {
     const bool written = shared ? last.serial == g_serial : last.serial != 0;
     if (written && last.serial == g_serial && last.in_flight)
       found("cp.async has not been waited for", pc, text_of(last, "copies to"));
-    if (written && !ordered(last, tid)) {
-      found(last.serial != g_serial ? "blocks of one launch depend on each other through global memory"
-            : shared                ? "race in shared memory: no barrier between two accesses"
-                                    : "race in global memory: no barrier between two accesses",
-            pc, text_of(last, "wrote"));
-    }
-    if (!write) {
-      if (!written)
-        found(shared ? "read of shared memory that nothing wrote" : "read of global memory that nothing wrote", pc, "");
-      note_read(*b, me);
+    const auto require_order = [&](const Mark& m, const char* did, const char* race) {
+      if (m.serial == 0 || (shared && m.serial != g_serial) || ordered(m, tid)) return;
+      const std::string where = shared ? "race in shared memory: " : "race in global memory: ";
+      found(m.serial != g_serial ? "blocks of one launch depend on each other through global memory"
+                                 : (where + race).c_str(),
+            pc, text_of(m, did));
+    };
+    require_order(last, "wrote", "no barrier between two accesses");
+    if (access != Access::kWrite && !written)
+      found(shared ? "read of shared memory that nothing wrote" : "read of global memory that nothing wrote", pc, "");
+    if (access != Access::kAtomic)
+      for (const Mark& m : b->atomic) require_order(m, "updates", "no barrier between two accesses");
+    if (access == Access::kRead) {
+      note(b->read, me);
       continue;
     }
-    for (const Mark& r : b->read) {
-      if (r.serial == 0 || (shared && r.serial != g_serial) || ordered(r, tid)) continue;
-      found(r.serial != g_serial ? "blocks of one launch depend on each other through global memory"
-            : shared             ? "race in shared memory: written before the readers' barrier"
-                                 : "race in global memory: written before the readers' barrier",
-            pc, text_of(r, "reads"));
+    for (const Mark& m : b->read) require_order(m, "reads", "written before the readers' barrier");
+    if (access == Access::kAtomic) {
+      note(b->atomic, me);
+      continue;
     }
     b->write = me;
-    b->read[0] = b->read[1] = Mark{};
+    b->read[0] = b->read[1] = b->atomic[0] = b->atomic[1] = Mark{};
   }
 }
 
 void track_copy_issued(void* to, const void* pc) {
-  track_access(to, 16, true, pc);
+  track_access(to, 16, Access::kWrite, pc);
   bool shared;
   Byte* b = shadow_of(*t_worker, to, 16, &shared);
   for (int i = 0; i < 16; ++i) b[i].write.in_flight = true;
@@ -196,7 +199,7 @@ void hook(const void* p, size_t bytes, bool write, bool aligned, const void* pc)
   Worker* w = t_worker;
   if (!w || !w->current) return;
   if (aligned && reinterpret_cast<uintptr_t>(p) % bytes) found("misaligned access", pc, "");
-  track_access(p, bytes, write, pc);
+  track_access(p, bytes, write ? Access::kWrite : Access::kRead, pc);
 }
 }  // namespace
 

@@ -25,6 +25,11 @@ struct Vote {
   bool b;
   uint32_t result;
 };
+struct Reduce {
+  uint32_t v, result;
+  uint32_t (*combine)(const void*, uint32_t, uint32_t);
+  const void* f;
+};
 struct LoadMatrix {
   int matrices;
   bool transposed;
@@ -98,12 +103,45 @@ uint32_t ballot(bool b, Where at) {
   return v.result;
 }
 
+uint32_t reduce(const char* name, uint32_t mask, uint32_t v, uint32_t (*combine)(const void*, uint32_t, uint32_t),
+                const void* f, Where at) {
+  if (mask != kAllLanes) fault(at, "%s: mask %#x, only whole warps are emulated", name, mask);
+  Reduce r{v, 0, combine, f};
+  meet_warp(
+      name, &r,
+      [](void* const(&lanes)[32]) {
+        const Reduce& first = of<Reduce>(lanes, 0);
+        uint32_t sum = first.v;
+        for (int i = 1; i < 32; ++i) sum = first.combine(first.f, sum, of<Reduce>(lanes, i).v);
+        for (int i = 0; i < 32; ++i) of<Reduce>(lanes, i).result = sum;
+      },
+      at);
+  return r.result;
+}
+
+// Blocks may run on several host threads, so atomics are atomic on the host too.
+uint64_t atomic_load(void* p, size_t bytes, Where at) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fault(at, "atomic: address %p is not %zu-byte aligned", p, bytes);
+  if (g_tracking) track_access(p, bytes, Access::kAtomic, __builtin_return_address(0));
+  if (bytes == 4) return __atomic_load_n(static_cast<uint32_t*>(p), __ATOMIC_SEQ_CST);
+  return __atomic_load_n(static_cast<uint64_t*>(p), __ATOMIC_SEQ_CST);
+}
+bool atomic_swap(void* p, size_t bytes, uint64_t* old, uint64_t v) {
+  constexpr int kOrder = __ATOMIC_SEQ_CST;
+  if (bytes == 8) return __atomic_compare_exchange_n(static_cast<uint64_t*>(p), old, v, false, kOrder, kOrder);
+  uint32_t word = static_cast<uint32_t>(*old);
+  const bool done =
+      __atomic_compare_exchange_n(static_cast<uint32_t*>(p), &word, static_cast<uint32_t>(v), false, kOrder, kOrder);
+  *old = word;
+  return done;
+}
+
 void ldmatrix(uint32_t* r, int matrices, bool transposed, const void* row, Where at) {
   LoadMatrix m{matrices, transposed, {}, r};
   const int lane = static_cast<int>(t_worker->current->tid % 32);
   if (lane < 8 * matrices) {  // the other lanes' addresses are ignored
     require_shared(row, 16, 16, "ldmatrix", at);
-    if (g_tracking) track_access(row, 16, false, __builtin_return_address(0));
+    if (g_tracking) track_access(row, 16, Access::kRead, __builtin_return_address(0));
     std::memcpy(m.row, row, 16);
   }
   meet_warp(
@@ -142,7 +180,7 @@ void cp_async(void* smem, const void* gmem, int bytes, Where at) {
   if (reinterpret_cast<uintptr_t>(gmem) % 16) fault(at, "cp_async: global address %p is not 16-byte aligned", gmem);
   PendingCopy c{smem, f.copy_group, {}};
   if (bytes > 0) {
-    if (g_tracking) track_access(gmem, static_cast<size_t>(bytes), false, __builtin_return_address(0));
+    if (g_tracking) track_access(gmem, static_cast<size_t>(bytes), Access::kRead, __builtin_return_address(0));
     std::memcpy(c.data, gmem, static_cast<size_t>(bytes));
   }
   if (g_tracking) track_copy_issued(smem, __builtin_return_address(0));

@@ -125,7 +125,8 @@ extern bool g_tracking;  // kernels were compiled with hooks on their loads and 
 void track_block_start(Worker& w);
 void track_barrier(const uint32_t* lanes_per_warp);
 void track_sync_warp(uint32_t warp);
-void track_access(const void* p, size_t bytes, bool write, const void* pc);  // pc: return address into the kernel
+enum class Access { kRead, kWrite, kAtomic };
+void track_access(const void* p, size_t bytes, Access access, const void* pc);  // pc: return address into the kernel
 void track_copy_issued(void* to, const void* pc);
 void track_copy_landed(void* to);
 

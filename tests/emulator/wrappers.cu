@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every wrapper of csrc/cuda/ptx.cuh once, its result dumped word by word: 64 threads, kWords words of each. Compiles for
-// the device and for the emulator; test_emulator.py compares the emulator's dump with numpy.
+// Every wrapper of csrc/cuda/ptx.cuh once, and the intrinsics that the emulator knows beside them, the results dumped word
+// by word: 64 threads, kWords words of each, then kGlobals words. A program for the device (nvcc) and for the emulator;
+// wrapper_words.py says what the words must be.
+#include <cstdio>
+
 #include "launch.cuh"
 #include "ptx.cuh"
 
 namespace lrk {
 
-constexpr int kWords = 96;
+constexpr int kWords = 96, kGlobals = 4;
 
-// in: [64, 64] 16-bit floats, exact in both formats. out: [64, kWords].
+// in: [64, 64] 16-bit floats, exact in both formats. out: [64, kWords] and kGlobals zeros.
 __global__ void __launch_bounds__(64) wrappers(const uint16_t* in, uint32_t* out) {
   Smem smem;
   uint16_t* tile = smem.take<uint16_t>(64 * 64);
@@ -84,6 +87,35 @@ __global__ void __launch_bounds__(64) wrappers(const uint16_t* in, uint32_t* out
   put(bit_cast<uint32_t>(to_float_fast(f16{in[t]})));                         // 78
   put(bit_cast<uint32_t>(to_float_fast(bf16{in[t]})));                        // 79
   put(bit_cast<uint32_t>(to_float_fast(f16{static_cast<uint16_t>(t * 9)})));  // 80: subnormals
+
+  constexpr uint32_t kAll = 0xffffffffu;
+  const uint32_t mixed = static_cast<uint32_t>(t) * 2654435761u;
+  put(__reduce_add_sync(kAll, mixed));                         // 81
+  put(static_cast<uint32_t>(__reduce_add_sync(kAll, 7 - t)));  // 82
+  put(__reduce_min_sync(kAll, mixed));                         // 83
+  put(static_cast<uint32_t>(__reduce_min_sync(kAll, 7 - t)));  // 84
+  put(__reduce_max_sync(kAll, mixed));                         // 85
+  put(static_cast<uint32_t>(__reduce_max_sync(kAll, 7 - t)));  // 86
+  put(__reduce_and_sync(kAll, mixed | 0x80u));                 // 87
+  put(__reduce_or_sync(kAll, static_cast<uint32_t>(t & 5)));   // 88
+  put(__reduce_xor_sync(kAll, mixed));                         // 89
+
+  if (t < 4) turn[t] = 0;
+  sync_threads();
+  atomicAdd(turn, static_cast<uint32_t>(t));
+  atomicMax(turn + 1, mixed);
+  if (atomicCAS(turn + 2, 0u, 1u) == 0u) atomicOr(turn + 2, 6u);  // one thread finds the 0
+  atomicAdd(reinterpret_cast<float*>(turn + 3), 0.25f * static_cast<float>(t));
+  sync_threads();
+  for (int i = 0; i < 4; ++i) put(turn[i]);  // 90..93
+
+  uint32_t* global = out + 64 * kWords;
+  atomicAdd(global, 3u);
+  atomicAdd(reinterpret_cast<float*>(global + 1), 0.5f);
+  atomicAdd(reinterpret_cast<unsigned long long*>(global + 2), 0x100000001ull);
+  __threadfence();
+  __threadfence_block();
+  put(clock64() >= 0);  // 94
   while (n < kWords) put(0);
 }
 
@@ -94,14 +126,24 @@ int run_wrappers(const uint16_t* in, uint32_t* out, Stream stream) {
 
 }  // namespace lrk
 
-#if defined(LRK_EMULATE)
 // Reads the input from stdin, writes the dump to stdout, raw.
 int main() {
   alignas(16) static uint16_t in[64 * 64];
-  static uint32_t out[64 * lrk::kWords];
+  static uint32_t out[64 * lrk::kWords + lrk::kGlobals];
   if (std::fread(in, 1, sizeof in, stdin) != sizeof in) return 2;
+#if defined(LRK_EMULATE)
   const int code = lrk::run_wrappers(in, out, nullptr);
-  std::fwrite(out, 1, sizeof out, stdout);
-  return code;
-}
+#else
+  uint16_t* device_in = nullptr;
+  uint32_t* device_out = nullptr;
+  int code = cudaMalloc(&device_in, sizeof in);
+  if (!code) code = cudaMalloc(&device_out, sizeof out);
+  if (!code) code = cudaMemcpy(device_in, in, sizeof in, cudaMemcpyHostToDevice);
+  if (!code) code = cudaMemcpy(device_out, out, sizeof out, cudaMemcpyHostToDevice);
+  if (!code) code = lrk::run_wrappers(device_in, device_out, nullptr);
+  if (!code) code = cudaMemcpy(out, device_out, sizeof out, cudaMemcpyDeviceToHost);
+  if (code) std::fprintf(stderr, "wrappers: CUDA error %d: %s\n", code, cudaGetErrorString(cudaError_t(code)));
 #endif
+  std::fwrite(out, 1, sizeof out, stdout);
+  return code != 0;
+}

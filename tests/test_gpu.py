@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tools/gpu.py and tools/gpu_kernels.py as far as a machine without a GPU can try them."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import gpu, gpu_kernels, gpu_status
+from tools.gpu_status import ROOT
+
+
+def run(*arguments):
+    command = [sys.executable, "tools/gpu.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture
+def session(tmp_path):
+    return gpu.Session(tmp_path, ["lora"], part="part", deadline=time.monotonic() + 60)
+
+
+# ---------------------------------------------------------------------------------------------- the whole script
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_every_part_says_so(tmp_path):
+    done = run("--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA device: nothing was shown" in done.stdout
+    parts = json.loads((tmp_path / "parts.json").read_text())
+    assert parts.pop("env")["status"] == "passed"
+    assert parts and all(p["status"] == "skipped" and p["note"] == "no CUDA device" for p in parts.values())
+    assert {f.name for f in tmp_path.iterdir()} == set(gpu_status.FILES)
+    evidence = gpu_status.Evidence.read(tmp_path)
+    assert evidence.covers("lora") and evidence.verdict("tests") == "not run"
+
+
+@pytest.mark.slow
+def test_rehearsal_on_the_cpu(tmp_path):
+    """The same ways through the script, in two slices: what passed is not run again."""
+    first = run("--out", tmp_path, "--rehearse", "--only", "lora", "--parts", "ptx,tests:registry,ceilings,kernels")
+    assert first.returncode == 0, first.stdout + (tmp_path / "tests.txt").read_text()
+    second = run("--out", tmp_path, "--rehearse", "--only", "lora", "--resume", "--parts", "ptx,sanitizer:memcheck")
+    assert second.returncode == 0, second.stdout
+    assert "ptx                  passed before" in second.stdout
+    parts = json.loads((tmp_path / "parts.json").read_text())
+    assert set(parts) == {"env", "ptx", "tests:registry", "ceilings", "kernels", "sanitizer:memcheck"}
+    assert all(p["status"] == "passed" for p in parts.values()), parts
+    evidence = gpu_status.Evidence.read(tmp_path)
+    assert {r["part"] for r in evidence.rows} == {"ceilings", "kernels"}
+    text = (tmp_path / "summary.md").read_text()
+    assert "| lora_shrink | T=" in text and "36 wrappers" in text
+
+
+def test_a_limit_leaves_the_rest_for_a_resume(tmp_path):
+    done = run("--out", tmp_path, "--limit", 14)
+    assert done.returncode == 0
+    assert "left for --resume: env, build, ptx, tests:registry" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_command_that_hangs_is_ended_with_its_children(session):
+    session.deadline = time.monotonic() + 1
+    start = time.monotonic()
+    code, text = session.run("sh", "-c", "sleep 60 & echo $!; sleep 61", log="tests.txt")
+    assert code is None and time.monotonic() - start < 20
+    assert gpu.plain(code, text) == ("failed", "ran out of time")
+    time.sleep(0.2)
+    assert not alive(int(text))
+
+
+@pytest.mark.skipif(not gpu.tool("nvcc"), reason="no nvcc")
+def test_the_programs_for_the_device_build(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "PROBES", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "out"), "--prepare"])
+    assert gpu.main() == 0
+    assert all((tmp_path / name).exists() for name in ("wrappers", "planted"))
+
+
+def test_a_part_that_fails_or_breaks_does_not_cost_the_rest(tmp_path, monkeypatch, capsys):
+    def broken(session, known):
+        raise KeyError("oops")
+
+    def fails(session, known):
+        return gpu.plain(*session.run("sh", "-c", "echo no; exit 3", log="tests.txt"))
+
+    def works(session, known):
+        return "passed", "fine"
+
+    parts = [("env", 10, gpu.env), ("ptx", 10, broken), ("tests:a", 10, fails), ("tests:b", 10, works)]
+    monkeypatch.setattr(gpu, "parts_of", lambda session: parts)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--rehearse"])
+    assert gpu.main() == 1
+    out = capsys.readouterr().out
+    assert "KeyError: 'oops'" in out and "exit status 3: no" in out and "passed: env, tests:b" in out
+    assert "failed: ptx, tests:a" in out
+    parts[1] = ("ptx", 10, works)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume"])
+    assert gpu.main() == 1, "tests:a still fails"
+    out = capsys.readouterr().out
+    assert "tests:b              passed before" in out and "failed: tests:a" in out
+
+
+def test_logs_stay_small(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"before\n" + b"a" * 1000 + b"b" * 1000)
+    text = gpu.trim(path, 7, limit=100)
+    assert text == "a" * 50 + "\n[... 1900 bytes left out ...]\n" + "b" * 50
+    assert path.read_text() == "before\n" + text
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "yes"),
+    [
+        ("80-real 90-real 90-virtual", "90", True), ("80-real 90-real 90-virtual", "86", True),
+        ("80-real 90-real 90-virtual", "100", True), ("80-real", "90", False), ("90-real", "80", False),
+        ("90", "90", True), ("90", "120", True), ("", "90", False),
+    ],
+)  # fmt: skip
+def test_which_devices_a_build_serves(archs, capability, yes):
+    assert gpu.covers(archs, capability) == yes
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "status", "note"),
+    [
+        (0, "....\n32 passed, 5 deselected in 7.12s\n", "passed", "32 passed, 5 deselected"),
+        (0, "===== 32 passed in 61.12s (0:01:01) =====\n", "passed", "32 passed"),
+        (1, "F.\nFAILED tests/a.py::b - c\n1 failed, 31 passed in 7.12s\n", "failed", "1 failed, 31 passed"),
+        (0, "s.\nSKIPPED [3] tests/test_cuda.py: no CUDA device\n32 passed, 3 skipped in 1.0s\n", "failed", "no CUDA"),
+        (0, "ss\n2 skipped in 1.0s\n", "failed", "nothing ran: 2 skipped"),
+        (5, "7 deselected in 1.0s\n", "failed", "7 deselected"),
+        (None, "...", "failed", "ran out of time"),
+        (3, "INTERNALERROR> KeyError\n", "failed", "exit status 3: INTERNALERROR> KeyError"),
+    ],
+)
+def test_what_a_pytest_run_amounts_to(code, text, status, note):
+    got = gpu.pytest_verdict(code, text)
+    assert got[0] == status and note in got[1], got
+
+
+# ---------------------------------------------------------------------------------------------- compute-sanitizer
+
+BANNER = "========= COMPUTE-SANITIZER\n"
+CASES = "lora_shrink[odd] torch.bfloat16\ncases: 195 of 195 in 40.1 s\n"
+CLEAN = "========= ERROR SUMMARY: 0 errors\n"
+WRITE = """========= Invalid __global__ write of size 4 bytes
+=========     at {}+0x150 in planted.cu:14
+=========     by thread (0,0,0) in block (0,0,0)
+=========     Address 0x7f2f48000100 is out of bounds
+"""
+BARRIER = """========= Barrier error detected. Divergent thread(s) in warp.
+=========     at lrk::planted(int, int *, int)+0xa0 in planted.cu:19
+=========     by thread (19,0,0) in block (0,0,0)
+"""
+RACE = """========= Error: Race reported between Write access at void lrk::<unnamed>::wgrad_kernel<lrk::bf16, (int)16>()+0xf0
+=========     and Read access at void lrk::<unnamed>::wgrad_kernel<lrk::bf16, (int)16>()+0xd0 [32 hazards]
+"""
+UNREAD = """========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void cutlass::Kernel2<x>(T1::Params)+0x70
+=========     by thread (31,0,0) in block (1,0,0)
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========         Host Frame: lrk::lora_shrink_cuda [0x1754] in _C.so
+"""
+NO_DEVICE = """========= COMPUTE-SANITIZER
+========= Error: Target application terminated before first instrumented API call
+========= Error: couldn't find exit code.
+"""  # 2025.3.1 on a machine without a GPU
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "status", "note"),
+    [
+        (0, BANNER + CASES + CLEAN, "passed", "195 of 195 cases, 0 errors"),
+        (0, BANNER + CASES + "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", "passed", "0 hazards"),
+        (66, BANNER + WRITE.format("lrk::planted(int)") + CLEAN, "failed", "1 errors in our kernels, first: Invalid __global__"),
+        (66, BANNER + BARRIER * 3 + CASES + CLEAN, "failed", "3 errors in our kernels, first: Barrier error"),
+        (66, BANNER + RACE + CASES + CLEAN, "failed", "1 errors in our kernels, first: Error: Race reported"),
+        (66, BANNER + UNREAD + CASES + "========= ERROR SUMMARY: 1 error\n", "passed", "(1 in kernels that are not ours)"),
+        (0, BANNER + CLEAN, "failed", "the cases did not end"),
+        (1, BANNER + CASES + CLEAN, "failed", "exit status 1"),
+        (None, BANNER + "lora_shrink[odd]\n", "failed", "ran out of time"),
+        (255, NO_DEVICE, "refused", "Error: couldn't find exit code."),
+        (255, "unrecognised option '--nonsense'\n", "refused", "unrecognised option"),
+        (1, "========= Device not supported. Please refer to the documentation.\n", "refused", "Device not supported"),
+    ],
+)  # fmt: skip
+def test_what_a_sanitizer_run_amounts_to(code, text, status, note):
+    got = gpu.verdict(code, text)
+    assert got[0] == status and note in got[1], got
+
+
+def test_a_planted_error_is_recognised():
+    assert gpu.device_errors(BANNER + WRITE.format("lrk::planted(int, int *, int)"))[:2] == (1, 0)
+    assert gpu.device_errors(BANNER + WRITE.format("_ZN3lrk7plantedEiPii"))[:2] == (1, 0)
+    assert gpu.device_errors(NO_DEVICE) == (0, 0, "")
+
+
+# ---------------------------------------------------------------------------------------------- kernels
+
+
+def test_every_kernel_is_timed():
+    names = {t.kernel for f in gpu_status.families() for t in gpu_kernels.TIMED[f]("cpu", torch.float32, 8, 64, 4)}
+    assert names | gpu_kernels.PARTS_OF_OTHERS == {k.name for k in gpu_status.kernels()}
+
+
+@pytest.fixture
+def emulator(monkeypatch):
+    sys.path.insert(0, str(ROOT / "tests" / "emulator"))
+    import build
+
+    if why := build.why_not():
+        pytest.skip(why)
+    monkeypatch.setattr(gpu_kernels.lrkern.ops, "_ops", build.ops())
+    return build
+
+
+@pytest.mark.parametrize("family", gpu_status.families())
+def test_the_sanitizers_cases_reach_every_kernel(family, emulator):
+    emulator.launched()
+    for _, call in gpu_kernels.samples([family], "cpu", [torch.bfloat16]):
+        call()
+    seen = {name for name, _, _ in emulator.launched()}
+    assert seen >= {k.name for k in gpu_status.kernels() if gpu_status.family_of(k.source) == family}
+
+
+@pytest.mark.parametrize("family", gpu_status.families())
+def test_each_timed_call_launches_its_kernel(family, emulator):
+    for timed in gpu_kernels.TIMED[family]("cpu", torch.bfloat16, 70, 600, 16):
+        emulator.launched()
+        timed.call()
+        seen = {name for name, _, _ in emulator.launched()}
+        assert timed.kernel in seen and seen <= {timed.kernel} | gpu_kernels.PARTS_OF_OTHERS, (timed.kernel, seen)

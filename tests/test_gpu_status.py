@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The status table of docs/gpu.md is the one its evidence gives, and every measured number in README says where it is from."""
+
+import json
+import re
+
+import pytest
+
+from tools import gpu_status
+from tools.gpu_status import ROOT
+
+# ---------------------------------------------------------------------------------------------- the status table
+
+
+def test_docs_are_current():
+    page = gpu_status.PAGE.read_text()
+    assert page == gpu_status.page_with(gpu_status.status(), page), "run python tools/gpu_status.py"
+
+
+def test_kernels_cannot_be_forgotten(tmp_path):
+    source = tmp_path / "new.cu"
+    body = "template <class T>\n__global__ __launch_bounds__(128, k<T, 2>) void one_kernel(int n) {}\n"
+    launch = 'int f() { return launch("new_one",\n  one_kernel<float>, grid, block, 0, stream, 1); }\n'
+    source.write_text(body + launch)
+    (kernel,) = gpu_status.read_kernels(source)
+    assert (kernel.name, kernel.function) == ("new_one", "one_kernel")
+    source.write_text(body + launch + "__global__ void __launch_bounds__(64) other_kernel(int n);\n")
+    with pytest.raises(ValueError, match="other_kernel"):
+        gpu_status.read_kernels(source)
+
+
+def test_the_kernels_are_those_of_the_sources():
+    text = "".join(p.read_text() for p in sorted((ROOT / "csrc/cuda").rglob("*.cu")))
+    assert len(gpu_status.kernels()) == len(re.findall("__global__", re.sub("//.*", "", text))) > 0
+
+
+@pytest.fixture
+def evidence(tmp_path, monkeypatch):
+    """Puts what a run of tools/gpu.py leaves into a folder; the table then reads it."""
+    monkeypatch.setattr(gpu_status, "EVIDENCE", tmp_path / "evidence")
+
+    def put(date="2026-12-01T10:00+00:00", tests="passed", source=None, share=0.71):
+        out = tmp_path / "out"
+        out.mkdir(exist_ok=True)
+        env = {"date": date, "commit": "0123456789abcdef", "gpu": "NVIDIA H100 80GB HBM3"}
+        env["source lora"] = source or gpu_status.digest("lora")
+        (out / "env.txt").write_text("".join(f"{k}: {v}\n" for k, v in env.items()))
+        states = {"tests:registry": tests, "sanitizer:memcheck": "passed", "sanitizer:racecheck": "refused"}
+        parts = {name: {"status": s, "seconds": 1.0, "note": ""} for name, s in states.items()}
+        (out / "parts.json").write_text(json.dumps(parts))
+        row = {"suite": "kernel", "kernel": "lora_shrink", "dtype": "bfloat16", "of_roof": share}
+        (out / "bench.jsonl").write_text(json.dumps(row) + "\n")
+        return gpu_status.keep(out)
+
+    return put
+
+
+def row_of(kernel):
+    (row,) = [line for line in gpu_status.status().splitlines() if line.startswith(f"| {kernel} |")]
+    return row
+
+
+def test_without_evidence(evidence):
+    for kernel in gpu_status.kernels():
+        assert row_of(kernel.name).endswith("| yes | not run on a GPU | - |")
+
+
+def test_with_evidence(evidence):
+    folder = evidence()
+    assert folder.name == "2026-12-01-H100-80GB-HBM3-012345678"
+    row = row_of("lora_shrink")
+    assert f"[2026-12-01 NVIDIA H100 80GB HBM3](../bench/evidence/{folder.name}/summary.md)" in row
+    assert "tests passed, sanitizers passed (1 of 2 ran)" in row and row.endswith("| bfloat16 71% |")
+    assert row_of("sum_planes").endswith("| - |"), "no figure of its own"
+
+
+def test_the_last_evidence_counts(evidence):
+    evidence()
+    evidence(date="2026-12-03T10:00+00:00", tests="failed", share=0.5)
+    assert "2026-12-03" in row_of("lora_shrink") and "tests failed" in row_of("lora_shrink")
+    assert row_of("lora_shrink").endswith("| bfloat16 50% |")
+
+
+def test_evidence_for_an_older_source_says_so(evidence):
+    evidence(source="0" * 12)
+    assert "the source has changed since" in row_of("lora_shrink")
+
+
+def test_a_page_without_markers_is_refused():
+    with pytest.raises(ValueError, match="has no lines"):
+        gpu_status.page_with("table", "# a page\n")
+
+
+# ---------------------------------------------------------------------------------------------- README
+
+UNITS = r"(?:\s?(?:[mµu]s|ns|s|min|minutes|[kMGT]i?B|[kMGT]?B/s|T?FLOP/s|tokens/s|%)|x|×)"
+MEASURED = re.compile(rf"(?<![\w.*/-])\d[\d,.:]*{UNITS}(?![\w/])")
+SIZE = re.compile(r"[kMGT]i?B$")
+CELL = re.compile(r"[+-]?\d[\d.,]*(?:\s?[^\s\d].*)?")  # of a table: begins with a number
+COMMAND = re.compile(r"`(?:\w+=\S+ )*(?:python3?|make) [^`]+`|^(?:python3?|make) \S", re.M)
+MACHINE = re.compile(r"\b\d+ cores\b|\b(?:A|B|H|L)\d{2,3}\b|same machine")
+FOLDER = re.compile(r"bench/evidence/([\w-]+)")
+
+
+def unsourced(text: str) -> list[str]:
+    """Faults of a page: sections with measured numbers but no command that made them, or no machine it ran on. A
+    bench/evidence/ folder stands for both. Sizes need a command only."""
+    faults = []
+    for section in re.split(r"^(?=## )", text, flags=re.M):
+        title = section.splitlines()[0] if section.strip() else ""
+        folders = FOLDER.findall(section)
+        faults += [
+            f"{title}: bench/evidence/{f} does not exist" for f in folders if not (gpu_status.EVIDENCE / f).is_dir()
+        ]
+        prose = re.sub(r"```.*?```|`[^`]*`", "", section, flags=re.S)
+        found = MEASURED.findall(prose)
+        for line in prose.splitlines():
+            if line.startswith("|"):
+                found += [c.strip() for c in line.strip("| ").split("|")[1:] if CELL.fullmatch(c.strip())]
+        if not found or folders:
+            continue
+        if not COMMAND.search(section):
+            faults.append(f"{title}: {found[0]} ... without the command that measured it")
+        if not all(SIZE.search(f) for f in found) and not MACHINE.search(section):
+            faults.append(f"{title}: {found[0]} ... without the machine")
+    return faults
+
+
+def test_no_number_of_the_readme_lacks_a_source():
+    assert unsourced((ROOT / "README.md").read_text()) == []
+
+
+HEAD = "# x\n\n## Measured\n\n"
+TABLE = "| case | ms |\n|---|---|\n| fp32 | 52.5 |\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("It takes 3.5 ms.", ["command", "machine"]),
+        ("It is 2.1x faster, on 2 cores.", ["command"]),
+        ("`make bench` says 98%.", ["machine"]),
+        ("`python bench/run.py lora` on a CPU with 2 cores: 12 ms.", []),
+        ("`make bench` on an H100: 3.0 TB/s.", []),
+        ("The wheel has 5 MB.", ["command"]),
+        ("`make wheel` leaves 5 MB.", []),
+        (TABLE, ["command", "machine"]),
+        ("`make bench` on the same machine\n\n" + TABLE, []),
+        ("12 ms, see bench/evidence/2020-01-01-none-0.", ["does not exist"]),
+        ("Ranks 0 to 512, tiles of 16 x 8, sm_90, fp32/bf16, 2^16, torch 2.11, 3 steps, `--limit 5s`.", []),
+        ("| op | shape |\n|---|---|\n| a | [T, R] |", []),
+    ],
+)  # fmt: skip
+def test_the_rule_for_numbers_can_fail(text, faults):
+    found = unsourced(HEAD + text)
+    assert len(found) == len(faults), found
+    for fault, word in zip(found, faults, strict=True):
+        assert word in fault
+
+
+def test_evidence_stands_for_command_and_machine(evidence):
+    folder = evidence()
+    assert unsourced(f"{HEAD}12 ms, see bench/evidence/{folder.name}.") == []

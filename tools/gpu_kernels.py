@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels by themselves, for tools/gpu.py, which runs each of these in a process of its own:
+
+python tools/gpu_kernels.py cases FAMILY... [--device D] [--seconds S]   every registry sample once, for compute-sanitizer
+python tools/gpu_kernels.py ceilings [--device D]                        a large copy and a large GEMM
+python tools/gpu_kernels.py time FAMILY... [--device D]                  each kernel at a layer's size, against its roof
+
+D: cuda, cpu, or emulated (cases only). ceilings and time print one JSON object a line.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "emulator"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lrkern.ops
+from lrkern.reference import OPS
+from tools.gpu_status import ops_of
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+# ---------------------------------------------------------------------------------------------- cases
+
+
+def samples(families: list[str], device: str, dtypes=DTYPES) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, forward and backward of one registry sample)."""
+    for dtype in dtypes:
+        for name in (op for family in families for op in ops_of(family) if op in OPS):
+            op = OPS[name]
+            parameters = list(inspect.signature(op.truth).parameters)
+            for sample in op.samples(device, dtype):
+
+                def run(op=op, sample=sample, parameters=parameters):
+                    args = [
+                        a.detach().requires_grad_(n in op.differentiable) if isinstance(a, Tensor) else a
+                        for n, a in zip(parameters, sample.args, strict=False)
+                    ]
+                    y = getattr(lrkern.ops, op.name)(*args, **sample.kwargs)
+                    if op.differentiable:
+                        wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+                        torch.autograd.grad(y, wanted, torch.ones_like(y))
+
+                yield f"{name}[{sample.name}] {dtype}", run
+
+
+def run_cases(families: list[str], device: str, seconds: float) -> None:
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor an allocation whose end memcheck knows
+    if device == "emulated":
+        import build as emulator
+
+        lrkern.ops._ops, device = emulator.ops(), "cpu"
+    start, done, total = time.monotonic(), 0, 0
+    for name, run in samples(families, device):
+        total += 1
+        if time.monotonic() - start < seconds:
+            print(name, flush=True)
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            done += 1
+    print(f"cases: {done} of {total} in {time.monotonic() - start:.1f} s")
+
+
+# ---------------------------------------------------------------------------------------------- time
+
+
+def milliseconds(call: Callable[[], object], device: str, rounds: int) -> float:
+    """Median of one call. On CUDA replays of a graph between two events, after the L2 cache was overwritten."""
+    if device != "cuda":
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e3)
+        return statistics.median(times)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        call()
+    flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
+    times = []
+    for _ in range(rounds):
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """Bytes/s of a large copy (read plus written), flop/s of a large GEMM on random data."""
+    cuda = device == "cuda"
+    n, m = (1 << 31, 8192) if cuda else (1 << 25, 512)
+    source, target = (torch.empty(n, dtype=torch.int8, device=device) for _ in range(2))
+    found = {"copy": 2 * n / milliseconds(lambda: target.copy_(source), device, 7) * 1e3}
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        a, b = (torch.randn(m, m, device=device).to(dtype) for _ in range(2))
+        found[name] = 2 * m**3 / milliseconds(lambda a=a, b=b: a @ b, device, 7) * 1e3
+    return found
+
+
+@dataclass
+class Timed:
+    """A call that launches one kernel (and, where it has partial sums, sum_planes after it)."""
+
+    kernel: str
+    call: Callable[[], object]
+    moved: list[Tensor]  # each read or written once
+    flop: int
+
+
+def lora(device: str, dtype: torch.dtype, T: int, N: int, R: int) -> Iterator[Timed]:
+    draw = lambda *shape: torch.randn(*shape, device=device).to(dtype)
+    op = lrkern.ops._ops
+    x, a, b, s, flop = draw(T, N), draw(R, N), draw(N, R), draw(T, R), 2 * T * N * R
+    yield Timed("lora_shrink", lambda: op.lora_shrink(x, a), [x, a, s], flop)
+    yield Timed("lora_expand", lambda: op.lora_expand_(x, s, b, 1e-4), [x, x, s, b], flop)
+    need = (False, True)  # da alone
+    yield Timed("lora_wgrad", lambda: op.lora_shrink_bwd(s, x, a, 1.0, 0.0, None, *need), [x, s, a], flop)
+    need = (False, False, False, True, True)  # ds and db
+    call = lambda need=need: op.linear_expand_bwd(x, None, None, s, b, 1.0, *need)
+    yield Timed("lora_shrink_wgrad", call, [x, s, b, s, b], 2 * flop)
+    thin, w, c = (
+        draw(T, 8),
+        draw(N, 8),
+        torch.randn(N, device=device),
+    )  # a base layer of no weight: the gradient of base_scale alone
+    need = (False, False, False, False, False, True)
+    layer = (x, thin, w, draw(R, 8), b, s, 1.0, 0.0, None, c, draw(T, N))
+    yield Timed("lora_rescale", lambda need=need: op.lora_linear_bwd(*layer, *need), [x, layer[-1]], 2 * T * N)
+
+
+TIMED = {"lora": lora}
+PARTS_OF_OTHERS = {"sum_planes"}  # launched after the kernels above, inside their time
+
+
+def time_kernels(families: list[str], device: str) -> Iterator[dict]:
+    cuda = device == "cuda"
+    T, N, R = (16384, 8192, 16) if cuda else (256, 512, 16)
+    roofs = ceilings(device)
+    for dtype in DTYPES[:2]:
+        name = str(dtype).removeprefix("torch.")
+        for family in families:
+            for t in TIMED[family](device, dtype, T, N, R):
+                with torch.no_grad():
+                    ms = milliseconds(t.call, device, 30 if cuda else 3)
+                moved = sum(m.nbytes for m in t.moved)
+                roof_ms = max(moved / roofs["copy"], t.flop / roofs[name]) * 1e3
+                yield {"suite": "kernel", "kernel": t.kernel, "case": f"T={T} N={N} R={R}", "dtype": name,
+                       "device": device, "p50_ms": ms, "bytes": moved, "flops": t.flop, "roof_ms": roof_ms,
+                       "of_roof": roof_ms / ms}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("cases", "ceilings", "time"))
+    parser.add_argument("families", nargs="*")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu", "emulated"))
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    args = parser.parse_args()
+    if args.what == "cases":
+        run_cases(args.families, args.device, args.seconds)
+    elif args.what == "ceilings":
+        for name, rate in ceilings(args.device).items():
+            print(json.dumps({"suite": "ceiling", "case": name, "device": args.device, "per_second": rate}))
+    else:
+        for row in time_kernels(args.families, args.device):
+            print(json.dumps(row), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of docs/gpu.md: every kernel, and what a GPU has shown of it. Generated from bench/evidence/.
+
+python tools/gpu_status.py              rewrites the table
+python tools/gpu_status.py --check      exit status 1 if it is not current
+python tools/gpu_status.py --keep DIR   copies what tools/gpu.py wrote to DIR into bench/evidence/, then rewrites
+
+Kernels are read from csrc/cuda: each __global__ function under the name its launcher gives it.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tools.static_checks import ARCHS, ROOT
+
+EVIDENCE = ROOT / "bench" / "evidence"
+PAGE = ROOT / "docs" / "gpu.md"
+BEGIN, END = "<!-- status: python tools/gpu_status.py -->\n", "<!-- end of status -->\n"
+FILES = ("env.txt", "tests.txt", "sanitizer.txt", "bench.jsonl", "summary.md", "parts.json")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str  # "lora_shrink", as launches report it
+    function: str  # "shrink_kernel", as the compiler does
+    source: Path
+
+
+def read_kernels(source: Path) -> list[Kernel]:
+    text = re.sub(r"//[^\n]*", "", source.read_text())
+    launched = dict((f, n) for n, f in re.findall(r'\blaunch\(\s*"(\w+)",\s*(\w+)', text))
+    bare = re.sub(r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)", "", text)
+    functions = re.findall(r"__global__\s+(?:static\s+)?void\s+(\w+)\s*\(", bare)
+    if set(functions) != set(launched):
+        raise ValueError(f"{source.name}: defined are {sorted(functions)}, launched are {sorted(launched)}")
+    return [Kernel(launched[f], f, source) for f in functions]
+
+
+def kernels() -> list[Kernel]:
+    return [k for source in sorted((ROOT / "csrc/cuda").rglob("*.cu")) for k in read_kernels(source)]
+
+
+def family_of(source: Path) -> str:
+    return re.sub(r"_sm\d+$", "", source.stem)
+
+
+def families() -> list[str]:
+    return sorted({family_of(source) for source in (ROOT / "csrc/cuda").rglob("*.cu")})
+
+
+def ops_of(family: str) -> list[str]:
+    """Names of the public ops that csrc/ops/<family>.cpp registers."""
+    text = (ROOT / "csrc/ops" / f"{family}.cpp").read_text()
+    names = re.findall(r'm\.def\(\s*"(\w+)\(', text)
+    return [n for n in names if not n.endswith(("_fwd", "_bwd"))]
+
+
+def digest(family: str) -> str:
+    """Of the sources a family's kernels are compiled from: evidence for an older source says so."""
+    h = hashlib.sha256()
+    folder, others = ROOT / "csrc", {f"{name}.h" for name in families()} - {f"{family}.h"}
+    own = [s for s in (folder / "cuda").rglob("*.cu") if family_of(s) == family]
+    headers = [path for path in folder.glob("*.h") if path.name not in others]
+    for path in sorted([*own, *headers, *(folder / "cuda").rglob("*.cuh"), folder / "policy.cpp"]):
+        h.update(path.read_bytes())
+    return h.hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------------------------- evidence
+
+
+@dataclass(frozen=True)
+class Evidence:
+    folder: Path
+    env: dict[str, str]
+    parts: dict[str, dict]
+    rows: list[dict]
+
+    @staticmethod
+    def read(folder: Path) -> "Evidence":
+        env = dict(line.split(": ", 1) for line in (folder / "env.txt").read_text().splitlines() if ": " in line)
+        rows = folder / "bench.jsonl"
+        lines = rows.read_text().splitlines() if rows.exists() else []
+        return Evidence(folder, env, json.loads((folder / "parts.json").read_text()), [json.loads(r) for r in lines])
+
+    def covers(self, family: str) -> bool:
+        return f"source {family}" in self.env
+
+    def verdict(self, prefix: str) -> str:
+        """Of the parts whose name begins so: passed, failed (also where one ran out of time) or not run."""
+        states = [p["status"] for name, p in self.parts.items() if name.startswith(prefix)]
+        ran = [s for s in states if s not in ("skipped", "refused")]
+        if not ran:
+            return "not run"
+        some = f" ({len(ran)} of {len(states)} ran)" if len(ran) < len(states) else ""
+        return ("failed" if "failed" in ran else "passed") + some
+
+
+def all_evidence() -> list[Evidence]:
+    """Oldest first: folders are named by date."""
+    return [Evidence.read(f.parent) for f in sorted(EVIDENCE.glob("*/parts.json"))]
+
+
+def evidence_cell(family: str, found: list[Evidence]) -> str:
+    if not found:
+        return "not run on a GPU"
+    last = found[-1]
+    name = f"[{last.env['date'][:10]} {last.env['gpu']}](../bench/evidence/{last.folder.name}/summary.md)"
+    text = f"{name}: tests {last.verdict('tests')}, sanitizers {last.verdict('sanitizer')}"
+    return text if last.env[f"source {family}"] == digest(family) else f"{text}; the source has changed since"
+
+
+def roofline_cell(kernel: str, found: list[Evidence]) -> str:
+    rows = [r for r in found[-1].rows if r.get("suite") == "kernel" and r["kernel"] == kernel] if found else []
+    return ", ".join(f"{r['dtype']} {r['of_roof']:.0%}" for r in rows) or "-"
+
+
+def status() -> str:
+    # Emulated is every kernel but those of one architecture: tests/emulator/build.py, portable_kernels().
+    lines = ["| kernel | source | compiled for sm_ | emulated | last evidence | share of roofline |", "|" + "---|" * 6]
+    everything = all_evidence()
+    for k in kernels():
+        own = re.search(r"_sm(\d+)$", k.source.stem)
+        found = [e for e in everything if e.covers(family_of(k.source))]
+        archs = [a for a in ARCHS if own is None or a.rstrip("a") == own[1]]
+        cells = [k.name, str(k.source.relative_to(ROOT)), ", ".join(archs), "no" if own else "yes",
+                 evidence_cell(family_of(k.source), found), roofline_cell(k.name, found)]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def page_with(table: str, page: str) -> str:
+    head, begin, rest = page.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{PAGE.name} has no lines {BEGIN.strip()!r} and {END.strip()!r}")
+    return head + BEGIN + "\n" + table + "\n" + END + tail
+
+
+def keep(out: Path) -> Path:
+    env = Evidence.read(out).env
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", env["gpu"].removeprefix("NVIDIA ")).strip("-")
+    folder = EVIDENCE / f"{env['date'][:10]}-{gpu}-{env['commit'][:9]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (out / name).exists():
+            shutil.copyfile(out / name, folder / name)
+    return folder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--keep", type=Path, metavar="DIR")
+    args = parser.parse_args()
+    if args.keep:
+        print(f"kept in {keep(args.keep).relative_to(ROOT)}")
+    before = PAGE.read_text()
+    after = page_with(status(), before)
+    if args.check:
+        print(f"{PAGE.relative_to(ROOT)}: {'current' if after == before else 'run python tools/gpu_status.py'}")
+        return after != before
+    PAGE.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
