@@ -203,9 +203,7 @@ for _name in ("base_layer", "lora_A", "lora_B"):
 @functools.cache
 def _fused(cls: type) -> type:
     """The fused subclass of a PEFT class, of the same name: repr stays PEFT's."""
-    return type(
-        cls.__name__, (_Fused, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__, "_lrkern_base": cls}
-    )
+    return type(cls.__name__, (_Fused, cls), {"__module__": __name__, "__doc__": cls.__doc__, "_lrkern_base": cls})
 
 
 def _rebuild(cls: type) -> nn.Module:
