@@ -20,10 +20,10 @@ constexpr int kRun = 10;        // shrink: tiles a thread takes through all of N
 constexpr int kFewRows = 16;    // tokens that do not pay for reading a factor
 constexpr int kWgradCols = 256;  // columns of one task of wgrad
 
-// Tasks that a thread takes at once: some 30 us of work, what waking a second thread can cost. A task is `rows` x `cols`
-// elements against `ranks` ranks of a factor; reading an element of the factor counts as 4 multiply-adds.
+// Tasks that a thread takes at once: some 3 us of work. A task is `rows` x `cols` elements against `ranks` ranks of a
+// factor; reading an element of the factor counts as 4 multiply-adds.
 int64_t grain(int64_t rows, int64_t cols, int64_t ranks) {
-  return std::max<int64_t>(1, (int64_t{1} << 20) / std::max<int64_t>(1, (rows + 4) * cols * ranks));
+  return std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, (rows + 4) * cols * ranks));
 }
 
 template <class F>
@@ -114,7 +114,7 @@ void shrink(const LoraShrinkParams& p) {
   F* s = static_cast<F*>(p.s);
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
   const int64_t tiles = ceil_div(p.T, kTileRows),
-                block = tiles > 1 ? kRankBlock : 16;  // few tokens share a factor's rows
+                block = tiles > 1 ? kRankBlock : 8;  // few tokens: so that threads share a factor's rows
   const int64_t rank_blocks = ceil_div(p.R, block);
   const int64_t task = grain(std::min<int64_t>(p.T, kTileRows), p.N, std::min<int64_t>(p.R, block));
   parallel_for(rank_blocks * tiles, task, [&](int64_t begin, int64_t end) {
@@ -131,9 +131,12 @@ void shrink(const LoraShrinkParams& p) {
         for (int64_t t = 0; t < rows; t += kTileRows) {
           const int m = static_cast<int>(std::min<int64_t>(kTileRows, rows - t));
           load_tile(x, p.x_pitch, t0 + t, m, n0, n, p.dropout, seed, tile);
-          const int64_t next = t + kTileRows, next_rows = std::min<int64_t>(kTileRows, rows - next);
+          const bool wraps = t + kTileRows >= rows;  // then the first tile of the next chunk
+          const int64_t next = wraps ? 0 : t + kTileRows, next_n0 = wraps ? n0 + kChunk : n0;
           dot_tiles({tile, kPitch}, m, u, ranks, n, acc + t * kRankBlock, kRankBlock,
-                    Ahead::of(x + (t0 + next) * p.x_pitch + n0, p.x_pitch, next_rows, n));
+                    Ahead::of(x + (t0 + next) * p.x_pitch + next_n0, p.x_pitch,
+                              next_n0 < p.N ? std::min<int64_t>(kTileRows, rows - next) : 0,
+                              std::min<int64_t>(kChunk, p.N - next_n0)));
         }
       }
       for (int64_t t = 0; t < rows; ++t)
@@ -157,6 +160,7 @@ struct AddendRow {
   static auto get(const P* p, std::integral_constant<int, kLanes>) {
     return load(p);
   }
+  Ahead ahead(int64_t pitch, int64_t rows, int64_t n) const { return base ? Ahead::of(base, pitch, rows, n) : Ahead{}; }
   // The row's columns i.. (kWidth of them) plus v.
   template <int kWidth, class V>
   V plus(V v, int i) const {
@@ -193,8 +197,11 @@ void expand(const LoraExpandParams& p) {
           for (int m0 = 0; m0 < rows; m0 += kRows)
             with_count<kRows>(std::min(rows - m0, kRows), [&](auto M) {
               for (int i = 0; i < n; i += kBlock) {
-                Ahead none;
-                outer_tile<M.value>(s.at(m0).data, s.pitch, 1, u.at(0, i), p.R, none, [&](int m, int v, vf sums) {
+                const bool wraps = i + kBlock >= n;  // then the first columns of the next rows
+                const int64_t next = t0 + m0 + (wraps ? M.value : 0);
+                Ahead lines = addend(next, n0 + (wraps ? 0 : i + kBlock))
+                                  .ahead(p.base_pitch, std::min<int64_t>(M.value, p.T - next), kBlock);
+                outer_tile<M.value>(s.at(m0).data, s.pitch, 1, u.at(0, i), p.R, lines, [&](int m, int v, vf sums) {
                   const int64_t t = t0 + m0 + m, col = n0 + i + v * kLanes;
                   store(y_at(t, col), addend(t, col).template plus<kLanes>(p.scale * sums, 0));
                 });

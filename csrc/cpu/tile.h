@@ -98,7 +98,7 @@ struct Ahead {
   }
   void next() {
     if (rows <= 0) return;
-    __builtin_prefetch(at);
+    __builtin_prefetch(at, 0, 2);  // to L2: L1 holds the tiles at work
     at += 64;
     if (at < row_end) return;
     at += skip;
