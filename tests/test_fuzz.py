@@ -67,7 +67,7 @@ def test_lora_linear_on_anything(layer):
         # In thousands of tiny cases the expression is now and then exact by luck (seen: 0.001 ulp against 1.001), the more
         # so where large terms cancel in a handful of elements (seen: 1.5e-7 against 7.4e-7, five sums of 63 terms).
         what = f"{name} of {[tuple(t.shape) for t in args if t is not None]}"
-        testing.check(got, truth, yardstick, what, fp32, ulps=4 if got.numel() > 64 else 16)
+        testing.check(got, truth, yardstick, what, fp32, ulps=4 if got.numel() > 64 else 64)
 
 
 @st.composite

@@ -64,6 +64,7 @@ CASES = [
     ("lora_linear", {"x": torch.randn(T, I).long()}, "x must be float32, float16 or bfloat16, got int64"),
     ("lora_linear", {"x": torch.randn(T, I).to_sparse()}, "x must be a dense strided tensor"),
     ("lora_linear", {"weight": torch.randn(O, I).to_sparse()}, "weight must be a dense strided tensor"),
+    ("lora_linear", {"bias": torch.randn(O).to_sparse()}, "bias must be a dense strided tensor"),
     ("lora_linear", {"weight": torch.randn(O)}, r"weight must have shape \[O, I\]"),
     ("lora_linear", {"weight": torch.randn(O, I).bfloat16()}, "weight must be float32, got bfloat16"),
     ("lora_linear", {"bias": torch.randn(1, O)}, rf"bias must have shape \[O\] = \[{O}\], got \[1, {O}\]"),
@@ -101,6 +102,20 @@ def test_16_bit_base_and_factors_of_the_other_type():
         lrkern.ops.lora_linear(x, w, None, torch.randn(R, I).half(), torch.randn(O, R).half())
     with pytest.raises(RuntimeError, match=r"lora_linear: b must be float32 \(the dtype of a\), got bfloat16"):
         lrkern.ops.lora_linear(x, w, None, torch.randn(R, I), torch.randn(O, R).bfloat16())
+
+
+@pytest.mark.parametrize("a_dtype", [torch.bfloat16, torch.float32])
+def test_backward_refuses_factors_of_two_dtypes(a_dtype):
+    """The kernels read a, b and S as one dtype: taken for the other one they would run past the end."""
+    b_dtype = torch.float32 if a_dtype == torch.bfloat16 else torch.bfloat16
+    x, dy, w = (torch.randn(*shape).bfloat16() for shape in ((T, I), (T, O), (O, I)))
+    a, s, b = torch.randn(R, I).to(a_dtype), torch.randn(T, R).to(a_dtype), torch.randn(O, R).to(b_dtype)
+    text = rf"b must be {str(a_dtype)[6:]} \(the dtype of a\), got {str(b_dtype)[6:]}"
+    with pytest.raises(RuntimeError, match=f"lrkern::lora_add_bwd: {text}"):
+        torch.ops.lrkern.lora_add_bwd(dy, x, a, b, s, 1.0, 0.0, None, True, True, True)
+    tail = (1.0, 0.0, None, None, None, True, False, False, True, True, False)
+    with pytest.raises(RuntimeError, match=f"lrkern::lora_linear_bwd: {text}"):
+        torch.ops.lrkern.lora_linear_bwd(dy, x, w, a, b, s, *tail)
 
 
 def test_devices_do_not_mix_and_meta_traces():

@@ -244,6 +244,7 @@ void check_base(const char* op, const Tensor& x, const Tensor& w, const OptTenso
   check_dtype(op, "weight", w, x.scalar_type());
   check_shape(op, "weight", w, "[O, I]", {-1, x.size(x.dim() - 1)});
   if (!bias) return;
+  check_strided(op, "bias", *bias);
   check_device(op, "bias", *bias, x, "x");
   check_dtype(op, "bias", *bias, x.scalar_type());
   check_shape(op, "bias", *bias, "[O]", {w.size(0)});
@@ -434,12 +435,14 @@ Six lora_linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, con
                     bool need_dbase_scale) {
   constexpr const char* op = "lora_linear_bwd";
   const DType dtype = check_x(op, "x", x);
+  check_x(op, "dy", dy);
   const Rows dy_rows = rows_of(op, "dy", dy), x_rows = rows_of(op, "x", x);
   check_base(op, x, weight, std::nullopt);
   check_device(op, "dy", dy, x, "x");
   check_dtype(op, "dy", dy, x.scalar_type());
   check_shape(op, "dy", dy, "[..., O]", with_last(x, weight.size(0)));
   const SmallMatrix ua = check_a(op, a, x), ub = check_b(op, b, weight.size(0), a.size(0), x, "x");
+  check_pair(op, a, b);
   const Tensor sc = check_s(op, "s", s, x, "x", ua, "a");
   const float k = check_finite(op, "scale", scale);
   const DropoutArgs d = check_dropout(op, dropout_p, seed, x);
@@ -448,6 +451,8 @@ Six lora_linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, con
   if (base_scale) {
     if (need_dbase_scale) {
       if (!base) fail(op, "base must be what lora_linear_fwd returned where dbase_scale is needed, got None");
+      check_strided(op, "base", *base);
+      check_device(op, "base", *base, x, "x");
       check_dtype(op, "base", *base, x.scalar_type());
       check_shape(op, "base", *base, "[..., O]", with_last(x, weight.size(0)));
     }
@@ -505,6 +510,7 @@ Three lora_add_bwd(const Tensor& dy, const Tensor& x, const Tensor& a, const Ten
   const Rows dy_rows = rows_of(op, "dy", dy), x_rows = rows_of(op, "x", x);
   check_device(op, "dy", dy, x, "x");
   const SmallMatrix ua = check_a(op, a, x), ub = check_b(op, b, dy_rows.N, a.size(0), dy, "dy");
+  check_pair(op, a, b);
   const Tensor sc = check_s(op, "s", s, x, "x", ua, "a");
   check_shape(op, "dy", dy, "[..., O]", with_last(x, ub.N));
   const float k = check_finite(op, "scale", scale);
