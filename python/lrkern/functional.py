@@ -66,7 +66,7 @@ def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, weight_n
     cancel, the relative error grows as (‖w‖ / norm)².
     """
     with torch.autocast(weight.device.type, enabled=False):
-        wa = ops.lora_shrink(weight, a).float()  # W Aᵀ [O, R]
+        wa = ops.lora_shrink(weight, a if a.dtype == weight.dtype else a.float()).float()  # W Aᵀ [O, R]
         a, b = a.float(), b.float()
         low = 2 * scale * wa + scale**2 * (b @ (a @ a.mT))
         weight_norm = row_norm(weight) if weight_norm is None else weight_norm

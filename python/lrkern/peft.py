@@ -32,6 +32,8 @@ from peft.utils.other import transpose
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from . import functional as F
 from .nn import FusedLoRALinear
@@ -40,7 +42,7 @@ from .nn.dora import DoraNorm
 __all__ = ["Report", "load_adapter", "patch", "register", "report", "save_adapter", "unpatch"]
 
 _DROPOUTS = (nn.Dropout, nn.Identity)
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # torch.export traces a layer whose parameters are fake
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NO_LINEAR = (Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, ParamWrapper)
 
@@ -68,6 +70,8 @@ def _plan(layer: LoraLayer) -> _Plan | str:
         return "adapters disabled or merged"
     if nn.modules.module._has_any_global_hook():
         return "global module hooks"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a transform of torch.func or forward-mode differentiation"
     modules = layer._modules  # nn.Module.__getattr__ is the slow way, and this runs on every call
     a_of, b_of = modules["lora_A"]._modules, modules["lora_B"]._modules
     active = [name for name in layer.active_adapters if name in a_of]
@@ -211,6 +215,8 @@ def _rebuild(cls: type) -> nn.Module:
 
 
 def _takes(plan: _Plan, x: Tensor) -> bool:
+    if plan.magnitude is not None and x.ndim < 2:  # PEFT answers with [1, O]
+        return False
     if plan.weight is not None:
         return x.dtype == plan.weight.dtype or torch.is_autocast_enabled(x.device.type)
     return x.dtype in _DTYPES
@@ -302,19 +308,22 @@ def register(config: peft.LoraConfig, model: nn.Module) -> None:
     """
     if not isinstance(config, peft.LoraConfig):
         raise TypeError(f"lrkern.peft.register: config must be a peft.LoraConfig, got {type(config).__name__}")
-    kinds = {type(m): _create for m in model.modules() if not list(m.children()) and list(m.parameters())}
+    theirs = dict(config._custom_modules or {})  # the user's own choice of classes goes on deciding
+    kinds = {type(m) for m in model.modules() if not list(m.children()) and [*m.parameters(), *m.buffers()]}
     if any(isinstance(m, LoraLayer) for m in model.modules()) or not kinds:
         raise ValueError(
             "lrkern.peft.register: model must be a model without LoRA layers yet (patch is for those), with layers to "
             f"adapt, got {type(model).__name__}"
         )
-    config._register_custom_module(kinds)
+    config._register_custom_module(dict.fromkeys([*kinds, *theirs], functools.partial(_create, theirs)))
 
 
-def _create(target: nn.Module, adapter_name: str, config: peft.LoraConfig, **kwargs: Any) -> nn.Module | None:
+def _create(
+    custom: dict[type, Any], target: nn.Module, adapter_name: str, config: peft.LoraConfig, **kwargs: Any
+) -> nn.Module | None:
     """What PEFT calls in place of a layer's constructor: PEFT's own choice of class, then patched."""
     own = copy.copy(config)
-    own._custom_modules = None
+    own._custom_modules = custom
     layer = LoraModel._create_new_module(own, adapter_name, target, **kwargs)
     if isinstance(layer, LoraLayer):
         _patch(layer)

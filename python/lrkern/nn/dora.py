@@ -33,7 +33,7 @@ class DoraNorm:
     recorded only ‖W‖ is, until W changes.
 
     Version counters do not see a write through ``.data``: ``clear`` is for whoever makes one. A recorded forward clears
-    too.
+    too. Nor do they see FSDP gather new values: in a process group nothing is kept.
     """
 
     def __init__(self):
@@ -49,16 +49,21 @@ class DoraNorm:
         dense = dense or (lambda: weight)
         if torch.compiler.is_compiling():
             return F.dora_norm(dense(), a, b, scale)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.clear()
+            return F.dora_norm(dense(), a, b, scale)
         if torch.is_grad_enabled():
             self._factors = None
         elif self._factors and self._factors[1] == scale and self._factors[0].still(weight, a, b):
             return self._factors[2]
-        w = dense()
-        if not (self._weight and self._weight[0].still(weight)):
-            self._weight = _Seen(weight), F.row_norm(w)
-        norm = F.dora_norm(w, a, b, scale, self._weight[1])
-        if not torch.is_grad_enabled():
-            self._factors = _Seen(weight, a, b), scale, norm
+        w, kept = dense(), self._weight
+        if not (kept and kept[0].still(weight)):
+            kept = _Seen(weight), F.row_norm(w)
+        norm = F.dora_norm(w, a, b, scale, kept[1])
+        if type(norm) is Tensor:  # nothing stays of a fake run
+            self._weight = kept
+            if not torch.is_grad_enabled():
+                self._factors = _Seen(weight, a, b), scale, norm
         return norm
 
     def __deepcopy__(self, memo) -> "DoraNorm":
