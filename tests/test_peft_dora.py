@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DoRA under lrkern.peft on all-MiniLM-L6-v2: the same maths as PEFT's, and a norm that is never stale."""
+"""DoRA under lrkern.peft on all-MiniLM-L6-v2: the same maths as PEFT's, and when its norm is computed anew (docs/ops.md)."""
 
 import copy
 
