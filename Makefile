@@ -34,15 +34,15 @@ demo: ## fine-tune a real model with lrkern beside stock PEFT (ARGS=--quick: und
 	@$(PY) examples/demo.py $(ARGS)
 
 test: ## all tests
-	@$(SETUP) demo test
+	@$(SETUP) demo test peers
 	@$(PY) -m pytest $(ARGS)
 
 test-quick: ## all but the slow ones
-	@$(SETUP) demo test
+	@$(SETUP) demo test peers
 	@$(PY) -m pytest -m "not slow" $(ARGS)
 
 test-full: ## more samples, longer fuzzing
-	@$(SETUP) demo test
+	@$(SETUP) demo test peers
 	@LRK_TEST_FULL=1 $(PY) -m pytest $(ARGS)
 
 bench: ## measure (ARGS="lora --help" for shapes and baselines)

@@ -13,6 +13,7 @@ import torch
 import lrkern.ops
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+sys.path.append(str(Path(sys.prefix) / "peers"))  # requirements/peers.txt
 import build as emulator
 
 FULL = bool(os.environ.get("LRK_TEST_FULL"))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Makes .venv and builds lrkern into it:  tools/setup.sh [demo] [test] [dev]   (groups of requirements/)
+# Makes .venv and builds lrkern into it:  tools/setup.sh [demo] [test] [dev] [peers]   (groups of requirements/)
 # Every step leaves a stamp, so a second call only does what changed. Variables (see Makefile): PYTHON, TORCH,
 # TORCH_INDEX, and those of setup.py. Everything pip and the compiler say goes to .venv/setup.log.
 set -euo pipefail
@@ -140,6 +140,11 @@ pip_install=($PY -m pip install -c $VENV/constraints.txt)
 pinned=$(cat $VENV/constraints.txt)
 
 for group in build "$@"; do
+  if [ $group = peers ]; then
+    once peers "$pinned $(cat requirements/peers.txt)" "requirements/peers.txt" \
+      "${pip_install[@]}" --no-deps --upgrade --target $VENV/peers -r requirements/peers.txt
+    continue
+  fi
   once $group "$pinned $(cat requirements/$group.txt)" "requirements/$group.txt" "${pip_install[@]}" -r requirements/$group.txt
   if [ -f requirements/$group-nodeps.txt ]; then
     once $group-nodeps "$(cat requirements/$group-nodeps.txt)" "requirements/$group-nodeps.txt" \
