@@ -139,6 +139,14 @@ def test_double_backward_is_refused(op):
         g.sum().backward()
 
 
+def test_one_gradient_alone_may_be_recorded():
+    x, a = torch.randn(5, 8), torch.randn(3, 8, requires_grad=True)
+    (da,) = torch.autograd.grad(lrkern.ops.lora_shrink(x, a).sum(), a, create_graph=True)
+    torch.testing.assert_close(da.detach(), x.sum(0).expand(3, 8))
+    with pytest.raises(RuntimeError, match="lrkern::lora_shrink: double backward is not supported"):
+        da.sum().backward()
+
+
 @pytest.mark.parametrize(
     "name",
     ["lora_shrink_bwd", "linear_expand_bwd", "lora_linear_bwd", "lora_linear_fwd", "lora_add_bwd", "lora_add_fwd"],

@@ -144,8 +144,9 @@ def _once(name: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, .
         return grads
     text = f"lrkern::{name}: double backward is not supported, the gradients of this op have no gradient"
     present = [g.detach().requires_grad_() for g in grads if g is not None]
-    tagged = iter(torch._C._functions.DelayedError(text.encode(), len(present))(*present))
-    return tuple(None if g is None else next(tagged) for g in grads)
+    tagged = torch._C._functions.DelayedError(text.encode(), len(present))(*present)
+    rest = iter((tagged,) if isinstance(tagged, Tensor) else tagged)  # of one tensor it makes one tensor
+    return tuple(None if g is None else next(rest) for g in grads)
 
 
 class _Shrink(Function):
