@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lrkern.peft on PEFT models of plain linears; the whole drop-in is a later issue."""
+"""lrkern.peft on a net of two plain linears, and its files; on a real model: test_peft_*.py."""
 
 import json
 
