@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Choices between kernels, and the scratch memory they need: pure arithmetic on shapes, the same on every machine.
-#include "lora.h"
+#include "multi_lora.h"
 
 namespace lrk {
 
@@ -53,5 +53,39 @@ size_t lora_shrink_wgrad_workspace(const LoraShrinkWgradParams& p, Device device
 size_t lora_rescale_workspace(const LoraRescaleParams& p, Device) {
   return p.dc ? ceil_div(p.T, kRescaleRows) * p.N * sizeof(float) : 0;
 }
+
+// ---- multi-LoRA
+
+ShrinkConfig choose_multi_lora_shrink(int64_t T, int64_t K, int64_t N) {
+  const int32_t chunks = static_cast<int32_t>(ceil_div(N, kCudaChunk));
+  return {T * K < 128 * kPlanRows && chunks > 1, chunks};
+}
+
+// Rows of each group.
+size_t multi_lora_plan_workspace(const MultiLoraPlanParams& p, Device device) {
+  return device == Device::kCUDA ? p.K * (p.A + 3) * sizeof(int32_t) : 0;
+}
+
+size_t multi_lora_shrink_workspace(const MultiLoraShrinkParams& p, Device device) {
+  const Adapters& d = p.adapters;
+  const ShrinkConfig config = choose_multi_lora_shrink(d.T, d.K, p.N);
+  return device == Device::kCUDA && config.split
+             ? config.chunks * d.T * d.K * d.slices * d.M * kPageRanks * sizeof(float)
+             : 0;
+}
+
+// Several slots are summed in fp32 before they meet y.
+size_t multi_lora_expand_workspace(const MultiLoraExpandParams& p, Device) {
+  return p.adapters.K > 1 ? p.adapters.T * p.N * sizeof(float) : 0;
+}
+
+size_t multi_lora_wgrad_workspace(const MultiLoraWgradParams& p, Device device) {
+  const Adapters& d = p.adapters;
+  const int64_t segments = d.K * ceil_div(d.T, wgrad_segment(d.T, kCudaSegment));
+  return device == Device::kCUDA && segments > 1 ? segments * d.P * p.N * sizeof(float) : 0;
+}
+
+size_t multi_lora_gather_workspace(const MultiLoraGatherParams&, Device) { return 0; }
+size_t multi_lora_scatter_workspace(const MultiLoraScatterParams&, Device) { return 0; }
 
 }  // namespace lrk

@@ -64,7 +64,7 @@ struct Dropout {
   uint32_t threshold = 0;  // 0: no dropout; 65536: all dropped
   float keep_scale = 1.f;  // 65536 / (65536 - threshold); 0 when all is dropped
 };
-inline Dropout make_dropout(double p) {
+LRK_HD Dropout make_dropout(double p) {
   Dropout d;
   d.threshold = static_cast<uint32_t>(p * 65536.0 + 0.5);
   d.keep_scale = d.threshold >= 65536u ? 0.f : static_cast<float>(65536.0 / (65536.0 - d.threshold));

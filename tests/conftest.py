@@ -30,20 +30,24 @@ def emulated_ops():
     return torch.ops.lrkern_emulated
 
 
-@pytest.fixture(params=["cpu", "cuda", "emulated"])
-def device(request, monkeypatch):
+def enter_device(kind, monkeypatch):
     """The torch device of the samples. For `emulated` the wrappers call the emulated library's ops on CPU tensors."""
-    if request.param == "cuda":
+    if kind == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         if not json.loads(lrkern.ops.build_info())["with_cuda"]:
             pytest.skip("this _C.so has no CUDA code")
         return "cuda"
-    if request.param == "emulated":
+    if kind == "emulated":
         if why := emulator.why_not():
             pytest.skip(why)
         monkeypatch.setattr(lrkern.ops, "_ops", emulated_ops())
     return "cpu"
+
+
+@pytest.fixture(params=["cpu", "cuda", "emulated"])
+def device(request, monkeypatch):
+    return enter_device(request.param, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ OTHERS = (torch.float64, torch.int64, torch.int32, torch.bool, torch.complex64, 
 LETTERS = {"x": "TI", "a": "RI", "b": "OR", "s": "TR", "ds": "TR", "y": "TO", "dy": "TO", "base": "TO", "weight": "OI",
            "bias": "O", "base_scale": "O"}  # fmt: skip
 FACTORS = ("a", "b", "s", "ds", "base_scale")
+TRAINABLE = {*LETTERS, "a_pool", "b_pool"}
 
 
 def schemas():
@@ -57,9 +58,12 @@ def draw(rng: random.Random, schema) -> tuple[dict, bool]:
     without = {a.name for a in schema.arguments if a.name in ("bias", "base_scale", "base") and rng.random() < 0.5}
     if schema.name == "lrkern::linear_expand" and rng.random() < 0.3:
         without |= {"x", "weight"}
+    multi = draw_multi(rng, schema, lead, dims, factor, p) if "multi_lora" in schema.name else {}
     args = {}
     for a in schema.arguments:
-        if a.name in LETTERS:
+        if a.name in multi:
+            args[a.name] = multi[a.name]
+        elif a.name in LETTERS:
             shape = [n for letter in LETTERS[a.name] for n in (lead if letter == "T" else [dims[letter]])]
             rows = a.alias_info is not None
             args[a.name] = strided(rng, shape, factor if a.name in FACTORS else dtype, rows)
@@ -81,6 +85,27 @@ def draw(rng: random.Random, schema) -> tuple[dict, bool]:
     return args, good
 
 
+def draw_multi(rng: random.Random, schema, lead: list[int], dims: dict, factor: torch.dtype, p: float) -> dict:
+    """Adapters, pools and a plan that go together, by argument name."""
+    T, A, K = torch.Size(lead).numel(), rng.choice((0, 1, 2, 5)), rng.choice((1, 1, 2, 3))
+    L, M = 1 if "linear" in schema.name else rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 5))
+    fill = lambda *shape, dtype=factor: torch.randn(shape).to(dtype)
+    index = torch.tensor(rng.choices(range(-1, A), k=T * K), dtype=torch.int32).reshape(T, K)
+    P = 16 * (A * L * M + rng.choice((0, 0, 1)))
+    pages = torch.tensor(rng.sample(range(P // 16), A * L * M), dtype=torch.int32).reshape(A, L, M)
+    ranks = torch.tensor(rng.choices(range(16 * M + 1), k=A * L), dtype=torch.int32).reshape(A, L)
+    table = {"index": index, "adapters": A, "pages": pages, "ranks": ranks}
+    I = max(1, dims["I"]) if "embedding" in schema.name else dims["I"]
+    s, ids = fill(*lead, K, L, 16 * M), torch.randint(max(1, I), lead)
+    return table | {
+        "ids": ids,
+        "plan": lrkern.ops.multi_lora_plan(index, A), "a_pool": fill(P, I), "b_pool": fill(P, dims["O"]), "s": s,
+        "ds": s, "slice": rng.randrange(L), "scales": fill(T, K, dtype=torch.float32) if rng.random() < 0.7 else None,
+        "dropout_p": torch.tensor(rng.choices((0.0, 0.3, 1.0), k=A)) if p else None,
+        "seed": torch.tensor([rng.getrandbits(63)]) if p else None,
+    }  # fmt: skip
+
+
 def is_part(schema) -> bool:
     return schema.name.endswith(("_fwd", "_bwd"))
 
@@ -93,6 +118,8 @@ def undefined(schema, args: dict) -> bool:
 def something_else(rng: random.Random, value):
     if isinstance(value, bool):
         return not value
+    if isinstance(value, int):
+        return rng.choice((-1, value + 1, 2**31, 2**62))
     if isinstance(value, float):
         return rng.choice((float("nan"), float("inf"), -1.0, 2.0, 1e300, 1e-46, 0.0))
     shape = list(value.shape) if value is not None else [2]
@@ -135,14 +162,14 @@ def call(rng: random.Random, schema, note) -> bool:
     train = wrapper is not None and not written and rng.random() < 0.3
     try:
         if train:
-            for v in args.values():
-                if isinstance(v, Tensor) and v.is_floating_point() and rng.random() < 0.7:
+            for k, v in args.items():
+                if k in TRAINABLE and isinstance(v, Tensor) and v.is_floating_point() and rng.random() < 0.7:
                     v.requires_grad_()
         with torch.set_grad_enabled(train):
             out = (wrapper if wrapper and rng.random() < 0.7 else getattr(torch.ops.lrkern, name))(**args)
         if train and out.requires_grad and out.device.type == "cpu":
             out.float().sum().backward()
-            leaves = [(k, v) for k, v in args.items() if k in LETTERS and v is not None and v.requires_grad]
+            leaves = [(k, v) for k, v in args.items() if k in TRAINABLE and v is not None and v.requires_grad]
             missing = [k for k, v in leaves if v.grad is None or v.grad.shape != v.shape]
             assert not missing, f"no gradient of {missing}: {text}"
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -154,7 +181,7 @@ def call(rng: random.Random, schema, note) -> bool:
             same = torch.equal(was.float().nan_to_num(7), args[n].detach().float().nan_to_num(7))
             assert same, f"refused, yet {n} was written: {text}"
         return True
-    if good and isinstance(out, Tensor):
+    if good and isinstance(out, Tensor) and "multi_lora" not in name:
         shape = list((args.get("x") if args.get("x") is not None else args["s"]).shape[:-1])
         assert list(out.shape)[:-1] == shape, f"{list(out.shape)}: {text}"
     return False

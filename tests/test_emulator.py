@@ -242,7 +242,7 @@ def test_every_barrier_of_the_kernels_is_missed(family, line):
     """Without any one of them the tracked build reports a race: the barrier is needed, and the cases reach it."""
     done = emulator.execute(params_program(family, "tracked"), 300, 3, 0, LRK_EMU_SKIP_LINE=line)
     assert done.returncode == 1
-    assert re.search(r"emulator: (race in|read of) shared memory", done.stderr)
+    assert re.search(r"emulator: (race in|read of) (shared|global) memory", done.stderr)
 
 
 # ---------------------------------------------------------------------------------------------- the device kind

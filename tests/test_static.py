@@ -116,6 +116,9 @@ VARIANTS = {
     "shrink_kernel": [(ranks, n_contig) for ranks in (16, 64) for n_contig in (False, True)],
     "expand_kernel": [(False,), (True,)],
     "wgrad_kernel": [(16,), (64,)],
+    "multi_shrink_kernel": [(16,), (64,)],
+    "multi_expand_kernel": [("float",)],
+    "multi_wgrad_kernel": [(16,), (64,)],
 }
 
 
@@ -124,7 +127,7 @@ def planned(function, x):
     plan, variants = static_checks.PLANS[function], VARIANTS.get(function, [()])
     takes = len(inspect.signature(plan).parameters) - len(variants[0])
     factors = {x} if function == "rescale_kernel" else {x, "float"}
-    kinds = [(x, f) if takes == 2 else (f,) for f in factors]
+    kinds = [(x, f)[2 - takes :] for f in factors]
     plans = [plan(*kind, *variant) for kind in kinds for variant in variants]
     return {(p.threads, p.shared) for p in plans}
 

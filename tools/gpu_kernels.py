@@ -150,8 +150,35 @@ def lora(device: str, dtype: torch.dtype, T: int, N: int, R: int) -> Iterator[Ti
     yield Timed("lora_rescale", lambda need=need: op.lora_linear_bwd(*layer, *need), [x, layer[-1]], 2 * T * N)
 
 
-TIMED = {"lora": lora}
-PARTS_OF_OTHERS = {"sum_planes"}  # launched after the kernels above, inside their time
+def multi_lora(device: str, dtype: torch.dtype, T: int, N: int, R: int) -> Iterator[Timed]:
+    """16 adapters of rank R, rows in any order, one slot."""
+    draw = lambda *shape: torch.randn(*shape, device=device).to(dtype)
+    op, A, M = lrkern.ops._ops, 16, (R + 15) // 16
+    x, a, b = draw(T, N), draw(16 * M * A, N), draw(16 * M * A, N)
+    pages = torch.randperm(A * M, device=device).int().reshape(A, 1, M)
+    ranks = torch.full((A, 1), R, dtype=torch.int32, device=device)
+    index = torch.randint(A, (T, 1), device=device).int()
+    table = pages, ranks, op.multi_lora_plan(index, A)
+    s, flop, used = op.multi_lora_shrink(x, a, *table), 2 * T * N * R, a[: A * R]
+    yield Timed("multi_lora_plan", lambda: op.multi_lora_plan(index, A), [index, table[2]], T)
+    yield Timed("multi_lora_shrink", lambda: op.multi_lora_shrink(x, a, *table), [x, used, s], flop)
+    yield Timed("multi_lora_expand", lambda: op.multi_lora_expand_(x, s, b, *table), [x, x, s, used], flop)
+    need = (False, True)  # da alone
+    call = lambda: op.multi_lora_shrink_bwd(s, x, a, *table, None, None, *need)
+    yield Timed("multi_lora_wgrad", call, [x, s, used], flop)
+    ids = torch.randint(N, (T,), device=device)
+    yield Timed("multi_lora_gather", lambda: op.multi_lora_embedding(ids, a, *table), [ids, s, s], T * R)
+    call = lambda: op.multi_lora_embedding_bwd(s, ids, a, *table)
+    yield Timed("multi_lora_scatter", call, [ids, s, s, s], T * R)
+
+
+TIMED = {"lora": lora, "multi_lora": multi_lora}
+PARTS_OF_OTHERS = {
+    "sum_planes",
+    "multi_lora_sum",
+    "multi_lora_finish",
+    "multi_lora_wgrad_sum",
+}  # launched after the kernels above, inside their time
 
 
 def time_kernels(families: list[str], device: str) -> Iterator[dict]:

@@ -111,6 +111,17 @@ pin_torch() { # with the local part (+cpu, +cu130), so that nothing later swaps 
   $PY -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >$VENV/constraints.txt
 }
 
+peers_vllm() { # its LoRA ops alone, which need torch and nothing else of it
+  local whole=$VENV/peers/wheel
+  rm -rf $whole
+  $PY -m pip download --no-deps -d $whole -r requirements/peers_vllm.txt
+  $PY -c 'import sys, zipfile
+with zipfile.ZipFile(sys.argv[1]) as wheel:
+    wheel.extractall(sys.argv[2], [name for name in wheel.namelist() if name.startswith("vllm/lora/ops/")])' \
+    $whole/*.whl $VENV/peers
+  rm -r $whole
+}
+
 build_in_place() {
   $PY setup.py -q build_ext --inplace
   grep -o 'lrkern: .*' $LOG | tail -n 1 >$VENV/build_line
@@ -143,6 +154,11 @@ for group in build "$@"; do
   if [ $group = peers ]; then
     once peers "$pinned $(cat requirements/peers.txt)" "requirements/peers.txt" \
       "${pip_install[@]}" --no-deps --upgrade --target $VENV/peers -r requirements/peers.txt
+    continue
+  fi
+  if [ $group = peers_vllm ]; then
+    once peers_vllm "$(cat requirements/peers_vllm.txt)" "requirements/peers_vllm.txt, of which vllm/lora/ops is kept" \
+      peers_vllm
     continue
   fi
   once $group "$pinned $(cat requirements/$group.txt)" "requirements/$group.txt" "${pip_install[@]}" -r requirements/$group.txt

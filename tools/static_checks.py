@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -102,6 +102,43 @@ def sum_planes(f: str) -> Plan:
     return Plan(8)  # streams fp32, neighbours in one warp
 
 
+ROWS = -(-64 * 4 // 128) * 128  # a list of 64 rows in shared memory; up to 32 ranks take 128 bytes
+
+
+def multi_shrink(x: str, f: str, ranks: int) -> Plan:
+    elem, xt, ft, tensor = math_of(x, f)
+    lists = ROWS + (ROWS if ranks == 64 else 128)
+    wide = vectors(64, 64, x) + vectors(ranks, 64, f)
+    return Plan(2, tile(64, 64, elem, xt) + tile(ranks, 64, elem, ft) + lists, tensor, wide)
+
+
+def multi_expand(x: str, f: str, to: str) -> Plan:
+    elem, _, ft, tensor = math_of(x, f)
+    shared = tile(64, 32, elem, ft) + tile(32, 128, elem, ft) + ROWS + 128
+    return Plan(2, shared, tensor, vectors(64, 32, f) + vectors(32, 128, f) + vectors(64, 128, to))
+
+
+def multi_wgrad(x: str, f: str, ranks: int) -> Plan:
+    plain = wgrad(x, f, ranks)
+    return replace(plain, shared=plain.shared + ROWS + (ROWS if ranks == 64 else 128))
+
+
+def multi_plan() -> Plan:
+    return Plan(4, 2 * 256 * 4, threads=256)  # one block per slot: few, and no arithmetic
+
+
+def multi_stream(_: str) -> Plan:
+    return Plan(8)
+
+
+def multi_wgrad_sum(f: str) -> Plan:
+    return Plan(8, 128)
+
+
+def multi_gather(f: str) -> Plan:
+    return Plan(8, ROWS + 128)
+
+
 PLANS = {
     "shrink_kernel": shrink,
     "expand_kernel": expand,
@@ -109,6 +146,15 @@ PLANS = {
     "shrink_wgrad_kernel": shrink_wgrad,
     "rescale_kernel": rescale,
     "sum_planes_kernel": sum_planes,
+    "plan_kernel": multi_plan,
+    "multi_shrink_kernel": multi_shrink,
+    "multi_sum_kernel": multi_stream,
+    "multi_expand_kernel": multi_expand,
+    "multi_finish_kernel": multi_stream,
+    "multi_wgrad_kernel": multi_wgrad,
+    "multi_wgrad_sum_kernel": multi_wgrad_sum,
+    "multi_gather_kernel": multi_gather,
+    "multi_scatter_kernel": multi_wgrad_sum,
 }
 
 

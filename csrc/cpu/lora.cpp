@@ -2,82 +2,13 @@
 // LoRA on the CPU. Compiled once per instruction set; the baseline copy also holds the entry points that choose one.
 #include "lora.h"
 
-#include <algorithm>
-#include <vector>
-
-#include "tile.h"
+#include "factor.h"
 
 namespace lrk {
 namespace LRK_ISA {
 namespace {
 
-static_assert(kChunk == kCpuChunk, "workspace sizes follow lora.h");
-
-constexpr int kTileRows = 24;   // tokens per fp32 tile: 48 KB
-constexpr int kRankBlock = 64;  // shrink: ranks per task, so that one token with a large rank still has tasks to share;
-                                // expand: ranks summed at a time
-constexpr int kRun = 10;        // shrink: tiles a thread takes through all of N at once
-constexpr int kFewRows = 16;    // tokens that do not pay for reading a factor
-constexpr int kWgradCols = 256;  // columns of one task of wgrad
-
-// Tasks that a thread takes at once: some 3 us of work. A task is `rows` x `cols` elements against `ranks` ranks of a
-// factor; reading an element of the factor counts as 4 multiply-adds.
-int64_t grain(int64_t rows, int64_t cols, int64_t ranks) {
-  return std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, (rows + 4) * cols * ranks));
-}
-
-template <class F>
-void with_float(DType t, const F& f) {
-  if (t == DType::kF32) return f(float{});
-  if (t == DType::kF16) return f(f16{});
-  f(bf16{});
-}
-
-// U's columns [n0, n0 + n) of ranks [r0, r0 + ranks), widened to fp32 rows in `tile` [ranks][kPitch], zero-padded to kBlock
-// columns.
-template <class F>
-void pack(const Factor& u, int64_t r0, int ranks, int64_t n0, int n, float* tile) {
-  const F* data = static_cast<const F*>(u.data) + r0 * u.stride_r + n0 * u.stride_n;
-  if (u.stride_n == 1) {
-    load_tile(data, u.stride_r, 0, ranks, 0, n, Dropout{}, 0, tile);
-    return;
-  }
-  int r = 0;
-  for (; r + kLanes <= ranks; r += kLanes) {
-    int i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      vf block[kLanes];
-      for (int j = 0; j < kLanes; ++j) block[j] = load(data + (i + j) * u.stride_n + r);
-      transpose(block);
-      for (int j = 0; j < kLanes; ++j) store(tile + (r + j) * kPitch + i, block[j]);
-    }
-    for (; i < n; ++i)
-      for (int j = r; j < r + kLanes; ++j) tile[j * kPitch + i] = to_float(data[i * u.stride_n + j]);
-  }
-  for (; r < ranks; ++r)
-    for (int i = 0; i < n; ++i) tile[r * kPitch + i] = to_float(data[i * u.stride_n + r]);
-  for (r = 0; r < ranks; ++r)
-    for (int64_t i = n; i < round_up(n, kBlock); ++i) tile[r * kPitch + i] = 0.f;
-}
-
-// The same as a view: of the factor itself where it is fp32 rows of whole blocks, else packed.
-template <class F>
-View factor_tile(const Factor& u, int64_t r0, int ranks, int64_t n0, int n, float* tile) {
-  if constexpr (sizeof(F) == 4) {
-    if (u.stride_n == 1 && n % kBlock == 0)
-      return {static_cast<const float*>(u.data) + r0 * u.stride_r + n0, u.stride_r};
-  }
-  pack<F>(u, r0, ranks, n0, n, tile);
-  return {tile, kPitch};
-}
-
-// Draws that piece of U into the cache, for few tokens: there is no arithmetic to hide the wait behind, but all lines can
-// be under way at once.
-template <class F>
-void fetch_factor(const Factor& u, int64_t r0, int ranks, int64_t n0, int64_t n) {
-  const F* data = static_cast<const F*>(u.data) + r0 * u.stride_r + n0 * u.stride_n;
-  (u.stride_n == 1 ? Ahead::of(data, u.stride_r, ranks, n) : Ahead::of(data, u.stride_n, n, ranks)).all();
-}
+constexpr int kRun = 10;  // shrink: tiles a thread takes through all of N at once
 
 // S's rows [t0, t0 + rows) of ranks [r0, r0 + ranks) as fp32: S itself, or in `tile` [rows][ranks].
 template <class F>
@@ -87,13 +18,6 @@ View s_tile(const void* s, int64_t R, int64_t t0, int rows, int64_t r0, int rank
   for (int t = 0; t < rows; ++t)
     for (int r = 0; r < ranks; ++r) tile[t * ranks + r] = to_float(src[t * R + r]);
   return {tile, ranks};
-}
-
-// Memory of this thread, kept for its next call.
-float* thread_scratch(size_t floats) {
-  static thread_local std::vector<float> memory;
-  if (memory.size() < floats + 16) memory.resize(floats + 16);
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
 }
 
 // Tasks are (outer, inner) pairs, numbered outer by outer. Calls f(outer, first inner, count) for every run of at most
@@ -341,15 +265,6 @@ void shrink_wgrad(const LoraShrinkWgradParams& both, float* partial) {
   });
 }
 
-// Calls f(x tag, factor tag): the factors are fp32 or of x's dtype.
-template <class F>
-void with_types(DType x, DType factor, const F& f) {
-  with_float(x, [&](auto xt) {
-    if (factor == DType::kF32) return f(xt, float{});
-    f(xt, xt);
-  });
-}
-
 }  // namespace
 
 void lora_shrink(const LoraShrinkParams& p, float*) {
@@ -373,41 +288,11 @@ void lora_rescale(const LoraRescaleParams& p, float* workspace) {
 }  // namespace LRK_ISA
 
 #if defined(LRK_ISA_ENTRY)
-// The entry points, in the baseline copy only.
-#define LRK_DECLARE(isa)                                                    \
-  namespace isa {                                                           \
-  void lora_shrink(const LoraShrinkParams& p, float* workspace);            \
-  void lora_expand(const LoraExpandParams& p, float* workspace);            \
-  void lora_wgrad(const LoraWgradParams& p, float* workspace);              \
-  void lora_shrink_wgrad(const LoraShrinkWgradParams& p, float* workspace); \
-  void lora_rescale(const LoraRescaleParams& p, float* workspace);          \
-  }
-#if defined(LRK_HAVE_AVX2)
-LRK_DECLARE(avx2)
-#define LRK_AVX2(call) \
-  if (cpu_isa() == CpuIsa::kAvx2) return avx2::call;
-#else
-#define LRK_AVX2(call)
-#endif
-#if defined(LRK_HAVE_AVX512)
-LRK_DECLARE(avx512)
-#define LRK_AVX512(call) \
-  if (cpu_isa() == CpuIsa::kAvx512) return avx512::call;
-#else
-#define LRK_AVX512(call)
-#endif
-#define LRK_BY_ISA(call) \
-  LRK_AVX512(call)       \
-  LRK_AVX2(call)         \
-  baseline::call
-
-void lora_shrink_cpu(const LoraShrinkParams& p, void* ws) { LRK_BY_ISA(lora_shrink(p, static_cast<float*>(ws))); }
-void lora_expand_cpu(const LoraExpandParams& p, void* ws) { LRK_BY_ISA(lora_expand(p, static_cast<float*>(ws))); }
-void lora_wgrad_cpu(const LoraWgradParams& p, void* ws) { LRK_BY_ISA(lora_wgrad(p, static_cast<float*>(ws))); }
-void lora_shrink_wgrad_cpu(const LoraShrinkWgradParams& p, void* ws) {
-  LRK_BY_ISA(lora_shrink_wgrad(p, static_cast<float*>(ws)));
-}
-void lora_rescale_cpu(const LoraRescaleParams& p, void* ws) { LRK_BY_ISA(lora_rescale(p, static_cast<float*>(ws))); }
+LRK_CPU_ENTRY(lora_shrink, LoraShrinkParams)
+LRK_CPU_ENTRY(lora_expand, LoraExpandParams)
+LRK_CPU_ENTRY(lora_wgrad, LoraWgradParams)
+LRK_CPU_ENTRY(lora_shrink_wgrad, LoraShrinkWgradParams)
+LRK_CPU_ENTRY(lora_rescale, LoraRescaleParams)
 #endif
 
 }  // namespace lrk

@@ -57,23 +57,26 @@ inline void dropout_row(const Dropout& d, uint64_t seed, int64_t row, int64_t co
   }
 }
 
-// tile[rows][kPitch] = D(x[row0.., col0..]), columns from n to the next multiple of kBlock are zero.
+// dst = n elements of a row, dropped out as columns col0.. of row `row`; columns from n to the next multiple of kBlock are
+// zero.
+template <class T>
+void load_row(const T* src, int n, const Dropout& d, uint64_t seed, int64_t row, int64_t col0, float* dst) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+  for (; i < n; ++i) dst[i] = to_float(src[i]);
+  for (; i % kBlock; ++i) dst[i] = 0.f;
+  if (d.threshold) {
+    float m[kChunk];
+    dropout_row(d, seed, row, col0, n, m);
+    for (int j = 0; j < n; ++j) dst[j] = m[j] != 0.f ? dst[j] * m[j] : 0.f;  // a dropped nan is dropped
+  }
+}
+
+// tile[rows][kPitch] = D(x[row0.., col0..])
 template <class T>
 void load_tile(const T* x, int64_t pitch, int64_t row0, int rows, int64_t col0, int n, const Dropout& d, uint64_t seed,
                float* tile) {
-  for (int t = 0; t < rows; ++t) {
-    const T* src = x + (row0 + t) * pitch + col0;
-    float* dst = tile + t * kPitch;
-    int i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
-    for (; i < n; ++i) dst[i] = to_float(src[i]);
-    for (; i % kBlock; ++i) dst[i] = 0.f;
-    if (d.threshold) {
-      float m[kChunk];
-      dropout_row(d, seed, row0 + t, col0, n, m);
-      for (int j = 0; j < n; ++j) dst[j] = m[j] != 0.f ? dst[j] * m[j] : 0.f;  // a dropped nan is dropped
-    }
-  }
+  for (int t = 0; t < rows; ++t) load_row(x + (row0 + t) * pitch + col0, n, d, seed, row0 + t, col0, tile + t * kPitch);
 }
 
 // Rows of fp32 in memory, a tile or a factor as it is.

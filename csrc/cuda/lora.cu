@@ -287,7 +287,7 @@ __global__ __launch_bounds__(kBlockThreads, 2) void shrink_wgrad_kernel(LoraShri
   float db[kWarpN / 8][4] = {};  // rows: ranks; columns n0 + warp * kWarpN ..
   for (int64_t t = begin; t < end; t += kBM) {
     Stage<F, TS> ss;
-    ss.fetch({static_cast<const F*>(both.wgrad.s) + t * p.R, p.R, end - t, p.R, vec.s});
+    ss.fetch(Slab<F>{static_cast<const F*>(both.wgrad.s) + t * p.R, p.R, end - t, p.R, vec.s});
     sync_threads();
     ss.put(ts);
     const Slab<X> slab{static_cast<const X*>(p.x) + t * p.x_pitch + n0, p.x_pitch, end - t, p.N - n0, vec.x};
@@ -334,22 +334,6 @@ int sum_planes(const float* planes, int64_t count, int64_t rows, int64_t cols, f
 
 // ---- launchers
 
-// f(x tag, factor tag, n-contiguous tag)
-template <class F>
-int with_types(DType x, DType factor, const F& f) {
-  const auto pick = [&](auto xt) { return factor == DType::kF32 ? f(xt, float{}) : f(xt, xt); };
-  if (x == DType::kF32) return f(float{}, float{});
-  return x == DType::kF16 ? pick(f16{}) : pick(bf16{});
-}
-template <class F>
-int with_bool(bool b, const F& f) {
-  return b ? f(std::true_type{}) : f(std::false_type{});
-}
-dim3 grid_of(int64_t x, int64_t y, int64_t z = 1) {
-  // launch refuses what does not fit; an index past 32 bits must not wrap into something that does
-  const auto narrow = [](int64_t n) { return static_cast<unsigned>(n < int64_t{1} << 32 ? n : 0); };
-  return dim3(narrow(x), narrow(y), narrow(z));
-}
 int64_t pitch_of(const Factor& u) { return u.stride_n == 1 ? u.stride_r : u.stride_n; }
 size_t aligned64(size_t n) { return ceil_div(n, size_t{64}) * 64; }
 

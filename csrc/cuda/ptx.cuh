@@ -107,6 +107,9 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// A product that is rounded for itself: the compiler may not fuse it with a sum.
+__device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+
 // Conversions. The values are those of to_float and from_float in common.h, except that every NaN becomes one NaN.
 __device__ __forceinline__ float to_float_fast(float x) { return x; }
 __device__ __forceinline__ float to_float_fast(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }

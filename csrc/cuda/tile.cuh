@@ -126,22 +126,28 @@ struct Stage {
   static_assert(kCount % kBlockThreads == 0 || kVecs == 1, "threads share a tile evenly, or hold one vector at most");
   Vec8<Src> v[kVecs];
 
-  __device__ __forceinline__ void fetch(const Slab<Src>& s) {
+  template <class Rows>  // a Slab, or what else load_vec takes
+  __device__ __forceinline__ void fetch(const Rows& s) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int at = i * kBlockThreads + static_cast<int>(threadIdx.x);
       if (at < kCount) v[i] = load_vec(s, at / kPerRow, at % kPerRow * 8);
     }
   }
-  // row0, col0: of the tile's corner in [T, N], for the dropout mask.
-  __device__ __forceinline__ void put(const Tile& tile, const Dropout& d, uint64_t seed, int64_t row0, int64_t col0) {
+  // mask_row(r), col0: of the tile's row r and its first column in the dropout mask.
+  template <class MaskRow>
+  __device__ __forceinline__ void put_rows(const Tile& tile, const Dropout& d, uint64_t seed, const MaskRow& mask_row,
+                                           int64_t col0) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int at = i * kBlockThreads + static_cast<int>(threadIdx.x), r = at / kPerRow, c = at % kPerRow * 8;
       if (at >= kCount) continue;
-      if (d.threshold) drop(v[i], d, seed, row0 + r, col0 + c);
+      if (d.threshold) drop(v[i], d, seed, mask_row(r), col0 + c);
       store_vec(tile, r, c, v[i]);
     }
+  }
+  __device__ __forceinline__ void put(const Tile& tile, const Dropout& d, uint64_t seed, int64_t row0, int64_t col0) {
+    put_rows(tile, d, seed, [row0](int r) { return row0 + r; }, col0);
   }
   __device__ __forceinline__ void put(const Tile& tile) { put(tile, Dropout{}, 0, 0, 0); }
 };

@@ -2,12 +2,10 @@
 // Glue of the LoRA family: schemas, checks, allocation, dispatch. Math and letters: csrc/lora.h, docs/ops.md.
 #include "lora.h"
 
-#include "check.h"
+#include "linear.h"
 
 namespace lrk::ops {
 namespace {
-
-using Sizes = std::vector<int64_t>;
 
 // A Factor over A [R, I] (n contiguous) or over B [O, R] read as [R, O] (r contiguous).
 struct SmallMatrix {
@@ -25,16 +23,6 @@ SmallMatrix factor_of_b(const Tensor& b, DType dtype) {
   return {t, dtype, t.size(1), t.size(0), Factor{t.const_data_ptr(), 1, t.size(1)}};
 }
 
-// A factor is of the activations' dtype or fp32 (PEFT keeps A and B in fp32 over a 16-bit base).
-DType check_factor(const char* op, const char* arg, const Tensor& f, const Tensor& x, const char* x_arg) {
-  check_strided(op, arg, f);
-  check_device(op, arg, f, x, x_arg);
-  const DType dtype = float_dtype(op, arg, f);
-  if (f.scalar_type() != x.scalar_type() && dtype != DType::kF32)
-    fail(op, arg, " must be ", name_of(x.scalar_type()), " (the dtype of ", x_arg, ") or float32, got ",
-         name_of(f.scalar_type()));
-  return dtype;
-}
 void check_rank(const char* op, const char* arg, int64_t R) {
   if (R > kMaxRank) fail(op, arg, " must have a rank of at most ", kMaxRank, ", got ", R);
 }
@@ -49,33 +37,9 @@ DropoutArgs check_dropout(const char* op, double p, const OptTensor& seed, const
   if (!(p >= 0.0 && p <= 1.0)) fail(op, "dropout_p must lie in [0, 1], got ", p);
   d.dropout = make_dropout(p);
   if (!d.dropout.threshold) return d;
-  if (!seed) fail(op, "seed must be an int64 tensor of shape [1] where dropout_p > 0, got None");
-  check_shape(op, "seed", *seed, "[1]", {1});
-  check_dtype(op, "seed", *seed, ScalarType::Long);
-  check_device(op, "seed", *seed, x, "x");
+  d.seed_ptr = check_seed(op, seed, x);
   d.seed = seed;
-  d.seed_ptr = static_cast<const int64_t*>(seed->const_data_ptr());
   return d;
-}
-
-Sizes sizes_of(const Tensor& t) {
-  Sizes s;
-  for (int64_t i = 0; i < t.dim(); ++i) s.push_back(t.size(i));
-  return s;
-}
-Sizes with_last(const Tensor& t, int64_t last) {
-  Sizes s = sizes_of(t);
-  s.back() = last;
-  return s;
-}
-Tensor nothing() { return Tensor(); }  // a gradient nobody asked for: None in Python
-
-// The base GEMM is ATen's: cuBLAS, oneDNN, MKL.
-Tensor aten_linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // ---- one kernel each; `s` is [T, R] contiguous
@@ -236,20 +200,6 @@ RescaleGrads rescale(const char* op, const Rows& dy, DType dtype, const OptTenso
   return g;
 }
 
-// ---- base GEMM and its gradients
-
-void check_base(const char* op, const Tensor& x, const Tensor& w, const OptTensor& bias) {
-  check_strided(op, "weight", w);
-  check_device(op, "weight", w, x, "x");
-  check_dtype(op, "weight", w, x.scalar_type());
-  check_shape(op, "weight", w, "[O, I]", {-1, x.size(x.dim() - 1)});
-  if (!bias) return;
-  check_strided(op, "bias", *bias);
-  check_device(op, "bias", *bias, x, "x");
-  check_dtype(op, "bias", *bias, x.scalar_type());
-  check_shape(op, "bias", *bias, "[O]", {w.size(0)});
-}
-
 // c [O], of x's dtype or fp32, as contiguous fp32.
 Tensor check_base_scale(const char* op, const Tensor& c, const Tensor& x, int64_t O) {
   check_factor(op, "base_scale", c, x, "x");
@@ -257,22 +207,7 @@ Tensor check_base_scale(const char* op, const Tensor& c, const Tensor& x, int64_
   return as_contiguous(torch::stable::to(c, ScalarType::Float));
 }
 
-Tensor flat(const Rows& t) { return torch::stable::reshape(t.tensor, Sizes{t.T, t.N}); }
-Tensor base_dx(const Rows& dy, const Tensor& w) { return as_contiguous(torch::stable::matmul(dy.tensor, w)); }
-Tensor base_dw(const Rows& dy, const Rows& x) {
-  return torch::stable::matmul(torch::stable::transpose(flat(dy), 0, 1), flat(x));
-}
-Tensor base_dbias(const Rows& dy) {
-  const Sizes rows{0};
-  return torch::stable::sum(flat(dy), torch::headeronly::IntHeaderOnlyArrayRef(rows.data(), 1));
-}
-
 // ---- ops
-
-DType check_x(const char* op, const char* arg, const Tensor& x) {
-  check_strided(op, arg, x);
-  return float_dtype(op, arg, x);
-}
 
 SmallMatrix check_a(const char* op, const Tensor& a, const Tensor& x) {
   const DType dtype = check_factor(op, "a", a, x, "x");

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stateless compositions of the ops: adapters as users name them. Letters as in ops.py."""
+"""Stateless compositions of the ops: adapters as users name them. Letters as in ops."""
 
 import math
 

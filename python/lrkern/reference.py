@@ -2,7 +2,7 @@
 """What each op means, in plain PyTorch, and the samples every test and benchmark runs it on: the registry ``OPS``.
 
 The truth is the function called on float64 tensors; called on the samples' own dtypes it is the same-dtype PyTorch
-expression that the tolerance (testing.py) compares with. Letters as in ops.py.
+expression that the tolerance (testing.py) compares with. Letters as in ops.
 """
 
 from collections.abc import Callable, Iterator
@@ -85,6 +85,78 @@ def lora_add(y, x, a, b, scale=1.0, dropout_p=0.0, seed=None):
 
 def lora_expand_(y, s, b, scale=1.0):
     y.copy_(add(y, scale * (s @ b.mT)))
+
+
+# ---------------------------------------------------------------------------------------------------- multi-LoRA
+# Pools, pages, ranks, plan, slots and slices: see ops/multi_lora.py. Here every (slot, adapter) is one small matmul.
+
+
+def multi_lora_plan(index, adapters):
+    index = (index if index.dim() == 2 else index.unsqueeze(1)).long().clamp(-1)
+    plans = []
+    for group in (index + 1).unbind(1):  # 0: none, 1 + a: adapter a
+        order = group.sort(stable=True).indices
+        begin = torch.cat([group.new_zeros(1), torch.bincount(group, minlength=adapters + 2).cumsum(0)])
+        tiles = [[g, t] for g in range(adapters + 1) for t in range(int(begin[g]), int(begin[g + 1]), 64)]
+        spare = (len(group) + 63) // 64 + min(adapters + 2, len(group)) - len(tiles)
+        plans.append(torch.cat([order, begin, torch.tensor(tiles + [[0, len(group)]] * spare).long().flatten()]))
+    return torch.stack(plans).int() if plans else index.new_empty(0, 0).int()
+
+
+def rows_of(plan, T):
+    """(slot, adapter, its rows), in order, of all that have rows."""
+    for k in range(plan.shape[0]):
+        group = plan[k, T:]
+        for a in range(10**9):
+            if group[a + 1] == T:
+                break
+            if group[a + 1] < group[a + 2]:
+                yield k, a, plan[k, group[a + 1] : group[a + 2]].long()
+
+
+def factor(pool, pages, ranks, a, l):
+    rank = int(ranks[a, l])
+    rows = (16 * pages[a, l].long().unsqueeze(1) + torch.arange(16, device=pages.device)).flatten()
+    return pool[rows[:rank]], rank
+
+
+def multi_lora_shrink(x, a_pool, pages, ranks, plan, scales=None, dropout_p=None, seed=None):
+    flat, K = x.flatten(0, -2).to(a_pool.dtype), plan.shape[0]
+    T = len(flat)
+    s = a_pool.new_zeros(T, K, pages.shape[1], 16 * pages.shape[2])
+    for k, a, rows in rows_of(plan, T):
+        xs = flat[rows]
+        if dropout_p is not None:
+            xs = dropout(flat.repeat_interleave(K, 0), float(dropout_p[a]), seed)[rows * K + k]
+        scale = 1.0 if scales is None else scales.reshape(T, K)[rows, k].unsqueeze(1)
+        for l in range(pages.shape[1]):
+            f, rank = factor(a_pool, pages, ranks, a, l)
+            s[rows, k, l, :rank] = (scale * (xs @ f.mT)).to(s.dtype)
+    return s.reshape(*x.shape[:-1], *s.shape[1:])
+
+
+def multi_lora_embedding(ids, a_pool, pages, ranks, plan, scales=None):
+    x = torch.nn.functional.one_hot(ids, a_pool.shape[1]).to(a_pool.dtype)
+    return multi_lora_shrink(x, a_pool, pages, ranks, plan, scales)
+
+
+def multi_lora_expand(y, s, b_pool, pages, ranks, plan, slice=0):
+    flat = y.flatten(0, -2)
+    s, delta = s.reshape(len(flat), *s.shape[-3:]), b_pool.new_zeros(flat.shape)
+    for k, a, rows in rows_of(plan, len(flat)):
+        f, rank = factor(b_pool, pages, ranks, a, slice)
+        delta = delta.index_add(0, rows, s[rows, k, slice, :rank] @ f)
+    return add(flat, delta).reshape(y.shape)
+
+
+def multi_lora_expand_(y, s, b_pool, pages, ranks, plan, slice=0):
+    y.copy_(multi_lora_expand(y, s, b_pool, pages, ranks, plan, slice))
+
+
+def multi_lora_linear(x, weight, bias, a_pool, b_pool, pages, ranks, plan, scales=None, dropout_p=None, seed=None):
+    y = torch.nn.functional.linear(x, weight, bias)
+    s = multi_lora_shrink(x, a_pool, pages, ranks, plan, scales, dropout_p, seed)
+    return multi_lora_expand(y, s, b_pool, pages, ranks, plan)
 
 
 # ---------------------------------------------------------------------------------------------------- the registry
@@ -216,3 +288,105 @@ def _(device, dtype):
         s = draw(*x.shape[:-1], a.shape[0], dtype=a.dtype)
         pitch = w.shape[0] + 13 if "pitch" in name else 0
         yield Sample(name, (draw(*x.shape[:-1], w.shape[0], pitch=pitch), s, b), {"scale": kw["scale"]})
+
+
+# name, leading dimensions, I, O, ranks [A][L], index: K columns or a callable of T, fp32 factors, scales, dropout_p, pitch of x over I
+MULTI_CASES = [
+    ("one_token", (1,), 64, 48, [[4]], [[0]], False, True, None, 0),
+    ("odd", (7,), 67, 35, [[5], [1], [3]], [[2], [0], [-1], [2], [1], [2], [0]], False, True, None, 0),
+    ("fp32_factors", (40,), 264, 520, [[16], [8]], "mixed", True, True, None, 0),
+    ("chunks", (70,), 1031, 520, [[16], [64], [0], [17]], "mixed", False, False, None, 0),
+    ("tiles", (3, 60), 136, 264, [[8], [33]], "skewed", False, True, None, 0),
+    ("rank_512_fp32", (5,), 96, 88, [[512], [2]], "mixed", True, True, None, 0),
+    ("slots", (33,), 72, 80, [[8], [20], [0], [16]], "slots", False, True, None, 0),
+    ("slots_fp32", (2, 9), 40, 24, [[3], [16]], "slots", True, True, None, 0),
+    ("slices", (19,), 56, 40, [[8, 0, 16], [4, 30, 1]], "mixed", False, True, None, 72),
+    ("dropout", (65,), 200, 72, [[8], [16], [4]], "mixed", False, True, [0.25, 0.0, 1.0], 0),
+    ("dropout_slots_fp32_pitch", (3, 7), 61, 41, [[9], [5]], "slots", True, True, [0.5, 0.1], 64),
+    ("odd_pitch", (11,), 33, 41, [[3], [2]], "mixed", True, False, None, 45),
+    ("none", (6,), 16, 24, [[4]], "none", False, True, None, 0),
+    ("rank_0", (3, 2), 16, 24, [[0], [0]], "mixed", False, True, None, 0),
+    ("no_tokens", (0,), 16, 24, [[4]], "mixed", False, True, None, 0),
+    ("no_adapters", (4,), 16, 24, [], "none", False, True, None, 0),
+]  # fmt: skip
+
+
+def adapter_index(how: str, T: int, A: int, generator: torch.Generator) -> Tensor:
+    """int32 [T, K]: who has which adapter. mixed: any or none; skewed: adapter 1 but for row 0; slots: three of any or none."""
+    if how == "none":
+        return torch.full((T, 1), -1, dtype=torch.int32)
+    if how == "skewed":
+        index = torch.ones(T, 1, dtype=torch.int32)
+        index[:1] = 0
+        return index
+    return torch.randint(-1, A, (T, 3 if how == "slots" else 1), generator=generator, dtype=torch.int32)
+
+
+def pages_of(ranks: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
+    """(pages int32 [A, L, M], rows of the pool): pages in any order, one more than are needed."""
+    counts = (ranks + 15) // 16
+    M, total = int(counts.max()) if counts.numel() else 1, int(counts.sum()) + 1
+    pages, free = torch.full((*ranks.shape, M), -1, dtype=torch.int32), iter(torch.randperm(total, generator=generator))
+    for at in torch.cartesian_prod(*map(torch.arange, ranks.shape)) if ranks.numel() else ():
+        for m in range(int(counts[tuple(at)])):
+            pages[(*at, m)] = next(free)
+    return pages, 16 * total
+
+
+def _multi_tensors(device, dtype):
+    for i, (name, lead, I, O, ranks, how, fp32, scaled, dropout_p, pitch) in enumerate(MULTI_CASES):
+        draw = Draw(device, dtype, seed=200 + i)
+        f, T = torch.float32 if fp32 else dtype, torch.Size(lead).numel()
+        x, w, bias = draw(*lead, I, pitch=pitch), draw(O, I, std=I**-0.5), draw(O)
+        ranks = torch.tensor(ranks, dtype=torch.int32).reshape(len(ranks), -1 if ranks else 1)
+        pages, P = pages_of(ranks, draw.generator)
+        index = torch.tensor(how, dtype=torch.int32) if isinstance(how, list) else None
+        index = adapter_index(how, T, len(ranks), draw.generator) if index is None else index
+        a_pool, b_pool = draw(P, I, dtype=f, std=I**-0.5), draw(P, O, dtype=f)
+        scales = draw(T, index.shape[1], dtype=torch.float32) if scaled else None
+        plan = multi_lora_plan(index, len(ranks))
+        p = None if dropout_p is None else torch.tensor(dropout_p, device=device)
+        table = tuple(t.to(device) for t in (pages, ranks, plan))
+        yield name, draw, x, w, bias, a_pool, b_pool, table, (scales, p, draw.seed() if dropout_p else None), index
+
+
+@register(multi_lora_plan, "rows sorted by adapter")
+def _(device, dtype):
+    for name, *_, table, _, index in _multi_tensors(device, dtype):
+        yield Sample(name, (index.to(device), len(table[0])))
+
+
+@register(multi_lora_shrink, "S[t, k] = scales[t, k] D(x[t]) A[index[t, k]]^T", ("x", "a_pool"))
+def _(device, dtype):
+    for name, _, x, _, _, a_pool, _, table, rest, _ in _multi_tensors(device, dtype):
+        yield Sample(name, (x, a_pool, *table, *rest))
+
+
+@register(multi_lora_embedding, "S[t, k] = scales[t, k] A[index[t, k]][:, ids[t]]", ("a_pool",))
+def _(device, dtype):
+    for name, draw, x, _, _, a_pool, _, table, rest, _ in _multi_tensors(device, dtype):
+        ids = torch.randint(a_pool.shape[1], x.shape[:-1], generator=draw.generator)
+        yield Sample(name, (ids.to(device), a_pool, *table, rest[0]))
+
+
+def _expand_samples(device, dtype):
+    for name, draw, x, w, _, _, b_pool, table, _, _ in _multi_tensors(device, dtype):
+        y = draw(*x.shape[:-1], w.shape[0], pitch=w.shape[0] + 13 if "pitch" in name else 0)
+        s = draw(*x.shape[:-1], len(table[2]), table[0].shape[1], 16 * table[0].shape[2], dtype=b_pool.dtype)
+        yield Sample(name, (y, s, b_pool, *table), {"slice": table[0].shape[1] - 1})
+
+
+EXPAND = "y[t] + sum over k of S[t, k] B[index[t, k]]^T"
+register(multi_lora_expand, EXPAND, ("y", "s", "b_pool"))(_expand_samples)
+register(multi_lora_expand_, f"{EXPAND}, in place", mutates="y")(_expand_samples)
+
+
+@register(
+    multi_lora_linear,
+    "x W^T + bias + sum over k of scales[t, k] (D(x[t]) A[index[t, k]]^T) B[index[t, k]]^T",
+    ("x", "weight", "bias", "a_pool", "b_pool"),
+)
+def _(device, dtype):
+    for name, _, x, w, bias, a_pool, b_pool, table, rest, _ in _multi_tensors(device, dtype):
+        if table[0].shape[1] == 1:
+            yield Sample(name, (x, w, bias, a_pool, b_pool, *table, *rest))

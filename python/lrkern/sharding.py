@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DTensor: how each op may be sharded along one dimension of a device mesh. ops.py imports this where it meets a DTensor.
+"""DTensor: how each op may be sharded along one dimension of a device mesh. lrkern.ops imports this where it meets a DTensor.
 
 A rule gives every tensor argument and every result a letter:
 

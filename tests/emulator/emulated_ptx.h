@@ -74,6 +74,8 @@ void cp_async_wait(LRK_AT) {
   emu::cp_async_wait(N, at);
 }
 
+inline float mul_rn(float a, float b) { return a * b; }  // g++ fuses nothing without -mfma
+
 inline float to_float_fast(float x) { return x; }
 inline float to_float_fast(bf16 x) { return to_float(x); }
 inline float to_float_fast(f16 x) { return to_float(x); }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-LIBRARY = Path(__file__).with_name("_C.so")
+LIBRARY = Path(__file__).parents[1] / "_C.so"
 if not LIBRARY.exists():
     raise ImportError(f"lrkern: {LIBRARY} is not built; run `pip install .` (or `make build`) in the checkout")
 if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
@@ -33,6 +33,12 @@ OPS_INFO = {
     "lora_linear": "y = c * (x W^T) + bias + scale (D(x) A^T) B^T",
     "lora_add": "y + scale (D(x) A^T) B^T",
     "lora_expand_": "y += scale S B^T, in place",
+    "multi_lora_plan": "rows sorted by adapter",
+    "multi_lora_shrink": "S[t, k] = scales[t, k] D(x[t]) A[index[t, k]]^T",
+    "multi_lora_embedding": "S[t, k] = scales[t, k] A[index[t, k]][:, ids[t]]",
+    "multi_lora_expand": "y[t] + sum over k of S[t, k] B[index[t, k]]^T",
+    "multi_lora_expand_": "y[t] += sum over k of S[t, k] B[index[t, k]]^T, in place",
+    "multi_lora_linear": "x W^T + bias + sum over k of scales[t, k] (D(x[t]) A[index[t, k]]^T) B[index[t, k]]^T",
 }
 
 # ---------------------------------------------------------------------------------------------------- wrappers
@@ -399,3 +405,13 @@ def _(y, x, a, b, scale=1.0, dropout_p=0.0, seed=None):
 @_fake("lora_add_bwd")
 def _(dy, x, a, b, s, scale, dropout_p, seed, need_dx, need_da, need_db):
     return _grad(need_dx, x), _grad(need_da, a), _grad(need_db, b)
+
+
+from .multi_lora import (  # noqa: E402, F401  at the end: it needs what stands above
+    multi_lora_embedding,
+    multi_lora_expand,
+    multi_lora_expand_,
+    multi_lora_linear,
+    multi_lora_plan,
+    multi_lora_shrink,
+)

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the low-rank families do with a factor on the CPU: view or pack a piece of it as a tile, draw it into the cache;
+// and how they choose types, share tasks and keep scratch memory.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "lora.h"
+#include "tile.h"
+
+namespace lrk::LRK_ISA {
+
+static_assert(kChunk == kCpuChunk, "workspace sizes follow lora.h");
+
+constexpr int kTileRows = 24;   // tokens per fp32 tile: 48 KB
+constexpr int kRankBlock = 64;  // shrink: ranks per task, so that one token with a large rank still has tasks to share;
+                                // expand: ranks summed at a time
+constexpr int kFewRows = 16;    // tokens that do not pay for reading a factor
+constexpr int kWgradCols = 256;  // columns of one task of wgrad
+
+// Tasks that a thread takes at once: some 3 us of work. A task is `rows` x `cols` elements against `ranks` ranks of a
+// factor; reading an element of the factor counts as 4 multiply-adds.
+inline int64_t grain(int64_t rows, int64_t cols, int64_t ranks) {
+  return std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, (rows + 4) * cols * ranks));
+}
+
+template <class F>
+void with_float(DType t, const F& f) {
+  if (t == DType::kF32) return f(float{});
+  if (t == DType::kF16) return f(f16{});
+  f(bf16{});
+}
+
+// Calls f(x tag, factor tag): the factors are fp32 or of x's dtype.
+template <class F>
+void with_types(DType x, DType factor, const F& f) {
+  with_float(x, [&](auto xt) {
+    if (factor == DType::kF32) return f(xt, float{});
+    f(xt, xt);
+  });
+}
+
+// Memory of this thread, kept for its next call.
+inline float* thread_scratch(size_t floats) {
+  static thread_local std::vector<float> memory;
+  if (memory.size() < floats + 16) memory.resize(floats + 16);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+}
+
+// U's columns [n0, n0 + n) of ranks [r0, r0 + ranks), widened to fp32 rows in `tile` [ranks][kPitch], zero-padded to kBlock
+// columns.
+template <class F>
+void pack(const Factor& u, int64_t r0, int ranks, int64_t n0, int n, float* tile) {
+  const F* data = static_cast<const F*>(u.data) + r0 * u.stride_r + n0 * u.stride_n;
+  if (u.stride_n == 1) {
+    load_tile(data, u.stride_r, 0, ranks, 0, n, Dropout{}, 0, tile);
+    return;
+  }
+  int r = 0;
+  for (; r + kLanes <= ranks; r += kLanes) {
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      vf block[kLanes];
+      for (int j = 0; j < kLanes; ++j) block[j] = load(data + (i + j) * u.stride_n + r);
+      transpose(block);
+      for (int j = 0; j < kLanes; ++j) store(tile + (r + j) * kPitch + i, block[j]);
+    }
+    for (; i < n; ++i)
+      for (int j = r; j < r + kLanes; ++j) tile[j * kPitch + i] = to_float(data[i * u.stride_n + j]);
+  }
+  for (; r < ranks; ++r)
+    for (int i = 0; i < n; ++i) tile[r * kPitch + i] = to_float(data[i * u.stride_n + r]);
+  for (r = 0; r < ranks; ++r)
+    for (int64_t i = n; i < round_up(n, kBlock); ++i) tile[r * kPitch + i] = 0.f;
+}
+
+// The same as a view: of the factor itself where it is fp32 rows of whole blocks, else packed.
+template <class F>
+View factor_tile(const Factor& u, int64_t r0, int ranks, int64_t n0, int n, float* tile) {
+  if constexpr (sizeof(F) == 4) {
+    if (u.stride_n == 1 && n % kBlock == 0)
+      return {static_cast<const float*>(u.data) + r0 * u.stride_r + n0, u.stride_r};
+  }
+  pack<F>(u, r0, ranks, n0, n, tile);
+  return {tile, kPitch};
+}
+
+// Draws that piece of U into the cache, for few tokens: there is no arithmetic to hide the wait behind, but all lines can
+// be under way at once.
+template <class F>
+void fetch_factor(const Factor& u, int64_t r0, int ranks, int64_t n0, int64_t n) {
+  const F* data = static_cast<const F*>(u.data) + r0 * u.stride_r + n0 * u.stride_n;
+  (u.stride_n == 1 ? Ahead::of(data, u.stride_r, ranks, n) : Ahead::of(data, u.stride_n, n, ranks)).all();
+}
+
+}  // namespace lrk::LRK_ISA
+
+// Entry point name_cpu, made in the baseline copy of a family only: runs the copy of `name` for this machine.
+#if defined(LRK_HAVE_AVX2)
+#define LRK_IF_AVX2(...) __VA_ARGS__
+#else
+#define LRK_IF_AVX2(...)
+#endif
+#if defined(LRK_HAVE_AVX512)
+#define LRK_IF_AVX512(...) __VA_ARGS__
+#else
+#define LRK_IF_AVX512(...)
+#endif
+#define LRK_CPU_ENTRY(name, Params)                                                 \
+  LRK_IF_AVX2(namespace avx2 { void name(const Params& p, float* workspace); })     \
+  LRK_IF_AVX512(namespace avx512 { void name(const Params& p, float* workspace); }) \
+  void name##_cpu(const Params& p, void* workspace) {                               \
+    float* ws = static_cast<float*>(workspace);                                     \
+    LRK_IF_AVX512(if (cpu_isa() == CpuIsa::kAvx512) return avx512::name(p, ws);)    \
+    LRK_IF_AVX2(if (cpu_isa() == CpuIsa::kAvx2) return avx2::name(p, ws);)          \
+    baseline::name(p, ws);                                                          \
+  }

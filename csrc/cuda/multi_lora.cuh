@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows and ranks of a block of multi-LoRA, as lists in shared memory, and matrices gathered through them.
+#pragma once
+
+#include "multi_lora.h"
+#include "tile.cuh"
+
+namespace lrk {
+
+constexpr int32_t kAbsent = -1, kUnknown = -2;  // rows of a list: none there; one that does not exist
+
+// Rows of one group in slot k, read from the plan. A plan of other origin must not lead out of memory: what is out of range
+// counts as no row, as an adapter nobody knows.
+struct RowTile {
+  int64_t k, adapter;  // adapter: kAbsent, kUnknown, or one of A
+  int32_t count;
+};
+__device__ __forceinline__ void fill_rows(const Adapters& d, const int32_t* order, int64_t start, int32_t count,
+                                          int32_t* rows) {
+  for (int i = static_cast<int>(threadIdx.x); i < kPlanRows; i += kBlockThreads) {
+    const int32_t row = i < count && start + i < d.T ? order[start + i] : kAbsent;
+    rows[i] = row >= 0 && row < d.T ? row : kAbsent;
+  }
+}
+__device__ __forceinline__ RowTile plan_tile(const Adapters& d, int64_t k, int64_t i, int32_t* rows) {
+  const PlanLayout at = plan_layout(d.T, d.A);
+  const int32_t *plan = d.plan + k * at.length, group = plan[at.tiles + 2 * i], start = plan[at.tiles + 2 * i + 1];
+  if (start < 0 || start >= d.T || group < 0 || group > d.A + 1) return {k, kAbsent, 0};
+  const int32_t left = plan[at.begin + group + 1] - start, count = left < 0 ? 0 : left < kPlanRows ? left : kPlanRows;
+  fill_rows(d, plan, start, count, rows);
+  return {k, group == 0 ? kAbsent : group > d.A ? kUnknown : group - 1, count};
+}
+
+// ranks[i] = the pool row of rank first + i of the adapter, below `end`, counted through the slices at hand; kAbsent where it
+// has none, kUnknown where adapter or page do not exist.
+__device__ __forceinline__ void fill_ranks(const Adapters& d, int64_t adapter, int64_t first, int64_t end, int count,
+                                           int32_t* ranks) {
+  const unsigned R = static_cast<unsigned>(kPageRanks * d.M);
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kBlockThreads) {
+    const unsigned at = static_cast<unsigned>(first) + i, l = at / R, r = at % R;
+    int32_t row = adapter == kUnknown ? kUnknown : kAbsent;
+    if (first + i >= end) {
+      row = kAbsent;
+    } else if (adapter >= 0 && r < d.ranks[adapter * d.L + d.first + l]) {
+      const int64_t page = d.pages[(adapter * d.L + d.first + l) * d.M + r / kPageRanks];
+      row = page >= 0 && page < d.P / kPageRanks ? static_cast<int32_t>(page * kPageRanks + r % kPageRanks) : kUnknown;
+    }
+    ranks[i] = row;
+  }
+}
+// Whether one of them is there, or with `unknown` one that does not exist.
+__device__ __forceinline__ bool any_rank(const int32_t* ranks, int count, bool unknown = false) {
+  bool any = false;
+  for (int i = 0; i < count; ++i) any = any || (unknown ? ranks[i] == kUnknown : ranks[i] >= 0);
+  return any;
+}
+__device__ __forceinline__ float not_a_number() { return bit_cast<float>(0x7fc00000u); }
+
+// The probability as a Dropout; its keep_scale is applied to the fp32 result.
+__device__ __forceinline__ Dropout dropout_of(const Adapters& d, int64_t adapter) {
+  return d.dropout_p && adapter >= 0 ? make_dropout(d.dropout_p[adapter]) : Dropout{};
+}
+
+// A matrix whose rows a list names, from column 0 on; columns too where `cols_of` is given, to blank out those it lacks.
+template <class Src>
+struct Gathered {
+  const Src* data;
+  int64_t pitch;
+  const int32_t* rows;
+  int64_t cols;
+  bool vectorize;
+  const int32_t* cols_of = nullptr;
+};
+template <class Src>
+__device__ __forceinline__ Vec8<Src> load_vec(const Gathered<Src>& s, int r, int c) {
+  const int32_t row = s.rows[r];
+  const Slab<Src> slab{s.data + (row < 0 ? 0 : row) * s.pitch, 0, row < 0 ? 0 : 1, s.cols, s.vectorize};
+  Vec8<Src> v = load_vec(slab, 0, c);
+  if (s.cols_of) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      if (s.cols_of[c + j] < 0) v.v[j] = Src{};
+  }
+  return v;
+}
+
+}  // namespace lrk

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// Multi-LoRA: every row of a batch has adapters of its own. Contract of three products, each of which serves both factors.
+// T rows, K slots a row, A adapters, L slices (q, k, v of one x), M pages an adapter and slice; N stands for I or O.
+//
+// A factor lies in a pool [P, N], rank-major (A as [R, I], B as its transpose [R, O]), in pages of kPageRanks rows. An
+// adapter's ranks are the rows of its pages, in order; rows past its rank are never read. No page has two owners.
+//
+//   shrink   S[T, K, L, R] = scale * D(X)[T, N] pool^T     S = s D(x) A^T      dS = s dY B
+//   expand   Y[T, N] = base + sum over K, L of D(S pool)   y += S B^T          dx += D(dS A)
+//   wgrad    G[P, N] = S^T D(X)                            dA = dS^T D(x)      dB^T = S^T dY
+//   gather   S[T, K, L, R] = scale * pool[:, ids[t]]       an embedding: x is one-hot, N the vocabulary
+//   scatter  G[P, N] += S into columns ids                 its dA
+//
+// R = kPageRanks M. Ranks an adapter lacks, and slots without an adapter, are zeros in S. D multiplies by the dropout mask
+// of (t K + k, column) with the adapter's own probability. Sums run in fp32 and are rounded once; N is summed in chunks as
+// in lora.h, slots, slices and ranks in order: a row's bits depend on no other row, an adapter's gradient on no other
+// adapter. An adapter or a page that does not exist (possible on CUDA, where nobody can look) gives NaN in its rows alone.
+#pragma once
+
+#include "lora.h"
+
+namespace lrk {
+
+constexpr int kPageRanks = 16;
+constexpr int kPlanRows = 64;  // rows of one adapter that a tile of the plan holds at most
+
+// One plan per slot, int32 [K, plan_length(T, A)]: the rows sorted by adapter. Its parts, in this order:
+//   order  [T]      rows without an adapter, then by adapter, then (CUDA) of unknown adapters; ascending in each group
+//   begin  [A + 3]  group g starts at order[begin[g]]: 0 none, 1 + a adapter a, A + 1 unknown; begin[A + 2] = T
+//   tiles  [G, 2]   (group, start in order), at most kPlanRows rows of one group; an unused tile starts at T
+struct PlanLayout {
+  int64_t T, A, G, begin, tiles, length;
+};
+LRK_HD constexpr PlanLayout plan_layout(int64_t T, int64_t A) {
+  const int64_t groups = A + 2 < T ? A + 2 : T, G = ceil_div(T, int64_t{kPlanRows}) + groups;
+  return {T, A, G, T, T + A + 3, T + A + 3 + 2 * G};
+}
+
+struct MultiLoraPlanParams {
+  const int32_t* index;  // [T, K]: an adapter, or negative for none
+  int32_t* plan;         // [K, length]
+  int64_t T, K, A;
+};
+
+// Who has which adapter, and where its factors are. Slices [first, first + slices) of L take part.
+struct Adapters {
+  const int32_t* pages;  // [A, L, M]: page m is rows kPageRanks * pages[..] and the 15 after it of the pool
+  const int32_t* ranks;  // [A, L]
+  const int32_t* plan;   // [K, length]
+  int64_t T, K, A, L, M, P;
+  int32_t first, slices;
+  const float* dropout_p;  // [A], or null for none
+  const int64_t* seed;     // [1], read where dropout_p is given
+};
+
+struct MultiLoraShrinkParams {
+  Adapters adapters;
+  const void* x;        // [T, N] dtype
+  const void* pool;     // [P, N] factor_dtype, contiguous
+  void* s;              // [T, K, L, R] factor_dtype, contiguous
+  const float* scales;  // [T, K], or null for ones
+  int64_t N, x_pitch;
+  DType dtype, factor_dtype;
+};
+
+struct MultiLoraExpandParams {
+  Adapters adapters;
+  void* y;           // [T, N] dtype
+  const void* base;  // [T, N] dtype; y itself to add in place
+  const void* s;     // [T, K, L, R] factor_dtype, contiguous
+  const void* pool;  // [P, N] factor_dtype, contiguous
+  int64_t N, y_pitch, base_pitch;
+  DType dtype, factor_dtype;
+};
+
+struct MultiLoraWgradParams {
+  Adapters adapters;
+  const void* s;  // [T, K, L, R] factor_dtype, contiguous
+  const void* x;  // [T, N] dtype
+  void* g;        // [P, N] factor_dtype, zeros: pages of adapters that have rows in this batch are written
+  int64_t N, x_pitch;
+  DType dtype, factor_dtype;
+};
+
+// x of shrink and wgrad as the numbers of its ones.
+struct MultiLoraGatherParams {
+  Adapters adapters;    // without dropout
+  const int64_t* ids;   // [T], below N; one out of range (CUDA) gives NaN in its row, and no gradient
+  const void* pool;     // [P, N] factor_dtype, contiguous
+  void* s;              // [T, K, L, R] factor_dtype, contiguous
+  const float* scales;  // [T, K], or null for ones
+  int64_t N;
+  DType factor_dtype;
+};
+struct MultiLoraScatterParams {
+  Adapters adapters;
+  const int64_t* ids;
+  const void* s;  // [T, K, L, R] factor_dtype, contiguous
+  float* g;       // [P, N] zeros; rows of a token are added in order
+  int64_t N;
+  DType factor_dtype;
+};
+
+// shrink on CUDA: as choose_lora_shrink, one block per chunk of N where rows are few.
+ShrinkConfig choose_multi_lora_shrink(int64_t T, int64_t K, int64_t N);
+
+size_t multi_lora_plan_workspace(const MultiLoraPlanParams& p, Device device);
+size_t multi_lora_shrink_workspace(const MultiLoraShrinkParams& p, Device device);
+size_t multi_lora_expand_workspace(const MultiLoraExpandParams& p, Device device);
+size_t multi_lora_wgrad_workspace(const MultiLoraWgradParams& p, Device device);
+size_t multi_lora_gather_workspace(const MultiLoraGatherParams& p, Device device);
+size_t multi_lora_scatter_workspace(const MultiLoraScatterParams& p, Device device);
+
+void multi_lora_plan_cpu(const MultiLoraPlanParams& p, void* workspace);
+void multi_lora_shrink_cpu(const MultiLoraShrinkParams& p, void* workspace);
+void multi_lora_expand_cpu(const MultiLoraExpandParams& p, void* workspace);
+void multi_lora_wgrad_cpu(const MultiLoraWgradParams& p, void* workspace);
+void multi_lora_gather_cpu(const MultiLoraGatherParams& p, void* workspace);
+void multi_lora_scatter_cpu(const MultiLoraScatterParams& p, void* workspace);
+
+int multi_lora_plan_cuda(const MultiLoraPlanParams& p, void* workspace, Stream stream);
+int multi_lora_shrink_cuda(const MultiLoraShrinkParams& p, void* workspace, Stream stream);
+int multi_lora_expand_cuda(const MultiLoraExpandParams& p, void* workspace, Stream stream);
+int multi_lora_wgrad_cuda(const MultiLoraWgradParams& p, void* workspace, Stream stream);
+int multi_lora_gather_cuda(const MultiLoraGatherParams& p, void* workspace, Stream stream);
+int multi_lora_scatter_cuda(const MultiLoraScatterParams& p, void* workspace, Stream stream);
+
+}  // namespace lrk

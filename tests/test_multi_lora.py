@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-LoRA beyond the registry's samples: a grid of shapes, ranks, batches and assignments; invariances; isolation."""
+
+import pytest
+import torch
+from conftest import FULL, enter_device
+from grid import all_pairs
+
+import lrkern.ops as ops
+from lrkern import reference, testing
+from lrkern.reference import Draw, pages_of
+
+# The values of facts and competitors' test matrices (vLLM's punica tests, Punica, SGLang, LoRAFusion), small ones added so
+# that each pair of values has a case of bearable size.
+AXES = {
+    "dtype": [torch.float32, torch.bfloat16, torch.float16],
+    "fp32": [False, True],
+    "shape": [(48, 40), (768, 2048), (2049, 2049), (2560, 6144), (4096, 4096), (4096, 14336), (14336, 4096), (5120, 5120),
+              (8192, 8192), (8192, 28672), (64, 128256)],
+    "rank": [0, 1, 4, 8, 16, 24, 32, 64, 96, 128, 256, 320, 512, (8, 16, 32, 64, 0)],
+    "T": [1, 2, 3, 4, 7, 10, 16, 32, 33, 64, 127, 128, 129, 133, 256, 1000, 2048, 4096, 8192],
+    "A": [1, 2, 4, 8, 32, 64, 128],
+    "assignment": ["identical", "distinct", "uniform", "zipf", "skewed", "none", "some none"],
+    "order": ["sorted", "unsorted"],
+    "K": [1, 2, 3],
+    "L": [1, 2, 3],
+    "scale": ["none", "adapter", "row", "zero", "negative"],
+    "dropout": [False, True],
+    "pitch": [0, 8, 13],
+}  # fmt: skip
+SMALL = {
+    "shape": [(48, 40), (136, 264), (300, 72), (67, 35)],
+    "rank": [0, 1, 4, 16, 24, 64, (8, 16, 32, 64, 0)],
+    "T": [1, 2, 7, 33, 64, 65, 133],
+    "A": [1, 2, 8, 64],
+}  # for the emulator
+
+
+def largest(rank):
+    return max(rank) if isinstance(rank, tuple) else rank
+
+
+def feasible(case, elements):
+    """As far as the case is given: no tensor has more elements than that, and there are at most 64 multiply-adds for each."""
+    I, O = case.get("shape", (48, 40))
+    T, A, K, L = (case.get(n, 1) for n in ("T", "A", "K", "L"))
+    rank = largest(case.get("rank", 1))
+    sizes = [T * K * L * max(rank, 1) * (I + O) // 64, A * L * (rank + 15) // 16 * 16 * (I + O), T * (I + O)]
+    if case.get("dropout"):
+        sizes.append(64 * T * K * I)  # the reference draws the mask in Python
+    return max(sizes) <= elements and not (case.get("dropout") and T > 256)  # a mask belongs to the row's number
+
+
+def cases(device):
+    emulated = device == "emulated"
+    axes, limit = (AXES | SMALL, 2**20) if emulated else (AXES, 2**26 if FULL else 2**23)
+    seeds = range(8 if FULL else 1)  # the grid itself has 10^9 cases: more of its pairs' neighbours
+    return [case for seed in seeds for case in all_pairs(axes, lambda c: feasible(c, limit), seed)]
+
+
+def name_of(case):
+    return " ".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in case.items()).replace(", ", "x")
+
+
+def assigned(how, T, A, K, order, generator):
+    """index int32 [T, K]"""
+    if how == "identical":
+        index = torch.zeros(T, K)
+    elif how == "distinct":
+        index = torch.arange(T * K).reshape(T, K) % A
+    elif how == "zipf":  # adapter i with a weight of 1 / (i + 1)^1.5, as Punica's benchmark
+        weights = torch.arange(1, A + 1).double() ** -1.5
+        index = torch.multinomial(weights, T * K, True, generator=generator).reshape(T, K)
+    elif how == "skewed":
+        index = torch.full((T, K), A - 1)
+        index[:1] = 0
+    elif how == "none":
+        index = torch.full((T, K), -1)
+    else:
+        index = torch.randint(-1 if how == "some none" else 0, A, (T, K), generator=generator)
+    index = index.int()
+    return index.sort(0).values if order == "sorted" else index[torch.randperm(T, generator=generator)]
+
+
+class Batch:
+    """Tensors of a case, and the adapter part of its forward and backward."""
+
+    def __init__(self, case, device="cpu", seed=0):
+        self.case = case
+        I, O = case["shape"]
+        T, A, K, L = case["T"], case["A"], case["K"], case["L"]
+        draw = Draw(device, case["dtype"], seed)
+        g = draw.generator
+        f = torch.float32 if case["fp32"] else case["dtype"]
+        rank = case["rank"] if isinstance(case["rank"], tuple) else (case["rank"],)
+        self.ranks = torch.tensor(rank, dtype=torch.int32)[torch.arange(A * L) % len(rank)].reshape(A, L)
+        self.pages, P = pages_of(self.ranks, g)
+        if not self.pages.shape[2]:
+            self.pages = torch.zeros(A, L, 1, dtype=torch.int32)
+        self.x, self.y = draw(T, I, pitch=I + case["pitch"] if case["pitch"] else 0), draw(T, O)
+        self.a, self.b = draw(P, I, dtype=f, std=I**-0.5), draw(P, O, dtype=f)
+        self.index = assigned(case["assignment"], T, A, K, case["order"], g)
+        adapter = torch.randn(A, generator=g)[self.index.clamp(0).long()]
+        self.scales = {"none": None, "adapter": adapter, "row": torch.randn(T, K, generator=g),
+                       "zero": torch.zeros(T, K), "negative": -torch.ones(T, K)}[case["scale"]]  # fmt: skip
+        self.p, self.seed = (torch.full((A,), 0.1), draw.seed()) if case["dropout"] else (None, None)
+        self.slice = L - 1
+        for name in ("pages", "ranks", "index", "scales", "p"):
+            setattr(self, name, t if (t := getattr(self, name)) is None else t.to(device))
+
+    def table(self, home=ops):
+        return self.pages, self.ranks, home.multi_lora_plan(self.index, self.case["A"])
+
+    def run(self, home=ops, convert=lambda t: t, grads=False):
+        """[S, y] and the gradients of x, y, a and b. home: ops, or the reference."""
+        x, y, a, b = (convert(t).detach().requires_grad_(grads) for t in (self.x, self.y, self.a, self.b))
+        table = self.table(home)
+        s = home.multi_lora_shrink(x, a, *table, self.scales, self.p, self.seed)
+        out = home.multi_lora_expand(y, s, b, *table, self.slice)
+        results = [s, out]
+        if grads:
+            dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(self.y.dtype).to(out.dtype)
+            results += torch.autograd.grad(out, (x, y, a, b), dy, materialize_grads=True)
+        return results
+
+
+GRID = {kind: cases(kind) for kind in ("cpu", "emulated")}
+GRID["cuda"] = GRID["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"), [pytest.param(kind, c, id=f"{kind} {name_of(c)}") for kind, grid in GRID.items() for c in grid]
+)
+def test_grid(kind, case, monkeypatch):
+    device = enter_device(kind, monkeypatch)
+    batch, T = Batch(case, device), case["T"]
+    grads, sampled = T <= 256, list(range(T)) if T <= 256 else torch.randperm(T)[:64].tolist()
+    got = batch.run(grads=grads)
+    if not grads:  # the truth of 64 rows; a large batch's gradients: test_ops and test_gradients_over_thousands_of_rows
+        got, batch = [t[sampled] for t in got], part(batch, sampled)
+    truth, yardstick = (batch.run(reference, convert, grads) for convert in (testing.to64, lambda t: t))
+    fp32 = case["fp32"] and case["dtype"] != torch.float32
+    for name, *values in zip(("S", "y", "dx", "dy", "da", "db"), got, truth, yardstick, strict=False):
+        # A handful of rows or one rank: the expression is now and then exact by luck.
+        testing.check(*values, f"{name} of {name_of(case)}", fp32, ulps=4 if values[0].numel() > 64 else 64)
+
+
+BASE = {"dtype": torch.float32, "fp32": False, "shape": (300, 264), "rank": (8, 16, 20, 3, 0), "T": 97, "A": 5, "K": 1, "L": 1,
+        "assignment": "some none", "order": "unsorted", "scale": "row", "dropout": False, "pitch": 0}  # fmt: skip
+
+
+def batch_of(device, dtype, **changes):
+    return Batch(BASE | {"dtype": dtype} | changes, device)
+
+
+def part(batch, rows):
+    """The same batch with these rows alone."""
+    some = object.__new__(Batch)
+    some.__dict__ = dict(batch.__dict__)
+    some.case = batch.case | {"T": len(rows)}
+    some.x, some.y, some.index = batch.x[rows], batch.y[rows], batch.index[rows].contiguous()
+    some.scales = None if batch.scales is None else batch.scales[rows].contiguous()
+    return some
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_a_row_has_the_same_bits_in_any_batch(device, dtype, K):
+    batch = batch_of(device, dtype, K=K)
+    s, y = batch.run()
+    for rows in ([0], [41], [96, 3], list(range(20, 85)), torch.randperm(97).tolist()):
+        got_s, got_y = part(batch, rows).run()
+        assert torch.equal(got_s, s[rows]) and torch.equal(got_y, y[rows]), rows
+
+
+def test_a_row_has_the_same_bits_in_a_batch_of_thousands(device):
+    """On CUDA a large batch walks the chunks of I in one block, a small one gives each chunk a block of its own."""
+    batch = batch_of(device, torch.bfloat16, T=8200, shape=(300, 40))
+    s, y = batch.run()
+    for rows in ([0], [8199, 77], list(range(4000, 4070))):
+        got_s, got_y = part(batch, rows).run()
+        assert torch.equal(got_s, s[rows]) and torch.equal(got_y, y[rows]), rows
+
+
+def test_two_runs_and_any_number_of_threads_give_the_same_bits(device, dtype):
+    batch = batch_of(device, dtype, T=300, K=2, L=2, dropout=True)
+    first = batch.run(grads=True)
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            assert all(torch.equal(p, q) for p, q in zip(first, batch.run(grads=True), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_full_of_nan_stays_alone(device, dtype, value):
+    """Rows and gradients of all others keep every bit."""
+    batch = batch_of(device, dtype, K=2, T=150)
+    clean = batch.run(grads=True)
+    bad = 1
+    theirs = (batch.index == bad).any(1)
+    rows = 16 * batch.pages[bad, 0, : (int(batch.ranks[bad, 0]) + 15) // 16].long()
+    pool_rows = (rows[:, None] + torch.arange(16, device=rows.device)).flatten()
+    batch.a[pool_rows] = batch.b[pool_rows] = value
+    s, y, dx, dy, da, db = batch.run(grads=True)
+    assert theirs.any() and not theirs.all() and not y[theirs].isfinite().any()
+    for got, want in zip((s, y, dx, dy), clean, strict=False):
+        assert torch.equal(got[~theirs], want[~theirs])
+    others = torch.ones(len(batch.a), dtype=torch.bool, device=rows.device)
+    others[pool_rows] = False
+    # db of an adapter sums dY S over its own rows; one that shares a row with the bad one has the same S and dY there.
+    assert torch.equal(db[others], clean[5][others])
+    assert torch.equal(da[others], clean[4][others])
+
+
+def test_ranks_and_pages_past_an_adapter_are_never_read(device, dtype):
+    batch = batch_of(device, dtype, K=2, rank=(5, 17, 0))
+    want = batch.run(grads=True)
+    used = torch.zeros(len(batch.a), dtype=torch.bool)
+    for a, rank in enumerate(batch.ranks[:, 0].tolist()):
+        for r in range(rank):
+            used[16 * batch.pages[a, 0, r // 16] + r % 16] = True
+    batch.a[~used] = batch.b[~used] = float("nan")
+    for got, expected in zip(batch.run(grads=True), want, strict=True):
+        assert torch.equal(got, expected)
+    assert not want[4][~used].any() and not want[5][~used].any(), "their gradients are zeros"
+
+
+def test_gradients_over_thousands_of_rows(device):
+    """Rows of an adapter are summed in segments; 8201 is a multiple of nothing."""
+    batch = batch_of(device, torch.float32, T=8201, A=2, K=2, shape=(40, 24), rank=(3, 16), assignment="skewed")
+    got, truth = batch.run(grads=True), batch.run(reference, testing.to64, grads=True)
+    for p, q in zip(got, truth, strict=True):
+        assert (p.double() - q).norm() <= 1e-6 * q.norm()
+
+
+def test_rows_in_another_order_give_the_rows_in_that_order(device, dtype):
+    batch = batch_of(device, dtype, K=3, L=2)
+    order = torch.randperm(97)
+    for got, want in zip(part(batch, order).run(), batch.run(), strict=True):
+        assert torch.equal(got, want[order])
+
+
+def test_no_adapter_no_rank_or_no_scale_is_the_base_bit_for_bit(device, dtype):
+    x, w, bias = torch.randn(9, 40).to(dtype), torch.randn(24, 40).to(dtype), torch.randn(24).to(dtype)
+    want = torch.nn.functional.linear(x, w, bias)
+    for changes in ({"assignment": "none"}, {"rank": 0}, {"scale": "zero"}):
+        batch = batch_of("cpu", dtype, T=9, shape=(40, 24), **({"K": 1, "assignment": "uniform"} | changes))
+        table = batch.table()
+        assert torch.equal(ops.multi_lora_linear(x, w, bias, batch.a, batch.b, *table, batch.scales), want), changes
+
+
+def test_128_adapters_each_of_its_own_rank(device):
+    batch = batch_of(device, torch.float32, A=128, T=200, rank=tuple(range(128)), assignment="uniform", scale="none")
+    s, y = batch.run()
+    for t in (0, 63, 199):
+        a = int(batch.index[t, 0])
+        f, rank = reference.factor(batch.a.double(), batch.pages, batch.ranks, a, 0)
+        g, _ = reference.factor(batch.b.double(), batch.pages, batch.ranks, a, 0)
+        low = f @ batch.x[t].double()
+        torch.testing.assert_close(s[t, 0, 0, :rank].double(), low, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(y[t].double(), batch.y[t].double() + low @ g, atol=1e-4, rtol=1e-5)
+        assert not s[t, 0, 0, rank:].any()
+
+
+def test_the_same_adapter_twice_in_a_row_adds_up(device):
+    batch = batch_of(device, torch.float32, K=2, assignment="identical", scale="none", rank=16)
+    y = batch.run()[1]
+    once = part(batch, list(range(97)))
+    once.index, once.case = batch.index[:, :1].contiguous(), batch.case | {"K": 1}
+    torch.testing.assert_close(y - batch.y, 2 * (once.run()[1] - batch.y), atol=1e-5, rtol=1e-5)
+
+
+def test_one_adapter_for_all_rows_is_lora(device, dtype):
+    """multi_lora against lora_shrink and lora_expand_: the same sums in the same order."""
+    batch = batch_of(device, dtype, A=1, rank=16, assignment="identical", scale="none")
+    s, y = batch.run()
+    rows = 16 * int(batch.pages[0, 0, 0])
+    a, b = batch.a[rows : rows + 16], batch.b[rows : rows + 16].mT.contiguous()
+    want = ops.lora_shrink(batch.x, a)
+    assert torch.equal(s[:, 0, 0], want)
+    out = batch.y.clone()
+    ops.lora_expand_(out, want, b)
+    testing.check(y, batch.y.double() + want.double() @ b.double().mT, out, "y", ulps=4)
+
+
+def test_mixture_of_experts():
+    """Expert and adapter select the pair together: adapter e * A + a, or none where the row has none."""
+    A, E, T, I, O = 3, 4, 50, 24, 16
+    batch = Batch(BASE | {"A": A * E, "T": T, "shape": (I, O), "rank": (4, 8), "scale": "none"})
+    expert, adapter = torch.randint(E, (T,)), torch.randint(-1, A, (T,))
+    batch.index = torch.where(adapter < 0, -1, expert * A + adapter).int()[:, None]
+    y = batch.run()[1]
+    for t in range(T):
+        want = batch.y[t].double()
+        if adapter[t] >= 0:
+            a, b = (reference.factor(p.double(), batch.pages, batch.ranks, int(batch.index[t, 0]), 0)[0]
+                    for p in (batch.a, batch.b))  # fmt: skip
+            want = want + batch.x[t].double() @ a.T @ b
+        torch.testing.assert_close(y[t].double(), want, atol=1e-4, rtol=1e-5)
+
+
+def test_a_vocabulary_of_128k():
+    """lm_head: expand to 128256 columns."""
+    batch = Batch(BASE | {"shape": (64, 128256), "T": 5, "assignment": "uniform"})
+    got, truth = batch.run()[1], batch.run(reference, testing.to64)[1]
+    torch.testing.assert_close(got.double(), truth, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_plan_and_layer_compile_to_one_graph():
+    def layer(x, index, w, a, b, pages, ranks):
+        plan = ops.multi_lora_plan(index, 5)
+        return ops.multi_lora_linear(x, w, None, a, b, pages, ranks, plan)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for T in (7, 97, 64):
+        batch, w = batch_of("cpu", torch.float32, T=T), torch.randn(264, 300)
+        leaves = [t.detach().requires_grad_() for t in (batch.x, batch.a, batch.b)]
+        results = []
+        for fn in (layer, compiled):
+            y = fn(leaves[0], batch.index, w, leaves[1], leaves[2], batch.pages, batch.ranks)
+            results.append((y, *torch.autograd.grad(y.cos().sum(), leaves)))
+        for p, q in zip(*results, strict=True):
+            torch.testing.assert_close(p, q)
+    torch._dynamo.reset()
+
+
+def test_autocast_casts_activations_and_base_but_no_pool():
+    batch, w = batch_of("cpu", torch.float32), torch.randn(264, 300)
+    low = lambda t: t.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        s = ops.multi_lora_shrink(batch.x, batch.a, *batch.table(), batch.scales)
+        y = ops.multi_lora_linear(batch.x, w, None, batch.a, batch.b, *batch.table(), batch.scales)
+    assert torch.equal(s, ops.multi_lora_shrink(low(batch.x), batch.a, *batch.table(), batch.scales))
+    assert s.dtype == torch.float32 and y.dtype == torch.bfloat16
+    assert torch.equal(
+        y, ops.multi_lora_linear(low(batch.x), low(w), None, batch.a, batch.b, *batch.table(), batch.scales)
+    )
+
+
+def test_a_gradient_that_would_be_lost_raises():
+    batch = batch_of("cpu", torch.float32)
+    s, table = batch.run()[0], batch.table()
+    y, b = batch.y.clone(), batch.b.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="lrkern::multi_lora_expand_: writes in place .* use multi_lora_expand"):
+        ops.multi_lora_expand_(y, s, b, *table)
+    assert torch.equal(y, batch.y), "a refused call must not write"
+
+
+# ---- refusals
+
+
+REFUSED = [
+    ("plan", lambda b: ops.multi_lora_plan(b.index, 3), "index must lie below adapters = 3, got"),
+    ("plan", lambda b: ops.multi_lora_plan(b.index.long(), 5), "index must be int32, got int64"),
+    ("plan", lambda b: ops.multi_lora_plan(b.index[None], 5), r"index must have shape \[T\] or \[T, K\] with K >= 1, got \[1, 97, 1\]"),
+    ("pool", lambda b: ops.multi_lora_shrink(b.x, b.a[:-1], *b.table()), "a_pool must hold whole pages of 16 rows, got"),
+    ("pool", lambda b: ops.multi_lora_shrink(b.x, b.a[:, :-1], *b.table()), r"a_pool must have shape \[P, N\] = \[\*, 300\]"),
+    ("pool", lambda b: ops.multi_lora_shrink(b.x, b.a.T.contiguous().T, *b.table()), "a_pool must be contiguous"),
+    ("pool", lambda b: ops.multi_lora_shrink(b.x, b.a.half(), *b.table()), "a_pool must be float32"),
+    ("pool", lambda b: ops.multi_lora_shrink(b.x, b.a[:16], *b.table()), r"pages must lie in \[0, 1\), got"),
+    ("rows", lambda b: ops.multi_lora_shrink(b.x[:5], b.a, *b.table()), r"plan must have shape \[K, plan length\]"),
+    ("plan", lambda b: ops.multi_lora_shrink(b.x, b.a, b.pages, b.ranks, b.table()[2] * 0 + 200), "plan must be what multi_lora_plan made"),
+    ("ranks", lambda b: ops.multi_lora_shrink(b.x, b.a, b.pages, b.ranks + 30, b.table()[2]), r"ranks must lie in \[0, 32\], got"),
+    ("ranks", lambda b: ops.multi_lora_shrink(b.x, b.a, b.pages, b.ranks[:4], b.table()[2]), r"ranks must have shape \[A, L\] = \[5, 1\]"),
+    ("scales", lambda b: ops.multi_lora_shrink(b.x, b.a, *b.table(), b.scales.T), r"scales must .*"),
+    ("scales", lambda b: ops.multi_lora_shrink(b.x, b.a, *b.table(), b.scales.requires_grad_()), "scales has no gradient"),
+    ("dropout", lambda b: ops.multi_lora_shrink(b.x, b.a, *b.table(), None, torch.full((5,), 1.5), torch.tensor([1])), r"dropout_p must lie in \[0, 1\], got 1.5"),
+    ("dropout", lambda b: ops.multi_lora_shrink(b.x, b.a, *b.table(), None, torch.full((5,), 0.5)), "seed must be an int64 tensor"),
+    ("slice", lambda b: ops.multi_lora_expand(b.y, b.run()[0], b.b, *b.table(), 1), r"slice must lie in \[0, L = 1\), got 1"),
+    ("s", lambda b: ops.multi_lora_expand(b.y, b.run()[0][:, 0], b.b, *b.table()), r"s must have shape \[..., K, L, R\]"),
+    ("y", lambda b: ops.multi_lora_expand_(b.y.T.contiguous().T, b.run()[0], b.b, *b.table()), "y must be rows of contiguous elements"),
+    ("pools", lambda b: ops.multi_lora_linear(b.x, torch.zeros(264, 300), None, b.a, b.b[:-16], *b.table()), "b_pool must have the rows of a_pool"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "call", "text"), REFUSED, ids=[f"{w}-{i}" for i, (w, *_) in enumerate(REFUSED)])
+def test_refuses(what, call, text):
+    with pytest.raises(RuntimeError, match=f"lrkern::multi_lora.*{text}"):
+        call(batch_of("cpu", torch.float32))
+
+
+def test_a_row_of_an_unknown_adapter_or_page_is_nan_and_no_other(device):
+    """Where the glue cannot look (CUDA): neither memory out of range nor a wrong number."""
+    if ops._ops is torch.ops.lrkern and device == "cpu":
+        pytest.skip("the CPU refuses it")
+    batch = batch_of(device, torch.float32, K=1, assignment="uniform", rank=16)
+    s, y = batch.run()
+    batch.pages[2] = 10**6
+    got_s, got_y = batch.run()
+    bad = (batch.index == 2).flatten()
+    assert bad.any() and got_s[bad].isnan().all() and got_y[bad].isnan().all()
+    assert torch.equal(got_s[~bad], s[~bad]) and torch.equal(got_y[~bad], y[~bad])
