@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes on gloo for test_peft_train.py:  peft_workers.py RANK FOLDER  runs CHECKS and writes FOLDER/RANK.json,
-each check's name with null or its traceback. Both processes run every check, each in a process group of its own."""
+"""Data and tensor parallelism of lrkern.peft, for test_peft_train.py: what two processes check together."""
 
-import datetime
 import itertools
-import json
-import sys
-import traceback
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import two_processes
 
 from minilm import (  # isort: skip
     adapted, assert_as_exact, assert_same, batch, bert, forward, fused_calls, lora_layers, peft, with_magnitudes,
@@ -279,21 +274,6 @@ def dtensor_layer(rank):
     assert_same(results[1], results[0])
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    bert(1)
-    results = {}
-    for name, function in CHECKS.items():
-        store, limit = folder / f"{name}.store", datetime.timedelta(seconds=30)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=limit)
-        try:
-            function(rank)
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-        dist.destroy_process_group()
-    (folder / f"{rank}.json").write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    bert(1)  # both processes read the weights before the first check's clock runs
+    two_processes.main(CHECKS)

@@ -3,15 +3,12 @@
 torch.compile and torch.export, on all-MiniLM-L6-v2 beside stock PEFT."""
 
 import ast
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.testing
+import two_processes
 
 from minilm import (  # isort: skip
     PATH, adapted, assert_as_exact, assert_same, batch, bert, forward, fused_calls, lora_config, lora_layers,
@@ -78,28 +75,8 @@ def test_trainer_with_gradient_checkpointing(tmp_path, config):  # row 11
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """Check -> None or the traceback of the process it failed in."""
-    folder = tmp_path_factory.mktemp("gloo")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    outs = [(folder / f"{rank}.out").open("w+") for rank in (0, 1)]
-    children = [
-        subprocess.Popen([sys.executable, WORKERS, str(rank), folder], stdout=out, stderr=out, env=env)
-        for rank, out in enumerate(outs)
-    ]
-    try:
-        for child in children:
-            child.wait(timeout=300)
-    finally:
-        for child in children:
-            child.kill()
-    results = {}
-    for rank, (child, out) in enumerate(zip(children, outs, strict=True)):
-        out.seek(0)
-        assert child.returncode == 0, f"rank {rank}:\n{out.read()}"
-        for name, error in json.loads((folder / f"{rank}.json").read_text()).items():
-            results[name] = results.get(name) or (error and f"rank {rank}:\n{error}")
-    return results
+def checked(tmp_path_factory):
+    return two_processes.run(WORKERS, tmp_path_factory.mktemp("gloo"))
 
 
 CHECKS = [
@@ -111,8 +88,8 @@ CHECKS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
-def test_two_processes(two_processes, check):  # rows 12 to 14
-    assert two_processes[check] is None, two_processes[check]
+def test_two_processes(checked, check):  # rows 12 to 14
+    assert checked[check] is None, checked[check]
 
 
 # ---- 15: torch.compile ----------------------------------------------------------------------------------------------

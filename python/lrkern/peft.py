@@ -28,7 +28,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
-from peft.utils.other import transpose
+from peft.utils.other import get_pattern_key, transpose
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -36,8 +36,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from . import functional as F
+from . import ops
 from .nn import FusedLoRALinear
 from .nn.dora import DoraNorm
+from .nn.mixed import MixedFactors
 
 __all__ = ["Report", "load_adapter", "patch", "register", "report", "save_adapter", "unpatch"]
 
@@ -66,12 +68,8 @@ class _Plan(NamedTuple):
 
 def _plan(layer: LoraLayer) -> _Plan | str:
     """How to run this layer as it is now, or why it must run PEFT's own forward."""
-    if layer.disable_adapters or layer.merged_adapters:
-        return "adapters disabled or merged"
-    if nn.modules.module._has_any_global_hook():
-        return "global module hooks"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return "a transform of torch.func or forward-mode differentiation"
+    if why := _not_now(layer):
+        return why
     modules = layer._modules  # nn.Module.__getattr__ is the slow way, and this runs on every call
     a_of, b_of = modules["lora_A"]._modules, modules["lora_B"]._modules
     active = [name for name in layer.active_adapters if name in a_of]
@@ -108,6 +106,38 @@ def _plan(layer: LoraLayer) -> _Plan | str:
     return _Plan(None, None, adapters, magnitude)
 
 
+def _not_now(layer: LoraLayer) -> str | None:
+    if layer.disable_adapters or layer.merged_adapters:
+        return "adapters disabled or merged"
+    if nn.modules.module._has_any_global_hook():
+        return "global module hooks"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a transform of torch.func or forward-mode differentiation"
+    return None
+
+
+def _mixture(layer: LoraLayer, x: Tensor, names: Any) -> dict[str, _Adapter] | None:
+    """The adapters of PEFT's mixed batch, adapter_names= of one name a row, or None where PEFT's own code must run."""
+    if _not_now(layer) or torch.compiler.is_compiling() or not isinstance(names, (list, tuple)):
+        return None
+    if x.ndim < 2 or len(x) != len(names) or not x.numel() or x.dtype not in _DTYPES:
+        return None
+    modules, found = layer._modules, {}
+    a_of, b_of = modules["lora_A"]._modules, modules["lora_B"]._modules
+    for name in dict.fromkeys(names):
+        if name == "__base__" or name not in a_of:
+            continue
+        if name in layer.lora_variant:
+            return None
+        adapter = _adapter(layer, name, a_of[name], b_of[name], modules["lora_dropout"]._modules[name])
+        if isinstance(adapter, str) or adapter.dropout_p:
+            return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, adapter.a, adapter.b)):
+            return None
+        found[name] = adapter
+    return found
+
+
 def _adapter(layer: LoraLayer, name: str, a: nn.Module, b: nn.Module, dropout: nn.Module) -> _Adapter | str:
     if type(a) is not nn.Linear or type(b) is not nn.Linear:
         return f"lora_A and lora_B are {type(a).__name__} and {type(b).__name__}, fused with nn.Linear"
@@ -139,10 +169,17 @@ def _hooked(m: nn.Module) -> bool:
 # ---------------------------------------------------------------------------------------------------- the layer
 
 
+_KEPT = {"_lrkern_norm": DoraNorm, "_lrkern_mixed": MixedFactors}  # in a patched layer, of its weights
+
+
 class _Fused:
     """Comes before a layer's PEFT class; ``patch`` makes one by swapping the layer's class."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.keys() == {"adapter_names"} and not args:
+            names = kwargs["adapter_names"]
+            adapters = _mixture(self, x, names)
+            return super().forward(x, **kwargs) if adapters is None else self._mixed(x, names, adapters)
         plan = "called with more than x" if args or kwargs else _plan(self)
         if isinstance(plan, str) or not _takes(plan, x):
             return super().forward(x, *args, **kwargs)
@@ -156,6 +193,27 @@ class _Fused:
         for a, b, scale, p in adapters:
             y = _add(y, x, a, b, scale, p)
         return y
+
+    def _mixed(self, x: Tensor, names: list[str], adapters: dict[str, _Adapter]) -> Tensor:
+        y = self._modules["base_layer"](x)
+        if not adapters:
+            return y
+        dtypes = {x.dtype, y.dtype, *(f.a.dtype for f in adapters.values())}
+        kept: MixedFactors = self.__dict__["_lrkern_mixed"]
+        a_pool, b_pool, *where = kept(
+            [(f.a, f.b) for f in adapters.values()], dtypes.pop() if len(dtypes) == 1 else torch.float32
+        )
+        number, times = {name: i for i, name in enumerate(adapters)}, x.shape[:-1].numel() // len(names)
+        index = torch.tensor([number.get(name, -1) for name in names], dtype=torch.int32)
+        scales = torch.tensor([adapters[name].scale if name in adapters else 0.0 for name in names])
+        index, scales = (t.to(x.device).repeat_interleave(times) for t in (index, scales))
+        plan = ops.multi_lora_plan(index, len(adapters))
+        s = ops.multi_lora_shrink(x, a_pool, *where, plan, scales)
+        return ops.multi_lora_expand(y, s, b_pool, *where, plan)
+
+    def _forget(self) -> None:
+        for key in _KEPT:
+            self.__dict__[key].clear()
 
     def _dora(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, f: _Adapter, magnitude: Tensor) -> Tensor:
         norm_of: DoraNorm = self.__dict__["_lrkern_norm"]
@@ -175,11 +233,11 @@ class _Fused:
         return _add((y + (g - 1) * product).to(y.dtype), x, f.a, (g[:, None] * f.b).to(f.b.dtype), f.scale, 0.0)
 
     def train(self, mode: bool = True):
-        self.__dict__["_lrkern_norm"].clear()
+        self._forget()
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.__dict__["_lrkern_norm"].clear()
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -191,10 +249,10 @@ class _Fused:
 
 def _reached(name: str) -> property:
     """Whoever reaches for the factors by name may write them through ``.data``, as PEFT's merge and hotswap do, which no
-    version counter sees: what DoRA kept of them goes."""
+    version counter sees: what was kept of them goes."""
 
     def get(self: _Fused) -> nn.Module:
-        self.__dict__["_lrkern_norm"].clear()
+        self._forget()
         return self._modules[name]
 
     return property(get)
@@ -261,7 +319,7 @@ def _patch(layer: LoraLayer) -> str | None:
     if not isinstance(layer, _Fused):
         if why := _cannot_patch(layer):
             return why
-        layer.__dict__["_lrkern_norm"] = DoraNorm()
+        layer.__dict__.update({key: make() for key, make in _KEPT.items()})
         layer.__class__ = _fused(type(layer))
     plan = _plan(layer)
     return plan if isinstance(plan, str) else None
@@ -296,7 +354,8 @@ def unpatch(model: nn.Module) -> None:
             raise RuntimeError(f"lrkern.peft.unpatch: {type(m).__name__} was made of a patched layer, undo that first")
     for m in patched:
         m.__class__ = type(m)._lrkern_base
-        del m.__dict__["_lrkern_norm"]
+        for key in _KEPT:
+            del m.__dict__[key]
 
 
 def register(config: peft.LoraConfig, model: nn.Module) -> None:
@@ -389,26 +448,21 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     def bad(text: str) -> ValueError:
         return ValueError(f"lrkern.peft.load_adapter: {folder}: {text}; the model is unchanged")
 
-    path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if not path.is_file():
-        raise bad("must hold adapter_model.safetensors (pickle files such as adapter_model.bin are not read)")
     try:
-        with safe_open(path, "pt") as f:
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118, not a dict
-        config = json.loads(config_path.read_text())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise bad(f"cannot be read: {error}") from error
-    if config.get("peft_type") != "LORA" or config.get("lora_bias"):
-        raise bad(f"must be LoRA or DoRA, got peft_type={config.get('peft_type')}, lora_bias={config.get('lora_bias')}")
+        config, tensors = read_adapter(folder)
+        kind, bias = config.get("peft_type"), config.get("lora_bias")
+        if kind != "LORA" or bias:
+            raise ValueError(f"must be LoRA or DoRA, got peft_type={kind}, lora_bias={bias}")
+        per_layer = {name: rank_and_scaling(config, name) for name in modules}
+    except ValueError as error:
+        raise bad(str(error)) from error
     expected = _in_file(modules)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise bad(f"lacks {missing[0]} and {len(missing) - 1} more")
     if extra := sorted(tensors.keys() - expected.keys()):
         raise bad(f"has {extra[0]} and {len(extra) - 1} more that the model does not")
     for name, m in modules.items():
-        r = _pattern(config.get("rank_pattern"), name, config["r"])
-        alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
-        scaling = F.lora_scaling(alpha, r, config.get("use_rslora", False))
+        r, scaling = per_layer[name]
         if r != m.r or not math.isclose(scaling, m.scaling):
             raise bad(f"{name} must have r={m.r}, scaling={m.scaling:g}, got r={r}, scaling={scaling:g}")
     for key, weight in expected.items():
@@ -421,9 +475,34 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
             weight.copy_(tensors[key])
 
 
-def _pattern(pattern: dict[str, float] | None, name: str, default: float) -> float:
-    """PEFT matches a pattern's key against the whole name or its tail after a dot."""
-    for key, value in (pattern or {}).items():
-        if name == key or name.endswith("." + key):
-            return value
-    return default
+def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of a PEFT folder, as they are. A ValueError says why where they cannot be read."""
+    path, config_path = Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError("must hold adapter_model.safetensors (pickle files such as adapter_model.bin are not read)")
+    try:
+        with safe_open(path, "pt") as f:
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118, not a dict
+        config = json.loads(config_path.read_text())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"adapter_config.json must hold an object, got {type(config).__name__}")
+    return config, tensors
+
+
+def rank_and_scaling(config: dict[str, Any], name: str) -> tuple[int, float]:
+    """Of a layer, as PEFT reads rank_pattern and alpha_pattern: a key is a regex of the name or of its end after a dot."""
+
+    def of(key: str, pattern: str) -> Any:
+        patterns = config.get(pattern) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{pattern} must be an object, got {patterns!r}")
+        return patterns.get(get_pattern_key(patterns, name), config.get(key))
+
+    r, alpha = of("r", "rank_pattern"), of("lora_alpha", "alpha_pattern")
+    if type(r) is not int or r < 0:
+        raise ValueError(f"r of {name} must be a whole number, got {r!r}")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise ValueError(f"lora_alpha of {name} must be a finite number, got {alpha!r}")
+    return r, F.lora_scaling(alpha, r, bool(config.get("use_rslora")))

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thousands of adapters behind one frozen model (S-LoRA, arXiv 2311.03285).
+
+    pool = AdapterPool(model, budget=2 << 30, max_rank=64)
+    pool.load("legal", "adapters/legal")                    # a PEFT folder
+    served = MultiLoraModel(model, pool)
+    served(input_ids, adapters=["legal", None, ["legal", "terse"]], scales=[1.0, 1.0, [1.0, 0.5]])
+    served.generate(input_ids, adapters=["legal", None, "terse"], max_new_tokens=20)
+
+Every linear of the model has a pair of pools in pages of 16 ranks (lrkern.ops.multi_lora_shrink); page p is the same rows in
+all of them, so an adapter has one list of pages. Host copies of all adapters are kept. The device holds those that fit:
+what was least recently used leaves when pages run out and comes back when a batch asks for it.
+
+Every method may be called from any thread. A forward, or a whole ``generate``, leases its adapters: they stay as they were
+when it began, whatever is replaced or removed meanwhile, and their pages get no new owner before it ends.
+"""
+
+from .families import FAMILIES, Factors
+from .model import MultiLoraModel
+from .pool import AdapterPool, PoolFull, UnknownAdapter
+
+__all__ = ["FAMILIES", "AdapterPool", "Factors", "MultiLoraModel", "PoolFull", "UnknownAdapter"]

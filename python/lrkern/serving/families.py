@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How adapters of a family become low-rank factors for the pool: one function each, by peft_type."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import peft
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor
+
+from .. import peft as files
+
+
+class Factors(NamedTuple):
+    """What an adapter adds to one linear: y += scale · (x Aᵀ) Bᵀ."""
+
+    a: Tensor  # [R, I]
+    b: Tensor  # [O, R]
+    scale: float
+
+
+# By peft_type, how a family's config and file become factors: (config, tensors by their key in the file, [I, O] of every
+# linear of the model by name) -> factors by name. It refuses with a ValueError what it cannot serve exactly.
+Family = Callable[[Mapping[str, Any], Mapping[str, Tensor], Mapping[str, tuple[int, int]]], dict[str, Factors]]
+FAMILIES: dict[str, Family] = {}
+
+# Of a LoraConfig, what makes an adapter more than A and B beside frozen weights.
+_MORE = (
+    "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters",
+    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+_NOT_PLAIN = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # of init_lora_weights: the first five change W
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+
+
+def _lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Mapping[str, tuple[int, int]]):
+    """LoRA and rsLoRA (Hu et al., arXiv 2106.09685; arXiv 2312.03732) as PEFT writes them."""
+    for key in _MORE:
+        if config.get(key):
+            raise ValueError(f"{key} must be off, got {config[key]!r}")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"bias must be 'none', got {config['bias']!r}")
+    if str(config.get("init_lora_weights", True)).lower().startswith(_NOT_PLAIN):
+        raise ValueError(
+            f"init_lora_weights must leave the base weights as they are, got {config['init_lora_weights']!r} (PEFT converts "
+            "such adapters: save_pretrained(path_initial_model_for_weight_conversion=...))"
+        )
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if not match:
+            raise ValueError(f"must hold lora_A.weight and lora_B.weight of linears, got {key}")
+        found.setdefault(match[1], {})[match[2]] = tensor
+    if not found:
+        raise ValueError("must hold lora_A.weight and lora_B.weight of linears, got none")
+    if unknown := sorted(found.keys() - linears.keys()):
+        raise ValueError(f"must be of this model's linears, got {unknown[0]}")
+    keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    wanted = peft.LoraConfig(**{key: config.get(key) for key in keys})
+    lacking = [f"{name}.lora_{x}" for name in found for x in "AB" if x not in found[name]]
+    if wanted.target_modules and wanted.target_modules != "all-linear":  # a file of PEFT's has their names
+        named = {name for name in linears if check_target_module_exists(wanted, name)}
+        lacking += sorted(named - found.keys())
+        if extra := sorted(found.keys() - named):
+            raise ValueError(f"must be target_modules', got {extra[0]}")
+    if lacking:
+        raise ValueError(f"lacks {lacking[0]} and {len(lacking) - 1} more")
+    result = {}
+    for name, factors in found.items():
+        (I, O), (r, scaling) = linears[name], files.rank_and_scaling(config, name)
+        for x, shape in (("A", (r, I)), ("B", (O, r))):
+            if factors[x].shape != shape:
+                raise ValueError(f"{name}.lora_{x} must have shape {list(shape)}, got {list(factors[x].shape)}")
+        result[name] = Factors(factors["A"], factors["B"], scaling)
+    return result
+
+
+FAMILIES["LORA"] = _lora
