@@ -17,7 +17,7 @@ PY := .venv/bin/python
 CFILES := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-quick test-full bench gpu wheel lint format static abi clean
+.PHONY: help setup build demo test test-quick test-full bench peers gpu wheel lint format static abi clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -48,6 +48,9 @@ test-full: ## more samples, longer fuzzing
 bench: ## measure (ARGS="lora --help" for shapes and baselines)
 	@$(SETUP) demo
 	@$(PY) bench/run.py $(or $(ARGS),lora)
+
+peers: ## other people's kernels for tests and bench, into .venv/peers
+	@$(SETUP) demo peers peers_vllm
 
 gpu: ## on a machine with a GPU: tests, sanitizer, benchmarks; evidence in out/gpu (ARGS="--only lora")
 	@$(SETUP) demo test

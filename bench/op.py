@@ -28,16 +28,47 @@ PRODUCTS = {
     "lora_linear": ("TIO", "TIR", "TOR"),
     "lora_add": ("TIR", "TOR"),
     "lora_expand_": ("TOR",),
+    "multi_lora_plan": (),
+    "multi_lora_shrink": ("TIR",),
+    "multi_lora_embedding": (),
+    "multi_lora_expand": ("TOR",),
+    "multi_lora_expand_": ("TOR",),
+    "multi_lora_linear": ("TIO", "TIR", "TOR"),
 }
-SHAPES = {"x": "TI", "weight": "OI", "bias": "O", "y": "TO", "a": "RI", "b": "OR", "s": "TR"}
-FACTORS = ("a", "b", "s")  # these may be fp32 over a 16-bit base
+SHAPES = {
+    "x": "TI",
+    "weight": "OI",
+    "bias": "O",
+    "y": "TO",
+    "a": "RI",
+    "b": "OR",
+    "s": "TR",
+    "a_pool": "PI",
+    "b_pool": "PO",
+}
+FACTORS = ("a", "b", "s", "a_pool", "b_pool")  # these may be fp32 over a 16-bit base
 FROZEN = ("weight", "bias")
+METADATA = ("index", "adapters", "pages", "ranks", "plan", "ids")  # of multi-LoRA: see table()
+ADAPTERS = 16  # rows in any order
 ONCE = ("y", "bias")  # backward does not read these again
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case(suite.Case):
     ab: torch.dtype | None = None
+
+
+def pages_of(case: Case) -> int:
+    return (case.R + 15) // 16
+
+
+def table(case: Case, generator: torch.Generator) -> dict[str, Any]:
+    """Metadata of multi-LoRA: adapters of rank R, one slot, one slice."""
+    index = torch.randint(ADAPTERS, (case.T, 1), generator=generator).int()
+    pages = torch.randperm(pages_of(case) * ADAPTERS, generator=generator).int().reshape(ADAPTERS, 1, -1)
+    ranks = torch.full((ADAPTERS, 1), case.R, dtype=torch.int32)
+    return {"index": index, "adapters": ADAPTERS, "pages": pages, "ranks": ranks,
+            "plan": ops.multi_lora_plan(index, ADAPTERS), "ids": torch.randint(case.I, (case.T,), generator=generator)}  # fmt: skip
 
 
 def trained(name: str) -> list[str]:
@@ -77,18 +108,28 @@ class Suite(suite.Suite):
         name, generator = case.method, torch.Generator().manual_seed(seed)
         op = OPS[name]
         inputs: dict[str, Any] = {}
+        metadata = table(case, generator) if "multi_lora" in name else {}
         for argument, parameter in inspect.signature(op.truth).parameters.items():
             if parameter.default is not parameter.empty:
                 continue
-            shape = [getattr(case, letter) for letter in SHAPES[argument]]
-            std = shape[-1] ** -0.5 if argument in ("weight", "a", "b") else 1.0
+            if argument in metadata:
+                value = metadata[argument]
+                inputs[argument] = value.to(device) if isinstance(value, Tensor) else value
+                continue
+            padded = {"P": 16 * pages_of(case) * ADAPTERS}
+            shape = [padded[letter] if letter in padded else getattr(case, letter) for letter in SHAPES[argument]]
+            if argument == "s" and metadata:
+                shape[1:] = [1, 1, 16 * pages_of(case)]
+            std = shape[-1] ** -0.5 if argument in ("weight", "a", "b", "a_pool") else 1.0
             dtype = case.ab if case.ab and argument in FACTORS else case.dtype
             inputs[argument] = (torch.randn(shape, generator=generator) * std).to(device, dtype)
         with torch.no_grad():
-            dy = None if op.mutates else torch.randn_like(op.truth(**inputs))
+            out = None if op.mutates else op.truth(**inputs)
+            dy = torch.randn_like(out) if out is not None and out.is_floating_point() else None
         for argument in trained(name) if case.passes != "no_grad" else ():
             inputs[argument].requires_grad_()
-        return Data(inputs, dy, lambda **wide: compute(name, op.truth, wide), name)
+        truth = None if name == "multi_lora_plan" else lambda **wide: compute(name, op.truth, wide)
+        return Data(inputs, dy, truth, name)
 
     def work(self, case: Case, data: Data) -> tuple[int, int]:
         """A product once forward, and backward once for each operand that takes a gradient; W takes none."""
@@ -97,8 +138,8 @@ class Suite(suite.Suite):
         for product in PRODUCTS[case.method]:
             each = 2 * math.prod(getattr(case, letter) for letter in product)
             flop += each if not train else 2 * each if product == "TIO" else 3 * each
-        size = {name: t.nbytes for name, t in data.inputs.items()}
-        result = size["y"] if data.dy is None else data.dy.nbytes
+        size = {name: t.nbytes for name, t in data.inputs.items() if isinstance(t, Tensor)}
+        result = size.get("y", size.get("index")) if data.dy is None else data.dy.nbytes
         moved = sum(size.values()) + result
         if train:
             again = [name for name in size if name not in ONCE]

@@ -2,6 +2,7 @@
 """The one benchmark runner:  python bench/run.py SUITE [NAME...] [--device cpu|cuda] [--quick] [--json F] [--plot F.png]
 
     lora        one layer with a LoRA or DoRA adapter, beside stock PEFT
+    multi_lora  a batch of rows with different adapters, beside PEFT's adapter_names=, a loop and a gather
     op          every registry op alone, or the ops named
     emulator    what emulating the CUDA kernels costs
 
@@ -36,7 +37,7 @@ from tqdm import tqdm
 
 import lrkern
 
-SUITES = ("lora", "op", "emulator")
+SUITES = ("lora", "multi_lora", "op", "emulator")
 SECONDS = {True: 3.0, False: 12.0}  # of timing per case, by --quick
 ROUNDS = (5, 2000)
 ATTEMPTS = 3

@@ -66,6 +66,16 @@ def right_adapter(s: dict) -> str | None:
         return "\n".join([*rows, f"{'':18}{'no adapter':<12}{frozen}    (frozen base, a ridge head per column)"])
 
 
+def mixed_batch(s: dict) -> str | None:
+    if x := s.get("mixed_batch"):
+        bound = f"<= {x['bound']:.0e}"
+        return (
+            f"4 mixed batch     {x['requests']} requests over {x['adapters']} adapters: base {x['base_ms']:.0f} ms | PEFT "
+            f"adapter_names +{x['peft_ms']:.0f} | lrkern.serving +{x['lrkern_ms']:.0f} ({x['ratio']:.2f}x)     "
+            f"max |dy| to one adapter at a time {x['gap']:.1e}   {verdict(x['ok'], bound)}"
+        )
+
+
 def round_trip(s: dict) -> str | None:
     if x := s.get("round_trip"):
         ok = verdict(x["ok"], f"<= {x['bound']:.0e}")
@@ -97,6 +107,7 @@ LINES: list[Callable[[dict], str | None]] = [
     same_learning,
     cost_per_step,
     right_adapter,
+    mixed_batch,
     round_trip,
     try_it,
     files,

@@ -301,6 +301,8 @@ def test_the_whole_demo_with_few_lines(everything, model, tmp_path, capsys):
         summary
     )  # every printed figure is there
     assert set(summary["phases"]) == set(demo.FULL.expected)
+    mixed = summary["mixed_batch"]
+    assert mixed["adapters"] == mixed["requests"] == 16 and 0 < mixed["gap"] <= mixed["bound"]
     assert (tmp_path / "loss.png").stat().st_size > 1000
     for domain in DOMAINS:
         assert summary["runs"][domain]["lrkern"]["lrkern_layers"] == 36
