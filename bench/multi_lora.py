@@ -43,7 +43,8 @@ def cases(quick: bool) -> list[Case]:
     def case(T, A, R=16, I=2048, O=2048, type="distinct", dtype=f32, passes="no_grad", method=None) -> Case:
         return Case(method=method, type=type, T=T, A=A, R=R, I=I, O=O, dtype=dtype, passes=passes)
 
-    aim = [case(64, 16), case(64, 16, dtype=bf16), case(512, 4, type=None, passes="fwd+bwd", method="train")]
+    train = [case(T, 4, type=None, passes="fwd+bwd", method="train") for T in (64, 512)]
+    aim = [case(64, 16), case(64, 16, dtype=bf16), *train]
     if quick:
         return aim
     return [
