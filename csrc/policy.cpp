@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Choices between kernels, and the scratch memory they need: pure arithmetic on shapes, the same on every machine.
+#include <algorithm>
+
+#include "basis.h"
 #include "multi_lora.h"
 
 namespace lrk {
@@ -87,5 +90,71 @@ size_t multi_lora_wgrad_workspace(const MultiLoraWgradParams& p, Device device) 
 
 size_t multi_lora_gather_workspace(const MultiLoraGatherParams&, Device) { return 0; }
 size_t multi_lora_scatter_workspace(const MultiLoraScatterParams&, Device) { return 0; }
+
+// ---- random bases
+
+// CUDA: slices are to give a GPU some thousand warps (dot: of 8 layers and 4 bases each; the others: of 32 times 16
+// columns), but none so short that to add them up would cost more than they do.
+int64_t basis_dot_slices(int64_t L, int64_t K, Device device) {
+  if (device == Device::kCUDA)
+    return std::clamp<int64_t>(4096 / std::max<int64_t>(1, ceil_div(L, 8) * ceil_div(K, 4)), 1, 128);
+  return std::clamp<int64_t>((int64_t{1} << 22) / std::max<int64_t>(1, L * K), 1, 32);
+}
+int64_t basis_matmul_slices(int64_t Q, int64_t C, Device device) {
+  if (device == Device::kCUDA) {
+    const int64_t most = std::clamp<int64_t>(ceil_div(Q, 8), 1, 64);
+    return std::clamp<int64_t>((int64_t{1} << 20) / std::max<int64_t>(1, C), 1, most);
+  }
+  const int64_t groups = std::max<int64_t>(1, ceil_div(C, 256));
+  return std::clamp<int64_t>(32 / groups, 1, std::max<int64_t>(1, ceil_div(Q, 128)));
+}
+int64_t basis_combine_slices(int64_t R, int64_t W, int64_t K, Device device) {
+  if (device == Device::kCPU) return 1;
+  const int64_t most = std::clamp<int64_t>(ceil_div(K, 16), 1, 32);
+  return std::clamp<int64_t>((int64_t{1} << 20) / std::max<int64_t>(1, R * W), 1, most);
+}
+BasisMatmulLayout basis_matmul_layout(const BasisMatmulParams& p) {
+  // A warp takes 32 pieces of at most 16 columns of x without asking for its end; a thread one of a plane.
+  if (p.transposed) return {p.T * ceil_div(p.C, 512) * 512, ceil_div(p.C, 512) * 512, 0};
+  return {ceil_div(p.T, kBasisSums) * kBasisSums * p.Q, ceil_div(p.C, 16) * 16,
+          p.Q ? basis_matmul_slices(p.Q, p.C, Device::kCUDA) : 0};
+}
+
+BasisMatmulConfig choose_basis_matmul(int64_t T, int64_t Q, int64_t C, bool transposed, Device device) {
+  constexpr int64_t kTokens = 16;
+  const int64_t elements = device == Device::kCPU ? int64_t{1} << 20 : int64_t{1} << 23;  // 4 MB; 16 MB in 16 bits
+  BasisMatmulConfig c{T > kTokens, Q, C};
+  const int64_t fixed = std::max<int64_t>(1, transposed ? C : Q);
+  const int64_t most = std::max<int64_t>(128, elements / fixed / 128 * 128);
+  (transposed ? c.rows : c.cols) = std::min(transposed ? Q : C, most);
+  return c;
+}
+
+size_t basis_fill_workspace(const BasisFillParams&, Device) { return 0; }
+
+// The coefficients times scale; on CUDA the sums of slices.
+size_t basis_combine_workspace(const BasisCombineParams& p, Device device) {
+  const int64_t W = p.segments.begin[p.segments.count], K = p.segments.first[p.segments.count];
+  if (device == Device::kCPU) return p.L * K * sizeof(float);
+  const int64_t slices = basis_combine_slices(p.R, W, K, device);
+  return slices > 1 ? slices * p.L * p.R * W * sizeof(float) : 0;
+}
+
+size_t basis_dot_workspace(const BasisDotParams& p, Device device) {
+  const int64_t K = p.segments.first[p.segments.count];
+  return basis_dot_slices(p.L, K, device) * p.L * K * sizeof(float);
+}
+
+// x in fp32, for the CPU's widest vectors, and the sums of slices.
+size_t basis_matmul_workspace(const BasisMatmulParams& p, Device device) {
+  if (device == Device::kCUDA) {
+    const BasisMatmulLayout at = basis_matmul_layout(p);
+    return (at.x + at.slices * p.T * at.width) * sizeof(float);
+  }
+  const int64_t span = 16 * block_columns(p.u.distribution), width = ceil_div(p.C, span) * span;
+  const int64_t x = p.transposed ? width : p.Q,
+                sums = p.transposed ? p.Q : basis_matmul_slices(p.Q, p.C, device) * width;
+  return p.T * (x + sums) * sizeof(float);
+}
 
 }  // namespace lrk

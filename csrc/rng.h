@@ -39,12 +39,55 @@ LRK_HD Philox philox4x32(Philox c, uint64_t key) {
 }
 
 // c3's fields. Values are part of the stream: add, never renumber.
-enum class Method : uint32_t { kDropout = 1 };
-enum class Distribution : uint32_t { kBits16 = 1 };
+enum class Method : uint32_t { kDropout = 1, kNola = 2, kVera = 3, kRandLora = 4 };
+enum class Distribution : uint32_t {
+  kBits16 = 1,     // dropout's: the bits themselves
+  kUniform8 = 2,   // (2 h + 1) / 2^8 - 1 of 8 bits h
+  kUniform16 = 3,  // (2 h + 1) / 2^16 - 1 of 16 bits h
+  kUniform32 = 4,  // (2 (h >> 8) + 1) / 2^24 - 1 of 32 bits h
+  kSign = 5,       // 1 - 2 h of 1 bit h
+  kTernary6 = 6,   // 16 bits h: -1 below 10923, +1 from 54613 on, else 0: 1/6, 2/3, 1/6
+  kTernary4 = 7,   // 2 bits: low bit - high bit: 1/4, 1/2, 1/4
+};
 constexpr uint32_t kStreamVersion = 0;
 
 LRK_HD constexpr uint32_t stream_tag(Method method, Distribution distribution, uint32_t basis = 0) {
   return basis | static_cast<uint32_t>(method) << 16 | static_cast<uint32_t>(distribution) << 22 | kStreamVersion << 28;
+}
+
+// ---- random bases: element (k, row, column) of tensor `tensor`
+
+LRK_HD constexpr int bits_of(Distribution d) {
+  switch (d) {
+    case Distribution::kUniform8: return 8;
+    case Distribution::kUniform32: return 32;
+    case Distribution::kSign: return 1;
+    case Distribution::kTernary4: return 2;
+    default: return 16;
+  }
+}
+LRK_HD constexpr int block_columns(Distribution d) { return 128 / bits_of(d); }
+
+constexpr int64_t kMaxBases = int64_t{1} << 16, kMaxRows = int64_t{1} << 32, kMaxBlocks = int64_t{1} << 32,
+                  kMaxTensors = int64_t{1} << 32;
+
+LRK_HD Philox basis_block(uint64_t seed, uint32_t tag, uint32_t tensor, uint32_t basis, int64_t row,
+                          int64_t col_block) {
+  return philox4x32(Philox{{static_cast<uint32_t>(col_block), static_cast<uint32_t>(row), tensor, tag | basis}}, seed);
+}
+
+// Element j of a block, exact in fp32. kUniform8 is exact in bf16 too, kUniform16 a sum of two bf16.
+template <Distribution D>
+LRK_HD float basis_value(const Philox& block, int j) {
+  constexpr int b = bits_of(D), per_word = 32 / b;
+  const uint32_t h = block.v[j / per_word] >> (j % per_word * b);
+  if (D == Distribution::kUniform8) return static_cast<float>(static_cast<int>(2 * (h & 0xffu)) - 255) * 0x1p-8f;
+  if (D == Distribution::kUniform16) return static_cast<float>(static_cast<int>(2 * (h & 0xffffu)) - 65535) * 0x1p-16f;
+  if (D == Distribution::kUniform32)
+    return static_cast<float>(static_cast<int>(2 * (h >> 8)) - ((1 << 24) - 1)) * 0x1p-24f;
+  if (D == Distribution::kSign) return bit_cast<float>(0x3f800000u | h << 31);
+  if (D == Distribution::kTernary4) return static_cast<float>(static_cast<int>(h & 1u) - static_cast<int>(h >> 1 & 1u));
+  return (h & 0xffffu) < 10923u ? -1.f : (h & 0xffffu) >= 54613u ? 1.f : 0.f;
 }
 
 // Dropout keeps element (row, col) of x [T, I] iff its 16 random bits are >= threshold = round(p * 65536).

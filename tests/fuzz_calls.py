@@ -24,7 +24,7 @@ OTHERS = (torch.float64, torch.int64, torch.int32, torch.bool, torch.complex64, 
 LETTERS = {"x": "TI", "a": "RI", "b": "OR", "s": "TR", "ds": "TR", "y": "TO", "dy": "TO", "base": "TO", "weight": "OI",
            "bias": "O", "base_scale": "O"}  # fmt: skip
 FACTORS = ("a", "b", "s", "ds", "base_scale")
-TRAINABLE = {*LETTERS, "a_pool", "b_pool"}
+TRAINABLE = {*LETTERS, "a_pool", "b_pool", "coef", "g"}
 
 
 def schemas():
@@ -59,6 +59,8 @@ def draw(rng: random.Random, schema) -> tuple[dict, bool]:
     if schema.name == "lrkern::linear_expand" and rng.random() < 0.3:
         without |= {"x", "weight"}
     multi = draw_multi(rng, schema, lead, dims, factor, p) if "multi_lora" in schema.name else {}
+    if "basis" in schema.name:
+        multi = draw_basis(rng, lead, dims, dtype)
     args = {}
     for a in schema.arguments:
         if a.name in multi:
@@ -81,7 +83,10 @@ def draw(rng: random.Random, schema) -> tuple[dict, bool]:
     if rng.random() < 0.5:
         good = False
         for name in rng.sample(list(args), min(len(args), rng.choice((1, 1, 2)))):
-            args[name] = something_else(rng, args[name])
+            if name in ("Q", "C", "R"):  # 2^31 would be taken, and be too much memory
+                args[name] = rng.choice((-1, 2**62))
+            else:
+                args[name] = something_else(rng, args[name])
     return args, good
 
 
@@ -106,6 +111,25 @@ def draw_multi(rng: random.Random, schema, lead: list[int], dims: dict, factor: 
     }  # fmt: skip
 
 
+def draw_basis(rng: random.Random, lead: list[int], dims: dict, dtype: torch.dtype) -> dict:
+    """A stream, its sizes, and tensors that go with them, by argument name."""
+    Q, C, R, transposed = dims["O"], dims["I"], rng.choice((1, 2, 7)), rng.random() < 0.5
+    n, m = (C, Q) if transposed else (Q, C)
+    segments = [(rng.choice(SMALL), rng.choice(SMALL), rng.choice((1.0, -0.5))) for _ in range(rng.choice((1, 2, 4)))]
+    widths, counts, scales = map(list, zip(*segments, strict=True))
+    vector = lambda size: torch.randn(size) if rng.random() < 0.5 else None
+    fill = lambda *shape: torch.randn(shape)
+    return {
+        "like": fill(1).to(dtype), "seed": rng.getrandbits(63), "method": rng.randrange(64), "tensor": rng.getrandbits(31),
+        "distribution": rng.randint(2, 7), "first": rng.choice((0, 3, 2**15)), "R": R, "Q": Q, "C": C, "q0": rng.randrange(99),
+        "c0": rng.choice((0, 5, 2**30)), "transposed": transposed, "fp32": rng.random() < 0.5, "scale": 0.5,
+        "widths": widths, "counts": counts, "scales": scales, "coef": fill(*lead, sum(counts)),
+        "base": fill(R, sum(widths)) if rng.random() < 0.5 else None, "g": fill(*lead, R, sum(widths)),
+        "x": strided(rng, [*lead, n], dtype, True), "y": fill(*lead, m).to(rng.choice(FLOATS)), "in_scale": vector(n),
+        "out_scale": vector(m), "row_scale": vector(Q), "col_scale": vector(C),
+    }  # fmt: skip
+
+
 def is_part(schema) -> bool:
     return schema.name.endswith(("_fwd", "_bwd"))
 
@@ -122,6 +146,8 @@ def something_else(rng: random.Random, value):
         return rng.choice((-1, value + 1, 2**31, 2**62))
     if isinstance(value, float):
         return rng.choice((float("nan"), float("inf"), -1.0, 2.0, 1e300, 1e-46, 0.0))
+    if isinstance(value, list):
+        return rng.choice(([], value * 5, [-1] * len(value), [2**48] * len(value), value[1:]))
     shape = list(value.shape) if value is not None else [2]
     kind = rng.randrange(7)
     if kind == 0:
@@ -181,7 +207,7 @@ def call(rng: random.Random, schema, note) -> bool:
             same = torch.equal(was.float().nan_to_num(7), args[n].detach().float().nan_to_num(7))
             assert same, f"refused, yet {n} was written: {text}"
         return True
-    if good and isinstance(out, Tensor) and "multi_lora" not in name:
+    if good and isinstance(out, Tensor) and "multi_lora" not in name and "basis" not in name:
         shape = list((args.get("x") if args.get("x") is not None else args["s"]).shape[:-1])
         assert list(out.shape)[:-1] == shape, f"{list(out.shape)}: {text}"
     return False

@@ -158,6 +158,13 @@ def test_explain_says_what_and_why():
     assert "two passes" in narrow["why"]
     shrink = host.explain("lora_shrink", T=8, N=8192, R=16)
     assert shrink["split"] == (shrink["chunks"] > 1)
+    few = host.explain("basis_matmul", T=1, Q=256, C=4096, device="cpu")
+    assert not few["scratch"]
+    many = host.explain("basis_matmul", T=512, Q=4096, C=4096, device="cpu")
+    assert many["scratch"]
+    assert many["rows"] == 4096
+    assert many["rows"] * many["cols"] * 4 <= 4 << 20
+    assert "scratch memory" in many["why"]
 
 
 @pytest.mark.parametrize(

@@ -172,13 +172,36 @@ def multi_lora(device: str, dtype: torch.dtype, T: int, N: int, R: int) -> Itera
     yield Timed("multi_lora_scatter", call, [ids, s, s, s], T * R)
 
 
-TIMED = {"lora": lora, "multi_lora": multi_lora}
+def basis(device: str, dtype: torch.dtype, T: int, N: int, R: int) -> Iterator[Timed]:
+    """256 bases [R, N] for one layer; their first rows as the fixed factor of 16 tokens. flop: of the sums, none for U."""
+    op, K, Q = lrkern.ops._ops, 256, 1024
+    T, stream, spec = min(T, 16), (1, 2, 2, 0), ([N], [K], [1.0])  # seed, NOLA, uniform8, tensor
+    like, coef, g = (
+        torch.empty(0, device=device, dtype=dtype),
+        *(torch.randn(*s, device=device) for s in ((K,), (R, N))),
+    )
+    whole = torch.empty(Q, N, device=device, dtype=dtype)
+    yield Timed("basis_fill", lambda: op.basis_fill(like, None, None, *stream, 0, R, 0, 0, Q, N), [whole], Q * N)
+    yield Timed("basis_combine", lambda: op.basis_combine(coef, None, *stream, R, *spec), [coef, g], 2 * K * R * N)
+    yield Timed("basis_dot", lambda: op.basis_dot(g, *stream, *spec), [coef, g], 2 * K * R * N)
+    short, long = (torch.randn(T, n, device=device).to(dtype) for n in (Q, N))
+    call = lambda: op.basis_matmul(short, None, None, *stream, 0, R, Q, N, False)
+    yield Timed("basis_matmul", call, [short, long], 2 * T * Q * N)
+    call = lambda: op.basis_matmul(long, None, None, *stream, 0, R, Q, N, True)
+    yield Timed("basis_matmul_transposed", call, [short, long], 2 * T * Q * N)
+
+
+TIMED = {"lora": lora, "multi_lora": multi_lora, "basis": basis}
 PARTS_OF_OTHERS = {
     "sum_planes",
     "multi_lora_sum",
     "multi_lora_finish",
     "multi_lora_wgrad_sum",
-}  # launched after the kernels above, inside their time
+    "basis_combine_sum",
+    "basis_dot_sum",
+    "basis_matmul_x",
+    "basis_matmul_sum",
+}  # launched before or after the kernels above, inside their time
 
 
 def time_kernels(families: list[str], device: str) -> Iterator[dict]:

@@ -139,6 +139,22 @@ def multi_gather(f: str) -> Plan:
     return Plan(8, ROWS + 128)
 
 
+def basis_fill(_: str) -> Plan:
+    return Plan(6)  # little but one piece of a row
+
+
+def basis_sums(_: str) -> Plan:
+    return Plan(4)  # of 4 rows by 16 columns in registers; what they are multiplied by is the same for a whole warp
+
+
+def basis_stream() -> Plan:
+    return Plan(8)
+
+
+def basis_dots(_: str) -> Plan:
+    return Plan(3, wide=8)  # one for each of eight rows at 4 columns a piece, more where it has more
+
+
 PLANS = {
     "shrink_kernel": shrink,
     "expand_kernel": expand,
@@ -155,6 +171,15 @@ PLANS = {
     "multi_wgrad_sum_kernel": multi_wgrad_sum,
     "multi_gather_kernel": multi_gather,
     "multi_scatter_kernel": multi_wgrad_sum,
+    "basis_fill_kernel": basis_fill,
+    "basis_combine_kernel": basis_sums,
+    "basis_combine_sum_kernel": basis_stream,
+    "basis_dot_kernel": basis_dots,
+    "basis_dot_sum_kernel": basis_stream,
+    "basis_matmul_x_kernel": basis_stream,
+    "basis_matmul_kernel": basis_sums,
+    "basis_matmul_sum_kernel": basis_stream,
+    "basis_matmul_transposed_kernel": basis_dots,
 }
 
 
@@ -355,7 +380,7 @@ def table(units: list[Unit], archs: list[str]) -> str:
             by_kernel.setdefault(figures.kernel, {})[unit.arch] = figures
     lines = [
         "Per architecture: registers a thread and blocks on an SM. spills: bytes, tensor and 128-bit: instructions.",
-        f"{'kernel':<44}{'shared':>7}{'spills':>7}  {'tensor':<9}{'128-bit':>8}" + "".join(f"{a:>10}" for a in archs),
+        f"{'kernel':<48}{'shared':>7}{'spills':>7}  {'tensor':<9}{'128-bit':>8}" + "".join(f"{a:>10}" for a in archs),
     ]
     for kernel, on in sorted(by_kernel.items()):
         plan = plan_of(kernel) or Plan(0)
@@ -370,11 +395,11 @@ def table(units: list[Unit], archs: list[str]) -> str:
             else:
                 cells += f"{'':>10}"
         spills, wide = max(f.spills for f in on.values()), min(f.wide for f in on.values())
-        lines.append(f"{kernel:<44}{shared:>7}{spills:>7}  {tensor:<9}{wide:>8}{cells}")
+        lines.append(f"{kernel:<48}{shared:>7}{spills:>7}  {tensor:<9}{wide:>8}{cells}")
     lines.append("\nSeconds to compile:")
     for source in dict.fromkeys(u.source for u in units):
         of = {u.arch: f"{u.seconds:.1f}" for u in units if u.source == source}
-        lines.append(f"{source:<75}" + "".join(f"{of.get(a, ''):>10}" for a in archs))
+        lines.append(f"{source:<79}" + "".join(f"{of.get(a, ''):>10}" for a in archs))
     slowest = max(units, key=lambda u: u.seconds)
     lines.append(f"slowest: {slowest.source} for sm_{slowest.arch}, {slowest.seconds:.1f} s")
     return "\n".join(lines)

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "basis.h"
 #include "lora.h"
 
 namespace py = pybind11;
@@ -108,6 +109,16 @@ py::dict explain_lora_shrink(int64_t T, int64_t N, int32_t R) {
   return py::dict("split"_a = c.split, "chunks"_a = c.chunks, "why"_a = why);
 }
 
+py::dict explain_basis_matmul(int64_t T, int64_t Q, int64_t C, bool transposed, const std::string& device) {
+  const BasisMatmulConfig c = choose_basis_matmul(T, Q, C, transposed, device_named(device));
+  const std::string piece = std::to_string(c.rows) + " x " + std::to_string(c.cols);
+  const std::string why =
+      c.scratch
+          ? "U is generated once, " + piece + " at a time in scratch memory, for a plain GEMM: many tokens share it"
+          : "U stays in registers: for so few tokens writing it and reading it back costs more";
+  return py::dict("scratch"_a = c.scratch, "rows"_a = c.rows, "cols"_a = c.cols, "why"_a = why);
+}
+
 py::object explain(const std::string& choice, const py::kwargs& shape) {
   if (choice == "lora_backward") {
     return py::cpp_function(explain_lora_backward, py::name("explain lora_backward"), "T"_a, "O"_a, "R"_a,
@@ -116,7 +127,12 @@ py::object explain(const std::string& choice, const py::kwargs& shape) {
   if (choice == "lora_shrink") {
     return py::cpp_function(explain_lora_shrink, py::name("explain lora_shrink"), "T"_a, "N"_a, "R"_a)(**shape);
   }
-  throw py::value_error("lrkern._host.explain: choice must be lora_backward or lora_shrink, got " + choice);
+  if (choice == "basis_matmul") {
+    return py::cpp_function(explain_basis_matmul, py::name("explain basis_matmul"), "T"_a, "Q"_a, "C"_a,
+                            "transposed"_a = false, "device"_a = "cuda")(**shape);
+  }
+  throw py::value_error("lrkern._host.explain: choice must be lora_backward, lora_shrink or basis_matmul, got " +
+                        choice);
 }
 
 PYBIND11_MODULE(_host, m) {

@@ -159,6 +159,71 @@ def multi_lora_linear(x, weight, bias, a_pool, b_pool, pages, ranks, plan, scale
     return multi_lora_expand(y, s, b_pool, pages, ranks, plan)
 
 
+# ---------------------------------------------------------------------------------------------------- random bases
+# Arguments: see ops/basis.py; the stream: docs/rng.md.
+
+BITS = {2: 8, 3: 16, 4: 32, 5: 1, 6: 16, 7: 2}  # of an element, by distribution
+
+
+def basis_value(h: Tensor, distribution: int) -> Tensor:
+    if distribution == 5:
+        return 1.0 - 2.0 * h
+    if distribution == 6:
+        return (h >= 54613).double() - (h < 10923).double()
+    if distribution == 7:
+        return (h & 1).double() - (h >> 1).double()
+    h, b = (h >> 8, 24) if distribution == 4 else (h, BITS[distribution])
+    return (2 * h + 1).double() / 2**b - 1
+
+
+def basis(seed, method, distribution, tensor, first, R, q0, c0, Q, C) -> Tensor:
+    """U[q0 : q0 + Q, c0 : c0 + C] of the stack, float64 [Q, C]."""
+    b = BITS[distribution]
+    E, lead = 128 // b, c0 % (128 // b)
+    q, block = torch.meshgrid(q0 + torch.arange(Q), c0 // E + torch.arange((lead + C + E - 1) // E), indexing="ij")
+    tag = first + q // R | method << 16 | distribution << 22
+    words = torch.stack(philox4x32([block, q % R, torch.full_like(q, tensor), tag], seed), -1)
+    bits = words.unsqueeze(-1) >> torch.arange(0, 32, b) & (1 << b) - 1  # [Q, blocks, 4, 32 / b]
+    return basis_value(bits.reshape(Q, bits.shape[1] * E)[:, lead : lead + C], distribution)
+
+
+def basis_fill(like, row_scale, col_scale, seed, method, distribution, tensor, first, R, q0, c0, Q, C, scale=1.0):
+    u = scale * basis(seed, method, distribution, tensor, first, R, q0, c0, Q, C).to(like)
+    u = u if row_scale is None else u * row_scale.to(like)[:, None]
+    return u if col_scale is None else u * col_scale.to(like)
+
+
+def basis_combine(coef, base, seed, method, distribution, tensor, R, widths, counts, scales):
+    parts = []
+    for i, (c, width, scale) in enumerate(zip(coef.split(counts, -1), widths, scales, strict=True)):
+        u = basis(seed, method, distribution, tensor + i, 0, R, 0, 0, c.shape[-1] * R, width).to(coef)
+        parts.append(torch.einsum("...k,krw->...rw", scale * c, u.reshape(c.shape[-1], R, width)))
+    out = torch.cat(parts, -1)
+    return out if base is None else out + base
+
+
+def basis_dot(g, seed, method, distribution, tensor, widths, counts, scales):
+    parts, R = [], g.shape[-2]
+    for i, (part, count, scale) in enumerate(zip(g.split(widths, -1), counts, scales, strict=True)):
+        u = basis(seed, method, distribution, tensor + i, 0, max(R, 1), 0, 0, count * R, part.shape[-1]).to(g)
+        parts.append(scale * torch.einsum("...rw,krw->...k", part, u.reshape(count, *part.shape[-2:])))
+    return torch.cat(parts, -1)
+
+
+def basis_matmul(
+    x, in_scale, out_scale, seed, method, distribution, tensor, first, R, Q, C, transposed, fp32=False
+):  # fmt: skip
+    wide = torch.float32 if fp32 and x.dtype != torch.float64 else x.dtype
+    u = basis(seed, method, distribution, tensor, first, R, 0, 0, Q, C).to(x.device, wide)
+    y = (x.to(wide) if in_scale is None else x.to(wide) * in_scale.to(wide)) @ (u.mT if transposed else u)
+    return y if out_scale is None else y * out_scale.to(wide)
+
+
+def basis_matmul_(y, x, in_scale, out_scale, seed, method, distribution, tensor, first, R, Q, C, transposed):
+    spec = seed, method, distribution, tensor, first, R, Q, C, transposed
+    y.copy_(add(y, basis_matmul(x, in_scale, out_scale, *spec, fp32=y.dtype != x.dtype)))
+
+
 # ---------------------------------------------------------------------------------------------------- the registry
 
 
@@ -390,3 +455,77 @@ def _(device, dtype):
     for name, _, x, w, bias, a_pool, b_pool, table, rest, _ in _multi_tensors(device, dtype):
         if table[0].shape[1] == 1:
             yield Sample(name, (x, w, bias, a_pool, b_pool, *table, *rest))
+
+
+# name, distribution, method, first basis, R, Q, C, leading dimensions of x, scales, seed past 2^32
+BASIS_CASES = [
+    ("one_token", 2, 3, 0, 8, 8, 64, (1,), True, False),
+    ("odd", 2, 2, 3, 5, 13, 67, (3,), True, True),
+    ("uniform16", 3, 3, 0, 16, 16, 270, (2, 2), True, False),
+    ("uniform32", 4, 4, 7, 3, 31, 130, (4,), False, True),
+    ("sign", 5, 4, 0, 4, 20, 2100, (2,), True, False),
+    ("ternary6", 6, 4, 65000, 2, 9, 300, (5,), True, True),
+    ("ternary4", 7, 4, 1, 1, 17, 1030, (7,), False, False),
+    ("slices", 2, 4, 0, 32, 600, 40, (3,), True, False),
+    ("many_tokens", 2, 3, 0, 64, 64, 520, (2, 20), True, False),
+    ("many_tokens_sign", 5, 4, 0, 8, 40, 300, (33,), False, True),
+    ("no_tokens", 2, 3, 0, 8, 8, 16, (0,), True, False),
+    ("no_rows", 2, 3, 0, 8, 0, 16, (2,), True, False),
+    ("no_columns", 2, 3, 0, 8, 8, 0, (2,), True, False),
+]
+
+
+def _basis_tensors(device, dtype):
+    for i, (name, d, method, first, R, Q, C, lead, scaled, far) in enumerate(BASIS_CASES):
+        draw = Draw(device, dtype, seed=400 + i)
+        stream = (int(draw.seed()) if far else 17 + i, method, d, 5 * i, first)
+        scale = lambda n, draw=draw, scaled=scaled: draw(n, dtype=torch.float32) if scaled else None
+        yield name, draw, stream, R, Q, C, lead, scale
+
+
+@register(basis_fill, "row_scale * U[q0:, c0:] * col_scale")
+def _(device, dtype):
+    for i, (name, draw, stream, R, Q, C, _, scale) in enumerate(_basis_tensors(device, dtype)):
+        q0, c0 = (0, 0) if i % 3 == 0 else (R + 1, 37)
+        yield Sample(name, (draw(1), scale(Q), scale(C), *stream, R, q0, c0, Q, C, 0.75))
+
+
+def _segments(i: int, R: int, C: int) -> tuple[list, list, list]:
+    return [([C], [7], [0.5]), ([C, 33], [19, 40], [0.25, 2.0]), ([3, C, 8], [1, 0, 33], [1.0, 3.0, -1.0])][i % 3]
+
+
+@register(basis_combine, "base + scale sum over k of coef[k] U_k", ("coef", "base"))
+def _(device, dtype):
+    for i, (name, draw, stream, R, _, C, lead, scale) in enumerate(_basis_tensors(device, torch.float32)):
+        segments = _segments(i, R, C)
+        base = draw(R, sum(segments[0])) if scale(1) is not None else None
+        coef = draw(*lead, sum(segments[1])) if i % 4 else draw(sum(segments[1]))
+        yield Sample(name, (coef, base, *stream[:4], R, *segments))
+
+
+@register(basis_dot, "scale <g, U_k>", ("g",))
+def _(device, dtype):
+    for i, (name, draw, stream, R, _, C, lead, _) in enumerate(_basis_tensors(device, torch.float32)):
+        segments = _segments(i, R, C)
+        shape = (R, sum(segments[0]))
+        yield Sample(name, (draw(*lead, *shape) if i % 4 else draw(*shape), *stream[:4], *segments))
+
+
+@register(basis_matmul, "out_scale * ((in_scale * x) U), or U^T", ("x",))
+def _(device, dtype):
+    for i, (name, draw, stream, R, Q, C, lead, scale) in enumerate(_basis_tensors(device, dtype)):
+        for transposed in (False, True):
+            n, m = (C, Q) if transposed else (Q, C)
+            x = draw(*lead, n, pitch=n + 5 if i % 2 else 0, std=max(n, 1) ** -0.5)
+            tail = (*stream, R, Q, C, transposed, i % 3 == 2)
+            yield Sample(f"{name}_transposed" if transposed else name, (x, scale(n), scale(m), *tail))
+
+
+@register(basis_matmul_, "y += out_scale * ((in_scale * x) U), or U^T, in place", mutates="y")
+def _(device, dtype):
+    for i, (name, draw, stream, R, Q, C, lead, scale) in enumerate(_basis_tensors(device, dtype)):
+        for transposed in (False, True):
+            n, m = (C, Q) if transposed else (Q, C)
+            x = draw(*lead, n, dtype=torch.float32 if i % 2 else None, std=max(n, 1) ** -0.5)
+            tail = (*stream, R, Q, C, transposed)
+            yield Sample(f"{name}_transposed" if transposed else name, (draw(*lead, m), x, scale(n), scale(m), *tail))

@@ -39,6 +39,11 @@ OPS_INFO = {
     "multi_lora_expand": "y[t] + sum over k of S[t, k] B[index[t, k]]^T",
     "multi_lora_expand_": "y[t] += sum over k of S[t, k] B[index[t, k]]^T, in place",
     "multi_lora_linear": "x W^T + bias + sum over k of scales[t, k] (D(x[t]) A[index[t, k]]^T) B[index[t, k]]^T",
+    "basis_fill": "row_scale * U[q0:, c0:] * col_scale",
+    "basis_combine": "base + scale sum over k of coef[k] U_k",
+    "basis_dot": "scale <g, U_k>",
+    "basis_matmul": "out_scale * ((in_scale * x) U), or U^T",
+    "basis_matmul_": "y += out_scale * ((in_scale * x) U), or U^T, in place",
 }
 
 # ---------------------------------------------------------------------------------------------------- wrappers
@@ -407,7 +412,14 @@ def _(dy, x, a, b, s, scale, dropout_p, seed, need_dx, need_da, need_db):
     return _grad(need_dx, x), _grad(need_da, a), _grad(need_db, b)
 
 
-from .multi_lora import (  # noqa: E402, F401  at the end: it needs what stands above
+from .basis import (  # noqa: E402, F401  at the end: they need what stands above
+    basis_combine,
+    basis_dot,
+    basis_fill,
+    basis_matmul,
+    basis_matmul_,
+)
+from .multi_lora import (  # noqa: E402, F401
     multi_lora_embedding,
     multi_lora_expand,
     multi_lora_expand_,

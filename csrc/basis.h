@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+// Random bases that exist only as a seed (rng.h, docs/rng.md). Contract of four kernels; what they share is a stack of
+// matrices U_k [R, C] = U [K R, C], whose row q is row q % R of basis q / R, regenerated wherever it is read.
+//
+//   fill     out[Q, C] = row_scale (.) U[q0 .. q0 + Q, c0 .. c0 + C] (.) col_scale
+//   combine  out[L, R, W] = base + scale Σ_k coef[L, k] U_k       W: segments of widths side by side, a tensor id each
+//   dot      out[L, k] = scale <G[L], U_k>                         its adjoint
+//   matmul   out[T, C] = base + out_scale (.) ((in_scale (.) x[T, Q]) U)      or, transposed,
+//            out[T, Q] = base + out_scale (.) ((in_scale (.) x[T, C]) U^T)
+//
+// Elements are exact in fp32, so U's bits are the same on every device. Sums run in fp32 in an order that follows from
+// L, R, W, K, Q and C alone: not from threads, and for matmul not from T or the other rows.
+#pragma once
+
+#include "rng.h"
+
+namespace lrk {
+
+// Which elements: c2 and c3 of the counter, but for the basis.
+struct BasisStream {
+  uint64_t seed;
+  uint32_t tensor, basis0;  // the first basis of the stack
+  Method method;
+  Distribution distribution;
+
+  LRK_HD constexpr uint32_t tag() const { return stream_tag(method, distribution); }
+};
+
+struct BasisFillParams {
+  BasisStream u;
+  void* out;               // [Q, C] dtype, contiguous
+  const float* row_scale;  // [Q], or null
+  const float* col_scale;  // [C], or null
+  int64_t R, q0, c0, Q, C;
+  float scale;
+  DType dtype;
+};
+
+constexpr int kMaxSegments = 4;
+
+// Segment s has columns begin[s] .. begin[s + 1] of W and coefficients first[s] .. first[s + 1] of ΣK; tensor u.tensor + s.
+struct BasisSegments {
+  int32_t count;
+  int64_t begin[kMaxSegments + 1], first[kMaxSegments + 1];
+  float scale[kMaxSegments];
+};
+
+struct BasisCombineParams {
+  BasisStream u;
+  BasisSegments segments;
+  const float* coef;  // [L, ΣK]
+  const float* base;  // [R, W], or null
+  float* out;         // [L, R, W]
+  int64_t L, R;
+};
+
+struct BasisDotParams {
+  BasisStream u;
+  BasisSegments segments;
+  const float* g;  // [L, R, W]
+  float* out;      // [L, ΣK]
+  int64_t L, R;
+};
+
+struct BasisMatmulParams {
+  BasisStream u;
+  const void* x;           // [T, Q], transposed [T, C]
+  void* out;               // [T, C], transposed [T, Q]
+  const float* in_scale;   // [Q] or [C], or null
+  const float* out_scale;  // [C] or [Q], or null
+  int64_t T, R, Q, C, x_pitch, out_pitch;
+  bool transposed, add;  // add: out is the base, in place
+  DType x_dtype, out_dtype;
+};
+
+// Sums that have few outputs and many terms fall into slices, fixed by the shape, whose sums are added in order.
+// dot: of the rows and columns; matmul, not transposed: of Q; combine on CUDA: of K.
+int64_t basis_dot_slices(int64_t L, int64_t K, Device device);
+int64_t basis_matmul_slices(int64_t Q, int64_t C, Device device);
+int64_t basis_combine_slices(int64_t R, int64_t W, int64_t K, Device device);
+
+// CUDA: rows of coefficients, or tokens, whose sums over rows of U one thread holds; and what matmul has in its
+// workspace, in floats: x in fp32, and planes [slices][T][width] of partial sums, or transposed no planes and x of rows
+// `width` apart.
+constexpr int64_t kBasisSums = 4;
+struct BasisMatmulLayout {
+  int64_t x, width, slices;
+};
+BasisMatmulLayout basis_matmul_layout(const BasisMatmulParams& p);
+
+// matmul for many tokens: U is generated once, into scratch memory of the nearest large cache, for a plain GEMM, some rows
+// or columns at a time so that no sum is cut. For few tokens it never leaves the registers.
+struct BasisMatmulConfig {
+  bool scratch;
+  int64_t rows, cols;  // of U in scratch at a time
+};
+BasisMatmulConfig choose_basis_matmul(int64_t T, int64_t Q, int64_t C, bool transposed, Device device);
+
+size_t basis_fill_workspace(const BasisFillParams& p, Device device);
+size_t basis_combine_workspace(const BasisCombineParams& p, Device device);
+size_t basis_dot_workspace(const BasisDotParams& p, Device device);
+size_t basis_matmul_workspace(const BasisMatmulParams& p, Device device);
+
+void basis_fill_cpu(const BasisFillParams& p, void* workspace);
+void basis_combine_cpu(const BasisCombineParams& p, void* workspace);
+void basis_dot_cpu(const BasisDotParams& p, void* workspace);
+void basis_matmul_cpu(const BasisMatmulParams& p, void* workspace);
+
+int basis_fill_cuda(const BasisFillParams& p, void* workspace, Stream stream);
+int basis_combine_cuda(const BasisCombineParams& p, void* workspace, Stream stream);
+int basis_dot_cuda(const BasisDotParams& p, void* workspace, Stream stream);
+int basis_matmul_cuda(const BasisMatmulParams& p, void* workspace, Stream stream);
+
+}  // namespace lrk

@@ -1,0 +1,475 @@
+// SPDX-License-Identifier: Apache-2.0
+// Random bases on the CPU. kLanes blocks of one row are generated at a time; element j of each of them makes a plane, a
+// vector, so that sums run over planes and only what comes in or goes out is put into the order of columns.
+#include "basis.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "factor.h"
+
+namespace lrk {
+namespace LRK_ISA {
+namespace {
+
+typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
+
+constexpr int kBatch = 16;  // blocks of rows generated before they are used; their sums are rounded apart from the rest
+constexpr int kTogether = 4;  // planes, and rows of coefficients, held in registers
+
+// Counters first, first + 1, ... in the lanes, and what all rows of such blocks share of the first round.
+struct Group {
+  Wide first;
+  explicit Group(int64_t block) {
+    uint32_t counter[kLanes];
+    for (int i = 0; i < kLanes; ++i) counter[i] = static_cast<uint32_t>(block) + static_cast<uint32_t>(i);
+    first = mul_wide(load_as<vu>(counter), kPhiloxM0);
+  }
+};
+
+// philox4x32 of the group's counters (c0, row, tensor, tag | basis). Only c0 differs between lanes, so that half of the
+// first two rounds is the same for all of them.
+inline void generate(const BasisStream& u, const Group& group, uint32_t basis, int64_t row, vu (&c)[4]) {
+  uint32_t k0 = static_cast<uint32_t>(u.seed), k1 = static_cast<uint32_t>(u.seed >> 32);
+  const uint32_t a = mul_hi(kPhiloxM1, u.tensor) ^ static_cast<uint32_t>(row) ^ k0, b = kPhiloxM1 * u.tensor;
+  const vu mixed = group.first.hi ^ ((u.tag() | basis) ^ k1);
+  k0 += kPhiloxW0, k1 += kPhiloxW1;
+  const Wide second = mul_wide(mixed, kPhiloxM1);
+  c[0] = second.hi ^ (b ^ k0);
+  c[1] = second.lo;
+  c[2] = group.first.lo ^ (mul_hi(kPhiloxM0, a) ^ k1);
+  c[3] = kPhiloxM0 * a - vu{};
+#pragma GCC unroll 8
+  for (int round = 2; round < 10; ++round) {
+    k0 += kPhiloxW0, k1 += kPhiloxW1;
+    const Wide p0 = mul_wide(c[0], kPhiloxM0), p1 = mul_wide(c[2], kPhiloxM1);
+    c[0] = p1.hi ^ c[1] ^ k0;
+    c[1] = p1.lo;
+    c[2] = p0.hi ^ c[3] ^ k1;
+    c[3] = p0.lo;
+  }
+}
+
+// A distribution's planes j .. j + kTogether, j a multiple of kTogether, of words w[0..4): elements over `unit`.
+inline vf to_vf(vi v) { return __builtin_convertvector(v, vf); }
+inline vf in_mantissa(vu v, uint32_t mask) { return (vf)((v & mask) | 0x3f800000u); }  // in [1, 2)
+
+template <Distribution D>
+struct Planes;
+template <>
+struct Planes<Distribution::kUniform8> {
+  static constexpr float unit = 2.f;
+  static void at(const vu* w, int j, vf (&v)[kTogether]) {
+    const vu x = w[j / 4];
+    const vu shifted[] = {x << 15, x << 7, x >> 1, x >> 9};
+    for (int p = 0; p < 4; ++p) v[p] = in_mantissa(shifted[p], 0x7f8000u) - (1.5f - 0x1p-9f);
+  }
+};
+template <>
+struct Planes<Distribution::kUniform16> {
+  static constexpr float unit = 2.f;
+  static void at(const vu* w, int j, vf (&v)[kTogether]) {
+    for (int p = 0; p < 4; ++p) {
+      const vu x = w[j / 2 + p / 2];
+      v[p] = in_mantissa(p & 1 ? x >> 9 : x << 7, 0x7fff80u) - (1.5f - 0x1p-17f);
+    }
+  }
+};
+template <>
+struct Planes<Distribution::kUniform32> {
+  static constexpr float unit = 0x1p-24f;
+  static void at(const vu* w, int j, vf (&v)[kTogether]) {
+    for (int p = 0; p < 4; ++p) v[p] = to_vf((vi)(w[j + p] ^ 0x80000000u) >> 7 | 1);
+  }
+};
+template <>
+struct Planes<Distribution::kSign> {
+  static constexpr float unit = 1.f;
+  static void at(const vu* w, int j, vf (&v)[kTogether]) {
+    const vu x = w[j / 32] << (28 - j % 32);
+    for (int p = 0; p < 4; ++p) v[p] = in_mantissa(x << (3 - p), 0x80000000u);
+  }
+};
+template <>
+struct Planes<Distribution::kTernary6> {
+  static constexpr float unit = 1.f;
+  static void at(const vu* w, int j, vf (&v)[kTogether]) {
+    for (int p = 0; p < 4; ++p) {
+      const vu x = w[j / 2 + p / 2], h = p & 1 ? x >> 16 : x & 0xffffu;
+      v[p] = to_vf((vi)(h < 10923u) - (vi)(h >= 54613u));  // a comparison that holds is -1
+    }
+  }
+};
+template <>
+struct Planes<Distribution::kTernary4> {
+  static constexpr float unit = 1.f;
+  static void at(const vu* w, int j, vf (&v)[kTogether]) {
+    const vu x = w[j / 16] >> (2 * (j % 16));
+    for (int p = 0; p < 4; ++p) v[p] = to_vf((vi)(x >> (2 * p) & 1u) - (vi)(x >> (2 * p + 1) & 1u));
+  }
+};
+
+template <class F>
+void with_distribution(Distribution d, const F& f) {
+  switch (d) {
+    case Distribution::kUniform16: return f(std::integral_constant<Distribution, Distribution::kUniform16>{});
+    case Distribution::kUniform32: return f(std::integral_constant<Distribution, Distribution::kUniform32>{});
+    case Distribution::kSign: return f(std::integral_constant<Distribution, Distribution::kSign>{});
+    case Distribution::kTernary6: return f(std::integral_constant<Distribution, Distribution::kTernary6>{});
+    case Distribution::kTernary4: return f(std::integral_constant<Distribution, Distribution::kTernary4>{});
+    default: return f(std::integral_constant<Distribution, Distribution::kUniform8>{});
+  }
+}
+
+template <Distribution D>
+constexpr int kSpan = kLanes * block_columns(D);  // columns of a group
+
+// ---- columns to planes and back: element (lane, j) of a group is column lane * E + j, and element lane of plane j
+
+template <Distribution D>
+void to_planes(const float* columns, int64_t n, float* planes) {
+  constexpr int E = block_columns(D);
+  alignas(64) float padded[kSpan<D>];
+  if (n < kSpan<D>) {
+    std::fill(std::copy_n(columns, std::max<int64_t>(n, 0), padded), padded + kSpan<D>, 0.f);
+    columns = padded;
+  }
+  if constexpr (E % kLanes == 0) {
+    for (int j = 0; j < E; j += kLanes) {
+      vf block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = load(columns + i * E + j);
+      transpose(block);
+      for (int i = 0; i < kLanes; ++i) store(planes + (j + i) * kLanes, block[i]);
+    }
+  } else {
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < E; ++j) planes[j * kLanes + i] = columns[i * E + j];
+  }
+}
+template <Distribution D>
+void to_columns(const float* planes, float* columns) {
+  constexpr int E = block_columns(D);
+  if constexpr (E % kLanes == 0) {
+    for (int j = 0; j < E; j += kLanes) {
+      vf block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = load(planes + (j + i) * kLanes);
+      transpose(block);
+      for (int i = 0; i < kLanes; ++i) store(columns + i * E + j, block[i]);
+    }
+  } else {
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < E; ++j) columns[i * E + j] = planes[j * kLanes + i];
+  }
+}
+
+// ---- the two sums, over a batch of blocks w[n][4]
+
+// acc[t][plane] += Σ_i coef[t][i] w[i], rows t of coefficients and of sums `pitch` apart; coefficients hold the unit.
+template <Distribution D, int M>
+void axpy(const vu (*w)[4], int n, const float* coef, int64_t pitch, float* acc, int64_t acc_pitch) {
+  for (int j = 0; j < block_columns(D); j += kTogether) {
+    vf sum[M][kTogether] = {};
+    for (int i = 0; i < n; ++i) {
+      vf v[kTogether];
+      Planes<D>::at(w[i], j, v);
+      for (int t = 0; t < M; ++t) {
+        const vf c = coef[t * pitch + i] - vf{};
+        for (int p = 0; p < kTogether; ++p) sum[t][p] += c * v[p];
+      }
+    }
+    for (int t = 0; t < M; ++t)
+      for (int p = 0; p < kTogether; ++p) {
+        float* at = acc + t * acc_pitch + (j + p) * kLanes;
+        store(at, load(at) + sum[t][p]);
+      }
+  }
+}
+template <Distribution D>
+void axpy(const vu (*w)[4], int n, int64_t rows, const float* coef, int64_t pitch, float* acc) {
+  int64_t t = 0;
+  for (; t + kTogether <= rows; t += kTogether)
+    axpy<D, kTogether>(w, n, coef + t * pitch, pitch, acc + t * kSpan<D>, kSpan<D>);
+  for (; t < rows; ++t) axpy<D, 1>(w, n, coef + t * pitch, pitch, acc + t * kSpan<D>, kSpan<D>);
+}
+
+// out[t][i] += Σ_planes w[i] x[t], in units.
+template <Distribution D, int M>
+void dot(const vu (*w)[4], int n, const float* x, int64_t x_pitch, float* out, int64_t pitch) {
+  for (int i = 0; i < n; ++i) {
+    vf sum[M][kTogether] = {};
+    for (int j = 0; j < block_columns(D); j += kTogether) {
+      vf v[kTogether];
+      Planes<D>::at(w[i], j, v);
+      for (int t = 0; t < M; ++t)
+        for (int p = 0; p < kTogether; ++p) sum[t][p] += v[p] * load(x + t * x_pitch + (j + p) * kLanes);
+    }
+    for (int t = 0; t < M; ++t) {
+      const v4f s = sum_lanes(sum[t][0], sum[t][1], sum[t][2], sum[t][3]);
+      out[t * pitch + i] += (s[0] + s[1]) + (s[2] + s[3]);
+    }
+  }
+}
+template <Distribution D>
+void dot(const vu (*w)[4], int n, int64_t rows, const float* x, int64_t x_pitch, float* out, int64_t pitch) {
+  int64_t t = 0;
+  for (; t + kTogether <= rows; t += kTogether)
+    dot<D, kTogether>(w, n, x + t * x_pitch, x_pitch, out + t * pitch, pitch);
+  for (; t < rows; ++t) dot<D, 1>(w, n, x + t * x_pitch, x_pitch, out + t * pitch, pitch);
+}
+
+// Multiply-adds that a thread takes at once: some 10 us of work.
+int64_t grain_of(int64_t per_item) { return std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, per_item)); }
+
+// ---- fill
+
+void run_fill(const BasisFillParams& p) {
+  with_distribution(p.u.distribution, [&](auto d) {
+    constexpr Distribution D = decltype(d)::value;
+    constexpr int E = block_columns(D);
+    const int64_t first = p.c0 / E, last = ceil_div(p.c0 + p.C, E), groups = ceil_div(last - first, kLanes);
+    parallel_for(p.Q, grain_of(p.C), [&](int64_t q_begin, int64_t q_end) {
+      alignas(64) float planes[kSpan<D>], columns[kSpan<D>];
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t block = first + g * kLanes;
+        const Group group(block);
+        const int64_t begin = std::max(block * E, p.c0), end = std::min((block + kLanes) * E, p.c0 + p.C);
+        for (int64_t q = q_begin; q < q_end; ++q) {
+          vu w[4];
+          generate(p.u, group, p.u.basis0 + static_cast<uint32_t>((p.q0 + q) / p.R), (p.q0 + q) % p.R, w);
+          for (int j = 0; j < E; j += kTogether) {
+            vf v[kTogether];
+            Planes<D>::at(w, j, v);
+            for (int i = 0; i < kTogether; ++i) store(planes + (j + i) * kLanes, v[i] * Planes<D>::unit);
+          }
+          to_columns<D>(planes, columns);
+          const float s = p.row_scale ? p.scale * p.row_scale[q] : p.scale;
+          const float* from = columns + (begin - block * E);
+          const float* scale = p.col_scale ? p.col_scale + (begin - p.c0) : nullptr;
+          with_float(p.dtype, [&](auto tag) {
+            using T = decltype(tag);
+            T* out = static_cast<T*>(p.out) + q * p.C + (begin - p.c0);
+            const int64_t n = end - begin;
+            int64_t i = 0;
+            for (; i + kLanes <= n; i += kLanes)
+              store(out + i, load(from + i) * (scale ? load(scale + i) * s : s - vf{}));
+            for (; i < n; ++i) out[i] = from_float<T>(from[i] * (scale ? scale[i] * s : s));
+          });
+        }
+      }
+    });
+  });
+}
+
+// ---- combine, and matmul that is not transposed
+
+// out[t][columns of group g] (+)= Σ_q coef[t][q] U[at(q)] over q in [begin, end), rows of coefficients `pitch` apart.
+template <Distribution D, class At>
+void combine_group(const BasisStream& u, int64_t g, int64_t begin, int64_t end, int64_t rows, const float* coef,
+                   int64_t pitch, float* acc, const At& at) {
+  const Group group(g * kLanes);
+  std::fill_n(acc, rows * kSpan<D>, 0.f);
+  vu w[kBatch][4];
+  for (int64_t q = begin; q < end; q += kBatch) {
+    const int n = static_cast<int>(std::min<int64_t>(kBatch, end - q));
+    for (int i = 0; i < n; ++i) {
+      const auto [basis, row] = at(q + i);
+      generate(u, group, u.basis0 + static_cast<uint32_t>(basis), row, w[i]);
+    }
+    axpy<D>(w, n, rows, coef + q, pitch, acc);
+  }
+}
+
+struct Place {
+  int64_t basis, row;
+};
+
+BasisStream of_segment(BasisStream u, int s) {
+  u.tensor += static_cast<uint32_t>(s);
+  return u;
+}
+
+void run_combine(const BasisCombineParams& p, float* workspace) {
+  with_distribution(p.u.distribution, [&](auto d) {
+    constexpr Distribution D = decltype(d)::value;
+    const BasisSegments& s = p.segments;
+    const int64_t W = s.begin[s.count], K = s.first[s.count];
+    float* coef = workspace;  // times scale and unit
+    for (int i = 0; i < s.count; ++i)
+      for (int64_t l = 0; l < p.L; ++l)
+        for (int64_t k = s.first[i]; k < s.first[i + 1]; ++k)
+          coef[l * K + k] = p.coef[l * K + k] * (s.scale[i] * Planes<D>::unit);
+    struct Task {
+      int segment;
+      int64_t row, group;
+    };
+    std::vector<Task> tasks;
+    for (int i = 0; i < s.count; ++i)
+      for (int64_t r = 0; r < p.R; ++r)
+        for (int64_t g = 0; g < ceil_div(s.begin[i + 1] - s.begin[i], kSpan<D>); ++g) tasks.push_back({i, r, g});
+    parallel_for(static_cast<int64_t>(tasks.size()), grain_of(kSpan<D> * K), [&](int64_t first, int64_t last) {
+      constexpr int64_t kMost = std::max(1, 8192 / kSpan<D>);  // layers whose sums stay in the nearest cache
+      alignas(64) float acc[kMost * kSpan<D>], columns[kSpan<D>];
+      for (int64_t i = first; i < last; ++i) {
+        const Task& task = tasks[i];
+        const int64_t c0 = task.group * kSpan<D>, begin = s.begin[task.segment] + c0;
+        const int64_t n = std::min<int64_t>(kSpan<D>, s.begin[task.segment + 1] - begin);
+        for (int64_t l0 = 0; l0 < p.L; l0 += kMost) {
+          const int64_t m = std::min(kMost, p.L - l0), k0 = s.first[task.segment];
+          combine_group<D>(of_segment(p.u, task.segment), task.group, 0, s.first[task.segment + 1] - k0, m,
+                           coef + l0 * K + k0, K, acc, [&](int64_t k) { return Place{k, task.row}; });
+          for (int64_t l = 0; l < m; ++l) {
+            to_columns<D>(acc + l * kSpan<D>, columns);
+            float* out = p.out + ((l0 + l) * p.R + task.row) * W + begin;
+            const float* base = p.base ? p.base + task.row * W + begin : nullptr;
+            for (int64_t c = 0; c < n; ++c) out[c] = base ? base[c] + columns[c] : columns[c];
+          }
+        }
+      }
+    });
+  });
+}
+
+// ---- dot
+
+void run_dot(const BasisDotParams& p, float* workspace) {
+  with_distribution(p.u.distribution, [&](auto d) {
+    constexpr Distribution D = decltype(d)::value;
+    const BasisSegments& s = p.segments;
+    const int64_t W = s.begin[s.count], K = s.first[s.count], out_size = p.L * K;
+    const int64_t slices = basis_dot_slices(p.L, K, Device::kCPU);
+    std::fill_n(workspace, slices * out_size, 0.f);
+    // A slice of the rows of all segments, fixed by the shape, sums into a copy of the result of its own.
+    const int64_t rows = p.R * s.count;
+    parallel_for(slices, grain_of(p.R * W * K / slices), [&](int64_t first, int64_t last) {
+      float* planes = thread_scratch(static_cast<size_t>(p.L * kSpan<D>));
+      for (int64_t slice = first; slice < last; ++slice) {
+        float* out = workspace + slice * out_size;
+        for (int64_t i = 0; i < rows; ++i) {
+          const int segment = static_cast<int>(i / p.R);
+          const int64_t row = i % p.R, width = s.begin[segment + 1] - s.begin[segment];
+          const int64_t groups = ceil_div(width, kSpan<D>);
+          for (int64_t g = 0; g < groups; ++g) {
+            if ((i * groups + g) % slices != slice) continue;
+            for (int64_t l = 0; l < p.L; ++l)
+              to_planes<D>(p.g + (l * p.R + row) * W + s.begin[segment] + g * kSpan<D>, width - g * kSpan<D>,
+                           planes + l * kSpan<D>);
+            const BasisStream u = of_segment(p.u, segment);
+            const Group group(g * kLanes);
+            vu w[kBatch][4];
+            for (int64_t k = s.first[segment]; k < s.first[segment + 1]; k += kBatch) {
+              const int n = static_cast<int>(std::min<int64_t>(kBatch, s.first[segment + 1] - k));
+              for (int j = 0; j < n; ++j)
+                generate(u, group, u.basis0 + static_cast<uint32_t>(k + j - s.first[segment]), row, w[j]);
+              dot<D>(w, n, p.L, planes, kSpan<D>, out + k, K);
+            }
+          }
+        }
+      }
+    });
+    for (int i = 0; i < s.count; ++i)
+      for (int64_t l = 0; l < p.L; ++l)
+        for (int64_t k = s.first[i]; k < s.first[i + 1]; ++k) {
+          float sum = 0.f;
+          for (int64_t slice = 0; slice < slices; ++slice) sum += workspace[slice * out_size + l * K + k];
+          p.out[l * K + k] = sum * (s.scale[i] * Planes<D>::unit);
+        }
+  });
+}
+
+// ---- matmul
+
+float at(const void* data, DType dtype, int64_t i) {
+  if (dtype == DType::kF32) return static_cast<const float*>(data)[i];
+  if (dtype == DType::kF16) return to_float(static_cast<const f16*>(data)[i]);
+  return to_float(static_cast<const bf16*>(data)[i]);
+}
+
+// out[t][n] = (add ? out : 0) + out_scale * value
+void emit(const BasisMatmulParams& p, int64_t t, int64_t n0, int64_t n, const float* values) {
+  with_float(p.out_dtype, [&](auto tag) {
+    using T = decltype(tag);
+    T* out = static_cast<T*>(p.out) + t * p.out_pitch + n0;
+    for (int64_t i = 0; i < n; ++i) {
+      const float v = p.out_scale ? values[i] * p.out_scale[n0 + i] : values[i];
+      out[i] = from_float<T>(p.add ? to_float(out[i]) + v : v);
+    }
+  });
+}
+
+void run_matmul(const BasisMatmulParams& p, float* workspace) {
+  with_distribution(p.u.distribution, [&](auto d) {
+    constexpr Distribution D = decltype(d)::value;
+    const int64_t N = p.transposed ? p.C : p.Q, groups = ceil_div(p.C, kSpan<D>);
+    const int64_t pitch = p.transposed ? groups * kSpan<D> : N;
+    float* x = workspace;  // fp32, times in_scale; as planes where it meets columns
+    for (int64_t t = 0; t < p.T; ++t) {
+      float* row = x + t * pitch;
+      float* flat = p.transposed ? thread_scratch(static_cast<size_t>(N)) : row;
+      for (int64_t i = 0; i < N; ++i) {
+        const float v = at(p.x, p.x_dtype, t * p.x_pitch + i);
+        flat[i] = (p.in_scale ? v * p.in_scale[i] : v) * Planes<D>::unit;
+      }
+      if (p.transposed)
+        for (int64_t g = 0; g < groups; ++g) to_planes<D>(flat + g * kSpan<D>, p.C - g * kSpan<D>, row + g * kSpan<D>);
+    }
+    float* sums = x + p.T * pitch;
+    const auto place = [&](int64_t q) { return Place{q / p.R, q % p.R}; };
+    if (p.transposed) {  // sums [T][Q]
+      std::fill_n(sums, p.T * p.Q, 0.f);
+      parallel_for(ceil_div(p.Q, kBatch), grain_of(kBatch * p.C), [&](int64_t first, int64_t last) {
+        vu w[kBatch][4];
+        for (int64_t b = first; b < last; ++b) {
+          const int64_t q0 = b * kBatch;
+          const int n = static_cast<int>(std::min<int64_t>(kBatch, p.Q - q0));
+          for (int64_t g = 0; g < groups; ++g) {
+            const Group group(g * kLanes);
+            for (int i = 0; i < n; ++i) {
+              const Place at = place(q0 + i);
+              generate(p.u, group, p.u.basis0 + static_cast<uint32_t>(at.basis), at.row, w[i]);
+            }
+            dot<D>(w, n, p.T, x + g * kSpan<D>, pitch, sums + q0, p.Q);
+          }
+        }
+      });
+      for (int64_t t = 0; t < p.T; ++t) emit(p, t, 0, p.Q, sums + t * p.Q);
+      return;
+    }
+    // Few groups leave threads idle: the sum over Q falls into slices, fixed by the shape, which are added in order.
+    const int64_t slices = basis_matmul_slices(p.Q, p.C, Device::kCPU),
+                  length = round_up(ceil_div(p.Q, slices), kBatch);
+    const int64_t width = groups * kSpan<D>;
+    parallel_for(groups * slices, grain_of(length * kSpan<D>), [&](int64_t first, int64_t last) {
+      float* acc = thread_scratch(static_cast<size_t>(p.T * kSpan<D>));
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t g = i / slices, slice = i % slices;
+        combine_group<D>(p.u, g, std::min(slice * length, p.Q), std::min((slice + 1) * length, p.Q), p.T, x, pitch, acc,
+                         place);
+        for (int64_t t = 0; t < p.T; ++t)
+          to_columns<D>(acc + t * kSpan<D>, sums + (slice * p.T + t) * width + g * kSpan<D>);
+      }
+    });
+    for (int64_t t = 0; t < p.T; ++t) {
+      for (int64_t slice = 1; slice < slices; ++slice)
+        for (int64_t c = 0; c < p.C; ++c) sums[t * width + c] += sums[(slice * p.T + t) * width + c];
+      emit(p, t, 0, p.C, sums + t * width);
+    }
+  });
+}
+
+}  // namespace
+
+void basis_fill(const BasisFillParams& p, float*) { run_fill(p); }
+void basis_combine(const BasisCombineParams& p, float* workspace) { run_combine(p, workspace); }
+void basis_dot(const BasisDotParams& p, float* workspace) { run_dot(p, workspace); }
+void basis_matmul(const BasisMatmulParams& p, float* workspace) { run_matmul(p, workspace); }
+
+}  // namespace LRK_ISA
+
+#if defined(LRK_ISA_ENTRY)
+LRK_CPU_ENTRY(basis_fill, BasisFillParams)
+LRK_CPU_ENTRY(basis_combine, BasisCombineParams)
+LRK_CPU_ENTRY(basis_dot, BasisDotParams)
+LRK_CPU_ENTRY(basis_matmul, BasisMatmulParams)
+#endif
+
+}  // namespace lrk
