@@ -2,5 +2,8 @@
 """Drop-in modules."""
 
 from .lora import FusedLoRALinear
+from .nola import NOLALinear
+from .randlora import RandLoRALinear
+from .vera import VeRALinear
 
-__all__ = ["FusedLoRALinear"]
+__all__ = ["FusedLoRALinear", "NOLALinear", "RandLoRALinear", "VeRALinear"]

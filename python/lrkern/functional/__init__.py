@@ -6,9 +6,35 @@ import math
 import torch
 from torch import Tensor
 
-from . import ops
+from .. import ops
+from .basis import (
+    Basis,
+    nola_factors,
+    nola_linear,
+    randlora_add,
+    randlora_delta,
+    randlora_linear,
+    randlora_way,
+    vera_add,
+    vera_linear,
+)
 
-__all__ = ["dora_linear", "dora_norm", "lora_add", "lora_linear", "lora_scaling"]
+__all__ = [
+    "Basis",
+    "dora_linear",
+    "dora_norm",
+    "lora_add",
+    "lora_linear",
+    "lora_scaling",
+    "nola_factors",
+    "nola_linear",
+    "randlora_add",
+    "randlora_delta",
+    "randlora_linear",
+    "randlora_way",
+    "vera_add",
+    "vera_linear",
+]
 
 
 def lora_scaling(alpha: float, r: int, use_rslora: bool = False) -> float:

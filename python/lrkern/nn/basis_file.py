@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter files of the layers over random bases: coefficients, seeds and what makes the layers again, a few kilobytes.
+
+One safetensors file. Tensors: ``<layer>.<coefficients>`` as they are or, quantised, their codes beside
+``<layer>.<coefficients>.scale``. Metadata: ``lrkern``, a JSON object of
+
+    format   FORMAT
+    stream   ops.basis.STREAM_VERSION, which says what a seed means
+    bits     16-bit and wider floats as they are (null), or 8 or 4
+    kinds    list of {class, in_features, out_features, adapter_dtype and the class's SETTINGS but the seed}
+    layers   {name: [index in kinds, seed]}
+
+Quantised, groups of 64 consecutive coefficients share a float32 scale = absmax / m, m = 127 (8 bits) or 7 (4 bits), and each
+is round(c / scale), to even, in -m..m: int8, or two to a byte as code + 8, the even index in the low nibble. The largest
+of a group comes back up to a rounding, every other one within scale / 2.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..ops.basis import STREAM_VERSION
+from .basis import BasisLinear
+from .nola import NOLALinear
+from .randlora import RandLoRALinear
+from .vera import VeRALinear
+
+__all__ = ["load_adapter", "save_adapter"]
+
+FORMAT = 1
+GROUP = 64
+_CLASSES = {cls.__name__: cls for cls in (NOLALinear, VeRALinear, RandLoRALinear)}
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+def _coefficients(layer: BasisLinear) -> dict[str, nn.Parameter]:
+    return dict(layer.named_parameters(recurse=False))
+
+
+def _kind(layer: BasisLinear) -> dict[str, Any]:
+    dtype = next(iter(_coefficients(layer).values())).dtype
+    kind = {"class": type(layer).__name__, "in_features": layer.in_features, "out_features": layer.out_features}
+    settings = {name: value for name, value in layer.settings.items() if name != "seed"}
+    return kind | {"adapter_dtype": str(dtype).removeprefix("torch.")} | settings
+
+
+def _quantize(c: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes [n] int8, or [(n + 1) // 2] uint8 for 4 bits, and scales [groups] float32."""
+    m, c = 2 ** (bits - 1) - 1, c.float().flatten()
+    groups = nn.functional.pad(c, (0, -len(c) % GROUP)).view(-1, GROUP)
+    scale = groups.abs().amax(1) / m
+    codes = (
+        (groups / torch.where(scale > 0, scale, 1.0)[:, None]).round().clamp(-m, m).to(torch.int8).flatten()[: len(c)]
+    )
+    if bits == 8:
+        return codes, scale
+    nibbles = (nn.functional.pad(codes, (0, len(codes) % 2)) + 8).to(torch.uint8).view(-1, 2)
+    return nibbles[:, 0] | nibbles[:, 1] << 4, scale
+
+
+def _dequantize(codes: Tensor, scale: Tensor, n: int, bits: int) -> Tensor:
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], 1).to(torch.int8).flatten()[:n] - 8
+    return codes * scale.repeat_interleave(GROUP)[:n]
+
+
+def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) -> None:
+    """Writes the adapters of a model's NOLALinear, VeRALinear and RandLoRALinear layers as one file, without base weights.
+
+    bits: None keeps the coefficients as they are, 8 or 4 quantises them (see the module's docstring).
+    """
+    if bits not in (None, 8, 4):
+        raise ValueError(f"save_adapter: bits must be None, 8 or 4, got {bits!r}")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, BasisLinear)}
+    if not layers:
+        raise ValueError(
+            f"save_adapter: model must have NOLALinear, VeRALinear or RandLoRALinear layers, got {type(model).__name__} "
+            "with none"
+        )
+    tensors, kinds, entries = {}, [], {}
+    for name, layer in layers.items():
+        kind = _kind(layer)
+        if kind not in kinds:
+            kinds.append(kind)
+        entries[name] = kinds.index(kind), layer.seed
+        for key, c in _coefficients(layer).items():
+            c, key = c.detach().cpu().contiguous(), f"{name}.{key}"
+            if not c.isfinite().all():
+                raise ValueError(f"save_adapter: {key} must be finite, got inf or nan")
+            if bits is None:
+                tensors[key] = c.clone()
+            else:
+                tensors[key], tensors[f"{key}.scale"] = _quantize(c, bits)
+    header = {"format": FORMAT, "stream": STREAM_VERSION, "bits": bits, "kinds": kinds, "layers": entries}
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")  # a reader never meets half a file
+    save_file(tensors, partial, metadata={"lrkern": json.dumps(header, separators=(",", ":"))})
+    partial.replace(path)
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> None:
+    """Puts the adapters of a file into a model: an nn.Linear that has a layer's name is replaced by that layer over it, and a
+    layer that is there already, with the same settings, takes the coefficients and the seed. What ``save_adapter``
+    wrote without bits computes the same bits. The whole file is checked before anything changes."""
+    path = Path(path)
+    try:
+        header, tensors = _read(path)
+        plan = {name: _layer(name, header, tensors) for name in header["layers"]}
+        for name, layer in plan.items():
+            _check_place(model, name, layer)
+        expected = {f"{name}.{key}" for name, layer in plan.items() for key in _coefficients(layer)}
+        if extra := sorted({key.removesuffix(".scale") for key in tensors} - expected):
+            raise ValueError(f"has {extra[0]} and {len(extra) - 1} more that are of no layer")
+    except ValueError as error:
+        raise ValueError(f"load_adapter: {path}: {error}; the model is unchanged") from error
+    for name, layer in plan.items():
+        there = model.get_submodule(name)
+        if isinstance(there, BasisLinear):
+            with torch.no_grad():
+                for key, c in _coefficients(layer).items():
+                    getattr(there, key).copy_(c)
+            there.seed = layer.seed
+        else:
+            layer.base_layer = there.requires_grad_(False)
+            parent, _, child = name.rpartition(".")
+            for key, c in _coefficients(layer).items():
+                setattr(layer, key, nn.Parameter(c.detach().to(there.weight.device)))
+            setattr(model.get_submodule(parent), child, layer.train(there.training))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as f:
+            header = json.loads((f.metadata() or {}).get("lrkern", "null"))
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118, not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"cannot be read: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError("must be a file of save_adapter's, got one without the metadata lrkern")
+    if header.get("format") != FORMAT:
+        raise ValueError(f"format must be {FORMAT}, got {header.get('format')!r}, another lrkern's")
+    if header.get("stream") != STREAM_VERSION:
+        raise ValueError(
+            f"stream must be {STREAM_VERSION}, the random stream this lrkern generates, got {header.get('stream')!r}"
+        )
+    if header.get("bits") not in (None, 8, 4):
+        raise ValueError(f"bits must be null, 8 or 4, got {header['bits']!r}")
+    if not isinstance(header.get("layers"), dict) or not isinstance(header.get("kinds"), list):
+        raise ValueError("must list kinds and layers in its metadata")
+    return header, tensors
+
+
+def _layer(name: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> BasisLinear:
+    """The layer as the file describes it, coefficients included, over a base on the meta device."""
+    try:
+        index, seed = header["layers"][name]
+        kind = dict(header["kinds"][index])
+        cls, sizes = _CLASSES[kind.pop("class")], (kind.pop("in_features"), kind.pop("out_features"))
+        dtype = _DTYPES[kind.pop("adapter_dtype")]
+        if set(kind) != set(cls.SETTINGS) - {"seed"}:
+            raise ValueError(f"settings must be {sorted(cls.SETTINGS)}, got {sorted(kind)}")
+        base = nn.Linear(*sizes, bias=False, device="meta")
+        layer = cls.from_linear(base, **kind, seed=seed, adapter_dtype=dtype)
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        raise ValueError(f"{name} cannot be made: {error}") from error
+    for key, c in _coefficients(layer).items():
+        setattr(layer, key, nn.Parameter(_values(f"{name}.{key}", c, header["bits"], tensors)))
+    return layer
+
+
+def _values(key: str, like: Tensor, bits: int | None, tensors: dict[str, Tensor]) -> Tensor:
+    """The coefficients of this key, checked, of like's shape and dtype."""
+    n, groups = like.numel(), -(-like.numel() // GROUP)
+    expected = {key: (like.dtype, like.shape)}
+    if bits:
+        codes = (torch.int8, (n,)) if bits == 8 else (torch.uint8, ((n + 1) // 2,))
+        expected = {key: codes, f"{key}.scale": (torch.float32, (groups,))}
+    for k, (dtype, shape) in expected.items():
+        if k not in tensors:
+            raise ValueError(f"lacks {k}")
+        if tensors[k].dtype != dtype or tensors[k].shape != shape:
+            raise ValueError(f"{k} must be {dtype} {list(shape)}, got {tensors[k].dtype} {list(tensors[k].shape)}")
+        if dtype.is_floating_point and not tensors[k].isfinite().all():
+            raise ValueError(f"{k} must be finite, got inf or nan")
+    if not bits:
+        return tensors[key]
+    return _dequantize(tensors[key], tensors[f"{key}.scale"], n, bits).view(like.shape).to(like.dtype)
+
+
+def _check_place(model: nn.Module, name: str, layer: BasisLinear) -> None:
+    try:
+        there = model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"has {name}, which the model does not") from error
+    if isinstance(there, BasisLinear):
+        if there.merged:
+            raise ValueError(f"{name} is merged in the model; unmerge it first")
+        got, want = ({k: v for k, v in _kind(m).items() if k != "adapter_dtype"} for m in (there, layer))
+        if got != want:
+            changed = {k: (want[k], got.get(k)) for k in want if want[k] != got.get(k)}
+            raise ValueError(f"{name} differs from the model's: {changed} (file, model)")
+        return
+    if not isinstance(there, nn.Linear) or type(there.weight.data) is not Tensor:
+        raise ValueError(f"{name} must be an nn.Linear with a plain weight in the model, got {type(there).__name__}")
+    if not name:
+        raise ValueError("an nn.Linear cannot be replaced in itself; give the module that holds it")
+    if there.weight.shape != (layer.out_features, layer.in_features):
+        want = [layer.out_features, layer.in_features]
+        raise ValueError(f"{name} must have a weight of shape {want} in the model, got {list(there.weight.shape)}")

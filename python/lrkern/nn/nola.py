@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer with a NOLA adapter whose random bases are a seed."""
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from .basis import BasisLinear
+
+
+class NOLALinear(BasisLinear):
+    """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ, A = A₀ + c Σᵢ alphaᵢ Uᵢ, B = c' Σⱼ betaⱼ Vⱼ: NOLA (Koohpayegani et
+    al., arXiv 2310.02556) as its GPT-2 and LLaMA code defines it; see ``functional.nola_factors`` for U, V, A₀ and c.
+
+    Trained: nola_alpha [k] and nola_beta [l]. scaling = lora_alpha / r. The layer starts as the base layer: beta = 0, and
+    alpha = 0 as the reference has it. Without frozen_a both at 0 would never move, so alpha starts at
+    1 / sqrt(in), over sqrt(k) where not normalize, with which A has the variance of A₀.
+
+    Args:
+        r: rank, 1 to 512. The defaults of r, k, l and lora_alpha are those of the LLaMA scripts.
+        k, l: how many bases make up A and B, 1 to 4096 each.
+        lora_alpha: see scaling.
+        normalize: c = 1 / sqrt(k) and c' = 1 / sqrt(l), else 1 (the reference's README).
+        frozen_a: A₀ is random, kaiming_uniform(a=sqrt(5)) as LoRA's A starts, and takes no memory; else 0 (the paper).
+        the rest: as BasisLinear.
+    """
+
+    SETTINGS = ("r", "k", "l", "lora_alpha", "normalize", "frozen_a", "dropout", "seed", "distribution")
+
+    def _set_up(
+        self,
+        base,
+        r: int = 16,
+        k: int = 512,
+        l: int = 512,
+        lora_alpha: float = 4.0,
+        normalize: bool = True,
+        frozen_a: bool = True,
+        dropout: float = 0.0,
+        seed: int | None = None,
+        distribution: str = "uniform8",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, value, high in (("r", r, 512), ("k", k, 4096), ("l", l, 4096)):
+            self._whole(name, value, 1, high)
+        self._finite("lora_alpha", lora_alpha)
+        self._common(base, r, dropout, seed, distribution, adapter_dtype)
+        self.k, self.l, self.lora_alpha, self.scaling = k, l, lora_alpha, F.lora_scaling(lora_alpha, r)
+        self.normalize, self.frozen_a = normalize, frozen_a
+        spread = (base.in_features * (1 if normalize else k)) ** -0.5 if base.in_features else 0.0
+        self.nola_alpha = self._constant(0.0 if frozen_a else spread, k)
+        self.nola_beta = self._constant(0.0, l)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        base, stream = self.base_layer, (self.seed, self.r)
+        return F.nola_linear(
+            x, base.weight, base.bias, self.nola_alpha, self.nola_beta, *stream, self.scaling, self.normalize,
+            self.frozen_a, self.distribution, 0, self.dropout, self.training,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and scaling · B [out, r] in float32: as a LoRA adapter of scaling 1."""
+        a, b = F.nola_factors(
+            self.nola_alpha, self.nola_beta, self.seed, self.r, self.in_features, self.out_features, self.normalize,
+            self.frozen_a, self.distribution,
+        )  # fmt: skip
+        return a, self.scaling * b
+
+    def delta_weight(self) -> Tensor:
+        """scaling · B A [out, in] of the generated A and B, in float32."""
+        a, b = self.factors()
+        return b @ a

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer with a RandLoRA adapter whose bases are a seed."""
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from .basis import UNIT, BasisLinear
+
+
+class RandLoRALinear(BasisLinear):
+    """y = x Wᵀ + bias + scaling · dropout(x) ΔWᵀ, ΔW = Σⱼ Bⱼ diag(λⱼ) A diag(γⱼ) over n = ceil(min(in, out) / r) bases,
+    transposed where in > out: RandLoRA (Albert et al., arXiv 2502.00987) as PEFT defines it; ``functional.randlora_linear``.
+
+    Trained: randlora_lambda [r, n], which starts at 0 so that the layer starts as the base layer, and randlora_gamma
+    [n, min(in, out)], which starts at 1 / max(n, min(in, out)). scaling = randlora_alpha / r. Elements of A and B have
+    variance 1: "uniform8" stands for the paper's dense bases, "ternary6" for its sparse ones. Layers with one seed
+    and r share their bases.
+
+    Args:
+        r: rank of one basis, 1 or more.
+        randlora_alpha: see scaling; PEFT's default is 640.
+        paper_pairing: pair λ, γ and B as the paper's Eq. 4; the reference's code and PEFT pair them otherwise.
+        the rest: as BasisLinear.
+    """
+
+    SETTINGS = ("r", "randlora_alpha", "paper_pairing", "dropout", "seed", "distribution")
+
+    def _set_up(
+        self,
+        base,
+        r: int = 32,
+        randlora_alpha: float = 640.0,
+        paper_pairing: bool = False,
+        dropout: float = 0.0,
+        seed: int | None = None,
+        distribution: str = "uniform8",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._whole("r", r, 1, 2**31 - 1)
+        narrow = min(base.in_features, base.out_features)
+        self.n = -(-narrow // r)
+        if self.n > 2**16:
+            raise ValueError(f"RandLoRALinear: r must be at least min(in, out) / 65536 = {narrow / 2**16:g}, got r={r}")
+        self._finite("randlora_alpha", randlora_alpha)
+        self._common(base, r, dropout, seed, distribution, adapter_dtype)
+        self.randlora_alpha, self.scaling = randlora_alpha, F.lora_scaling(randlora_alpha, r)
+        self.paper_pairing = paper_pairing
+        self.randlora_lambda = self._constant(0.0, r, self.n)
+        self.randlora_gamma = self._constant(1 / max(self.n, narrow, 1), self.n, narrow)
+
+    def projections(self) -> tuple[F.Basis, F.Basis]:
+        """A [r, min(in, out)] and the stack of the Bⱼᵀ [n r, max(in, out)]."""
+        low, high = sorted((self.in_features, self.out_features))
+        basis = lambda rows, cols, tensor: F.Basis(
+            self.seed, "randlora", rows, cols, self.r, UNIT[self.distribution], self.distribution, tensor
+        )
+        return basis(self.r, low, 0), basis(self.n * self.r, high, 1)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        base, pair = self.base_layer, self.projections()
+        return F.randlora_linear(
+            x, base.weight, base.bias, self.randlora_lambda, self.randlora_gamma, *pair, self.scaling, self.dropout,
+            self.training, self.paper_pairing,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """scaling · Σⱼ Bⱼ diag(λⱼ) A diag(γⱼ) [out, in] of the generated bases, transposed where in > out; float32."""
+        sizes = self.in_features, self.out_features
+        return F.randlora_delta(
+            self.randlora_lambda, self.randlora_gamma, *self.projections(), *sizes, self.scaling, self.paper_pairing
+        )

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer with a VeRA adapter whose projections are a seed."""
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from .basis import UNIT, BasisLinear
+
+
+class VeRALinear(BasisLinear):
+    """y = x Wᵀ + bias + b ⊙ (B (d ⊙ (A dropout(x)))): VeRA (Kopiczko et al., arXiv 2310.11454) as PEFT defines it.
+
+    Trained: vera_lambda_d [r], which starts at d_initial, and vera_lambda_b [out], which starts at 0: the layer starts as
+    the base layer. A [r, in] is uniform on ±sqrt(6 / max_in) and B [out, r] on ±sqrt(6 / r), kaiming_uniform's bounds;
+    other distributions are scaled to the same variance. There is no alpha: the scaling is 1.
+
+    Layers with one seed, r and max_in share one pair as PEFT's do: A and B of a layer are the first columns and rows of
+    those of a larger one. By default a layer has a pair of its own.
+
+    Args:
+        r: rank, as large as wanted: 256 is usual.
+        d_initial: of lambda_d.
+        max_in, max_out: the largest in and out features of the layers that share the pair; None means this layer's own.
+            A's bound follows from max_in; B's does not depend on max_out.
+        save_output: keep d ⊙ (A x) Bᵀ [T, out] for backward as PEFT does, which saves a GEMM there.
+        the rest: as BasisLinear.
+    """
+
+    SETTINGS = ("r", "d_initial", "max_in", "max_out", "save_output", "dropout", "seed", "distribution")
+
+    def _set_up(
+        self,
+        base,
+        r: int = 256,
+        d_initial: float = 0.1,
+        max_in: int | None = None,
+        max_out: int | None = None,
+        save_output: bool = False,
+        dropout: float = 0.0,
+        seed: int | None = None,
+        distribution: str = "uniform8",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._whole("r", r, 1, 2**31 - 1)
+        self.max_in = base.in_features if max_in is None else max_in
+        self.max_out = base.out_features if max_out is None else max_out
+        self._whole("max_in", self.max_in, base.in_features, 2**31 - 1)
+        self._whole("max_out", self.max_out, base.out_features, 2**31 - 1)
+        self._finite("d_initial", d_initial)
+        self._common(base, r, dropout, seed, distribution, adapter_dtype)
+        self.d_initial, self.save_output = d_initial, save_output
+        self.vera_lambda_d = self._constant(d_initial, r)
+        self.vera_lambda_b = self._constant(0.0, base.out_features)
+
+    def projections(self) -> tuple[F.Basis, F.Basis]:
+        """A [r, in] and Bᵀ [r, out]."""
+
+        def basis(cols: int, fan_in: int, tensor: int) -> F.Basis:
+            scale = (2 / max(fan_in, 1)) ** 0.5 * UNIT[self.distribution]
+            return F.Basis(self.seed, "vera", self.r, cols, self.r, scale, self.distribution, tensor)
+
+        return basis(self.in_features, self.max_in, 0), basis(self.out_features, self.r, 1)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        base, pair = self.base_layer, self.projections()
+        return F.vera_linear(
+            x, base.weight, base.bias, self.vera_lambda_d, self.vera_lambda_b, *pair, self.dropout, self.training,
+            self.save_output,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """diag(d) A [r, in] and diag(b) B [out, r] in float32: as a LoRA adapter of scaling 1."""
+        d, b = self.vera_lambda_d.float(), self.vera_lambda_b.float()
+        A, B = (p.fill(d) for p in self.projections())
+        return d[:, None] * A, b[:, None] * B.mT
+
+    def delta_weight(self) -> Tensor:
+        """diag(b) B diag(d) A [out, in] of the generated A and B, in float32."""
+        a, b = self.factors()
+        return b @ a
