@@ -3,6 +3,7 @@
 
 ``lrkern.peft.patch(model)`` makes an existing PEFT model run on lrkern, in place; ``register(config, model)`` makes the
 layers that PEFT creates from a config fused from the start; ``report(model)`` says what runs, ``unpatch(model)`` undoes it.
+``patch`` also takes VeRA and RandLoRA layers, with the projections that PEFT stores (``peft_basis``).
 
 A LoRA layer over an exact nn.Linear runs as one op. Over any other base layer (bitsandbytes, GPTQ, AWQ, torchao, ...) the
 base runs untouched and lrkern adds the low-rank part. DoRA is fused over both. What a layer does is decided in every call
@@ -17,9 +18,10 @@ import copy
 import functools
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import peft
 import torch
@@ -27,25 +29,23 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import get_pattern_key, transpose
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
 from . import functional as F
 from . import ops
 from .nn import FusedLoRALinear
 from .nn.dora import DoraNorm
 from .nn.mixed import MixedFactors
+from .peft_basis import BASIS_KINDS
+from .peft_layer import DROPOUTS, DTYPES, PLAIN, Patched, hooked, not_now, patched_class, plain_linear
 
 __all__ = ["Report", "load_adapter", "patch", "register", "report", "save_adapter", "unpatch"]
 
-_DROPOUTS = (nn.Dropout, nn.Identity)
-_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # torch.export traces a layer whose parameters are fake
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NO_LINEAR = (Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, ParamWrapper)
 
 
@@ -68,7 +68,7 @@ class _Plan(NamedTuple):
 
 def _plan(layer: LoraLayer) -> _Plan | str:
     """How to run this layer as it is now, or why it must run PEFT's own forward."""
-    if why := _not_now(layer):
+    if why := not_now(layer):
         return why
     modules = layer._modules  # nn.Module.__getattr__ is the slow way, and this runs on every call
     a_of, b_of = modules["lora_A"]._modules, modules["lora_B"]._modules
@@ -85,42 +85,30 @@ def _plan(layer: LoraLayer) -> _Plan | str:
                 return "DoRA among several active adapters"
             vector = modules["lora_magnitude_vector"]._modules[name]
             magnitude = vector._parameters.get("weight")
-            if type(vector) is not DoraLinearLayer or type(magnitude) not in _PLAIN:
+            if type(vector) is not DoraLinearLayer or type(magnitude) not in PLAIN:
                 return f"lora_magnitude_vector is {type(vector).__name__} with a weight of {type(magnitude).__name__}"
-            if _hooked(vector):
+            if hooked(vector):
                 return "hooks on lora_magnitude_vector"
         adapter = _adapter(layer, name, a_of[name], b_of[name], modules["lora_dropout"]._modules[name])
         if isinstance(adapter, str):
             return adapter
         adapters.append(adapter)
     base = modules["base_layer"]
-    if type(base) is nn.Linear and not _hooked(base):
-        weight = base._parameters.get("weight")  # a pruned or parametrized layer has it elsewhere
-        if type(weight) in _PLAIN:
-            if weight.dtype not in _DTYPES:
-                return f"base dtype {weight.dtype}"
-            if all(f.a.dtype in (weight.dtype, torch.float32) for f in adapters):
-                return _Plan(weight, base._parameters.get("bias"), adapters, magnitude)
+    if plain := plain_linear(base):
+        if plain[0].dtype not in DTYPES:
+            return f"base dtype {plain[0].dtype}"
+        if all(f.a.dtype in (plain[0].dtype, torch.float32) for f in adapters):
+            return _Plan(*plain, adapters, magnitude)
     if magnitude is not None and not (hasattr(base, "weight") and hasattr(base, "bias")):
         return f"DoRA over {type(base).__name__}, which has no weight and bias"
     return _Plan(None, None, adapters, magnitude)
 
 
-def _not_now(layer: LoraLayer) -> str | None:
-    if layer.disable_adapters or layer.merged_adapters:
-        return "adapters disabled or merged"
-    if nn.modules.module._has_any_global_hook():
-        return "global module hooks"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return "a transform of torch.func or forward-mode differentiation"
-    return None
-
-
 def _mixture(layer: LoraLayer, x: Tensor, names: Any) -> dict[str, _Adapter] | None:
     """The adapters of PEFT's mixed batch, adapter_names= of one name a row, or None where PEFT's own code must run."""
-    if _not_now(layer) or torch.compiler.is_compiling() or not isinstance(names, (list, tuple)):
+    if not_now(layer) or torch.compiler.is_compiling() or not isinstance(names, (list, tuple)):
         return None
-    if x.ndim < 2 or len(x) != len(names) or not x.numel() or x.dtype not in _DTYPES:
+    if x.ndim < 2 or len(x) != len(names) or not x.numel() or x.dtype not in DTYPES:
         return None
     modules, found = layer._modules, {}
     a_of, b_of = modules["lora_A"]._modules, modules["lora_B"]._modules
@@ -142,17 +130,17 @@ def _adapter(layer: LoraLayer, name: str, a: nn.Module, b: nn.Module, dropout: n
     if type(a) is not nn.Linear or type(b) is not nn.Linear:
         return f"lora_A and lora_B are {type(a).__name__} and {type(b).__name__}, fused with nn.Linear"
     wa, wb = a._parameters.get("weight"), b._parameters.get("weight")
-    if type(wa) not in _PLAIN or type(wb) not in _PLAIN:
+    if type(wa) not in PLAIN or type(wb) not in PLAIN:
         return f"factors of type {type(wa).__name__} and {type(wb).__name__}"
-    if wa.dtype != wb.dtype or wa.dtype not in _DTYPES:
+    if wa.dtype != wb.dtype or wa.dtype not in DTYPES:
         return f"factors of dtype {wa.dtype} and {wb.dtype}"
     if a.bias is not None or b.bias is not None:
         return "lora_bias"
-    if type(dropout) not in _DROPOUTS:
+    if type(dropout) not in DROPOUTS:
         return f"dropout {type(dropout).__name__}"
     if wa.shape[0] > 512:
         return f"rank {wa.shape[0]}, fused up to 512"
-    if _hooked(a) or _hooked(b) or _hooked(dropout):
+    if hooked(a) or hooked(b) or hooked(dropout):
         return "hooks on lora_A, lora_B or lora_dropout"
     scale = layer.scaling[name]
     if isinstance(scale, Tensor):  # peft.utils.hotswap.prepare_model_for_compiled_hotswap
@@ -160,20 +148,17 @@ def _adapter(layer: LoraLayer, name: str, a: nn.Module, b: nn.Module, dropout: n
     return _Adapter(wa, wb, float(scale), dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0)
 
 
-def _hooked(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) or (
-        "forward" in m.__dict__
-    )
-
-
 # ---------------------------------------------------------------------------------------------------- the layer
 
 
-_KEPT = {"_lrkern_norm": DoraNorm, "_lrkern_mixed": MixedFactors}  # in a patched layer, of its weights
+class _Fused(Patched):
+    """A LoRA layer."""
 
+    _kept: ClassVar = {"_lrkern_norm": DoraNorm, "_lrkern_mixed": MixedFactors}
 
-class _Fused:
-    """Comes before a layer's PEFT class; ``patch`` makes one by swapping the layer's class."""
+    def _why(self) -> str | None:
+        plan = _plan(self)
+        return plan if isinstance(plan, str) else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.keys() == {"adapter_names"} and not args:
@@ -212,7 +197,7 @@ class _Fused:
         return ops.multi_lora_expand(y, s, b_pool, *where, plan)
 
     def _forget(self) -> None:
-        for key in _KEPT:
+        for key in self._kept:
             self.__dict__[key].clear()
 
     def _dora(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, f: _Adapter, magnitude: Tensor) -> Tensor:
@@ -240,12 +225,6 @@ class _Fused:
         self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        make, args, *state = super().__reduce_ex__(protocol)
-        return (
-            (_rebuild, (args[0]._lrkern_base,), *state) if "_lrkern_base" in args[0].__dict__ else (make, args, *state)
-        )
-
 
 def _reached(name: str) -> property:
     """Whoever reaches for the factors by name may write them through ``.data``, as PEFT's merge and hotswap do, which no
@@ -262,22 +241,12 @@ for _name in ("base_layer", "lora_A", "lora_B"):
     setattr(_Fused, _name, _reached(_name))
 
 
-@functools.cache
-def _fused(cls: type) -> type:
-    """The fused subclass of a PEFT class, of the same name: repr stays PEFT's."""
-    return type(cls.__name__, (_Fused, cls), {"__module__": __name__, "__doc__": cls.__doc__, "_lrkern_base": cls})
-
-
-def _rebuild(cls: type) -> nn.Module:
-    return _fused(cls).__new__(_fused(cls))
-
-
 def _takes(plan: _Plan, x: Tensor) -> bool:
     if plan.magnitude is not None and x.ndim < 2:  # PEFT answers with [1, O]
         return False
     if plan.weight is not None:
         return x.dtype == plan.weight.dtype or torch.is_autocast_enabled(x.device.type)
-    return x.dtype in _DTYPES
+    return x.dtype in DTYPES
 
 
 def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
@@ -291,7 +260,7 @@ def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> 
 
 @dataclass
 class Report:
-    """Per LoRA layer its name and None (fused) or the reason why PEFT's own code runs."""
+    """Per adapted layer its name and None (fused) or the reason why PEFT's own code runs."""
 
     layers: dict[str, str | None]
 
@@ -300,61 +269,64 @@ class Report:
         return sum(why is None for why in self.layers.values())
 
     def __str__(self) -> str:
-        lines = [f"lrkern: {self.fused} of {len(self.layers)} LoRA layers fused"]
+        lines = [f"lrkern: {self.fused} of {len(self.layers)} adapted layers fused"]
         return "\n".join(lines + [f"  {name}: PEFT's own code, {why}" for name, why in self.layers.items() if why])
 
 
-def _cannot_patch(layer: LoraLayer) -> str | None:
+_KINDS = {LoraLayer: _Fused, **BASIS_KINDS}  # by PEFT's class of layers, what comes before it
+_TUNERS = ("peft.tuners.lora.", "peft.tuners.vera.layer", "peft.tuners.randlora.layer")
+
+
+def _cannot_patch(layer: BaseTunerLayer) -> str | None:
     """Why this layer's class must stay what it is."""
     if isinstance(layer, _NO_LINEAR):
         return f"{type(layer).__name__} is no linear layer"
-    if not type(layer).forward.__module__.startswith("peft.tuners.lora."):
+    if not type(layer).forward.__module__.startswith(_TUNERS):
         return f"{type(layer).__name__} has a forward of its own"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
     return None
 
 
-def _patch(layer: LoraLayer) -> str | None:
-    if not isinstance(layer, _Fused):
+def _patch(layer: BaseTunerLayer) -> str | None:
+    if not isinstance(layer, Patched):
         if why := _cannot_patch(layer):
             return why
-        layer.__dict__.update({key: make() for key, make in _KEPT.items()})
-        layer.__class__ = _fused(type(layer))
-    plan = _plan(layer)
-    return plan if isinstance(plan, str) else None
+        mixin = next(mixin for kind, mixin in _KINDS.items() if isinstance(layer, kind))
+        layer.__dict__.update({key: make() for key, make in mixin._kept.items()})
+        layer.__class__ = patched_class(mixin, type(layer))
+    return layer._why()
 
 
-def _lora_layers(model: nn.Module, who: str) -> dict[str, LoraLayer]:
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+def _layers(model: nn.Module, who: str) -> dict[str, BaseTunerLayer]:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, tuple(_KINDS))}
     if not layers:
-        raise ValueError(f"lrkern.peft.{who}: model must have PEFT LoRA layers, got {type(model).__name__} with none")
+        raise ValueError(
+            f"lrkern.peft.{who}: model must have PEFT LoRA layers (or VeRA, RandLoRA), got {type(model).__name__} with none"
+        )
     return layers
 
 
 def patch(model: nn.Module) -> Report:
-    """Makes the LoRA linears of a PEFT model run on lrkern, in place, and reports per layer."""
-    return Report({name: _patch(layer) for name, layer in _lora_layers(model, "patch").items()})
+    """Makes the LoRA, VeRA and RandLoRA linears of a PEFT model run on lrkern, in place, and reports per layer."""
+    return Report({name: _patch(layer) for name, layer in _layers(model, "patch").items()})
 
 
 def report(model: nn.Module) -> Report:
-    """What each LoRA layer of the model would do if it were called now. Changes nothing."""
-    layers: dict[str, str | None] = {}
-    for name, layer in _lora_layers(model, "report").items():
-        plan = _plan(layer) if isinstance(layer, _Fused) else _cannot_patch(layer) or "not patched"
-        layers[name] = plan if isinstance(plan, str) else None
-    return Report(layers)
+    """What each adapted layer of the model would do if it were called now. Changes nothing."""
+    layers = _layers(model, "report").items()
+    return Report({n: m._why() if isinstance(m, Patched) else _cannot_patch(m) or "not patched" for n, m in layers})
 
 
 def unpatch(model: nn.Module) -> None:
     """Gives every layer that ``patch`` or ``register`` took its PEFT class back."""
-    patched = [m for m in model.modules() if isinstance(m, _Fused)]
+    patched = [m for m in model.modules() if isinstance(m, Patched)]
     for m in patched:
         if "_lrkern_base" not in type(m).__dict__:  # such as FSDP2's own subclass of a layer
             raise RuntimeError(f"lrkern.peft.unpatch: {type(m).__name__} was made of a patched layer, undo that first")
     for m in patched:
         m.__class__ = type(m)._lrkern_base
-        for key in _KEPT:
+        for key in m.__dict__.keys() & {key for mixin in _KINDS.values() for key in mixin._kept}:
             del m.__dict__[key]
 
 
@@ -416,7 +388,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Writes the factors of a model's FusedLoRALinear layers as a PEFT folder that PeftModel.from_pretrained loads."""
     modules = _lora_modules(model)
     first = next(iter(modules.values()))
-    tensors = {key: w.detach().cpu().contiguous() for key, w in _in_file(modules).items()}
+    tensors = _in_file(modules)
     for flag in ("use_rslora", "use_dora"):
         if any(getattr(m, flag) != getattr(first, flag) for m in modules.values()):
             raise ValueError(f"lrkern.peft.save_adapter: one PEFT folder has one {flag} for all layers, got both")
@@ -431,12 +403,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         alpha_pattern={name: m.lora_alpha for name, m in modules.items() if m.lora_alpha != first.lora_alpha},
         inference_mode=True,
     )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "adapter_model.safetensors.partial"  # a reader never meets half a file
-    save_file(tensors, partial, metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
-    partial.replace(folder / "adapter_model.safetensors")
+    write_adapter(folder, config, tensors)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
@@ -489,6 +456,19 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     if not isinstance(config, dict):
         raise ValueError(f"adapter_config.json must hold an object, got {type(config).__name__}")
     return config, tensors
+
+
+def write_adapter(folder: str | Path, config: peft.PeftConfig | dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes a PEFT folder; a config may be what ``read_adapter`` gave."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "adapter_model.safetensors.partial"  # a reader never meets half a file
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial, metadata={"format": "pt"})
+    if isinstance(config, dict):
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    else:
+        config.save_pretrained(str(folder))
+    partial.replace(folder / "adapter_model.safetensors")
 
 
 def rank_and_scaling(config: dict[str, Any], name: str) -> tuple[int, float]:
