@@ -93,6 +93,34 @@ def column_and_row_parallel(rank):
 
 
 @check
+def vectors_column_and_row_parallel(rank):
+    """VeRA: A's columns or B's are split, d is whole, and so is what they answer."""
+
+    def fill(pool: AdapterPool) -> AdapterPool:
+        g = torch.Generator().manual_seed(3)
+        pair = {
+            "base_model.vera_A": torch.randn(5, INNER, generator=g),
+            "base_model.vera_B": torch.randn(INNER, 5, generator=g),
+        }
+        for name in ("small", "large"):
+            tensors = dict(pair)
+            for layer, o in (("gate", HIDDEN), ("up", INNER), ("down", HIDDEN)):
+                tensors[f"base_model.model.{layer}.vera_lambda_d"] = torch.randn(5, generator=g) * 0.3
+                tensors[f"base_model.model.{layer}.vera_lambda_b"] = torch.randn(o, generator=g) * 0.3
+            settings = {"peft_type": "VERA", "r": 5, "projection_prng_key": 0, "target_modules": ["gate", "up", "down"]}
+            pool.add(name, settings, tensors)
+        return pool
+
+    model = whole()
+    want = serve(model, fill(AdapterPool(model, pages=1)))
+    model = sharded(rank)
+    got = serve(model, fill(AdapterPool(model, pages=1, parallel=MODES)))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    x = torch.randn(5, 3, HIDDEN, generator=torch.Generator().manual_seed(1))
+    assert (want - whole()(x)).abs().max() > 0.1
+
+
+@check
 def eviction_is_the_same_on_every_rank(rank):
     model = sharded(rank)
     pool = fill(AdapterPool(model, pages=3, parallel=MODES))

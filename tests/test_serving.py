@@ -301,8 +301,8 @@ def test_budget_is_bytes():
 
 def snapshot(pool):
     with pool._changed:
-        pages = {name: (id(a), a.pages, a.users, a.pinned) for name, a in pool._adapters.items()}
-        return pages, sorted(pool._free), pool._reserved, [a.size for a in pool._resident]
+        pages = {name: (id(a), a.pages, a.users, a in pool._reserved) for name, a in pool._adapters.items()}
+        return pages, sorted(pool._free), pool._pages(pool._reserved), [a.size for a in pool._resident]
 
 
 def test_a_batch_that_does_not_fit_changes_nothing(folders):
@@ -343,9 +343,9 @@ def test_pins_are_kept_and_counted(folders):
     pool.unpin("qv")
     assert snapshot(pool)[2] == before[2] == 2
     pool.load("mixed", folders / "r40", replace=True)
-    assert "mixed" in pool.resident and pool._reserved == 3
+    assert "mixed" in pool.resident and pool._pages(pool._reserved) == 3
     pool.remove("mixed")
-    assert pool._reserved == 0
+    assert not pool._reserved
     pool.pin("r40")
 
 
@@ -499,7 +499,12 @@ def test_eight_threads(capsys):
 
 # ---- tensor parallelism ---------------------------------------------------------------------------------------------
 
-CHECKS = ("column_and_row_parallel", "eviction_is_the_same_on_every_rank", "a_shard_of_an_adapter_is_refused")
+CHECKS = (
+    "column_and_row_parallel",
+    "vectors_column_and_row_parallel",
+    "eviction_is_the_same_on_every_rank",
+    "a_shard_of_an_adapter_is_refused",
+)
 
 
 @pytest.fixture(scope="module")

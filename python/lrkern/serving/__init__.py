@@ -11,12 +11,23 @@ Every linear of the model has a pair of pools in pages of 16 ranks (lrkern.ops.m
 all of them, so an adapter has one list of pages. Host copies of all adapters are kept. The device holds those that fit:
 what was least recently used leaves when pages run out and comes back when a batch asks for it.
 
+VeRA adapters are vectors over one pair of projections, which all of a pool share: a page holds up to 16 of them.
+
 Every method may be called from any thread. A forward, or a whole ``generate``, leases its adapters: they stay as they were
 when it began, whatever is replaced or removed meanwhile, and their pages get no new owner before it ends.
 """
 
-from .families import FAMILIES, Factors
+from .families import FAMILIES, Factors, Shared, Vectors
 from .model import MultiLoraModel
 from .pool import AdapterPool, PoolFull, UnknownAdapter
 
-__all__ = ["FAMILIES", "AdapterPool", "Factors", "MultiLoraModel", "PoolFull", "UnknownAdapter"]
+__all__ = [
+    "FAMILIES",
+    "AdapterPool",
+    "Factors",
+    "MultiLoraModel",
+    "PoolFull",
+    "Shared",
+    "UnknownAdapter",
+    "Vectors",
+]
