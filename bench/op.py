@@ -34,6 +34,11 @@ PRODUCTS = {
     "multi_lora_expand": ("TOR",),
     "multi_lora_expand_": ("TOR",),
     "multi_lora_linear": ("TIO", "TIR", "TOR"),
+    "basis_fill": (),
+    "basis_combine": (),
+    "basis_dot": (),
+    "basis_matmul": ("TIR",),
+    "basis_matmul_": ("TIR",),
 }
 SHAPES = {
     "x": "TI",
@@ -45,7 +50,10 @@ SHAPES = {
     "s": "TR",
     "a_pool": "PI",
     "b_pool": "PO",
+    "coef": "K",
+    "g": "RW",
 }
+BASIS_SHAPES = SHAPES | {"y": "TR"}  # x U^T [T, R]
 FACTORS = ("a", "b", "s", "a_pool", "b_pool")  # these may be fp32 over a 16-bit base
 FROZEN = ("weight", "bias")
 METADATA = ("index", "adapters", "pages", "ranks", "plan", "ids")  # of multi-LoRA: see table()
@@ -69,6 +77,14 @@ def table(case: Case, generator: torch.Generator) -> dict[str, Any]:
     ranks = torch.full((ADAPTERS, 1), case.R, dtype=torch.int32)
     return {"index": index, "adapters": ADAPTERS, "pages": pages, "ranks": ranks,
             "plan": ops.multi_lora_plan(index, ADAPTERS), "ids": torch.randint(case.I, (case.T,), generator=generator)}  # fmt: skip
+
+
+def stream(case: Case) -> dict[str, Any]:
+    """What random bases are named by: NOLA's A and B of 64 bases each, or one basis [R, I]."""
+    return {"base": None, "row_scale": None, "col_scale": None, "in_scale": None, "out_scale": None, "seed": 7, "method": 2,
+            "distribution": 2, "tensor": 0, "first": 0, "q0": 0, "c0": 0, "R": case.R, "Q": case.R, "C": case.I,
+            "transposed": True, "widths": [case.I, case.O], "counts": [64, 64], "scales": [0.125, 0.125],
+            "like": torch.empty(1, dtype=case.dtype)}  # fmt: skip
 
 
 def trained(name: str) -> list[str]:
@@ -108,7 +124,8 @@ class Suite(suite.Suite):
         name, generator = case.method, torch.Generator().manual_seed(seed)
         op = OPS[name]
         inputs: dict[str, Any] = {}
-        metadata = table(case, generator) if "multi_lora" in name else {}
+        metadata = table(case, generator) if "multi_lora" in name else stream(case) if "basis" in name else {}
+        shapes = BASIS_SHAPES if "basis" in name else SHAPES
         for argument, parameter in inspect.signature(op.truth).parameters.items():
             if parameter.default is not parameter.empty:
                 continue
@@ -116,12 +133,18 @@ class Suite(suite.Suite):
                 value = metadata[argument]
                 inputs[argument] = value.to(device) if isinstance(value, Tensor) else value
                 continue
-            padded = {"P": 16 * pages_of(case) * ADAPTERS}
-            shape = [padded[letter] if letter in padded else getattr(case, letter) for letter in SHAPES[argument]]
+            sizes = {"P": 16 * pages_of(case) * ADAPTERS, "K": 128, "W": case.I + case.O}
+            shape = [sizes[letter] if letter in sizes else getattr(case, letter) for letter in shapes[argument]]
             if argument == "s" and metadata:
                 shape[1:] = [1, 1, 16 * pages_of(case)]
             std = shape[-1] ** -0.5 if argument in ("weight", "a", "b", "a_pool") else 1.0
-            dtype = case.ab if case.ab and argument in FACTORS else case.dtype
+            dtype = (
+                torch.float32
+                if argument in ("coef", "g")
+                else case.ab
+                if case.ab and argument in FACTORS
+                else case.dtype
+            )
             inputs[argument] = (torch.randn(shape, generator=generator) * std).to(device, dtype)
         with torch.no_grad():
             out = None if op.mutates else op.truth(**inputs)

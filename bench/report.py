@@ -30,20 +30,25 @@ def table(rows: list[Row], against: str | None) -> str:
         reference = figure(of[against]) if against in of else None
         return lambda row: f"{mine / reference:.2f}x" if reference and (mine := figure(row)) else ""
 
+    def speed(row: Row) -> str:
+        return "" if row["elements"] is None else format(row["elements"] * 1e-6 / row["p50_ms"], ".3g")
+
     share = f"/{against}"
     columns = [
         ("ms", number("p50_ms", ".4g"), 9),
         ("p20", number("p20_ms", ".4g"), 9),
         ("p80", number("p80_ms", ".4g"), 9),
-        (share, ratio(lambda row: row["p50_ms"]), 8),
+        (share, ratio(lambda row: row["p50_ms"]), 7),
         ("extra", number("extra_over_base", "+.1%"), 9),
-        (share, ratio(extra), 8),
+        (share, ratio(extra), 7),
         ("adapter", number("adapter_ms", ".4g"), 9),
-        (share, ratio(lambda row: row["adapter_ms"]), 8),
-        ("saved kB", number("saved_bytes", ".1f", 1e-3), 10),
+        (share, ratio(lambda row: row["adapter_ms"]), 7),
+        ("Gelem/s", speed, 9),
+        ("saved kB", number("saved_bytes", ".1f", 1e-3), 9),
         ("peak MB", number("peak_bytes", ".2f", 1e-6), 9),
-        ("of roof", number("of_roof", ".1%"), 9),
-        ("error", number("error", ".1e"), 9),
+        ("basis MB", number("basis_bytes", ".1f", 1e-6), 9),
+        ("of roof", number("of_roof", ".1%"), 8),
+        ("error", number("error", ".1e"), 8),
     ]
     lines = [f"  {cell:9}" for cell in ("", *of)]
     for head, show, width in columns:

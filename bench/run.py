@@ -3,6 +3,8 @@
 
     lora        one layer with a LoRA or DoRA adapter, beside stock PEFT
     multi_lora  a batch of rows with different adapters, beside PEFT's adapter_names=, a loop and a gather
+    basis       one layer with NOLA, VeRA or RandLoRA, beside stored bases, stock PEFT and NOLA's published way
+    rng         elements of random bases a second, beside torch's generators
     op          every registry op alone, or the ops named
     emulator    what emulating the CUDA kernels costs
 
@@ -37,7 +39,7 @@ from tqdm import tqdm
 
 import lrkern
 
-SUITES = ("lora", "multi_lora", "op", "emulator")
+SUITES = ("lora", "multi_lora", "basis", "rng", "op", "emulator")
 SECONDS = {True: 3.0, False: 12.0}  # of timing per case, by --quick
 ROUNDS = (5, 2000)
 ATTEMPTS = 3
@@ -143,7 +145,7 @@ def error(suite: Suite, case: Case, provider: str, device: str) -> float | None:
     data = suite.data(suite.exact(case), device, 0)  # fresh, since calls may write into theirs
     call = getattr(suite, provider)(data)
     truth = call.truth or data.truth
-    if truth is None:
+    if truth is None or not call.exact:
         return None
     real = lambda t: isinstance(t, Tensor) and t.is_floating_point()
     wide = {k: t.detach().double().requires_grad_(t.requires_grad) if real(t) else t for k, t in data.inputs.items()}
@@ -216,6 +218,8 @@ def measure(suite: Suite, case: Case, device: str, seconds: float, command: str)
                 "of_roof": roof_ms and roof_ms / mine,
                 "error": errors[provider],
                 "peak_bytes": memory[provider][1],
+                "elements": ready.calls[provider].elements,
+                "basis_bytes": ready.calls[provider].basis_bytes,
                 "noise_ms": noise_ms,
                 "noisy": noisy,
                 "command": command,

@@ -57,6 +57,9 @@ class Call:
     alone: "Call | None" = None  # the same with the base GEMM replaced by a stored result
     around: Callable[[], AbstractContextManager] = nullcontext  # forward and its backward run inside
     truth: Callable[..., Tensor] | None = None  # what forward computes, where that is not the data's truth
+    exact: bool = True  # whether forward computes a truth at all; another random basis has none
+    elements: int | None = None  # it makes
+    basis_bytes: int | None = None  # of random bases that stay in memory between calls
 
 
 @dataclass

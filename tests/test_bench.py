@@ -15,9 +15,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
+import basis as basis_suite
 import lora
 import op as op_suite
 import report
+import rng as rng_suite
 import run
 import timing
 from suite import PROVIDERS, Call, Case, Data, Suite
@@ -28,6 +30,7 @@ from lrkern.reference import OPS
 KEYS = {
     *("suite", "case", "dtype", "device", "provider", "p20_ms", "p50_ms", "p80_ms", "extra_over_base", "adapter_ms"),
     *("saved_bytes", "bytes", "flops", "roof_ms", "of_roof", "error", "peak_bytes", "command", "noise_ms", "noisy"),
+    *("basis_bytes", "elements"),
 }
 ORDER = ("method", "type", "k", "A", "T", "I", "O", "R", "ab", "p", "pass")
 SIZES = (32, 48, 40, 4)  # T, I, O, R
@@ -313,7 +316,8 @@ def test_every_op_of_the_registry_has_an_entry():
     for op in OPS.values():
         parameters = inspect.signature(op.truth).parameters.values()
         needed = {p.name for p in parameters if p.default is p.empty}
-        assert needed <= {*op_suite.SHAPES, *op_suite.METADATA}, (
+        fixed = op_suite.stream(op_suite.Suite([op.name]).cases(True)[0]) if "basis" in op.name else ()
+        assert needed <= {*op_suite.SHAPES, *op_suite.METADATA, *fixed}, (
             f"bench/op.py lacks the shape of an argument of {op.name}"
         )
 
@@ -343,6 +347,33 @@ def test_work_of_an_op():
     assert work(case) == (products, tensors + 4 * 6 * 20)
     flop, _ = work(replace(case, passes="fwd+bwd"))
     assert flop == 2 * products + 2 * 6 * (24 * 4 + 20 * 4)  # W takes no gradient
+
+
+# ------------------------------------------------------------------------------------------------- the basis suites
+
+
+@pytest.mark.parametrize("method", ["nola", "vera", "vera_saved", "randlora"])
+@pytest.mark.parametrize(("I", "O"), [(24, 40), (40, 24)])
+def test_random_bases_are_timed_beside_stored_ones(method, I, O):
+    suite = basis_suite.Suite([])
+    case = next(case for case in suite.cases(True) if case.method == method and case.passes == "fwd+bwd")
+    case = replace(case, T=20, I=I, O=O, R=4, k=7 if method == "nola" else None)
+    got, missing = measure(suite, case)
+    assert not missing
+    assert got.keys() == {"base", "stored", "lrkern", "published" if method == "nola" else "peft"}
+    assert got["lrkern"]["basis_bytes"] == 0 < got["stored"]["basis_bytes"]
+    for provider in got.keys() - {"published"}:  # which draws another basis
+        assert run.error(suite, case, provider, "cpu") < 1e-5
+    assert all(row["adapter_ms"] for name, row in got.items() if name != "base")
+    assert max(map(len, report.table(list(got.values()), suite.against).splitlines()[2:])) <= 120
+
+
+def test_random_elements_are_counted():
+    suite = rng_suite.Suite([])
+    case = replace(suite.cases(True)[0], k=128, R=8, I=256)
+    got, _ = measure(suite, case)
+    assert got["lrkern"]["elements"] == got["eager"]["elements"] == 128 * 8 * 256
+    assert "Gelem/s" in report.table(list(got.values()), suite.against)
 
 
 # -------------------------------------------------------------------------------------------------------- the emulator

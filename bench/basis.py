@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suite `basis`: one linear layer with a NOLA, VeRA or RandLoRA adapter; W and the random bases frozen.
+
+base        the linear layer alone
+peft        stock PEFT's layer (VeRA, RandLoRA), bases stored in float32
+published   NOLA's published way: seed torch's generator, draw k matrices, one einsum; forward and again in backward
+stored      the bases as stored tensors in plain PyTorch
+lrkern      lrkern.functional over a seed; method=vera_saved keeps the output of B for backward
+
+basis MB is what stays in memory between calls. The adapter alone has the base GEMM replaced by a stored result.
+"""
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import suite
+import torch
+import torch.nn.functional as F
+from peft import RandLoraConfig, VeraConfig
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.randlora.layer import Linear as RandLoraLayer
+from peft.tuners.vera.layer import Linear as VeraLayer
+from stored import Stored, StoredLinear, StoredOps, calling
+from suite import Call, Case
+from torch import Tensor, nn
+from torch.autograd import Function
+
+import lrkern.functional.basis as functional
+from lrkern.functional import Basis, nola_linear, randlora_linear, vera_linear
+
+SEED, SCALE = 1234567, 0.5
+DISTRIBUTION = "uniform8"
+
+
+def cases(quick: bool) -> list[Case]:
+    f32 = torch.float32
+    both = [(512, "fwd+bwd"), (1, "no_grad")]
+
+    def case(method, T, passes, k=None, R=8, I=2048, O=2048, dtype=f32):
+        return Case(method=method, T=T, k=k, R=R, I=I, O=O, passes=passes, dtype=dtype)
+
+    aim = [
+        *(case("nola", T, passes, k=1024) for T, passes in both),
+        *(case("vera", T, passes, R=256) for T, passes in both),
+        case("vera_saved", 512, "fwd+bwd", R=256),
+        *(case("randlora", T, passes, R=32) for T, passes in both),
+    ]
+    if quick:
+        return aim
+    return [
+        *aim,
+        case("nola", 512, "fwd+bwd", k=64, R=16),
+        case("vera", 16, "no_grad", R=256),
+        case("vera", 512, "fwd+bwd", R=256, dtype=torch.bfloat16),
+        case("vera", 512, "fwd+bwd", R=256, I=2048, O=4096),
+        case("randlora", 512, "fwd+bwd", R=32, I=2048, O=1024),
+        case("randlora", 2048, "fwd+bwd", R=32, I=1024, O=1024),
+    ]
+
+
+class Drawn(Function):
+    """Σ coef[i] U_i / sqrt(k), U_i drawn by torch's generator from a seed, in forward and again in backward."""
+
+    @staticmethod
+    def draw(seed: int, k: int, shape: tuple[int, int]) -> Tensor:
+        torch.manual_seed(seed)
+        return torch.zeros(k, *shape).uniform_(-1, 1) / math.sqrt(k)
+
+    @staticmethod
+    def forward(ctx, coef, seed, shape):
+        ctx.spec = seed, len(coef), shape
+        return torch.einsum("k,krc->rc", coef, Drawn.draw(*ctx.spec))
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.einsum("rc,krc->k", g, Drawn.draw(*ctx.spec)), None, None
+
+
+class Data(suite.Data):
+    """By method: the trained tensors, and what the providers hold beside them."""
+
+    def __init__(self, case: Case, device: str, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        draw = lambda *shape, std=1.0: (torch.randn(*shape, generator=generator) * std).to(device)
+        self.case, self.train = case, "bwd" in case.passes
+        I, O, R, least = case.I, case.O, case.R, min(case.I, case.O)
+        x, weight, bias = (t.to(case.dtype) for t in (draw(case.T, I), draw(O, I, std=I**-0.5), draw(O)))
+        inputs: dict[str, Any] = {"x": x, "weight": weight, "bias": bias}
+        n = -(-least // R)
+        if case.method == "nola":
+            trained = {"alpha": draw(case.k), "beta": draw(case.k)}
+        elif case.method == "randlora":
+            trained = {"lam": draw(R, n), "gam": draw(n, least, std=1 / max(n, least))}
+            self.a = Basis(SEED, "randlora", R, least, R, math.sqrt(3), DISTRIBUTION)
+            self.b = Basis(SEED, "randlora", n * R, max(I, O), R, math.sqrt(3), DISTRIBUTION, tensor=1)
+        else:
+            trained = {"d": draw(R), "b": draw(O)}
+            self.a = Basis(SEED, "vera", R, I, R, math.sqrt(6 / I), DISTRIBUTION)
+            self.b = Basis(SEED, "vera", R, O, R, math.sqrt(6 / R), DISTRIBUTION, tensor=1)
+        self.trained = list(trained.values())
+        inputs |= trained
+        if self.train:
+            for t in (x, *self.trained):
+                t.requires_grad_()
+        self.bases: dict[str, Tensor] = {}
+        super().__init__(inputs, draw(case.T, O).to(case.dtype), self.truth_of(case))
+        self.linear = nn.Linear(I, O, device=device, dtype=case.dtype).requires_grad_(False)
+        self.linear.weight.data, self.linear.bias.data = weight, bias
+        with torch.no_grad():
+            self.y, self.dx = self.linear(x), draw(case.T, I).to(case.dtype)
+
+    def truth_of(self, case: Case) -> Callable[..., Tensor]:
+        def truth(x, weight, bias, *trained, **named):
+            trained = list(named.values())
+            return F.linear(x, weight, bias) + self.explicit(x, *trained)
+
+        return truth
+
+    def stack(self, which: str) -> Tensor:
+        """A basis as float32, made at the first use."""
+        if which not in self.bases:
+            like = self.trained[0].detach().float()
+            if self.case.method == "nola":
+                k, R, cols = self.case.k, self.case.R, self.case.I if which == "a" else self.case.O
+                more = which == "a"  # A0, one basis more
+                basis = Basis(SEED, "nola", (k + more) * R, cols, R, 1.0, DISTRIBUTION, tensor=int(which == "b"))
+            else:
+                basis = getattr(self, which)
+            self.bases[which] = basis.fill(like)
+        return self.bases[which]
+
+    def explicit(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """The adapter's part over stored bases, in the dtype of its coefficients."""
+        case, a, b = self.case, self.stack("a").to(first.dtype), self.stack("b").to(first.dtype)
+        x = x.to(first.dtype)
+        if case.method == "nola":
+            shape = -1, case.R
+            a, b = a.view(*shape, case.I), b.view(*shape, case.O)
+            down = case.I**-0.5 * a[-1] + torch.einsum("k,krc->rc", first, a[:-1]) / math.sqrt(case.k)
+            return SCALE * (x @ down.mT) @ (torch.einsum("k,krc->rc", second, b) / math.sqrt(case.k))
+        if case.method == "randlora":
+            u = (first[:, :, None] * a[:, None] * second).flatten(0, 1)
+            return SCALE * ((x @ u.mT) @ b if case.I <= case.O else (x @ b.mT) @ u)
+        return second * ((first * (x @ a.mT)) @ b)
+
+
+class Suite(suite.Suite):
+    against = "peft"
+
+    def cases(self, quick: bool) -> list[Case]:
+        return cases(quick)
+
+    def data(self, case: Case, device: str, seed: int) -> Data:
+        return Data(case, device, seed)
+
+    def work(self, case: Case, d: Data) -> tuple[int, int]:
+        """The base GEMM (twice with its dx), the adapter's products, a multiply-add for each element of a basis that is
+        summed; W, x, y and the trained tensors once, in backward dy and dx too."""
+        I, O, R, T = case.I, case.O, case.R, case.T
+        rank = min(I, O) if case.method == "randlora" else R
+        low = 2 * T * rank * (I + O) * (3 if d.train else 1)
+        summed = 2 * case.k * R * (I + O) * (2 if d.train else 1) if case.method == "nola" else 0
+        size = d.linear.weight.element_size()
+        moved = size * (I * O + T * (I + O)) + sum(t.nbytes for t in d.trained)
+        return 2 * T * I * O * (2 if d.train else 1) + low + summed, moved * (2 if d.train else 1)
+
+    def base(self, d: Data) -> Call:
+        return Call(lambda: d.linear(d.inputs["x"]), truth=lambda x, weight, bias, **_: F.linear(x, weight, bias))
+
+    def peft(self, d: Data) -> Call | None:
+        case = d.case
+        if case.method == "nola" or case.dtype != torch.float32:  # PEFT would take bases of its own dtype
+            return None
+        buffer = lambda t: BufferDict({"default": t})
+        first, second = d.trained
+        stored = StoredLinear(d.linear, d.y, d.dx)
+        if case.method == "randlora":
+            n = first.shape[1]
+            a, b = d.stack("a")[:, None], d.stack("b").view(n, case.R, -1).permute(2, 0, 1).contiguous()
+            config = RandLoraConfig(r=case.R, randlora_alpha=SCALE * case.R)
+            layer = RandLoraLayer(d.linear, buffer(a), buffer(b), "default", config, r=case.R)
+            layer.randlora_lambda["default"], layer.randlora_gamma["default"] = map(nn.Parameter, (first, second))
+            names = "randlora_lambda", "randlora_gamma"
+        else:
+            a, b = d.stack("a"), d.stack("b").mT.contiguous()
+            layer = VeraLayer(d.linear, buffer(a), buffer(b), "default", VeraConfig(r=case.R), r=case.R)
+            names = "vera_lambda_d", "vera_lambda_b"
+        for name, t in zip(names, d.trained, strict=True):  # the very tensors, so that gradients meet
+            del getattr(layer, name)["default"]
+            getattr(layer, name)._parameters["default"] = t
+            getattr(layer, name)._keys["default"] = None
+
+        def run(base: nn.Module):
+            layer.base_layer = base
+            return layer(d.inputs["x"])
+
+        return Call(lambda: run(d.linear), Call(lambda: run(stored)), basis_bytes=a.nbytes + b.nbytes)
+
+    def published(self, d: Data) -> Call | None:
+        case = d.case
+        if case.method != "nola" or d.y.is_cuda:
+            return None
+        a0 = torch.empty(case.R, case.I).uniform_(-1, 1) * case.I**-0.5
+
+        def run(base):
+            x, (alpha, beta) = d.inputs["x"], d.trained
+            a = a0 + Drawn.apply(alpha, SEED, (case.R, case.I))
+            b = Drawn.apply(beta, SEED + 1, (case.O, case.R))
+            return base + SCALE * (x @ a.mT) @ b.mT
+
+        return Call(
+            lambda: run(d.linear(d.inputs["x"])), Call(lambda: run(self.stored_base(d))), truth=None, exact=False
+        )
+
+    @staticmethod
+    def stored_base(d: Data) -> Tensor:
+        return Stored.apply(d.inputs["x"], d.y, d.dx) if d.train else d.y
+
+    def stored(self, d: Data) -> Call:
+        resident = d.stack("a").nbytes + d.stack("b").nbytes
+        run = lambda base: (base + d.explicit(d.inputs["x"], *d.trained)).to(base.dtype)
+        return Call(lambda: run(d.linear(d.inputs["x"])), Call(lambda: run(self.stored_base(d))), basis_bytes=resident)
+
+    def lrkern(self, d: Data) -> Call:
+        case = d.case
+
+        def run():
+            x, weight, bias = (d.inputs[name] for name in ("x", "weight", "bias"))
+            first, second = d.trained
+            if case.method == "nola":
+                return nola_linear(x, weight, bias, first, second, SEED, case.R, SCALE, distribution=DISTRIBUTION)
+            if case.method == "randlora":
+                return randlora_linear(x, weight, bias, first, second, d.a, d.b, SCALE)
+            return vera_linear(x, weight, bias, first, second, d.a, d.b, save_output=case.method == "vera_saved")
+
+        around = lambda: calling(StoredOps(d.y, d.dx)) if case.method == "nola" else without_base(d.y, d.dx)
+        return Call(run, Call(run, around=around), basis_bytes=0)
+
+
+class without_base:
+    """Inside, lrkern.functional's VeRA and RandLoRA find the base GEMM's y and dx made, and add into them in place as
+    they add into what it makes."""
+
+    def __init__(self, y: Tensor, dx: Tensor):
+        self.linear = SimpleNamespace(linear=lambda *_: y.detach())
+        self.gradients = lambda *_: [dx.detach(), None, None]
+
+    def __enter__(self) -> None:
+        self.true = functional.F, functional._base_gradients
+        functional.F, functional._base_gradients = self.linear, self.gradients
+
+    def __exit__(self, *_: object) -> None:
+        functional.F, functional._base_gradients = self.true
