@@ -16,6 +16,8 @@ from test_serving import Echo, hidden, tiny
 
 import lrkern.functional as F
 import lrkern.serving
+from lrkern.nn import NOLALinear, RandLoRALinear, VeRALinear
+from lrkern.nn.basis_file import save_adapter
 from lrkern.serving import AdapterPool, MultiLoraModel, PoolFull, Shared, Vectors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not:UserWarning")
@@ -445,3 +447,77 @@ def test_a_damaged_folder_leaves_the_pool_as_it_was(folders, tmp_path, spoil, me
                 pool.load(name, tmp_path, replace=replace)
             assert "the pool is unchanged" in str(refusal.value)
         assert torch.equal(hidden(served(**batch(2), adapters=["v1", "lora"])), want)
+
+
+# ---- lrkern's own files
+
+
+def own_file(path, values, kinds, **settings):
+    """A model whose linears are lrkern's layers over random bases, and its file."""
+    model, g = bert(1), torch.Generator().manual_seed(values)
+    for name, linear in list(model.named_modules()):
+        if not name.endswith(("query", "output.dense")):
+            continue
+        parent, _, child = name.rpartition(".")
+        layer = kinds.from_linear(linear, **settings).eval()
+        for p in layer.parameters():
+            if p.requires_grad:
+                p.data.copy_(0.3 * torch.randn(p.shape, generator=g))
+        setattr(model.get_submodule(parent), child, layer)
+    save_adapter(model, path)
+    return model
+
+
+def test_a_batch_of_nola_vera_lora_and_the_base_is_each_alone(folders, tmp_path):
+    shared = {"seed": 11, "r": 24, "max_in": 1536, "max_out": 1536}
+    own = {
+        "nola": own_file(tmp_path / "nola", 1, NOLALinear, r=20, k=9, l=7),
+        "vera_a": own_file(tmp_path / "vera_a", 2, VeRALinear, **shared),
+        "vera_b": own_file(tmp_path / "vera_b", 3, VeRALinear, **shared),
+        "vera_apart": own_file(tmp_path / "vera_apart", 4, VeRALinear, r=5),  # a pair for each layer
+    }
+    model = bert(1)
+    pool = full_pool(model, folders, ("lora",), pages=8)
+    for name in own:
+        pool.load(name, tmp_path / name)
+    who = ["vera_a", None, "nola", "lora", "vera_b", "vera_apart", "vera_a", "nola"]
+    with MultiLoraModel(model, pool) as served:
+        got = hidden(served(**batch(8), adapters=who))
+    assert isinstance(pool.pair.a, F.Basis) and (pool.pair.a.seed, pool.pair.a.cols) == (11, 1536)
+    for row, name in enumerate(who):
+        with torch.no_grad():
+            want = hidden(own[name](**batch(8)))[row] if name in own else alone(name)[row]
+        torch.testing.assert_close(got[row], want, atol=2e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        assert (got[row] - alone(None)[row]).abs().max() > (0.01 if name else -1)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("randlora", "must be NOLALinear or VeRALinear, got RandLoRALinear, which has full rank"),
+        ("truncated", "cannot be read"),
+        ("other model", "must be of this model's linears, got"),
+        ("other pair", "projections must be the pool's"),
+        ("rank", r"rank must lie in 1\.\.64"),
+    ],
+)
+def test_own_files_that_do_not_fit_change_nothing(tmp_path, how, message):
+    path, model = tmp_path / "adapter", bert(1)
+    pool = AdapterPool(model, pages=8)
+    if how == "randlora":
+        own_file(path, 1, RandLoRALinear, r=96)
+    elif how == "rank":
+        own_file(path, 1, NOLALinear, r=65, k=2, l=2)
+    elif how == "other model":
+        save_adapter(torch.nn.Sequential(NOLALinear(4, 4, r=2, k=2, l=2)), path)
+    else:
+        own_file(path, 1, VeRALinear, r=24, seed=3, max_in=1536, max_out=1536)
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-9])
+    if how == "other pair":
+        pool.load("first", path)
+        own_file(path, 1, VeRALinear, r=24, seed=4, max_in=1536, max_out=1536)
+    before = pool.names, pool.resident
+    with pytest.raises(ValueError, match=message):
+        pool.load("x", path)
+    assert (pool.names, pool.resident) == before

@@ -30,7 +30,7 @@ from .nola import NOLALinear
 from .randlora import RandLoRALinear
 from .vera import VeRALinear
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = ["load_adapter", "read_layers", "save_adapter"]
 
 FORMAT = 1
 GROUP = 64
@@ -107,15 +107,10 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Puts the adapters of a file into a model: an nn.Linear that has a layer's name is replaced by that layer over it, and a
     layer that is there already, with the same settings, takes the coefficients and the seed. What ``save_adapter``
     wrote without bits computes the same bits. The whole file is checked before anything changes."""
-    path = Path(path)
     try:
-        header, tensors = _read(path)
-        plan = {name: _layer(name, header, tensors) for name in header["layers"]}
+        plan = read_layers(path)
         for name, layer in plan.items():
             _check_place(model, name, layer)
-        expected = {f"{name}.{key}" for name, layer in plan.items() for key in _coefficients(layer)}
-        if extra := sorted({key.removesuffix(".scale") for key in tensors} - expected):
-            raise ValueError(f"has {extra[0]} and {len(extra) - 1} more that are of no layer")
     except ValueError as error:
         raise ValueError(f"load_adapter: {path}: {error}; the model is unchanged") from error
     for name, layer in plan.items():
@@ -131,6 +126,16 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
             for key, c in _coefficients(layer).items():
                 setattr(layer, key, nn.Parameter(c.detach().to(there.weight.device)))
             setattr(model.get_submodule(parent), child, layer.train(there.training))
+
+
+def read_layers(path: str | Path) -> dict[str, BasisLinear]:
+    """The layers of a file by name, coefficients included, over base layers on the meta device. Checks the whole file."""
+    header, tensors = _read(Path(path))
+    layers = {name: _layer(name, header, tensors) for name in header["layers"]}
+    expected = {f"{name}.{key}" for name, layer in layers.items() for key in _coefficients(layer)}
+    if extra := sorted({key.removesuffix(".scale") for key in tensors} - expected):
+        raise ValueError(f"has {extra[0]} and {len(extra) - 1} more that are of no layer")
+    return layers
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -12,6 +12,8 @@ from torch import Tensor
 from .. import peft as files
 from ..convert_peft import projections
 from ..functional.basis import Projection
+from ..nn import NOLALinear, VeRALinear
+from ..nn.basis import BasisLinear
 
 
 class Factors(NamedTuple):
@@ -129,3 +131,29 @@ def _vera(config: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Map
 
 FAMILIES["LORA"] = _lora
 FAMILIES["VERA"] = _vera
+
+
+# ---- lrkern's own files (nn.basis_file), by the class of their layers
+
+
+def of_layers(layers: Mapping[str, BasisLinear], linears: Mapping[str, tuple[int, int]]) -> dict[str, Factors] | Shared:
+    """What the layers of a file add: factors, or for VeRA layers that share a pair their vectors."""
+    for name, layer in layers.items():
+        if name not in linears:
+            raise ValueError(f"must be of this model's linears, got {name}")
+        if (layer.in_features, layer.out_features) != linears[name]:
+            raise ValueError(f"{name} must be {list(linears[name])}, got {[layer.in_features, layer.out_features]}")
+        if not isinstance(layer, NOLALinear | VeRALinear):
+            raise ValueError(
+                f"{name} must be NOLALinear or VeRALinear, got {type(layer).__name__}, which has full rank"
+            )
+    if all(isinstance(layer, VeRALinear) for layer in layers.values()):
+        pairs = {
+            (a._replace(cols=layer.max_in), b._replace(cols=layer.max_out))
+            for layer in layers.values()
+            for a, b in [layer.projections()]
+        }
+        if len(pairs) == 1:
+            vectors = {name: Vectors(m.vera_lambda_d, m.vera_lambda_b) for name, m in layers.items()}
+            return Shared(*pairs.pop(), vectors)
+    return {name: Factors(*layer.factors(), 1.0) for name, layer in layers.items()}

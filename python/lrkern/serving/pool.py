@@ -5,7 +5,7 @@ import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .. import peft as files
 from ..functional.basis import Basis, Projection
+from ..nn.basis_file import read_layers
 from ..peft_layer import features_of
-from .families import FAMILIES, Factors, Shared
+from .families import FAMILIES, Factors, Shared, of_layers
 
 PAGE = 16  # ranks, lrkern.ops.multi_lora's
 MAX_RANK = 512
@@ -197,14 +198,15 @@ class AdapterPool:
 
     # ---- changes
 
-    def load(self, name: str, folder: str | Path, replace: bool = False) -> None:
-        """Adds a PEFT folder (adapter_config.json and adapter_model.safetensors) under this name. ``replace``: in place of
-        the adapter of that name; forwards under way end with the old one. A refused call changes nothing."""
-        try:
-            config, tensors = files.read_adapter(folder)
-        except ValueError as error:
-            raise ValueError(f"lrkern.serving: adapter {name!r}: {folder}: {error}; the pool is unchanged") from error
-        self._put(name, config, tensors, replace, f"{folder}: ")
+    def load(self, name: str, path: str | Path, replace: bool = False) -> None:
+        """Adds under this name a PEFT folder (adapter_config.json and adapter_model.safetensors) or a file of
+        lrkern.nn.basis_file.save_adapter with NOLA or VeRA layers: VeRA layers that share a pair (one seed, r, max_in and
+        max_out) are vectors, all others factors. ``replace``: in place of the adapter of that name; forwards under way end
+        with the old one. A refused call changes nothing."""
+        if Path(path).is_file():
+            self._put(name, lambda: of_layers(read_layers(path), self._linears), replace, f"{path}: ")
+        else:
+            self._put(name, lambda: self._parts(*files.read_adapter(path)), replace, f"{path}: ")
 
     def add(
         self,
@@ -214,7 +216,8 @@ class AdapterPool:
         replace: bool = False,
     ) -> None:
         """The same with what the two files hold: a config, and tensors by key as peft.get_peft_model_state_dict gives."""
-        self._put(name, config.to_dict() if isinstance(config, peft.PeftConfig) else config, tensors, replace)
+        config = config.to_dict() if isinstance(config, peft.PeftConfig) else config
+        self._put(name, lambda: self._parts(config, tensors), replace)
 
     def remove(self, name: str) -> None:
         """Forwards under way end with it; its pages are free after them."""
@@ -236,11 +239,11 @@ class AdapterPool:
             self._reserved.discard(adapter)
             self._changed.notify_all()
 
-    def _put(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], replace: bool, where: str = ""):
+    def _put(self, name: str, read: Callable[[], dict[str, Factors] | Shared], replace: bool, where: str = "") -> None:
         if not isinstance(name, str) or not name:
             raise wrong("name", "be a string", repr(name))
         try:
-            adapter, pair = self._read(config, tensors)
+            adapter, pair = self._host_copy(read())
         except (ValueError, TypeError, re.error) as error:
             raise ValueError(f"lrkern.serving: adapter {name!r}: {where}{error}; the pool is unchanged") from error
         with self._changed:
@@ -262,15 +265,17 @@ class AdapterPool:
         if pinned:
             self._bring(name)
 
-    def _read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Adapter, Pair | None]:
-        """Checks everything and makes the host copy."""
+    def _parts(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Factors] | Shared:
         kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
         if kind not in FAMILIES:
             raise ValueError(f"peft_type must be one of {sorted(FAMILIES)}, got {kind!r}")
         for key, tensor in tensors.items():
             if tensor.dtype not in (*_DTYPES, torch.float64):
                 raise ValueError(f"{key} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
-        parts = FAMILIES[kind](config, tensors, self._linears)
+        return FAMILIES[kind](config, tensors, self._linears)
+
+    def _host_copy(self, parts: dict[str, Factors] | Shared) -> tuple[Adapter, Pair | None]:
+        """Checks everything."""
         if outside := sorted((parts.vectors if isinstance(parts, Shared) else parts).keys() - self._layers.keys()):
             raise ValueError(f"{outside[0]} is not among the pool's targets")
         return self._read_vectors(parts) if isinstance(parts, Shared) else (self._read_factors(parts), None)
