@@ -12,7 +12,7 @@ pytest.importorskip("safetensors")
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lrkern.convert import to_lora
+from lrkern.convert import to_lora, to_peft
 from lrkern.nn import FusedLoRALinear, NOLALinear, RandLoRALinear, VeRALinear
 from lrkern.nn.basis_file import load_adapter, save_adapter
 
@@ -304,4 +304,50 @@ def test_what_is_no_lora(tmp_path):
     ]:
         with pytest.raises(ValueError, match=f"lrkern.convert.to_lora: {text}"):
             to_lora(model, folder)
+        assert not folder.exists()
+
+
+SHARED = {
+    "vera": (VeRALinear, {"r": 9, "max_in": 80}),
+    "vera ternary6": (VeRALinear, {"r": 9, "max_in": 80, "distribution": "ternary6"}),
+    "randlora": (RandLoRALinear, {"r": 6, "randlora_alpha": 3.0}),
+    "randlora sign": (RandLoRALinear, {"r": 6, "randlora_alpha": 3.0, "distribution": "sign"}),
+}
+
+
+def sharing(kind, **more):
+    cls, settings = SHARED[kind]
+    return adapted(dict.fromkeys(("0", "2.0", "2.1"), (cls, settings | {"seed": 77} | more)))
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_stock_peft_loads_the_projections(tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    model = sharing(kind)
+    to_peft(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["save_projection"] is True
+    stock = peft.PeftModel.from_pretrained(plain(), str(tmp_path))
+    assert (stock(X) - plain()(X)).norm() > 0.01
+    torch.testing.assert_close(stock(X), model(X), atol=1e-5, rtol=1e-5)
+    for name in ("0", "2.0", "2.1"):
+        theirs = stock.base_model.model.get_submodule(name).get_delta_weight("default")
+        torch.testing.assert_close(theirs, model.get_submodule(name).delta_weight(), atol=1e-6, rtol=1e-5)
+
+
+def test_what_peft_cannot_hold(tmp_path):
+    folder = tmp_path / "out"
+    other_seed = sharing("vera")
+    other_seed[0].seed = 78
+    spoilt = sharing("randlora")
+    spoilt[0].randlora_gamma.data[0, 0] = torch.inf
+    for model, text in [
+        (plain(), "model must have VeRALinear or RandLoRALinear layers, got none"),
+        (adapted({"0": PLACES["0"]}), "0 must be VeRALinear, or RandLoRALinear as all others, got NOLALinear"),
+        (adapted({k: PLACES[k] for k in ("2.0", "2.1")}), "2.1 must be VeRALinear, or RandLoRALinear as all others"),
+        (other_seed, "2.0.seed must be 78, as the first layer's, got 77: PEFT's layers share one pair"),
+        (sharing("randlora", paper_pairing=True), "0.paper_pairing must be False, PEFT's pairing, got True"),
+        (spoilt, "0.randlora_gamma must be finite, got inf or nan"),
+    ]:
+        with pytest.raises(ValueError, match=f"lrkern.convert.to_peft: {text}"):
+            to_peft(model, folder)
         assert not folder.exists()
