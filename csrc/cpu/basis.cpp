@@ -109,18 +109,6 @@ struct Planes<Distribution::kTernary4> {
   }
 };
 
-template <class F>
-void with_distribution(Distribution d, const F& f) {
-  switch (d) {
-    case Distribution::kUniform16: return f(std::integral_constant<Distribution, Distribution::kUniform16>{});
-    case Distribution::kUniform32: return f(std::integral_constant<Distribution, Distribution::kUniform32>{});
-    case Distribution::kSign: return f(std::integral_constant<Distribution, Distribution::kSign>{});
-    case Distribution::kTernary6: return f(std::integral_constant<Distribution, Distribution::kTernary6>{});
-    case Distribution::kTernary4: return f(std::integral_constant<Distribution, Distribution::kTernary4>{});
-    default: return f(std::integral_constant<Distribution, Distribution::kUniform8>{});
-  }
-}
-
 template <Distribution D>
 constexpr int kSpan = kLanes * block_columns(D);  // columns of a group
 

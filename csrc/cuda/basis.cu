@@ -396,18 +396,6 @@ __global__ __launch_bounds__(kBlockThreads, 3) void basis_matmul_transposed_kern
 
 // ---- launchers
 
-template <class F>
-int with_distribution(Distribution d, const F& f) {
-  switch (d) {
-    case Distribution::kUniform16: return f(std::integral_constant<Distribution, Distribution::kUniform16>{});
-    case Distribution::kUniform32: return f(std::integral_constant<Distribution, Distribution::kUniform32>{});
-    case Distribution::kSign: return f(std::integral_constant<Distribution, Distribution::kSign>{});
-    case Distribution::kTernary6: return f(std::integral_constant<Distribution, Distribution::kTernary6>{});
-    case Distribution::kTernary4: return f(std::integral_constant<Distribution, Distribution::kTernary4>{});
-    default: return f(std::integral_constant<Distribution, Distribution::kUniform8>{});
-  }
-}
-
 dim3 grid_over(int64_t elements) { return grid_of(ceil_div(elements, kBlockThreads), 1); }
 
 }  // namespace
