@@ -57,6 +57,14 @@ def test_rehearsal_on_the_cpu(tmp_path):
     assert "| lora_shrink | T=" in text and "36 wrappers" in text
 
 
+@pytest.mark.parametrize("family", gpu.FAMILY_TESTS)
+def test_rehearsal_of_a_familys_own_tests(tmp_path, family):
+    done = run("--out", tmp_path, "--rehearse", "--only", family, "--parts", "tests:families")
+    assert done.returncode == 0, done.stdout + (tmp_path / "tests.txt").read_text()
+    assert Path(gpu.ROOT, gpu.FAMILY_TESTS[family]).exists()
+    assert json.loads((tmp_path / "parts.json").read_text())["tests:families"]["status"] == "passed"
+
+
 def test_a_limit_leaves_the_rest_for_a_resume(tmp_path):
     done = run("--out", tmp_path, "--limit", 14)
     assert done.returncode == 0

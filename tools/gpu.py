@@ -266,14 +266,19 @@ def ptx(session: Session, known: dict) -> Outcome:
     return plain(code, text, f"{len(re.findall(r' ok$', text, re.M))} wrappers")
 
 
-def pytest_part(files: list[str], select: Callable[[Session], str]) -> Callable[[Session, dict], Outcome]:
+def pytest_part(
+    files: list[str], select: Callable[[Session], str], full: bool = False
+) -> Callable[[Session, dict], Outcome]:
+    """full: with what `make test-full` adds, where all families run."""
+
     def run(session: Session, known: dict) -> Outcome:
         if importlib.util.find_spec("pytest") is None:
             return "skipped", "no pytest"
         options = ["-p", "no:cacheprovider", "-rsf", "--tb=short", "--maxfail=30", *files]
         if selected := select(session):
             options += ["-k", selected]
-        return pytest_verdict(*session.python("-m", "pytest", *options, log="tests.txt"))
+        more = {"LRK_TEST_FULL": "1"} if full and not (session.only or session.rehearse) else {}
+        return pytest_verdict(*session.python("-m", "pytest", *options, log="tests.txt", **more))
 
     return run
 
@@ -296,6 +301,14 @@ def registry_tests(session: Session) -> str:
     if session.only:
         return f"cuda and ({' or '.join(op for f in session.families for op in gpu_status.ops_of(f))})"
     return "cuda"
+
+
+# What a family has beyond the registry: grids, invariances, isolation, equal bits of the random stream.
+FAMILY_TESTS = {"multi_lora": "tests/test_multi_lora.py", "basis": "tests/test_rng.py"}
+
+
+def family_tests(session: Session) -> str:
+    return "cpu and (no_adapter or adjoint)" if session.rehearse else "cuda"
 
 
 def every_test(session: Session) -> str:
@@ -415,11 +428,13 @@ Part = tuple[str, int, Callable[[Session, dict], Outcome]]  # name, seconds it m
 
 def parts_of(session: Session) -> list[Part]:
     limit = lambda whole, only: only if session.only else whole
+    beyond = [file for family, file in FAMILY_TESTS.items() if family in session.families]
     return [
         ("env", 60, env),
         ("build", 500, build),
         ("ptx", limit(120, 40), ptx),
         ("tests:registry", limit(400, 70), pytest_part(["tests/test_ops.py"], registry_tests)),
+        *([("tests:families", limit(580, 90), pytest_part(beyond, family_tests, full=True))] if beyond else []),
         ("tests:device", limit(300, 50), pytest_part(["tests/test_cuda.py", "tests/test_devices.py"], device_tests)),
         ("tests:library", limit(120, 40), pytest_part(["tests/test_build.py", "tests/test_host.py"], every_test)),
         *((f"sanitizer:{check}", limit(200, 40), sanitizer(check)) for check in TOOLS),
