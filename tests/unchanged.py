@@ -13,6 +13,7 @@ watches.
 
 import inspect
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -148,4 +149,6 @@ def main(command: str, path: str, *sections: str) -> int:
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         raise SystemExit(__doc__)
+    if os.environ.get("PYTHONHASHSEED") != "0":  # the order of sets stands in PEFT's files and messages
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"PYTHONHASHSEED": "0"})
     sys.exit(main(*sys.argv[1:]))

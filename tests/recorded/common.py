@@ -2,6 +2,7 @@
 """Inputs, hashes and single steps for ../unchanged.py."""
 
 import hashlib
+import json
 import re
 import sys
 from contextlib import contextmanager
@@ -86,9 +87,18 @@ def train(fn, leaves: dict, cast: bool = False, **rest) -> dict:
 
 
 def files_in(path: Path) -> dict:
-    """Of a file, or of every file of a folder, the hash of its bytes."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return {str(p.relative_to(path)): digest(p.read_bytes()) for p in files if p.is_file()}
+    """Of a file, or of every file of a folder, its size and the hash of its bytes; target_modules is a set to PEFT."""
+
+    def content(p: Path) -> bytes:
+        if p.suffix != ".json":
+            return p.read_bytes()
+        config = json.loads(p.read_text())
+        return json.dumps(
+            {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in config.items()}
+        ).encode()
+
+    found = sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
+    return {str(p.relative_to(path)): f"{p.stat().st_size} bytes {digest(content(p))}" for p in found}
 
 
 def shaken(module: nn.Module, std: float = 0.2) -> nn.Module:

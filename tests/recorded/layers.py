@@ -74,7 +74,8 @@ def life(layer: nn.Module, fresh: nn.Module):
     run = lambda x, m=layer: attempt(m, x)  # not every pair of dtypes is taken
     w, dtype = layer.base_layer.weight, layer.base_layer.weight.dtype
     yield "new", {"repr": repr(layer), "state": layer.state_dict(), "scaling": str(getattr(layer, "scaling", None))}
-    yield "settings", str(getattr(layer, "settings", None))
+    if not isinstance(layer, FusedLoRALinear):
+        yield "settings", str(layer.settings)
     yield "trains", ", ".join(n for n, p in layer.named_parameters() if p.requires_grad)
     shaken(layer)
     for T in (1, 3, 20, 200):
