@@ -12,8 +12,8 @@ basis MB is what stays in memory between calls. The adapter alone has the base G
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import suite
 import torch
@@ -27,7 +27,7 @@ from suite import Call, Case
 from torch import Tensor, nn
 from torch.autograd import Function
 
-import lrkern.functional.basis as functional
+import lrkern.functional.base
 from lrkern.functional import Basis, nola_linear, randlora_linear, vera_linear
 
 SEED, SCALE = 1234567, 0.5
@@ -239,17 +239,8 @@ class Suite(suite.Suite):
         return Call(run, Call(run, around=around), basis_bytes=0)
 
 
-class without_base:
+def without_base(y: Tensor, dx: Tensor):
     """Inside, lrkern.functional's VeRA and RandLoRA find the base GEMM's y and dx made, and add into them in place as
     they add into what it makes."""
-
-    def __init__(self, y: Tensor, dx: Tensor):
-        self.linear = SimpleNamespace(linear=lambda *_: y.detach())
-        self.gradients = lambda *_: [dx.detach(), None, None]
-
-    def __enter__(self) -> None:
-        self.true = functional.F, functional._base_gradients
-        functional.F, functional._base_gradients = self.linear, self.gradients
-
-    def __exit__(self, *_: object) -> None:
-        functional.F, functional._base_gradients = self.true
+    made = {"linear": lambda *_: y.detach(), "gradients": lambda *_: [dx.detach(), None, None]}
+    return mock.patch.multiple(lrkern.functional.base, **made)

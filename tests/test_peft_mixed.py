@@ -101,7 +101,7 @@ def test_pools_are_kept_while_nothing_changes():
     with ours.base_model._enable_peft_forward_hooks(adapter_names=WHO), torch.no_grad():
         run = lambda: forward(ours.base_model.model, **batch(5))
         first = run()
-        with mock.patch("lrkern.nn.mixed.MixedFactors._build", side_effect=AssertionError("rebuilt")):
+        with mock.patch("lrkern.caches.MixedFactors._build", side_effect=AssertionError("rebuilt")):
             assert torch.equal(run(), first)
 
 

@@ -7,6 +7,6 @@ import lrkern.peft; lrkern.peft.patch(model)   # a PEFT model, in place
 
 __version__ = "0.1.0"
 
-from . import functional, nn, ops
+from . import _moved, functional, nn, ops  # noqa: F401
 
 __all__ = ["__version__", "functional", "nn", "ops"]

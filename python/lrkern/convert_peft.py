@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import peft as files
-from .functional.basis import Basis, Projection
+from .functional.projection import Basis, Projection
 from .peft_layer import features_of
 
 OWN = {"VERA": ("vera", "lambda_d", "lambda_b"), "RANDLORA": ("randlora", "lambda", "gamma")}  # names in PEFT's files

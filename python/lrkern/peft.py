@@ -38,9 +38,8 @@ from torch import Tensor, nn
 
 from . import functional as F
 from . import ops
+from .caches import DoraNorm, MixedFactors
 from .nn import FusedLoRALinear
-from .nn.dora import DoraNorm
-from .nn.mixed import MixedFactors
 from .peft_basis import BASIS_KINDS
 from .peft_layer import DROPOUTS, DTYPES, PLAIN, Patched, hooked, not_now, patched_class, plain_linear
 

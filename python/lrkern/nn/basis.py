@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..functional.basis import UNIFORM
+from ..functional.projection import UNIFORM
 from ..ops.basis import DISTRIBUTIONS, STREAM_VERSION
 
 # Times this, elements of the distribution have variance 1.

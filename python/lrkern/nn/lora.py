@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .dora import DoraNorm
+from ..caches import DoraNorm
 
 Init = Callable[["FusedLoRALinear"], None]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import peft as files
 from ..convert_peft import projections
-from ..functional.basis import Projection
+from ..functional.projection import Projection
 from ..nn import NOLALinear, VeRALinear
 from ..nn.basis import BasisLinear
 

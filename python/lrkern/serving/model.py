@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..functional.basis import project
+from ..functional.projection import project
 from ..peft_layer import features_of
 from .pool import Adapter, AdapterPool, Layer, wrong
 

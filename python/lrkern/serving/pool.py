@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .. import peft as files
-from ..functional.basis import Basis, Projection
+from ..functional.projection import Basis, Projection
 from ..nn.basis_file import read_layers
 from ..peft_layer import features_of
 from .families import FAMILIES, Factors, Shared, of_layers

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DoRA: LoRA whose rows are scaled to a trained magnitude."""
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+__all__ = ["dora_linear", "dora_norm", "row_norm"]
+
+
+@torch.no_grad()
+def row_norm(weight: Tensor) -> Tensor:
+    """‖W‖ of every row [O] in float32."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+
+
+@torch.no_grad()
+def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, weight_norm: Tensor | None = None) -> Tensor:
+    """‖W + scale · B A‖ of every row [O] in float32, without gradient and without an O x I product:
+
+        ‖w + s b A‖² = ‖w‖² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ    for a row w of W and b of B
+
+    weight [O, I]; a [R, I]; b [O, R]; weight_norm: ``row_norm(weight)`` where it is known. Where W and scale · B A nearly
+    cancel, the relative error grows as (‖w‖ / norm)².
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        wa = ops.lora_shrink(weight, a if a.dtype == weight.dtype else a.float()).float()  # W Aᵀ [O, R]
+        a, b = a.float(), b.float()
+        low = 2 * scale * wa + scale**2 * (b @ (a @ a.mT))
+        weight_norm = row_norm(weight) if weight_norm is None else weight_norm
+        return (weight_norm.square() + (b * low).sum(1)).clamp_min(0).sqrt()
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    norm: Tensor | None = None,
+) -> Tensor:
+    """y = g ⊙ (x Wᵀ + scale · (x Aᵀ) Bᵀ) + bias, g = magnitude / ‖W + scale · B A‖ per row: DoRA (Liu et al., arXiv
+    2402.09353) as PEFT defines it: the norm has no gradient, and with active dropout
+
+        y = x Wᵀ + bias + (g - 1) ⊙ (D(x) Wᵀ) + g ⊙ scale · (D(x) Aᵀ) Bᵀ
+
+    x [..., I]; weight [O, I]; bias [O] or None; a [R, I]; b [O, R]; magnitude [O], float32 or of x's dtype;
+    norm: ``dora_norm(weight, a, b, scale)`` where it is known.
+    """
+    g = magnitude / (dora_norm(weight, a, b, scale) if norm is None else norm)
+    gb = (g[:, None] * b).to(b.dtype)
+    if training and dropout_p > 0.0:
+        dropped = torch.dropout(x, dropout_p, True)
+        base = torch.nn.functional.linear(x, weight, bias)
+        return base + ops.lora_linear(dropped, weight, None, a, gb, scale, base_scale=g - 1)
+    return ops.lora_linear(x, weight, bias, a, gb, scale, base_scale=g)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA, with dropout from torch's generator."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+__all__ = ["dropout_seed", "lora_add", "lora_linear", "lora_scaling"]
+
+
+def lora_scaling(alpha: float, r: int, use_rslora: bool = False) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732); 0 for rank 0."""
+    return alpha / (math.sqrt(r) if use_rslora else r) if r else 0.0
+
+
+def dropout_seed(x: Tensor) -> Tensor:
+    """A fresh seed from torch's generator of x's device, so that dropout follows manual_seed, checkpointing (which
+    replays the generator's state) and CUDA graphs (two replays differ) as nn.Dropout does."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """y = x Wᵀ + bias + scale · (dropout(x) Aᵀ) Bᵀ; ``ops.lora_linear`` with a seed drawn from torch's generator.
+
+    x [..., I]; weight [O, I]; bias [O] or None; a [R, I]; b [O, R]. Dropout acts where training and dropout_p > 0.
+    """
+    if training and dropout_p > 0.0:
+        return ops.lora_linear(x, weight, bias, a, b, scale, dropout_p, dropout_seed(x))
+    return ops.lora_linear(x, weight, bias, a, b, scale)
+
+
+def lora_add(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, dropout_p: float = 0.0, training: bool = True
+) -> Tensor:
+    """y + scale · (dropout(x) Aᵀ) Bᵀ, beside a base layer of any kind that gave y [..., O]; ``ops.lora_add``."""
+    if training and dropout_p > 0.0:
+        return ops.lora_add(y, x, a, b, scale, dropout_p, dropout_seed(x))
+    return ops.lora_add(y, x, a, b, scale)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen projections, stored or regenerated from a seed (docs/rng.md)."""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import ops
+from ..ops.basis import DISTRIBUTIONS, METHODS
+
+__all__ = ["Basis", "Projection", "project"]
+
+
+class Basis(NamedTuple):
+    """A stack of random matrices scale · U [rows, cols] that is never stored: ``rows`` are those of bases of R rows each."""
+
+    seed: int
+    method: str
+    rows: int
+    cols: int
+    R: int
+    scale: float = 1.0
+    distribution: str = "uniform8"
+    tensor: int = 0
+
+    @property
+    def stream(self) -> tuple[int, int, int, int]:
+        return self.seed, METHODS[self.method], DISTRIBUTIONS[self.distribution], self.tensor
+
+    def fill(self, like: Tensor, q0: int = 0, Q: int | None = None) -> Tensor:
+        """Rows q0 .. q0 + Q as a tensor of like's dtype and device."""
+        Q = self.rows - q0 if Q is None else Q
+        return ops.basis_fill(like, None, None, *self.stream, 0, self.R, q0, 0, Q, self.cols, self.scale)
+
+
+Projection = Tensor | Basis  # stored, or generated
+UNIFORM = math.sqrt(3.0)  # a uniform distribution on (-1, 1) times this has variance 1
+
+
+def rows_of(p: Projection) -> int:
+    return p.shape[0] if isinstance(p, Tensor) else p.rows
+
+
+def matmul(
+    x: Tensor, p: Projection, transposed: bool, in_scale=None, out_scale=None, into: Tensor | None = None, wide=False
+) -> Tensor:
+    """out_scale ⊙ ((in_scale ⊙ x) P), or Pᵀ, without the scale of a Basis; added into ``into`` where that is given."""
+    if isinstance(p, Basis):
+        args = (x, in_scale, out_scale, *p.stream, 0, p.R, p.rows, p.cols, transposed)
+        if into is None:
+            return ops.basis_matmul(*args, wide)
+        ops.basis_matmul_(into, *args)
+        return into
+    x = x.to(p.dtype) if in_scale is None else x.to(p.dtype) * in_scale.to(p.dtype)
+    y = x @ (p.mT if transposed else p)
+    if out_scale is not None:
+        y = y * out_scale.to(y.dtype)
+    return y if into is None else into.add_(y)
+
+
+def project(x: Tensor, p: Projection, transposed: bool = False) -> Tensor:
+    """x P, or x Pᵀ: float32 for a Basis, in p's dtype for a stored P. Without gradient."""
+    return matmul(x, p, transposed, wide=True) * p.scale if isinstance(p, Basis) else matmul(x, p, transposed)
+
+
+def scale_of(p: Projection) -> float:
+    return p.scale if isinstance(p, Basis) else 1.0
+
+
+def cols_of(p: Projection) -> int:
+    return p.shape[1] if isinstance(p, Tensor) else p.cols
