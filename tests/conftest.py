@@ -12,7 +12,6 @@ import torch
 
 import lrkern.ops
 
-sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 sys.path.append(str(Path(sys.prefix) / "peers"))  # requirements/peers.txt
 import build as emulator
 

@@ -304,7 +304,7 @@ def registry_tests(session: Session) -> str:
 
 
 # What a family has beyond the registry: grids, invariances, isolation, equal bits of the random stream.
-FAMILY_TESTS = {"multi_lora": "tests/test_multi_lora.py", "basis": "tests/test_rng.py"}
+FAMILY_TESTS = {"multi_lora": "tests/ops/test_multi_lora.py", "basis": "tests/ops/test_rng.py"}
 
 
 def family_tests(session: Session) -> str:
@@ -433,10 +433,18 @@ def parts_of(session: Session) -> list[Part]:
         ("env", 60, env),
         ("build", 500, build),
         ("ptx", limit(120, 40), ptx),
-        ("tests:registry", limit(400, 70), pytest_part(["tests/test_ops.py"], registry_tests)),
+        ("tests:registry", limit(400, 70), pytest_part(["tests/ops/test_ops.py"], registry_tests)),
         *([("tests:families", limit(580, 90), pytest_part(beyond, family_tests, full=True))] if beyond else []),
-        ("tests:device", limit(300, 50), pytest_part(["tests/test_cuda.py", "tests/test_devices.py"], device_tests)),
-        ("tests:library", limit(120, 40), pytest_part(["tests/test_build.py", "tests/test_host.py"], every_test)),
+        (
+            "tests:device",
+            limit(300, 50),
+            pytest_part(["tests/ops/test_cuda.py", "tests/ops/test_devices.py"], device_tests),
+        ),
+        (
+            "tests:library",
+            limit(120, 40),
+            pytest_part(["tests/csrc/test_build.py", "tests/csrc/test_host.py"], every_test),
+        ),
         *((f"sanitizer:{check}", limit(200, 40), sanitizer(check)) for check in TOOLS),
         ("ceilings", limit(60, 20), json_part("ceilings")),
         ("kernels", limit(120, 30), json_part("time")),

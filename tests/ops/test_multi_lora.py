@@ -3,12 +3,12 @@
 
 import pytest
 import torch
-from conftest import FULL, enter_device
 from grid import all_pairs
 
 import lrkern.ops as ops
 from lrkern import reference, testing
 from lrkern.reference import Draw, pages_of
+from tests.conftest import FULL, enter_device
 
 # The values of facts and competitors' test matrices (vLLM's punica tests, Punica, SGLang, LoRAFusion), small ones added so
 # that each pair of values has a case of bearable size.

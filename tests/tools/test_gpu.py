@@ -228,7 +228,6 @@ def test_every_kernel_is_timed():
 
 @pytest.fixture
 def emulator(monkeypatch):
-    sys.path.insert(0, str(ROOT / "tests" / "emulator"))
     import build
 
     if why := build.why_not():

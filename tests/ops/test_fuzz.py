@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_wrong_arguments_never_crash(args):
 def test_random_calls_of_every_op(seed, tmp_path):
     """100,000 calls with LRK_TEST_FULL=1. In processes of their own: a crash names the call it happened in."""
     count, state = 10_000 if FULL else 3_000, tmp_path / "call"
-    script = os.path.join(os.path.dirname(__file__), "fuzz_calls.py")
+    script = Path(__file__).parents[1] / "shared" / "fuzz_calls.py"
     done = subprocess.run([sys.executable, script, str(seed), str(count), state], capture_output=True, text=True)
     if done.returncode:
         last = state.read_bytes().rstrip(b"\0").decode()
@@ -117,7 +118,7 @@ def test_random_calls_of_every_op(seed, tmp_path):
 @pytest.mark.slow
 def test_lesser_instruction_sets(isa):
     """The copies of the CPU kernels this machine would not choose, over the registry's forward and gradient tests."""
-    tests = os.path.join(os.path.dirname(__file__), "test_ops.py")
+    tests = Path(__file__).with_name("test_ops.py")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests]
     command += ["-k", "(test_forward or test_gradient) and cpu and (float32 or (bfloat16 and fp32))"]
     env = os.environ | {"LRKERN_CPU_ISA": isa}

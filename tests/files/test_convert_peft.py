@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from test_peft_basis import KINDS, Net, config, model_of, peft  # isort: skip
+from tests.peft.test_peft_basis import KINDS, Net, config, model_of, peft  # isort: skip
 
 import lrkern.functional as F
 from lrkern.convert_peft import draw_projections, save_randlora, save_vera, store_projections
@@ -115,7 +115,7 @@ def test_a_folder_gets_its_projections(kind, options, saved, tmp_path):
     (lambda c, t: c.update(peft_type="LORA"), "peft_type must be VERA or RANDLORA"),
     (lambda c, t: [t.pop(k) for k in list(t) if "lambda" in k], "linears, got none"),
     (lambda c, t: t.update({"base_model.model.x.vera_lambda_d": torch.ones(5)}), "linears, got x"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_a_damaged_folder_writes_nothing(spoil, message, tmp_path):
     model = model_of("vera")
     model.save_pretrained(tmp_path / "from")

@@ -194,7 +194,9 @@ def test_writing_in_place_is_seen_by_autograd():
 OPCHECK = ("one_token", "rank_17_fp32", "pitch", "dropout_fp32_pitch", "rank_0", "no_tokens", "odd_no_base")
 
 
-@pytest.mark.parametrize(("op", "sample_name"), [(o, n) for o, n in OP_SAMPLES if n in OPCHECK], ids=str)
+@pytest.mark.parametrize(
+    ("op", "sample_name"), [(o, n) for o, n in OP_SAMPLES if n in OPCHECK], ids=lambda v: getattr(v, "name", v)
+)
 def test_opcheck(op, sample_name):
     s = get_sample(op, sample_name, "cpu", torch.float32)
     names = list(inspect.signature(op.truth).parameters)

@@ -4,7 +4,6 @@
 import copy
 import math
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -390,7 +389,7 @@ def test_inductor(cls, settings):
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
-    return two_processes.run(Path(__file__).with_name("basis_workers.py"), tmp_path_factory.mktemp("gloo"))
+    return two_processes.run("basis_workers.py", tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.mark.slow

@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+HERE = Path(__file__).parent
 
-def run(workers: Path, folder: Path) -> dict[str, str | None]:
-    """Check -> None or the traceback of the process it failed in."""
+
+def run(workers: str, folder: Path) -> dict[str, str | None]:
+    """Of a file beside this one: check -> None or the traceback of the process it failed in."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     outs = [(folder / f"{rank}.out").open("w+") for rank in (0, 1)]
     children = [
-        subprocess.Popen([sys.executable, workers, str(rank), folder], stdout=out, stderr=out, env=env)
+        subprocess.Popen([sys.executable, HERE / workers, str(rank), folder], stdout=out, stderr=out, env=env)
         for rank, out in enumerate(outs)
     ]
     try:

@@ -98,7 +98,7 @@ def digest() -> str:
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_bits(isa):
-    code = "import sys; sys.path.insert(0, 'tests'); import test_rng; print(test_rng.digest())"
+    code = "import sys; sys.path.insert(0, 'tests/ops'); import test_rng; print(test_rng.digest())"
     there = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"LRKERN_CPU_ISA": isa},

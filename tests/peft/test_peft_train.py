@@ -3,7 +3,6 @@
 torch.compile and torch.export, on all-MiniLM-L6-v2 beside stock PEFT."""
 
 import ast
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import lrkern.peft
 
 LORA_DORA = pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
-WORKERS = Path(__file__).with_name("peft_workers.py")
+WORKERS = "peft_workers.py"
 I = 384
 
 # ---- 11: Trainer ----------------------------------------------------------------------------------------------------
@@ -81,7 +80,7 @@ def checked(tmp_path_factory):
 
 CHECKS = [
     node.name
-    for node in ast.parse(WORKERS.read_text()).body
+    for node in ast.parse((two_processes.HERE / WORKERS).read_text()).body
     if isinstance(node, ast.FunctionDef) and any(getattr(d, "id", "") == "check" for d in node.decorator_list)
 ]
 

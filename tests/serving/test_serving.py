@@ -6,7 +6,6 @@ import functools
 import os
 import random
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -509,7 +508,7 @@ CHECKS = (
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    results = two_processes.run(Path(__file__).with_name("serving_workers.py"), tmp_path_factory.mktemp("gloo"))
+    results = two_processes.run("serving_workers.py", tmp_path_factory.mktemp("gloo"))
     assert set(results) == set(CHECKS)
     return results
 

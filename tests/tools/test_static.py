@@ -3,17 +3,12 @@
 
 import inspect
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 import build as emulator
-
-# isort: split
 import lrkern.ops
 from tools import gpu_kernels, gpu_status, static_checks
 from tools.static_checks import Figures, Plan, count_sass, faults, occupancy, plan_of, read_ptxas

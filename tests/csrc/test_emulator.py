@@ -4,17 +4,12 @@
 import functools
 import random
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "emulator"))
-import build as emulator
-
-# isort: split
 import wrapper_words
+
+import build as emulator
 
 VARIANTS = ("plain", "sanitized", "tracked")
 CASES = "tests/emulator/cases.cu"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random calls of every op that _C.so registers, read from the schemas: python tests/fuzz_calls.py SEED COUNT STATE.
+"""Random calls of every op that _C.so registers, read from the schemas: python tests/shared/fuzz_calls.py SEED COUNT STATE.
 
 Half of the calls are good: any shapes, dtypes and strides, and have to succeed. In the others an argument or two is
 something else; they succeed or raise an error that names the op, and what they refuse stays unwritten. Of the *_fwd and

@@ -430,7 +430,7 @@ def changed(**values):
     (lambda c, t: t[next(k for k in t if "lambda_b" in k)].fill_(torch.nan), "must have finite vectors"),
     (lambda c, t: t.update(x=torch.ones(2)), "must hold vera_lambda_d and vera_lambda_b of linears, got x"),
     (lambda c, t: [t.pop(k) for k in list(t) if "lambda" in k], "got none"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_a_damaged_folder_leaves_the_pool_as_it_was(folders, tmp_path, spoil, message):
     model = bert(1)
     pool = full_pool(model, folders, ["v1", "lora"])
