@@ -11,9 +11,13 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
+    "lrkern.convert_peft": "lrkern.files.projections",
     "lrkern.functional.basis": "lrkern.functional",
+    "lrkern.nn.basis_file": "lrkern.files.own",
     "lrkern.nn.dora": "lrkern.caches",
     "lrkern.nn.mixed": "lrkern.caches",
+    "lrkern.peft_basis": "lrkern.peft",
+    "lrkern.peft_layer": "lrkern.peft.layer",
 }
 
 

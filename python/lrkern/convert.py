@@ -96,7 +96,7 @@ def to_peft(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
     one randlora_alpha, and not paper_pairing. Refused with a ValueError before anything is written: what differs, NOLALinear,
     which PEFT does not have (``to_lora``), and coefficients that are not finite.
     """
-    from .convert_peft import save_randlora, save_vera  # peft, which to_lora does without
+    from .files.projections import save_randlora, save_vera  # peft, which to_lora does without
 
     _, layers = _layers("to_peft", model, "VeRALinear or RandLoRALinear")
     first = next(iter(layers.values()))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter files of the layers over random bases (lrkern.nn.basis_file), and the same adapters as LoRA (lrkern.convert)."""
+"""Adapter files of the layers over random bases (lrkern.files.own), and the same adapters as LoRA (lrkern.convert)."""
 
 import copy
 import json
@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lrkern.convert import to_lora, to_peft
+from lrkern.files.own import load_adapter, save_adapter
 from lrkern.nn import FusedLoRALinear, NOLALinear, RandLoRALinear, VeRALinear
-from lrkern.nn.basis_file import load_adapter, save_adapter
 
 
 def plain():

@@ -16,8 +16,8 @@ from test_serving import Echo, hidden, tiny
 
 import lrkern.functional as F
 import lrkern.serving
+from lrkern.files.own import save_adapter
 from lrkern.nn import NOLALinear, RandLoRALinear, VeRALinear
-from lrkern.nn.basis_file import save_adapter
 from lrkern.serving import AdapterPool, MultiLoraModel, PoolFull, Shared, Vectors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not:UserWarning")

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
 from .. import peft as files
-from ..convert_peft import projections
+from ..files.projections import projections
 from ..functional.projection import Projection
 from ..nn import NOLALinear, VeRALinear
 from ..nn.basis import BasisLinear

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..functional.projection import project
-from ..peft_layer import features_of
+from ..peft.layer import features_of
 from .pool import Adapter, AdapterPool, Layer, wrong
 
 

@@ -16,9 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .. import peft as files
+from ..files.own import read_layers
 from ..functional.projection import Basis, Projection
-from ..nn.basis_file import read_layers
-from ..peft_layer import features_of
+from ..peft.layer import features_of
 from .families import FAMILIES, Factors, Shared, of_layers
 
 PAGE = 16  # ranks, lrkern.ops.multi_lora's

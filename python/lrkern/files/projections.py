@@ -17,9 +17,9 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from . import peft as files
-from .functional.projection import Basis, Projection
-from .peft_layer import features_of
+from .. import peft as files
+from ..functional.projection import Basis, Projection
+from ..peft.layer import features_of
 
 OWN = {"VERA": ("vera", "lambda_d", "lambda_b"), "RANDLORA": ("randlora", "lambda", "gamma")}  # names in PEFT's files
 _PREFIX = "base_model.model."

@@ -12,8 +12,8 @@ from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 
-from . import functional as F
-from .peft_layer import DROPOUTS, DTYPES, PLAIN, Patched, hooked, not_now, plain_linear
+from .. import functional as F
+from .layer import DROPOUTS, DTYPES, PLAIN, Patched, hooked, not_now, plain_linear
 
 
 class _Plan(NamedTuple):

@@ -3,7 +3,7 @@
 
 ``lrkern.peft.patch(model)`` makes an existing PEFT model run on lrkern, in place; ``register(config, model)`` makes the
 layers that PEFT creates from a config fused from the start; ``report(model)`` says what runs, ``unpatch(model)`` undoes it.
-``patch`` also takes VeRA and RandLoRA layers, with the projections that PEFT stores (``peft_basis``).
+``patch`` also takes VeRA and RandLoRA layers, with the projections that PEFT stores (``basis``).
 
 A LoRA layer over an exact nn.Linear runs as one op. Over any other base layer (bitsandbytes, GPTQ, AWQ, torchao, ...) the
 base runs untouched and lrkern adds the low-rank part. DoRA is fused over both. What a layer does is decided in every call
@@ -36,12 +36,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import functional as F
-from . import ops
-from .caches import DoraNorm, MixedFactors
-from .nn import FusedLoRALinear
-from .peft_basis import BASIS_KINDS
-from .peft_layer import DROPOUTS, DTYPES, PLAIN, Patched, hooked, not_now, patched_class, plain_linear
+from .. import functional as F
+from .. import ops
+from ..caches import DoraNorm, MixedFactors
+from ..nn import FusedLoRALinear
+from .basis import BASIS_KINDS, FusedRandLora, FusedVera  # noqa: F401
+from .layer import DROPOUTS, DTYPES, PLAIN, Patched, hooked, not_now, patched_class, plain_linear
 
 __all__ = ["Report", "load_adapter", "patch", "register", "report", "save_adapter", "unpatch"]
 

@@ -24,11 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..nn.basis import BasisLinear
+from ..nn.nola import NOLALinear
+from ..nn.randlora import RandLoRALinear
+from ..nn.vera import VeRALinear
 from ..ops.basis import STREAM_VERSION
-from .basis import BasisLinear
-from .nola import NOLALinear
-from .randlora import RandLoRALinear
-from .vera import VeRALinear
 
 __all__ = ["load_adapter", "read_layers", "save_adapter"]
 
