@@ -54,7 +54,8 @@ def to_lora(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
             )
     tensors = {}
     for name, m in layers.items():
-        for key, factor in zip(("lora_A", "lora_B"), m.factors(), strict=True):
+        a, b, scale = m.factors()
+        for key, factor in (("lora_A", a), ("lora_B", scale * b)):
             if not factor.isfinite().all():
                 raise ValueError(f"lrkern.convert.to_lora: {name}.{key} must be finite, got inf or nan")
             tensors[f"base_model.model.{name}.{key}.weight"] = factor.cpu().contiguous()

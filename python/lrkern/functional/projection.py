@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen projections, stored or regenerated from a seed (docs/rng.md)."""
 
-import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,7 +34,6 @@ class Basis(NamedTuple):
 
 
 Projection = Tensor | Basis  # stored, or generated
-UNIFORM = math.sqrt(3.0)  # a uniform distribution on (-1, 1) times this has variance 1
 
 
 def rows_of(p: Projection) -> int:

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the linear layers over random bases share: a seed in place of the bases, state, merging."""
+"""What the linear layers over random bases share: a seed in place of the bases, in the state_dict too."""
 
 import math
 import random
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
 
-from ..functional.projection import UNIFORM
+from ..functional import Basis
 from ..ops.basis import DISTRIBUTIONS, STREAM_VERSION
+from .linear import AdapterLinear
 
 # Times this, elements of the distribution have variance 1.
-UNIT = dict.fromkeys(("uniform8", "uniform16", "uniform32", "ternary6"), UNIFORM)
+UNIT = dict.fromkeys(("uniform8", "uniform16", "uniform32", "ternary6"), math.sqrt(3.0))
 UNIT |= {"sign": 1.0, "ternary4": math.sqrt(2.0)}
 
 # Where seeds come from. Processes that make the same layers in the same order get the same ones, as DDP needs: it would
@@ -20,7 +20,7 @@ UNIT |= {"sign": 1.0, "ternary4": math.sqrt(2.0)}
 _seeds = random.Random("lrkern")
 
 
-class BasisLinear(nn.Module):
+class BasisLinear(AdapterLinear):
     """y = x Wᵀ + bias + dropout(x) ΔWᵀ with ΔW made of a few trained coefficients and random matrices that exist only as a
     seed: they are regenerated in forward and backward, on any device the same bits.
 
@@ -42,110 +42,26 @@ class BasisLinear(nn.Module):
         adapter_dtype: of the coefficients; None means float32 over a 16-bit base, else the base's dtype.
     """
 
-    SETTINGS: ClassVar[tuple[str, ...]]  # attributes that, given to from_linear, make the same layer again
+    METHOD: ClassVar[str]  # of the random stream
     stream_version = STREAM_VERSION
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **settings: Any,
-    ):
-        super().__init__()
-        self._set_up(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), **settings)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, **settings: Any):
-        """Wraps an existing layer: its weight and bias are used as they are, not copied, and frozen."""
-        if not isinstance(linear, nn.Linear) or type(linear.weight.data) is not Tensor:
-            raise TypeError(
-                f"{cls.__name__}.from_linear: linear must be an nn.Linear with a plain weight, got {linear}"
-            )
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self._set_up(linear, **settings)
-        return self
-
-    def _set_up(self, base: nn.Linear, **settings: Any) -> None:
-        raise NotImplementedError
-
-    def _common(self, base, r, dropout, seed, distribution, adapter_dtype) -> None:
+    def _seed(self, base, r, dropout, seed, distribution, adapter_dtype) -> dict[str, Any]:
+        """Checks and takes what all have; returns dtype and device of the coefficients."""
         if seed is None:
             seed = _seeds.getrandbits(63)
         self._whole("seed", seed, 0, 2**63 - 1)
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"{type(self).__name__}: dropout must lie in [0, 1], got {dropout}")
+        self._probability("dropout", dropout)
         if distribution not in DISTRIBUTIONS:
             raise ValueError(
                 f"{type(self).__name__}: distribution must be one of {sorted(DISTRIBUTIONS)}, got {distribution!r}"
             )
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.r, self.dropout, self.seed, self.distribution = r, float(dropout), seed, distribution
-        dtype = base.weight.dtype
-        low = dtype in (torch.float16, torch.bfloat16)
-        self._coefficients = {"dtype": adapter_dtype or (torch.float32 if low else dtype), "device": base.weight.device}
-        self.base_layer = base.requires_grad_(False)
-        self.enabled, self.merged = True, False
+        self.dropout, self.seed, self.distribution = float(dropout), seed, distribution
+        return self._adopt(base, r, adapter_dtype)
 
-    def _whole(self, name: str, value: Any, low: int, high: int) -> None:
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(f"{type(self).__name__}: {name} must be a whole number in {low}..{high}, got {value!r}")
-
-    def _finite(self, name: str, value: Any) -> None:
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{type(self).__name__}: {name} must be a finite number, got {value!r}")
-
-    def _constant(self, value: float, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.full(shape, value, **self._coefficients))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What makes this layer again: from_linear(linear, **settings), but for the values of the coefficients."""
-        return {name: getattr(self, name) for name in self.SETTINGS}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) if self.merged or not self.enabled else self._adapted(x)
-
-    def _adapted(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def delta_weight(self) -> Tensor:
-        """ΔW [out, in] of the generated bases in float32: what ``merge`` adds to W."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """W += delta_weight(), rounded once to W's dtype; forward is the base layer from then on. Refuses a non-finite
-        result and leaves W as it was."""
-        if not self.merged:
-            self._write(self.base_layer.weight.float() + self.delta_weight())
-        self.merged = True
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Takes from W what ``merge`` added: W up to the rounding of its dtype."""
-        if self.merged:
-            self._write(self.base_layer.weight.float() - self.delta_weight())
-        self.merged = False
-
-    def _write(self, new: Tensor) -> None:
-        w = self.base_layer.weight
-        new = new.to(w.dtype)
-        if not new.isfinite().all():
-            raise ValueError(
-                f"{type(self).__name__}.merge: W + delta_weight() must be finite, got inf or nan; W is unchanged"
-            )
-        w.copy_(new)
-
-    def enable_adapter(self, enabled: bool = True) -> None:
-        self.enabled = enabled
-
-    def disable_adapter(self) -> None:
-        self.enabled = False
+    def _basis(self, rows: int, cols: int, scale: float, tensor: int) -> Basis:
+        """A matrix of the layer's stream whose elements have the standard deviation ``scale``."""
+        unit = UNIT[self.distribution]
+        return Basis(self.seed, self.METHOD, rows, cols, self.r, scale * unit, self.distribution, tensor)
 
     # The seed is a plain number, so that forward never waits for a device to read it, and a tensor only in a state_dict.
 
@@ -176,8 +92,3 @@ class BasisLinear(nn.Module):
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)
         if len(errors) == known:
             self.seed = seed
-
-    def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, out_features={self.out_features}"
-        text += "".join(f", {name}={value}" for name, value in self.settings.items())
-        return text + (", merged" if self.merged else "") + ("" if self.enabled else ", disabled")

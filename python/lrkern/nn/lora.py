@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..caches import DoraNorm
+from .linear import LowRankLinear
 
 Init = Callable[["FusedLoRALinear"], None]
 
@@ -29,7 +30,7 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
-class FusedLoRALinear(nn.Module):
+class FusedLoRALinear(LowRankLinear):
     """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ, LoRA (Hu et al., arXiv 2106.09685) as PEFT defines it.
 
     A [r, in], B [out, r]; scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (arXiv 2312.03732). With
@@ -46,6 +47,10 @@ class FusedLoRALinear(nn.Module):
             2404.02948) or "olora" (arXiv 2406.01775); the last two take their factors out of W.
         adapter_dtype: of A and B; None means float32 over a 16-bit base as PEFT does, else the base's dtype.
     """
+
+    SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    PEFT_TYPE = "LORA"
+    _SUM = "W + scaling B A"
 
     def __init__(
         self,
@@ -64,8 +69,7 @@ class FusedLoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        super().__init__()
-        self._set_up(base, r, lora_alpha, lora_dropout, use_rslora, use_dora, train_bias, init, adapter_dtype)
+        self._make(base, r, lora_alpha, lora_dropout, use_rslora, use_dora, train_bias, init, adapter_dtype)
 
     @classmethod
     def from_linear(
@@ -81,53 +85,46 @@ class FusedLoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
     ) -> "FusedLoRALinear":
         """Wraps an existing layer: its weight and bias are used as they are, not copied, and frozen."""
-        if not isinstance(linear, nn.Linear) or type(linear.weight.data) is not Tensor:
-            raise TypeError(
-                f"FusedLoRALinear.from_linear: linear must be an nn.Linear with a plain weight, got {linear}"
-            )
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self._set_up(linear, r, lora_alpha, lora_dropout, use_rslora, use_dora, train_bias, init, adapter_dtype)
-        return self
+        settings = r, lora_alpha, lora_dropout, use_rslora, use_dora, train_bias, init, adapter_dtype
+        return cls._wrap(linear, *settings)
 
     def _set_up(self, base, r, lora_alpha, lora_dropout, use_rslora, use_dora, train_bias, init, adapter_dtype):
         if not 0 <= r <= 512:
             raise ValueError(f"FusedLoRALinear: r must lie in 0..512, got {r}")
-        if not 0.0 <= lora_dropout <= 1.0:
-            raise ValueError(f"FusedLoRALinear: lora_dropout must lie in [0, 1], got {lora_dropout}")
+        self._probability("lora_dropout", lora_dropout)
         if init not in INITS:
             raise ValueError(f"FusedLoRALinear: init must be one of {sorted(INITS)}, got {init!r}")
         if use_dora and not r:
             raise ValueError("FusedLoRALinear: use_dora needs r >= 1, got r=0")
         if train_bias and base.bias is None:
             raise ValueError("FusedLoRALinear: train_bias needs a layer with a bias, got bias=None")
-        weight = base.weight
-        dtype = adapter_dtype or (torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype)
-        self.base_layer = base.requires_grad_(False)
+        like = self._adopt(base, r, adapter_dtype)
         if train_bias:
             base.bias.requires_grad_()
-        self.lora_A = Factor(r, base.in_features, dtype, weight.device)
-        self.lora_B = Factor(base.out_features, r, dtype, weight.device)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
-        self.use_dora = use_dora
-        self.scaling = F.lora_scaling(lora_alpha, r, use_rslora)
-        self.enabled, self.merged = True, False
+        self.lora_A = Factor(r, base.in_features, **like)
+        self.lora_B = Factor(base.out_features, r, **like)
+        self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
+        self.use_dora, self.scaling = use_dora, F.lora_scaling(lora_alpha, r, use_rslora)
         if r:
             INITS[init](self)
         if use_dora:
-            self.lora_magnitude_vector = Magnitude(self._norm().to(dtype))
+            self.lora_magnitude_vector = Magnitude(self._norm().to(like["dtype"]))
             self._cached_norm = DoraNorm()
 
-    def forward(self, x: Tensor) -> Tensor:
-        base = self.base_layer
-        if self.merged or not self.enabled or not self.r:
-            return base(x)
-        p, args = self.lora_dropout, (base.weight, base.bias, self.lora_A.weight, self.lora_B.weight)
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.lora_A.weight, self.lora_B.weight, self.scaling
+
+    def _adapted(self, x: Tensor) -> Tensor:
         if not self.use_dora:
-            return F.lora_linear(x, *args, self.scaling, p, self.training)
-        norm = self._cached_norm(base.weight, *args[2:], self.scaling)
-        return F.dora_linear(x, *args, self.lora_magnitude_vector.weight, self.scaling, p, self.training, norm)
+            return super()._adapted(x)
+        base, (a, b, scale) = self.base_layer, self.factors()
+        norm, magnitude = self._cached_norm(base.weight, a, b, scale), self.lora_magnitude_vector.weight
+        args = base.weight, base.bias, a, b, magnitude, scale, self.dropout, self.training
+        return F.dora_linear(x, *args, norm)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -137,55 +134,28 @@ class FusedLoRALinear(nn.Module):
         w = self.base_layer.weight.float()
         return self._gain() * (w + self._low_rank()) - w
 
-    def _low_rank(self) -> Tensor:
-        return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
-
     def _norm(self) -> Tensor:
-        return F.dora_norm(self.base_layer.weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
+        return F.dora_norm(self.base_layer.weight, *self.factors())
 
     def _gain(self) -> Tensor:
         return (self.lora_magnitude_vector.weight / self._norm())[:, None]
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """W += delta_weight(), rounded once to W's dtype; forward is the base layer from then on. Refuses a non-finite
-        result and leaves W as it was."""
-        if self.r and not self.merged:
-            gain = self._gain() if self.use_dora else 1.0
-            self._write(gain * (self.base_layer.weight.float() + self._low_rank()))
-            self._merged_gain = gain
-        self.merged = True
+    def _put_in(self, w: Tensor) -> Tensor:
+        self._merged_gain = self._gain() if self.use_dora else 1.0
+        return self._merged_gain * (w + self._low_rank())
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Takes from W what ``merge`` added: W up to the rounding of its dtype."""
-        if self.r and self.merged:
-            self._write(self.base_layer.weight.float() / self._merged_gain - self._low_rank())
-        self.merged = False
-
-    def _write(self, new: Tensor) -> None:
-        w = self.base_layer.weight
-        new = new.to(w.dtype)
-        if not new.isfinite().all():
-            raise ValueError("FusedLoRALinear.merge: W + scaling B A must be finite, got inf or nan; W is unchanged")
-        w.copy_(new)
+    def _take_out(self, w: Tensor) -> Tensor:
+        return w / self._merged_gain - self._low_rank()
 
     def train(self, mode: bool = True) -> "FusedLoRALinear":
         if self.use_dora:
             self._cached_norm.clear()
         return super().train(mode)
 
-    def enable_adapter(self, enabled: bool = True) -> None:
-        self.enabled = enabled
-
-    def disable_adapter(self) -> None:
-        self.enabled = False
-
-    def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, scaling={self.scaling:g}"
+    def _settings_repr(self) -> str:
+        text = f", r={self.r}, scaling={self.scaling:g}"
         text += f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""
-        text += ", dora" if self.use_dora else ""
-        return text + (", merged" if self.merged else "") + ("" if self.enabled else ", disabled")
+        return text + (", dora" if self.use_dora else "")
 
 
 def _kaiming(layer: FusedLoRALinear) -> None:
@@ -197,8 +167,8 @@ def _gaussian(layer: FusedLoRALinear) -> None:
 
 
 @torch.no_grad()
-def _take_out(layer: FusedLoRALinear, a: Tensor, b: Tensor) -> None:
-    """Sets the factors and subtracts what they add, so that the layer computes what it did before."""
+def _from_base(layer: FusedLoRALinear, a: Tensor, b: Tensor) -> None:
+    """Sets the factors and takes what they add out of W, so that the layer computes what it did before."""
     layer.lora_A.weight.copy_(a)
     layer.lora_B.weight.copy_(b)
     layer._write(layer.base_layer.weight.float() - layer._low_rank())
@@ -208,13 +178,13 @@ def _take_out(layer: FusedLoRALinear, a: Tensor, b: Tensor) -> None:
 def _pissa(layer: FusedLoRALinear) -> None:
     u, s, vh = torch.linalg.svd(layer.base_layer.weight.float(), full_matrices=False)
     root = (s[: layer.r] / layer.scaling).sqrt()
-    _take_out(layer, root[:, None] * vh[: layer.r], u[:, : layer.r] * root)
+    _from_base(layer, root[:, None] * vh[: layer.r], u[:, : layer.r] * root)
 
 
 @torch.no_grad()
 def _olora(layer: FusedLoRALinear) -> None:
     q, r = torch.linalg.qr(layer.base_layer.weight.float())
-    _take_out(layer, r[: layer.r], q[:, : layer.r])
+    _from_base(layer, r[: layer.r], q[:, : layer.r])
 
 
 INITS: dict[str, Init] = {"kaiming": _kaiming, "gaussian": _gaussian, "pissa": _pissa, "olora": _olora}

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from .. import functional as F
 from .basis import BasisLinear
+from .linear import LowRankLinear, constant
 
 
-class NOLALinear(BasisLinear):
+class NOLALinear(BasisLinear, LowRankLinear):
     """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ, A = A₀ + c Σᵢ alphaᵢ Uᵢ, B = c' Σⱼ betaⱼ Vⱼ: NOLA (Koohpayegani et
     al., arXiv 2310.02556) as its GPT-2 and LLaMA code defines it; see ``functional.nola_factors`` for U, V, A₀ and c.
 
@@ -25,6 +26,7 @@ class NOLALinear(BasisLinear):
         the rest: as BasisLinear.
     """
 
+    METHOD = "nola"
     SETTINGS = ("r", "k", "l", "lora_alpha", "normalize", "frozen_a", "dropout", "seed", "distribution")
 
     def _set_up(
@@ -44,30 +46,22 @@ class NOLALinear(BasisLinear):
         for name, value, high in (("r", r, 512), ("k", k, 4096), ("l", l, 4096)):
             self._whole(name, value, 1, high)
         self._finite("lora_alpha", lora_alpha)
-        self._common(base, r, dropout, seed, distribution, adapter_dtype)
+        like = self._seed(base, r, dropout, seed, distribution, adapter_dtype)
         self.k, self.l, self.lora_alpha, self.scaling = k, l, lora_alpha, F.lora_scaling(lora_alpha, r)
         self.normalize, self.frozen_a = normalize, frozen_a
         spread = (base.in_features * (1 if normalize else k)) ** -0.5 if base.in_features else 0.0
-        self.nola_alpha = self._constant(0.0 if frozen_a else spread, k)
-        self.nola_beta = self._constant(0.0, l)
+        self.nola_alpha = constant(0.0 if frozen_a else spread, k, **like)
+        self.nola_beta = constant(0.0, l, **like)
 
     def _adapted(self, x: Tensor) -> Tensor:
-        base, stream = self.base_layer, (self.seed, self.r)
-        return F.nola_linear(
-            x, base.weight, base.bias, self.nola_alpha, self.nola_beta, *stream, self.scaling, self.normalize,
-            self.frozen_a, self.distribution, 0, self.dropout, self.training,
-        )  # fmt: skip
+        base, options = self.base_layer, (self.normalize, self.frozen_a, self.distribution)
+        coef = self.nola_alpha, self.nola_beta, self.seed, self.r
+        act = {"dropout_p": self.dropout, "training": self.training}
+        return F.nola_linear(x, base.weight, base.bias, *coef, self.scaling, *options, **act)
 
     @torch.no_grad()
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A [r, in] and scaling · B [out, r] in float32: as a LoRA adapter of scaling 1."""
-        a, b = F.nola_factors(
-            self.nola_alpha, self.nola_beta, self.seed, self.r, self.in_features, self.out_features, self.normalize,
-            self.frozen_a, self.distribution,
-        )  # fmt: skip
-        return a, self.scaling * b
-
-    def delta_weight(self) -> Tensor:
-        """scaling · B A [out, in] of the generated A and B, in float32."""
-        a, b = self.factors()
-        return b @ a
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A [r, in] and scaling · B [out, r] of the generated bases in float32: as a LoRA adapter of scaling 1."""
+        sizes, options = (self.in_features, self.out_features), (self.normalize, self.frozen_a, self.distribution)
+        a, b = F.nola_factors(self.nola_alpha, self.nola_beta, self.seed, self.r, *sizes, *options)
+        return a, self.scaling * b, 1.0

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from .basis import UNIT, BasisLinear
+from .basis import BasisLinear
+from .linear import constant
 
 
 class RandLoRALinear(BasisLinear):
@@ -24,6 +25,9 @@ class RandLoRALinear(BasisLinear):
         the rest: as BasisLinear.
     """
 
+    METHOD = "randlora"
+    PEFT_TYPE = "RANDLORA"
+    PEFT_SHARES = ("r", "seed", "distribution", "dropout", "randlora_alpha")
     SETTINGS = ("r", "randlora_alpha", "paper_pairing", "dropout", "seed", "distribution")
 
     def _set_up(
@@ -43,31 +47,29 @@ class RandLoRALinear(BasisLinear):
         if self.n > 2**16:
             raise ValueError(f"RandLoRALinear: r must be at least min(in, out) / 65536 = {narrow / 2**16:g}, got r={r}")
         self._finite("randlora_alpha", randlora_alpha)
-        self._common(base, r, dropout, seed, distribution, adapter_dtype)
+        like = self._seed(base, r, dropout, seed, distribution, adapter_dtype)
         self.randlora_alpha, self.scaling = randlora_alpha, F.lora_scaling(randlora_alpha, r)
         self.paper_pairing = paper_pairing
-        self.randlora_lambda = self._constant(0.0, r, self.n)
-        self.randlora_gamma = self._constant(1 / max(self.n, narrow, 1), self.n, narrow)
+        self.randlora_lambda = constant(0.0, r, self.n, **like)
+        self.randlora_gamma = constant(1 / max(self.n, narrow, 1), self.n, narrow, **like)
+
+    def not_peft(self) -> str | None:
+        return "paper_pairing must be False, PEFT's pairing, got True" if self.paper_pairing else None
 
     def projections(self) -> tuple[F.Basis, F.Basis]:
         """A [r, min(in, out)] and the stack of the Bⱼᵀ [n r, max(in, out)]."""
         low, high = sorted((self.in_features, self.out_features))
-        basis = lambda rows, cols, tensor: F.Basis(
-            self.seed, "randlora", rows, cols, self.r, UNIT[self.distribution], self.distribution, tensor
-        )
-        return basis(self.r, low, 0), basis(self.n * self.r, high, 1)
+        return self._basis(self.r, low, 1.0, 0), self._basis(self.n * self.r, high, 1.0, 1)
+
+    def _operands(self) -> tuple:
+        return self.randlora_lambda, self.randlora_gamma, *self.projections()
 
     def _adapted(self, x: Tensor) -> Tensor:
-        base, pair = self.base_layer, self.projections()
-        return F.randlora_linear(
-            x, base.weight, base.bias, self.randlora_lambda, self.randlora_gamma, *pair, self.scaling, self.dropout,
-            self.training, self.paper_pairing,
-        )  # fmt: skip
+        base, act = self.base_layer, (self.scaling, self.dropout, self.training, self.paper_pairing)
+        return F.randlora_linear(x, base.weight, base.bias, *self._operands(), *act)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """scaling · Σⱼ Bⱼ diag(λⱼ) A diag(γⱼ) [out, in] of the generated bases, transposed where in > out; float32."""
         sizes = self.in_features, self.out_features
-        return F.randlora_delta(
-            self.randlora_lambda, self.randlora_gamma, *self.projections(), *sizes, self.scaling, self.paper_pairing
-        )
+        return F.randlora_delta(*self._operands(), *sizes, self.scaling, self.paper_pairing)

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from .basis import UNIT, BasisLinear
+from .basis import BasisLinear
+from .linear import LowRankLinear, constant
 
 
-class VeRALinear(BasisLinear):
+class VeRALinear(BasisLinear, LowRankLinear):
     """y = x Wᵀ + bias + b ⊙ (B (d ⊙ (A dropout(x)))): VeRA (Kopiczko et al., arXiv 2310.11454) as PEFT defines it.
 
     Trained: vera_lambda_d [r], which starts at d_initial, and vera_lambda_b [out], which starts at 0: the layer starts as
@@ -27,6 +28,9 @@ class VeRALinear(BasisLinear):
         the rest: as BasisLinear.
     """
 
+    METHOD = "vera"
+    PEFT_TYPE = "VERA"
+    PEFT_SHARES = ("r", "seed", "distribution", "dropout", "max_in")
     SETTINGS = ("r", "d_initial", "max_in", "max_out", "save_output", "dropout", "seed", "distribution")
 
     def _set_up(
@@ -48,35 +52,30 @@ class VeRALinear(BasisLinear):
         self._whole("max_in", self.max_in, base.in_features, 2**31 - 1)
         self._whole("max_out", self.max_out, base.out_features, 2**31 - 1)
         self._finite("d_initial", d_initial)
-        self._common(base, r, dropout, seed, distribution, adapter_dtype)
+        like = self._seed(base, r, dropout, seed, distribution, adapter_dtype)
         self.d_initial, self.save_output = d_initial, save_output
-        self.vera_lambda_d = self._constant(d_initial, r)
-        self.vera_lambda_b = self._constant(0.0, base.out_features)
+        self.vera_lambda_d = constant(d_initial, r, **like)
+        self.vera_lambda_b = constant(0.0, base.out_features, **like)
 
     def projections(self) -> tuple[F.Basis, F.Basis]:
         """A [r, in] and Bᵀ [r, out]."""
+        return self._pair(self.in_features, self.out_features)
 
-        def basis(cols: int, fan_in: int, tensor: int) -> F.Basis:
-            scale = (2 / max(fan_in, 1)) ** 0.5 * UNIT[self.distribution]
-            return F.Basis(self.seed, "vera", self.r, cols, self.r, scale, self.distribution, tensor)
+    def shared_pair(self) -> tuple[F.Basis, F.Basis]:
+        return self._pair(self.max_in, self.max_out)
 
-        return basis(self.in_features, self.max_in, 0), basis(self.out_features, self.r, 1)
+    def _pair(self, I: int, O: int) -> tuple[F.Basis, F.Basis]:
+        bound = lambda fan_in: (2 / max(fan_in, 1)) ** 0.5
+        return self._basis(self.r, I, bound(self.max_in), 0), self._basis(self.r, O, bound(self.r), 1)
 
     def _adapted(self, x: Tensor) -> Tensor:
-        base, pair = self.base_layer, self.projections()
-        return F.vera_linear(
-            x, base.weight, base.bias, self.vera_lambda_d, self.vera_lambda_b, *pair, self.dropout, self.training,
-            self.save_output,
-        )  # fmt: skip
+        base, vectors = self.base_layer, (self.vera_lambda_d, self.vera_lambda_b)
+        act = self.dropout, self.training, self.save_output
+        return F.vera_linear(x, base.weight, base.bias, *vectors, *self.projections(), *act)
 
     @torch.no_grad()
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor, float]:
         """diag(d) A [r, in] and diag(b) B [out, r] in float32: as a LoRA adapter of scaling 1."""
         d, b = self.vera_lambda_d.float(), self.vera_lambda_b.float()
         A, B = (p.fill(d) for p in self.projections())
-        return d[:, None] * A, b[:, None] * B.mT
-
-    def delta_weight(self) -> Tensor:
-        """diag(b) B diag(d) A [out, in] of the generated A and B, in float32."""
-        a, b = self.factors()
-        return b @ a
+        return d[:, None] * A, b[:, None] * B.mT, 1.0

@@ -156,4 +156,4 @@ def of_layers(layers: Mapping[str, BasisLinear], linears: Mapping[str, tuple[int
         if len(pairs) == 1:
             vectors = {name: Vectors(m.vera_lambda_d, m.vera_lambda_b) for name, m in layers.items()}
             return Shared(*pairs.pop(), vectors)
-    return {name: Factors(*layer.factors(), 1.0) for name, layer in layers.items()}
+    return {name: Factors(*layer.factors()) for name, layer in layers.items()}
