@@ -22,13 +22,14 @@ from peft import RandLoraConfig, VeraConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.randlora.layer import Linear as RandLoraLayer
 from peft.tuners.vera.layer import Linear as VeraLayer
-from stored import Stored, StoredLinear, StoredOps, calling
+from stored import Stored, StoredLinear, StoredOps
 from suite import Call, Case
 from torch import Tensor, nn
 from torch.autograd import Function
 
 import lrkern.functional.base
 from lrkern.functional import Basis, nola_linear, randlora_linear, vera_linear
+from lrkern.ops.dispatch import use_library
 
 SEED, SCALE = 1234567, 0.5
 DISTRIBUTION = "uniform8"
@@ -235,7 +236,7 @@ class Suite(suite.Suite):
                 return randlora_linear(x, weight, bias, first, second, d.a, d.b, SCALE)
             return vera_linear(x, weight, bias, first, second, d.a, d.b, save_output=case.method == "vera_saved")
 
-        around = lambda: calling(StoredOps(d.y, d.dx)) if case.method == "nola" else without_base(d.y, d.dx)
+        around = lambda: use_library(StoredOps(d.y, d.dx)) if case.method == "nola" else without_base(d.y, d.dx)
         return Call(run, Call(run, around=around), basis_bytes=0)
 
 

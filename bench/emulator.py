@@ -11,11 +11,11 @@ from pathlib import Path
 
 import suite
 import torch
-from stored import calling
 from suite import Call, Case, Data
 from torch import Tensor
 
 from lrkern import ops
+from lrkern.ops.dispatch import use_library
 from lrkern.reference import OPS, Sample
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "emulator"))
@@ -68,7 +68,7 @@ class Suite(suite.Suite):
 
     def lrkern(self, d: "Samples") -> Call:
         op = getattr(ops, d.name)
-        return Call(lambda: tuple(op(*s.args, **s.kwargs) for s in d.samples), around=lambda: calling(build.ops()))
+        return Call(lambda: tuple(op(*s.args, **s.kwargs) for s in d.samples), around=lambda: use_library(build.ops()))
 
 
 @dataclass

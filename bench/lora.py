@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
-from stored import Stored, StoredLinear, StoredOps, calling
+from stored import Stored, StoredLinear, StoredOps
 from suite import Call
 from torch import Tensor, nn
 
 import lrkern.peft
 from lrkern import functional
+from lrkern.ops.dispatch import use_library
 from lrkern.reference import add
 
 SCALE = 2.0  # lora_alpha / r
@@ -197,4 +198,4 @@ class Suite(suite.Suite):
     def lrkern(self, d: Data) -> Call:
         layer = lambda: d.patched(d.inputs["x"])
         op = lambda: functional.lora_linear(**d.inputs, scale=SCALE, dropout_p=d.p or 0.0)
-        return Call(layer, Call(op if d.method == "lora" else layer, around=lambda: calling(d.lrkern_alone)))
+        return Call(layer, Call(op if d.method == "lora" else layer, around=lambda: use_library(d.lrkern_alone)))

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lrkern import ops
-
 OPS = torch.ops.lrkern
 
 
@@ -37,19 +35,6 @@ class StoredLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return Stored.apply(x, self.y, self.dx)
-
-
-class calling:
-    """Inside, the wrappers and modules of lrkern call these ops, in forward and backward."""
-
-    def __init__(self, stand_in: Any):
-        self.stand_in = stand_in
-
-    def __enter__(self) -> None:
-        ops._ops = self.stand_in
-
-    def __exit__(self, *_: object) -> None:
-        ops._ops = OPS
 
 
 class StoredOps:

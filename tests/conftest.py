@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device kinds: cpu, cuda (skipped with the reason where there is none) and emulated, the CUDA kernels on the CPU."""
 
+import contextlib
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import lrkern.ops
+from lrkern.ops.dispatch import use_library
 
 sys.path.append(str(Path(sys.prefix) / "peers"))  # requirements/peers.txt
 import build as emulator
@@ -29,7 +31,7 @@ def emulated_ops():
     return torch.ops.lrkern_emulated
 
 
-def enter_device(kind, monkeypatch):
+def enter_device(kind, stack):
     """The torch device of the samples. For `emulated` the wrappers call the emulated library's ops on CPU tensors."""
     if kind == "cuda":
         if not torch.cuda.is_available():
@@ -40,13 +42,20 @@ def enter_device(kind, monkeypatch):
     if kind == "emulated":
         if why := emulator.why_not():
             pytest.skip(why)
-        monkeypatch.setattr(lrkern.ops, "_ops", emulated_ops())
+        stack.enter_context(use_library(emulated_ops()))
     return "cpu"
 
 
+@pytest.fixture
+def stack():
+    """Contexts that are left at the end of a test."""
+    with contextlib.ExitStack() as contexts:
+        yield contexts
+
+
 @pytest.fixture(params=["cpu", "cuda", "emulated"])
-def device(request, monkeypatch):
-    return enter_device(request.param, monkeypatch)
+def device(request, stack):
+    return enter_device(request.param, stack)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ D: cuda, cpu, or emulated (cases only). ceilings and time print one JSON object 
 """
 
 import argparse
-import inspect
 import json
 import os
 import statistics
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "emula
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lrkern.ops
+from lrkern.ops.dispatch import library, use_library
 from lrkern.reference import OPS
 from tools.gpu_status import ops_of
 
@@ -39,14 +39,10 @@ def samples(families: list[str], device: str, dtypes=DTYPES) -> Iterator[tuple[s
     for dtype in dtypes:
         for name in (op for family in families for op in ops_of(family) if op in OPS):
             op = OPS[name]
-            parameters = list(inspect.signature(op.truth).parameters)
             for sample in op.samples(device, dtype):
 
-                def run(op=op, sample=sample, parameters=parameters):
-                    args = [
-                        a.detach().requires_grad_(n in op.differentiable) if isinstance(a, Tensor) else a
-                        for n, a in zip(parameters, sample.args, strict=False)
-                    ]
+                def run(op=op, sample=sample):
+                    args = op.leaves(sample)
                     y = getattr(lrkern.ops, op.name)(*args, **sample.kwargs)
                     if op.differentiable:
                         wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
@@ -60,7 +56,8 @@ def run_cases(families: list[str], device: str, seconds: float) -> None:
     if device == "emulated":
         import build as emulator
 
-        lrkern.ops._ops, device = emulator.ops(), "cpu"
+        with use_library(emulator.ops()):
+            return run_cases(families, "cpu", seconds)
     start, done, total = time.monotonic(), 0, 0
     for name, run in samples(families, device):
         total += 1
@@ -131,7 +128,7 @@ class Timed:
 
 def lora(device: str, dtype: torch.dtype, T: int, N: int, R: int) -> Iterator[Timed]:
     draw = lambda *shape: torch.randn(*shape, device=device).to(dtype)
-    op = lrkern.ops._ops
+    op = library()
     x, a, b, s, flop = draw(T, N), draw(R, N), draw(N, R), draw(T, R), 2 * T * N * R
     yield Timed("lora_shrink", lambda: op.lora_shrink(x, a), [x, a, s], flop)
     yield Timed("lora_expand", lambda: op.lora_expand_(x, s, b, 1e-4), [x, x, s, b], flop)
@@ -153,7 +150,7 @@ def lora(device: str, dtype: torch.dtype, T: int, N: int, R: int) -> Iterator[Ti
 def multi_lora(device: str, dtype: torch.dtype, T: int, N: int, R: int) -> Iterator[Timed]:
     """16 adapters of rank R, rows in any order, one slot."""
     draw = lambda *shape: torch.randn(*shape, device=device).to(dtype)
-    op, A, M = lrkern.ops._ops, 16, (R + 15) // 16
+    op, A, M = library(), 16, (R + 15) // 16
     x, a, b = draw(T, N), draw(16 * M * A, N), draw(16 * M * A, N)
     pages = torch.randperm(A * M, device=device).int().reshape(A, 1, M)
     ranks = torch.full((A, 1), R, dtype=torch.int32, device=device)
@@ -174,7 +171,7 @@ def multi_lora(device: str, dtype: torch.dtype, T: int, N: int, R: int) -> Itera
 
 def basis(device: str, dtype: torch.dtype, T: int, N: int, R: int) -> Iterator[Timed]:
     """256 bases [R, N] for one layer; their first rows as the fixed factor of 16 tokens. flop: of the sums, none for U."""
-    op, K, Q = lrkern.ops._ops, 256, 1024
+    op, K, Q = library(), 256, 1024
     T, stream, spec = min(T, 16), (1, 2, 2, 0), ([N], [K], [1.0])  # seed, NOLA, uniform8, tensor
     like, coef, g = (
         torch.empty(0, device=device, dtype=dtype),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import lrkern
+from lrkern.reference import OPS
 
 # Every variable lrkern reads, and who reads it.
 VARIABLES = {
@@ -100,7 +101,7 @@ def collect() -> dict[str, Any]:
         "gpu": gpu,
         "cpu_isa": build["cpu_isa"],
         "threads": torch.get_num_threads(),
-        "ops": {name: {"formula": text, "cpu": cpu, "cuda": cuda} for name, text in lrkern.ops.OPS_INFO.items()},
+        "ops": {name: {"formula": op.formula, "cpu": cpu, "cuda": cuda} for name, op in OPS.items()},
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 

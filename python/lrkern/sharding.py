@@ -10,10 +10,9 @@ tokens is data parallelism, column splits O, row splits I. tokens and row shift 
 of, so they hold without dropout only.
 """
 
+import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
-
-from .ops import _ops
 
 # op: its tensor arguments, the rules, and for each result the argument it depends on being given or true
 _RULES = {
@@ -55,7 +54,7 @@ def _placement(letter: str, dim: int, last: int):
 
 
 def _register(name: str, tensors: list[str], rules: dict[str, str], results: tuple[str, ...]) -> None:
-    op = getattr(_ops, name).default
+    op = getattr(torch.ops.lrkern, name).default
     arguments = [a.name for a in op._schema.arguments]
 
     def shardings(*args, **kwargs):

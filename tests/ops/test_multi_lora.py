@@ -7,6 +7,7 @@ from grid import all_pairs
 
 import lrkern.ops as ops
 from lrkern import reference, testing
+from lrkern.ops.dispatch import library
 from lrkern.reference import Draw, pages_of
 from tests.conftest import FULL, enter_device
 
@@ -131,8 +132,8 @@ GRID["cuda"] = GRID["cpu"]
 @pytest.mark.parametrize(
     ("kind", "case"), [pytest.param(kind, c, id=f"{kind} {name_of(c)}") for kind, grid in GRID.items() for c in grid]
 )
-def test_grid(kind, case, monkeypatch):
-    device = enter_device(kind, monkeypatch)
+def test_grid(kind, case, stack):
+    device = enter_device(kind, stack)
     batch, T = Batch(case, device), case["T"]
     grads, sampled = T <= 256, list(range(T)) if T <= 256 else torch.randperm(T)[:64].tolist()
     got = batch.run(grads=grads)
@@ -385,7 +386,7 @@ def test_refuses(what, call, text):
 
 def test_a_row_of_an_unknown_adapter_or_page_is_nan_and_no_other(device):
     """Where the glue cannot look (CUDA): neither memory out of range nor a wrong number."""
-    if ops._ops is torch.ops.lrkern and device == "cpu":
+    if library() is torch.ops.lrkern and device == "cpu":
         pytest.skip("the CPU refuses it")
     batch = batch_of(device, torch.float32, K=1, assignment="uniform", rank=16)
     s, y = batch.run()

@@ -22,7 +22,7 @@ differentiable_sample = pytest.mark.parametrize(
 
 
 def get_sample(op, name, device, dtype):
-    return next(s for s in op.samples(device, dtype) if s.name == name)
+    return op.sample(name, device, dtype)
 
 
 def is_float(a):
@@ -108,7 +108,7 @@ def test_two_runs_are_bit_equal(op, sample_name, device, dtype):
 def test_direct_call_has_the_gradient(op):
     """torch.ops.lrkern.X itself, not the wrapper: opcheck does not see a gradient that is silently missing."""
     direct = getattr(torch.ops.lrkern, op.name)
-    s = get_sample(op, "odd" if "basis" in op.name else "fp32_factors", "cpu", torch.float32)
+    s = get_sample(op, op.family.direct_sample, "cpu", torch.float32)
     if op.differentiable:
         got, wrapped = gradients(op, direct, s), gradients(op, getattr(lrkern.ops, op.name), s)
         assert got.keys() == set(op.differentiable) & wrapped.keys()
@@ -137,7 +137,7 @@ def test_every_op_of_the_library_has_a_gradient_or_refuses():
 
 
 @pytest.mark.parametrize(
-    "op", [op for op in OPS.values() if op.differentiable and "basis" not in op.name], ids=lambda op: op.name
+    "op", [op for op in OPS.values() if op.differentiable and not op.twice_differentiable], ids=lambda op: op.name
 )
 def test_double_backward_is_refused(op):  # of random bases: test_rng.py
     s = get_sample(op, "odd", "cpu", torch.float32)

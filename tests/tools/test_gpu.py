@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lrkern.ops.dispatch import use_library
 from tools import gpu, gpu_kernels, gpu_status
 from tools.gpu_status import ROOT
 
@@ -227,12 +228,12 @@ def test_every_kernel_is_timed():
 
 
 @pytest.fixture
-def emulator(monkeypatch):
+def emulator(stack):
     import build
 
     if why := build.why_not():
         pytest.skip(why)
-    monkeypatch.setattr(gpu_kernels.lrkern.ops, "_ops", build.ops())
+    stack.enter_context(use_library(build.ops()))
     return build
 
 

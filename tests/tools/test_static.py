@@ -10,6 +10,7 @@ import torch
 
 import build as emulator
 import lrkern.ops
+from lrkern.ops.dispatch import use_library
 from tools import gpu_kernels, gpu_status, static_checks
 from tools.static_checks import Figures, Plan, count_sass, faults, occupancy, plan_of, read_ptxas
 
@@ -128,11 +129,11 @@ def planned(function, x):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=TYPES.get)
-def test_plans_name_the_shared_memory_and_threads_of_the_launches(dtype, monkeypatch):
+def test_plans_name_the_shared_memory_and_threads_of_the_launches(dtype, stack):
     """Over the registry's samples the emulator sees every launch that the plans for a type foresee, and no unplanned one."""
     if why := emulator.why_not():
         pytest.skip(why)
-    monkeypatch.setattr(lrkern.ops, "_ops", emulator.ops())
+    stack.enter_context(use_library(emulator.ops()))
     emulator.launched()
     for _, run in gpu_kernels.samples(gpu_status.families(), "cpu", [dtype]):
         run()

@@ -9,42 +9,16 @@ Bad arguments raise RuntimeError as ``lrkern::op: argument must ..., got ...``.
 """
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-LIBRARY = Path(__file__).parents[1] / "_C.so"
-if not LIBRARY.exists():
-    raise ImportError(f"lrkern: {LIBRARY} is not built; run `pip install .` (or `make build`) in the checkout")
-if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
-    raise ImportError(f"lrkern needs torch >= 2.11, got {torch.__version__}")
-torch.ops.load_library(str(LIBRARY))
+from .dispatch import LIBRARY, library  # noqa: F401
 
-_ops = torch.ops.lrkern
 _lib = torch.library.Library("lrkern", "FRAGMENT")
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
-
-OPS_INFO = {
-    "lora_shrink": "S = scale D(x) A^T",
-    "linear_expand": "y = x W^T + bias + scale S B^T",
-    "lora_linear": "y = c * (x W^T) + bias + scale (D(x) A^T) B^T",
-    "lora_add": "y + scale (D(x) A^T) B^T",
-    "lora_expand_": "y += scale S B^T, in place",
-    "multi_lora_plan": "rows sorted by adapter",
-    "multi_lora_shrink": "S[t, k] = scales[t, k] D(x[t]) A[index[t, k]]^T",
-    "multi_lora_embedding": "S[t, k] = scales[t, k] A[index[t, k]][:, ids[t]]",
-    "multi_lora_expand": "y[t] + sum over k of S[t, k] B[index[t, k]]^T",
-    "multi_lora_expand_": "y[t] += sum over k of S[t, k] B[index[t, k]]^T, in place",
-    "multi_lora_linear": "x W^T + bias + sum over k of scales[t, k] (D(x[t]) A[index[t, k]]^T) B[index[t, k]]^T",
-    "basis_fill": "row_scale * U[q0:, c0:] * col_scale",
-    "basis_combine": "base + scale sum over k of coef[k] U_k",
-    "basis_dot": "scale <g, U_k>",
-    "basis_matmul": "out_scale * ((in_scale * x) U), or U^T",
-    "basis_matmul_": "y += out_scale * ((in_scale * x) U), or U^T, in place",
-}
 
 # ---------------------------------------------------------------------------------------------------- wrappers
 
@@ -55,7 +29,7 @@ def lora_shrink(x: Tensor, a: Tensor, scale: float = 1.0, dropout_p: float = 0.0
     x [..., I]; a [R, I]; seed int64 [1] on x's device where dropout_p > 0. Differentiable in x and a.
     fp32 accumulation, one rounding. A row's bits do not depend on the other rows.
     """
-    return _route(_ops.lora_shrink.default, _shrink, x, a, scale, dropout_p, seed)
+    return _route(library().lora_shrink.default, _shrink, x, a, scale, dropout_p, seed)
 
 
 def linear_expand(
@@ -66,7 +40,7 @@ def linear_expand(
     x [..., I]; weight [O, I]; bias [O]; s [..., R]; b [O, R]. Differentiable in all tensors. The base product is
     ATen's linear; S Bᵀ is added into its result, so y is rounded twice.
     """
-    return _route(_ops.linear_expand.default, _expand, x, weight, bias, s, b, scale)
+    return _route(library().linear_expand.default, _expand, x, weight, bias, s, b, scale)
 
 
 def lora_linear(
@@ -87,7 +61,7 @@ def lora_linear(
     Differentiable in all float tensors; saves x, S [T, R], the seed, and x Wᵀ where base_scale requires a gradient.
     Double backward is refused.
     """
-    return _route(_ops.lora_linear.default, _linear, x, weight, bias, a, b, scale, dropout_p, seed, base_scale)
+    return _route(library().lora_linear.default, _linear, x, weight, bias, a, b, scale, dropout_p, seed, base_scale)
 
 
 def lora_add(
@@ -104,7 +78,7 @@ def lora_add(
     y [..., O]; x [..., I]; a [R, I]; b [O, R]. The dtypes of y and x may differ where a and b are float32.
     Differentiable in all float tensors; saves x, S [T, R] and the seed. Double backward is refused.
     """
-    return _route(_ops.lora_add.default, _add, y, x, a, b, scale, dropout_p, seed)
+    return _route(library().lora_add.default, _add, y, x, a, b, scale, dropout_p, seed)
 
 
 def lora_expand_(y: Tensor, s: Tensor, b: Tensor, scale: float = 1.0) -> None:
@@ -113,12 +87,12 @@ def lora_expand_(y: Tensor, s: Tensor, b: Tensor, scale: float = 1.0) -> None:
     Not differentiable: raises when gradients are recorded and an argument requires one; use ``lora_add`` or
     ``linear_expand`` then.
     """
-    _ops.lora_expand_.default(y, s, b, scale)
+    library().lora_expand_.default(y, s, b, scale)
 
 
 def build_info() -> str:
     """What _C.so was built for, as JSON."""
-    return _ops.build_info()
+    return library().build_info()
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -164,7 +138,7 @@ class _Shrink(Function):
     @staticmethod
     def forward(ctx, x, a, scale, dropout_p, seed):
         with _BelowAutograd():
-            s = _ops.lora_shrink.default(x, a, scale, dropout_p, seed)
+            s = library().lora_shrink.default(x, a, scale, dropout_p, seed)
         ctx.save_for_backward(x, a, seed)
         ctx.rest = scale, dropout_p
         return s
@@ -173,7 +147,7 @@ class _Shrink(Function):
     def backward(ctx, ds):
         x, a, seed = ctx.saved_tensors
         with _BelowAutograd():
-            grads = _ops.lora_shrink_bwd.default(ds, x, a, *ctx.rest, seed, *ctx.needs_input_grad[:2])
+            grads = library().lora_shrink_bwd.default(ds, x, a, *ctx.rest, seed, *ctx.needs_input_grad[:2])
         return (*_once("lora_shrink", grads), None, None, None)
 
 
@@ -181,7 +155,7 @@ class _Expand(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, s, b, scale):
         with _BelowAutograd():
-            y = _ops.linear_expand.default(x, weight, bias, s, b, scale)
+            y = library().linear_expand.default(x, weight, bias, s, b, scale)
         need = ctx.needs_input_grad
         ctx.save_for_backward(x if need[1] else None, weight if need[0] else None, s, b)
         ctx.scale = scale
@@ -191,7 +165,7 @@ class _Expand(Function):
     def backward(ctx, dy):
         x, weight, s, b = ctx.saved_tensors
         with _BelowAutograd():
-            grads = _ops.linear_expand_bwd.default(dy, x, weight, s, b, ctx.scale, *ctx.needs_input_grad[:5])
+            grads = library().linear_expand_bwd.default(dy, x, weight, s, b, ctx.scale, *ctx.needs_input_grad[:5])
         return (*_once("linear_expand", grads), None)
 
 
@@ -199,7 +173,7 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale, dropout_p, seed, c):
         with _BelowAutograd():
-            y, s, base = _ops.lora_linear_fwd.default(x, weight, bias, a, b, scale, dropout_p, seed, c)
+            y, s, base = library().lora_linear_fwd.default(x, weight, bias, a, b, scale, dropout_p, seed, c)
         ctx.save_for_backward(x, weight, a, b, s, seed, c, base if ctx.needs_input_grad[8] else None)
         ctx.rest = scale, dropout_p
         return y
@@ -209,7 +183,7 @@ class _Linear(Function):
         x, weight, a, b, s, seed, c, base = ctx.saved_tensors
         x_, w, bias, a_, b_, _, _, _, c_ = ctx.needs_input_grad
         with _BelowAutograd():
-            dx, dw, dbias, da, db, dc = _once("lora_linear", _ops.lora_linear_bwd.default(
+            dx, dw, dbias, da, db, dc = _once("lora_linear", library().lora_linear_bwd.default(
                 dy, x, weight, a, b, s, *ctx.rest, seed, c, base, x_, w, bias, a_, b_, c_
             ))  # fmt: skip
         return dx, dw, dbias, da, db, None, None, None, dc
@@ -219,7 +193,7 @@ class _Add(Function):
     @staticmethod
     def forward(ctx, y, x, a, b, scale, dropout_p, seed):
         with _BelowAutograd():
-            out, s = _ops.lora_add_fwd.default(y, x, a, b, scale, dropout_p, seed)
+            out, s = library().lora_add_fwd.default(y, x, a, b, scale, dropout_p, seed)
         ctx.save_for_backward(x, a, b, s, seed)
         ctx.rest = scale, dropout_p
         return out
@@ -228,7 +202,7 @@ class _Add(Function):
     def backward(ctx, dy):
         x, a, b, s, seed = ctx.saved_tensors
         with _BelowAutograd():
-            grads = _ops.lora_add_bwd.default(dy, x, a, b, s, *ctx.rest, seed, *ctx.needs_input_grad[1:4])
+            grads = library().lora_add_bwd.default(dy, x, a, b, s, *ctx.rest, seed, *ctx.needs_input_grad[1:4])
         return (dy, *_once("lora_add", grads), None, None, None)
 
 
@@ -236,34 +210,34 @@ def _shrink(x, a, scale=1.0, dropout_p=0.0, seed=None):
     if _needs_grad(x, a):
         return _Shrink.apply(x, a, scale, dropout_p, seed)
     with _BelowAutograd():
-        return _ops.lora_shrink.default(x, a, scale, dropout_p, seed)
+        return library().lora_shrink.default(x, a, scale, dropout_p, seed)
 
 
 def _expand(x, weight, bias, s, b, scale=1.0):
     if _needs_grad(x, weight, bias, s, b):
         return _Expand.apply(x, weight, bias, s, b, scale)
     with _BelowAutograd():
-        return _ops.linear_expand.default(x, weight, bias, s, b, scale)
+        return library().linear_expand.default(x, weight, bias, s, b, scale)
 
 
 def _linear(x, weight, bias, a, b, scale=1.0, dropout_p=0.0, seed=None, base_scale=None):
     if _needs_grad(x, weight, bias, a, b, base_scale):
         return _Linear.apply(x, weight, bias, a, b, scale, dropout_p, seed, base_scale)
     with _BelowAutograd():
-        return _ops.lora_linear.default(x, weight, bias, a, b, scale, dropout_p, seed, base_scale)
+        return library().lora_linear.default(x, weight, bias, a, b, scale, dropout_p, seed, base_scale)
 
 
 def _add(y, x, a, b, scale=1.0, dropout_p=0.0, seed=None):
     if _needs_grad(y, x, a, b):
         return _Add.apply(y, x, a, b, scale, dropout_p, seed)
     with _BelowAutograd():
-        return _ops.lora_add.default(y, x, a, b, scale, dropout_p, seed)
+        return library().lora_add.default(y, x, a, b, scale, dropout_p, seed)
 
 
 def _refuse(name: str, why: str, mutates: bool = False) -> None:
     """Gives an op without a gradient an Autograd kernel that raises where a gradient would be lost without a word. One
     that mutates its first argument also counts up that tensor's version, so that autograd sees a saved tensor change."""
-    op = getattr(_ops, name).default
+    op = getattr(torch.ops.lrkern, name).default
 
     def kernel(*args, **kwargs):
         if _needs_grad(*(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))):
@@ -303,7 +277,7 @@ _refuse("lora_expand_", "writes in place and has no gradient, but an argument re
 def _autocast(name: str) -> None:
     """As F.linear under autocast: floating-point arguments are cast to the autocast dtype. base_scale stays as it is, and
     so does lora_add's y, which the base layer gave; where that is of another dtype, a and b are float32."""
-    op = getattr(_ops, name).default
+    op = getattr(torch.ops.lrkern, name).default
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def kernel(*args, _device=device, _key=getattr(torch._C.DispatchKey, key), **kwargs):

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-import lrkern.ops as _home
-
 from . import _autograd, _BelowAutograd, _fake, _lib, _needs_grad, _refuse, _route
+from .dispatch import library
 
 METHODS = {"nola": 2, "vera": 3, "randlora": 4}
 DISTRIBUTIONS = {"uniform8": 2, "uniform16": 3, "uniform32": 4, "sign": 5, "ternary6": 6, "ternary4": 7}
@@ -42,7 +41,7 @@ def basis_fill(
 
     row_scale float32 [Q], col_scale float32 [C]. Not differentiable.
     """
-    return _home._ops.basis_fill.default(
+    return library().basis_fill.default(
         like, row_scale, col_scale, seed, method, distribution, tensor, first, R, q0, c0, Q, C, scale
     )
 
@@ -65,7 +64,7 @@ def basis_combine(
     stream's tensor + s: the A and the Bᵀ of a layer come from one call. Each element is generated once for all leading
     dimensions of coef. No basis is stored. Differentiable in coef (by basis_dot) and base, twice as well.
     """
-    op = _home._ops.basis_combine.default
+    op = library().basis_combine.default
     return _route(op, _combine, coef, base, seed, method, distribution, tensor, R, widths, counts, scales)
 
 
@@ -83,7 +82,7 @@ def basis_dot(
 
     g float32 [..., R, W]. Differentiable in g (by basis_combine), twice as well.
     """
-    return _route(_home._ops.basis_dot.default, _dot, g, seed, method, distribution, tensor, widths, counts, scales)
+    return _route(library().basis_dot.default, _dot, g, seed, method, distribution, tensor, widths, counts, scales)
 
 
 def basis_matmul(
@@ -108,7 +107,7 @@ def basis_matmul(
     (lrkern._host.explain("basis_matmul", ...)). Differentiable in x, twice as well; the scales have no gradient here.
     """
     args = x, in_scale, out_scale, seed, method, distribution, tensor, first, R, Q, C, transposed, fp32
-    return _route(_home._ops.basis_matmul.default, _matmul, *args)
+    return _route(library().basis_matmul.default, _matmul, *args)
 
 
 def basis_matmul_(
@@ -127,7 +126,7 @@ def basis_matmul_(
     transposed: bool,
 ) -> None:
     """y += the same, in place. Not differentiable: raises where gradients are recorded and an argument requires one."""
-    _home._ops.basis_matmul_.default(
+    library().basis_matmul_.default(
         y, x, in_scale, out_scale, seed, method, distribution, tensor, first, R, Q, C, transposed
     )
 
@@ -141,7 +140,7 @@ class _Combine(Function):
     def forward(ctx, coef, base, *spec):
         ctx.spec = spec
         with _BelowAutograd():
-            return _home._ops.basis_combine.default(coef, base, *spec)
+            return library().basis_combine.default(coef, base, *spec)
 
     @staticmethod
     def backward(ctx, g):
@@ -158,7 +157,7 @@ class _Dot(Function):
     def forward(ctx, g, *spec):
         ctx.spec, ctx.rows = spec, g.shape[-2]
         with _BelowAutograd():
-            return _home._ops.basis_dot.default(g, *spec)
+            return library().basis_dot.default(g, *spec)
 
     @staticmethod
     def backward(ctx, d):
@@ -172,7 +171,7 @@ class _Matmul(Function):
         ctx.save_for_backward(in_scale, out_scale)
         ctx.spec, ctx.dtype = spec, x.dtype
         with _BelowAutograd():
-            return _home._ops.basis_matmul.default(x, in_scale, out_scale, *spec)
+            return library().basis_matmul.default(x, in_scale, out_scale, *spec)
 
     @staticmethod
     def backward(ctx, dy):
@@ -186,14 +185,14 @@ def _combine(coef, base, *spec):
     if _needs_grad(coef, base):
         return _Combine.apply(coef, base, *spec)
     with _BelowAutograd():
-        return _home._ops.basis_combine.default(coef, base, *spec)
+        return library().basis_combine.default(coef, base, *spec)
 
 
 def _dot(g, *spec):
     if _needs_grad(g):
         return _Dot.apply(g, *spec)
     with _BelowAutograd():
-        return _home._ops.basis_dot.default(g, *spec)
+        return library().basis_dot.default(g, *spec)
 
 
 def _matmul(x, in_scale, out_scale, *spec):
@@ -204,7 +203,7 @@ def _matmul(x, in_scale, out_scale, *spec):
     if _needs_grad(x):
         return _Matmul.apply(x, in_scale, out_scale, *spec)
     with _BelowAutograd():
-        return _home._ops.basis_matmul.default(x, in_scale, out_scale, *spec)
+        return library().basis_matmul.default(x, in_scale, out_scale, *spec)
 
 
 def _fill(like, row_scale, col_scale, *spec):
@@ -212,7 +211,7 @@ def _fill(like, row_scale, col_scale, *spec):
         if _needs_grad(t):
             raise RuntimeError(f"lrkern::basis_fill: {name} has no gradient, but it requires one")
     with _BelowAutograd():
-        return _home._ops.basis_fill.default(like, row_scale, col_scale, *spec)
+        return library().basis_fill.default(like, row_scale, col_scale, *spec)
 
 
 _KERNELS = {"basis_fill": _fill, "basis_combine": _combine, "basis_dot": _dot, "basis_matmul": _matmul}

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-import lrkern.ops as _home
-
 from . import _autograd, _BelowAutograd, _fake, _grad, _lib, _needs_grad, _once, _refuse, _route
+from .dispatch import library
 
 
 def multi_lora_plan(index: Tensor, adapters: int) -> Tensor:
@@ -27,7 +26,7 @@ def multi_lora_plan(index: Tensor, adapters: int) -> Tensor:
 
     index int32 [T, K] or [T]: an adapter below ``adapters``, or negative for none.
     """
-    return _home._ops.multi_lora_plan.default(index, adapters)
+    return library().multi_lora_plan.default(index, adapters)
 
 
 def multi_lora_shrink(
@@ -44,7 +43,7 @@ def multi_lora_shrink(
 
     x [..., I]. Differentiable in x and a_pool. All slices in one pass over x.
     """
-    op = _home._ops.multi_lora_shrink.default
+    op = library().multi_lora_shrink.default
     return _route(op, _shrink, x, a_pool, pages, ranks, plan, scales, dropout_p, seed)
 
 
@@ -55,14 +54,14 @@ def multi_lora_expand(
 
     Slots are summed in order in fp32 and rounded once. Differentiable in y, s and b_pool.
     """
-    return _route(_home._ops.multi_lora_expand.default, _expand, y, s, b_pool, pages, ranks, plan, slice)
+    return _route(library().multi_lora_expand.default, _expand, y, s, b_pool, pages, ranks, plan, slice)
 
 
 def multi_lora_expand_(
     y: Tensor, s: Tensor, b_pool: Tensor, pages: Tensor, ranks: Tensor, plan: Tensor, slice: int = 0
 ) -> None:
     """The same in place. Not differentiable: raises where gradients are recorded and an argument requires one."""
-    _home._ops.multi_lora_expand_.default(y, s, b_pool, pages, ranks, plan, slice)
+    library().multi_lora_expand_.default(y, s, b_pool, pages, ranks, plan, slice)
 
 
 def multi_lora_embedding(
@@ -73,7 +72,7 @@ def multi_lora_embedding(
     ids int64 [...], below V; a_pool [P, V]. Then multi_lora_expand into the rows that the base table gave. Differentiable in
     a_pool, with a dense gradient [P, V].
     """
-    return _route(_home._ops.multi_lora_embedding.default, _embedding, ids, a_pool, pages, ranks, plan, scales)
+    return _route(library().multi_lora_embedding.default, _embedding, ids, a_pool, pages, ranks, plan, scales)
 
 
 def multi_lora_linear(
@@ -95,7 +94,7 @@ def multi_lora_linear(
     in one batch, gradients of pool rows without an adapter in it are zeros. Saves x, S and the metadata. The base product
     is ATen's linear, so y is rounded twice.
     """
-    op = _home._ops.multi_lora_linear.default
+    op = library().multi_lora_linear.default
     return _route(op, _linear, x, weight, bias, a_pool, b_pool, pages, ranks, plan, scales, dropout_p, seed)
 
 
@@ -106,7 +105,7 @@ class _Shrink(Function):
     @staticmethod
     def forward(ctx, x, a_pool, pages, ranks, plan, scales, dropout_p, seed):
         with _BelowAutograd():
-            s = _home._ops.multi_lora_shrink.default(x, a_pool, pages, ranks, plan, scales, dropout_p, seed)
+            s = library().multi_lora_shrink.default(x, a_pool, pages, ranks, plan, scales, dropout_p, seed)
         ctx.save_for_backward(x, a_pool, pages, ranks, plan, scales, dropout_p, seed)
         return s
 
@@ -116,7 +115,7 @@ class _Shrink(Function):
         with _BelowAutograd():
             if scales is not None:
                 ds = (ds * scales.reshape(*ds.shape[:-2], 1, 1)).to(ds.dtype)
-            grads = _home._ops.multi_lora_shrink_bwd.default(
+            grads = library().multi_lora_shrink_bwd.default(
                 ds, x, a_pool, pages, ranks, plan, dropout_p, seed, *ctx.needs_input_grad[:2]
             )
         return (*_once("multi_lora_shrink", grads), *[None] * 6)
@@ -126,7 +125,7 @@ class _Expand(Function):
     @staticmethod
     def forward(ctx, y, s, b_pool, pages, ranks, plan, slice):
         with _BelowAutograd():
-            out = _home._ops.multi_lora_expand.default(y, s, b_pool, pages, ranks, plan, slice)
+            out = library().multi_lora_expand.default(y, s, b_pool, pages, ranks, plan, slice)
         ctx.save_for_backward(s, b_pool, pages, ranks, plan)
         ctx.slice = slice
         return out
@@ -135,7 +134,7 @@ class _Expand(Function):
     def backward(ctx, dy):
         s, b_pool, pages, ranks, plan = ctx.saved_tensors
         with _BelowAutograd():
-            grads = _home._ops.multi_lora_expand_bwd.default(
+            grads = library().multi_lora_expand_bwd.default(
                 dy, s, b_pool, pages, ranks, plan, ctx.slice, *ctx.needs_input_grad[1:3]
             )
         return (dy, *_once("multi_lora_expand", grads), *[None] * 4)
@@ -145,7 +144,7 @@ class _Embedding(Function):
     @staticmethod
     def forward(ctx, ids, a_pool, pages, ranks, plan, scales):
         with _BelowAutograd():
-            s = _home._ops.multi_lora_embedding.default(ids, a_pool, pages, ranks, plan, scales)
+            s = library().multi_lora_embedding.default(ids, a_pool, pages, ranks, plan, scales)
         ctx.save_for_backward(ids, a_pool, pages, ranks, plan, scales)
         return s
 
@@ -155,7 +154,7 @@ class _Embedding(Function):
         with _BelowAutograd():
             if scales is not None:
                 ds = (ds * scales.reshape(*ds.shape[:-2], 1, 1)).to(ds.dtype)
-            da = _home._ops.multi_lora_embedding_bwd.default(ds, *saved)
+            da = library().multi_lora_embedding_bwd.default(ds, *saved)
         return (None, *_once("multi_lora_embedding", (da,)), *[None] * 4)
 
 
@@ -163,14 +162,14 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a_pool, b_pool, *rest):
         with _BelowAutograd():
-            y, s = _home._ops.multi_lora_linear_fwd.default(x, weight, bias, a_pool, b_pool, *rest)
+            y, s = library().multi_lora_linear_fwd.default(x, weight, bias, a_pool, b_pool, *rest)
         ctx.save_for_backward(x, weight, a_pool, b_pool, s, *rest)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         with _BelowAutograd():
-            grads = _home._ops.multi_lora_linear_bwd.default(dy, *ctx.saved_tensors, *ctx.needs_input_grad[:5])
+            grads = library().multi_lora_linear_bwd.default(dy, *ctx.saved_tensors, *ctx.needs_input_grad[:5])
         return (*_once("multi_lora_linear", grads), *[None] * 6)
 
 
@@ -186,14 +185,14 @@ def _shrink(x, a_pool, pages, ranks, plan, scales=None, dropout_p=None, seed=Non
     if _needs_grad(x, a_pool):
         return _Shrink.apply(*args)
     with _BelowAutograd():
-        return _home._ops.multi_lora_shrink.default(*args)
+        return library().multi_lora_shrink.default(*args)
 
 
 def _expand(y, s, b_pool, pages, ranks, plan, slice=0):
     if _needs_grad(y, s, b_pool):
         return _Expand.apply(y, s, b_pool, pages, ranks, plan, slice)
     with _BelowAutograd():
-        return _home._ops.multi_lora_expand.default(y, s, b_pool, pages, ranks, plan, slice)
+        return library().multi_lora_expand.default(y, s, b_pool, pages, ranks, plan, slice)
 
 
 def _embedding(ids, a_pool, pages, ranks, plan, scales=None):
@@ -201,7 +200,7 @@ def _embedding(ids, a_pool, pages, ranks, plan, scales=None):
     if _needs_grad(a_pool):
         return _Embedding.apply(ids, a_pool, pages, ranks, plan, scales)
     with _BelowAutograd():
-        return _home._ops.multi_lora_embedding.default(ids, a_pool, pages, ranks, plan, scales)
+        return library().multi_lora_embedding.default(ids, a_pool, pages, ranks, plan, scales)
 
 
 def _linear(x, weight, bias, a_pool, b_pool, pages, ranks, plan, scales=None, dropout_p=None, seed=None):
@@ -210,7 +209,7 @@ def _linear(x, weight, bias, a_pool, b_pool, pages, ranks, plan, scales=None, dr
     if _needs_grad(x, weight, bias, a_pool, b_pool):
         return _Linear.apply(*args)
     with _BelowAutograd():
-        return _home._ops.multi_lora_linear.default(*args)
+        return library().multi_lora_linear.default(*args)
 
 
 _DIFFERENTIABLE = {
@@ -233,7 +232,7 @@ _refuse("multi_lora_plan", "has no gradient")
 def _autocast(name: str, count: int) -> None:
     """The first `count` arguments, activations and base, are cast. Pools stay as they are: to cast thousands of adapters
     at every call would cost more than it saves. A float32 pool serves any activations."""
-    op = getattr(_home._ops, name).default
+    op = getattr(torch.ops.lrkern, name).default
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def kernel(*args, _device=device, _key=getattr(torch._C.DispatchKey, key), **kwargs):

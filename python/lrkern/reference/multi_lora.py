@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-LoRA. Pools, pages, ranks, plan, slots and slices: see ops/multi_lora.py. Here every (slot, adapter) is one small matmul."""
+
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .lora import add
+from .registry import Draw, Family, Sample, register
+from .rng import dropout
+
+
+def multi_lora_plan(index, adapters):
+    index = (index if index.dim() == 2 else index.unsqueeze(1)).long().clamp(-1)
+    plans = []
+    for group in (index + 1).unbind(1):  # 0: none, 1 + a: adapter a
+        order = group.sort(stable=True).indices
+        begin = torch.cat([group.new_zeros(1), torch.bincount(group, minlength=adapters + 2).cumsum(0)])
+        tiles = [[g, t] for g in range(adapters + 1) for t in range(int(begin[g]), int(begin[g + 1]), 64)]
+        spare = (len(group) + 63) // 64 + min(adapters + 2, len(group)) - len(tiles)
+        plans.append(torch.cat([order, begin, torch.tensor(tiles + [[0, len(group)]] * spare).long().flatten()]))
+    return torch.stack(plans).int() if plans else index.new_empty(0, 0).int()
+
+
+def rows_of(plan, T):
+    """(slot, adapter, its rows), in order, of all that have rows."""
+    for k in range(plan.shape[0]):
+        group = plan[k, T:]
+        for a in range(10**9):
+            if group[a + 1] == T:
+                break
+            if group[a + 1] < group[a + 2]:
+                yield k, a, plan[k, group[a + 1] : group[a + 2]].long()
+
+
+def factor(pool, pages, ranks, a, l):
+    rank = int(ranks[a, l])
+    rows = (16 * pages[a, l].long().unsqueeze(1) + torch.arange(16, device=pages.device)).flatten()
+    return pool[rows[:rank]], rank
+
+
+def multi_lora_shrink(x, a_pool, pages, ranks, plan, scales=None, dropout_p=None, seed=None):
+    flat, K = x.flatten(0, -2).to(a_pool.dtype), plan.shape[0]
+    T = len(flat)
+    s = a_pool.new_zeros(T, K, pages.shape[1], 16 * pages.shape[2])
+    for k, a, rows in rows_of(plan, T):
+        xs = flat[rows]
+        if dropout_p is not None:
+            xs = dropout(flat.repeat_interleave(K, 0), float(dropout_p[a]), seed)[rows * K + k]
+        scale = 1.0 if scales is None else scales.reshape(T, K)[rows, k].unsqueeze(1)
+        for l in range(pages.shape[1]):
+            f, rank = factor(a_pool, pages, ranks, a, l)
+            s[rows, k, l, :rank] = (scale * (xs @ f.mT)).to(s.dtype)
+    return s.reshape(*x.shape[:-1], *s.shape[1:])
+
+
+def multi_lora_embedding(ids, a_pool, pages, ranks, plan, scales=None):
+    x = torch.nn.functional.one_hot(ids, a_pool.shape[1]).to(a_pool.dtype)
+    return multi_lora_shrink(x, a_pool, pages, ranks, plan, scales)
+
+
+def multi_lora_expand(y, s, b_pool, pages, ranks, plan, slice=0):
+    flat = y.flatten(0, -2)
+    s, delta = s.reshape(len(flat), *s.shape[-3:]), b_pool.new_zeros(flat.shape)
+    for k, a, rows in rows_of(plan, len(flat)):
+        f, rank = factor(b_pool, pages, ranks, a, slice)
+        delta = delta.index_add(0, rows, s[rows, k, slice, :rank] @ f)
+    return add(flat, delta).reshape(y.shape)
+
+
+def multi_lora_expand_(y, s, b_pool, pages, ranks, plan, slice=0):
+    y.copy_(multi_lora_expand(y, s, b_pool, pages, ranks, plan, slice))
+
+
+def multi_lora_linear(x, weight, bias, a_pool, b_pool, pages, ranks, plan, scales=None, dropout_p=None, seed=None):
+    y = torch.nn.functional.linear(x, weight, bias)
+    s = multi_lora_shrink(x, a_pool, pages, ranks, plan, scales, dropout_p, seed)
+    return multi_lora_expand(y, s, b_pool, pages, ranks, plan)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    _: KW_ONLY
+    lead: tuple[int, ...]  # leading dimensions of x
+    I: int
+    O: int
+    ranks: list[list[int]]  # [A][L]
+    index: str | list[list[int]]  # [T][K], or how it is drawn: adapter_index
+    fp32: bool = False  # pools, over activations of any dtype
+    scales: bool = True
+    dropout_p: list[float] | None = None
+    pitch: int = 0  # of x's rows, and y has one; 0: contiguous
+
+
+CASES = (
+    Case("one_token", lead=(1,), I=64, O=48, ranks=[[4]], index=[[0]]),
+    Case("odd", lead=(7,), I=67, O=35, ranks=[[5], [1], [3]], index=[[2], [0], [-1], [2], [1], [2], [0]]),
+    Case("fp32_factors", lead=(40,), I=264, O=520, ranks=[[16], [8]], index="mixed", fp32=True),
+    Case("chunks", lead=(70,), I=1031, O=520, ranks=[[16], [64], [0], [17]], index="mixed", scales=False),
+    Case("tiles", lead=(3, 60), I=136, O=264, ranks=[[8], [33]], index="skewed"),
+    Case("rank_512_fp32", lead=(5,), I=96, O=88, ranks=[[512], [2]], index="mixed", fp32=True),
+    Case("slots", lead=(33,), I=72, O=80, ranks=[[8], [20], [0], [16]], index="slots"),
+    Case("slots_fp32", lead=(2, 9), I=40, O=24, ranks=[[3], [16]], index="slots", fp32=True),
+    Case("slices", lead=(19,), I=56, O=40, ranks=[[8, 0, 16], [4, 30, 1]], index="mixed", pitch=72),
+    Case("dropout", lead=(65,), I=200, O=72, ranks=[[8], [16], [4]], index="mixed", dropout_p=[0.25, 0.0, 1.0]),
+    Case(
+        "dropout_slots_fp32_pitch",
+        lead=(3, 7),
+        I=61,
+        O=41,
+        ranks=[[9], [5]],
+        index="slots",
+        fp32=True,
+        dropout_p=[0.5, 0.1],
+        pitch=64,
+    ),
+    Case("odd_pitch", lead=(11,), I=33, O=41, ranks=[[3], [2]], index="mixed", fp32=True, scales=False, pitch=45),
+    Case("none", lead=(6,), I=16, O=24, ranks=[[4]], index="none"),
+    Case("rank_0", lead=(3, 2), I=16, O=24, ranks=[[0], [0]], index="mixed"),
+    Case("no_tokens", lead=(0,), I=16, O=24, ranks=[[4]], index="mixed"),
+    Case("no_adapters", lead=(4,), I=16, O=24, ranks=[], index="none"),
+)
+
+
+def adapter_index(how: str, T: int, A: int, generator: torch.Generator) -> Tensor:
+    """int32 [T, K]: who has which adapter. every: any of them; mixed: any or none; slots: three of any or none; skewed: adapter 1
+    but for row 0."""
+    if how == "none":
+        return torch.full((T, 1), -1, dtype=torch.int32)
+    if how == "skewed":
+        index = torch.ones(T, 1, dtype=torch.int32)
+        index[:1] = 0
+        return index
+    low, slots = 0 if how == "every" else -1, 3 if how == "slots" else 1
+    return torch.randint(low, A, (T, slots), generator=generator, dtype=torch.int32)
+
+
+def pages_of(ranks: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
+    """(pages int32 [A, L, M], rows of the pool): pages in any order, one more than are needed."""
+    counts = (ranks + 15) // 16
+    M, total = int(counts.max()) if counts.numel() else 1, int(counts.sum()) + 1
+    pages, free = torch.full((*ranks.shape, M), -1, dtype=torch.int32), iter(torch.randperm(total, generator=generator))
+    for at in torch.cartesian_prod(*map(torch.arange, ranks.shape)) if ranks.numel() else ():
+        for m in range(int(counts[tuple(at)])):
+            pages[(*at, m)] = next(free)
+    return pages, 16 * total
+
+
+def large(T: int, I: int, O: int, R: int, fp32: bool) -> Case:
+    """16 adapters, one slot, rows in any order."""
+    return Case("large", lead=(T,), I=I, O=O, ranks=[[R]] * 16, index="every", fp32=fp32, scales=False)
+
+
+register = partial(
+    register, family=Family(name="multi_lora", cases=CASES, large=large, seed=200, direct_sample="fp32_factors")
+)
+
+
+class Tensors:
+    def __init__(self, case: Case, draw: Draw):
+        f, T = torch.float32 if case.fp32 else draw.dtype, torch.Size(case.lead).numel()
+        self.x = draw(*case.lead, case.I, pitch=case.pitch)
+        self.weight, self.bias = draw(case.O, case.I, std=case.I**-0.5), draw(case.O)
+        ranks = torch.tensor(case.ranks, dtype=torch.int32).reshape(len(case.ranks), -1 if case.ranks else 1)
+        pages, P = pages_of(ranks, draw.generator)
+        if isinstance(case.index, str):
+            index = adapter_index(case.index, T, len(ranks), draw.generator)
+        else:
+            index = torch.tensor(case.index, dtype=torch.int32)
+        self.a_pool, self.b_pool = draw(P, case.I, dtype=f, std=case.I**-0.5), draw(P, case.O, dtype=f)
+        self.scales = draw(T, index.shape[1], dtype=torch.float32) if case.scales else None
+        plan, p = multi_lora_plan(index, len(ranks)), case.dropout_p
+        self.dropout = (torch.tensor(p, device=draw.device), draw.seed()) if p else (None, None)
+        self.index, *self.table = (t.to(draw.device) for t in (index, pages, ranks, plan))
+
+
+@register(multi_lora_plan, formula="rows sorted by adapter")
+def plan_samples(case: Case, draw: Draw) -> Iterator[Sample]:
+    t = Tensors(case, draw)
+    yield Sample(case.name, (t.index, len(case.ranks)))
+
+
+@register(
+    multi_lora_shrink,
+    formula="S[t, k] = scales[t, k] D(x[t]) A[index[t, k]]^T",
+    differentiable="x a_pool",
+    casts="x",
+    products="TIR",
+)
+def shrink_samples(case: Case, draw: Draw) -> Iterator[Sample]:
+    t = Tensors(case, draw)
+    yield Sample(case.name, (t.x, t.a_pool, *t.table, t.scales, *t.dropout))
+
+
+@register(multi_lora_embedding, formula="S[t, k] = scales[t, k] A[index[t, k]][:, ids[t]]", differentiable="a_pool")
+def embedding_samples(case: Case, draw: Draw) -> Iterator[Sample]:
+    t = Tensors(case, draw)
+    ids = torch.randint(case.I, case.lead, generator=draw.generator).to(draw.device)
+    yield Sample(case.name, (ids, t.a_pool, *t.table, t.scales))
+
+
+@register(
+    multi_lora_expand,
+    formula="y[t] + sum over k of S[t, k] B[index[t, k]]^T",
+    differentiable="y s b_pool",
+    products="TOR",
+)
+@register(
+    multi_lora_expand_, formula="y[t] += sum over k of S[t, k] B[index[t, k]]^T, in place", mutates="y", products="TOR"
+)
+def expand_samples(case: Case, draw: Draw) -> Iterator[Sample]:
+    t = Tensors(case, draw)
+    (_, L, M), K = t.table[0].shape, len(t.table[2])
+    y = draw(*case.lead, case.O, pitch=case.O + 13 if case.pitch else 0)
+    s = draw(*case.lead, K, L, 16 * M, dtype=t.b_pool.dtype)
+    yield Sample(case.name, (y, s, t.b_pool, *t.table), {"slice": L - 1})
+
+
+@register(
+    multi_lora_linear,
+    formula="x W^T + bias + sum over k of scales[t, k] (D(x[t]) A[index[t, k]]^T) B[index[t, k]]^T",
+    differentiable="x weight bias a_pool b_pool",
+    casts="x weight bias",
+    products="TIO TIR TOR",
+)
+def linear_samples(case: Case, draw: Draw) -> Iterator[Sample]:
+    t = Tensors(case, draw)
+    if t.table[0].shape[1] == 1:  # one slice
+        yield Sample(case.name, (t.x, t.weight, t.bias, t.a_pool, t.b_pool, *t.table, t.scales, *t.dropout))
