@@ -113,7 +113,7 @@ def _route(op: Any, eager: Any, *args: Any) -> Any:
 def _meet(t: Tensor) -> None:
     """DTensor learns our ops when the first one comes: importing it costs a second."""
     if type(t).__name__ == "DTensor":
-        importlib.import_module("lrkern.sharding")
+        importlib.import_module("lrkern.ops.sharding")
 
 
 # ---------------------------------------------------------------------------------------------------- autograd
