@@ -3,13 +3,13 @@
 // matrices U_k [R, C] = U [K R, C], whose row q is row q % R of basis q / R, regenerated wherever it is read.
 //
 //   fill     out[Q, C] = row_scale (.) U[q0 .. q0 + Q, c0 .. c0 + C] (.) col_scale
-//   combine  out[L, R, W] = base + scale Σ_k coef[L, k] U_k       W: segments of widths side by side, a tensor id each
-//   dot      out[L, k] = scale <G[L], U_k>                         its adjoint
+//   combine  out[T, R, W] = base + scale Σ_k coef[T, k] U_k       W: segments of widths side by side, a tensor id each
+//   dot      out[T, k] = scale <G[T], U_k>                         its adjoint
 //   matmul   out[T, C] = base + out_scale (.) ((in_scale (.) x[T, Q]) U)      or, transposed,
 //            out[T, Q] = base + out_scale (.) ((in_scale (.) x[T, C]) U^T)
 //
 // Elements are exact in fp32, so U's bits are the same on every device. Sums run in fp32 in an order that follows from
-// L, R, W, K, Q and C alone: not from threads, and for matmul not from T or the other rows.
+// T, R, W, K, Q and C alone: not from threads, and for matmul not from T or the other rows.
 #pragma once
 
 #include <type_traits>
@@ -63,18 +63,18 @@ struct BasisSegments {
 struct BasisCombineParams {
   BasisStream u;
   BasisSegments segments;
-  const float* coef;  // [L, ΣK]
+  const float* coef;  // [T, ΣK]
   const float* base;  // [R, W], or null
-  float* out;         // [L, R, W]
-  int64_t L, R;
+  float* out;         // [T, R, W]
+  int64_t T, R;
 };
 
 struct BasisDotParams {
   BasisStream u;
   BasisSegments segments;
-  const float* g;  // [L, R, W]
-  float* out;      // [L, ΣK]
-  int64_t L, R;
+  const float* g;  // [T, R, W]
+  float* out;      // [T, ΣK]
+  int64_t T, R;
 };
 
 struct BasisMatmulParams {
@@ -88,20 +88,20 @@ struct BasisMatmulParams {
   DType x_dtype, out_dtype;
 };
 
-// Sums that have few outputs and many terms fall into slices, fixed by the shape, whose sums are added in order.
+// Sums that have few outputs and many terms fall into splits, fixed by the shape, whose partial sums are added in order.
 // dot: of the rows and columns; matmul, not transposed: of Q; combine on CUDA: of K.
-int64_t basis_dot_slices(int64_t L, int64_t K, Device device);
-int64_t basis_matmul_slices(int64_t Q, int64_t C, Device device);
-int64_t basis_combine_slices(int64_t R, int64_t W, int64_t K, Device device);
+int64_t choose_basis_dot_splits(int64_t T, int64_t K, Target target);
+int64_t choose_basis_matmul_splits(int64_t Q, int64_t C, Target target);
+int64_t choose_basis_combine_splits(int64_t R, int64_t W, int64_t K, Target target);
 
-// CUDA: rows of coefficients, or tokens, whose sums over rows of U one thread holds; and what matmul has in its
-// workspace, in floats: x in fp32, and planes [slices][T][width] of partial sums, or transposed no planes and x of rows
-// `width` apart.
-constexpr int64_t kBasisSums = 4;
+// CUDA: columns of a block that a thread makes at a time, at most; rows of coefficients, or tokens, whose sums over rows of
+// U it holds; and what matmul has in its workspace, in floats: x in fp32, and partial sums [splits][T][width], or transposed no partial sums and x of rows `width`
+// apart.
+constexpr int64_t kBasisColumns = 16, kBasisSums = 4;
 struct BasisMatmulLayout {
-  int64_t x, width, slices;
+  int64_t x, width, splits;
 };
-BasisMatmulLayout basis_matmul_layout(const BasisMatmulParams& p);
+BasisMatmulLayout basis_matmul_layout(const BasisMatmulParams& p, Target target);
 
 // matmul for many tokens: U is generated once, into scratch memory of the nearest large cache, for a plain GEMM, some rows
 // or columns at a time so that no sum is cut. For few tokens it never leaves the registers.
@@ -109,12 +109,12 @@ struct BasisMatmulConfig {
   bool scratch;
   int64_t rows, cols;  // of U in scratch at a time
 };
-BasisMatmulConfig choose_basis_matmul(int64_t T, int64_t Q, int64_t C, bool transposed, Device device);
+BasisMatmulConfig choose_basis_matmul(int64_t T, int64_t Q, int64_t C, bool transposed, Target target);
 
-size_t basis_fill_workspace(const BasisFillParams& p, Device device);
-size_t basis_combine_workspace(const BasisCombineParams& p, Device device);
-size_t basis_dot_workspace(const BasisDotParams& p, Device device);
-size_t basis_matmul_workspace(const BasisMatmulParams& p, Device device);
+size_t basis_fill_workspace(const BasisFillParams& p, Target target);
+size_t basis_combine_workspace(const BasisCombineParams& p, Target target);
+size_t basis_dot_workspace(const BasisDotParams& p, Target target);
+size_t basis_matmul_workspace(const BasisMatmulParams& p, Target target);
 
 void basis_fill_cpu(const BasisFillParams& p, void* workspace);
 void basis_combine_cpu(const BasisCombineParams& p, void* workspace);

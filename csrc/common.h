@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What every part of lrkern shares: storage types, small integer helpers, the CPU thread pool hook.
-// Plain C++17, no torch, no CUDA headers; host and device run the same definitions.
+// Plain C++20, no torch, no CUDA headers; host and device run the same definitions.
 #pragma once
 
 #include <cstddef>
@@ -22,6 +22,14 @@ using Stream = CUstream_st*;
 enum class DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
 
 enum class Device : int32_t { kCPU = 0, kCUDA = 1 };
+
+// What a choice between kernels is made for. arch: 10 major + minor of the compute capability, 0 on the CPU.
+struct Target {
+  Device device;
+  int32_t arch;
+};
+constexpr Target kCpu{Device::kCPU, 0};
+int32_t cuda_arch();  // of the current device; csrc/cuda provides it
 
 constexpr size_t size_of(DType t) { return t == DType::kF32 ? 4 : 2; }
 constexpr const char* name_of(DType t) {

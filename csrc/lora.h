@@ -17,13 +17,16 @@
 namespace lrk {
 
 constexpr int kMaxRank = 512;
-constexpr int kCpuChunk = 512;  // columns of N summed at a time on the CPU
-constexpr int kCudaChunk = 256;
+constexpr int kCpuChunk = 512, kCudaChunk = 256;  // columns of N summed at a time
 
-// Tokens per partial sum of wgrad: `least`, or more where T is long, so that there are at most 16 such sums and scratch
+// CUDA: tokens of a tile, and ranks of a block: the few where all of R are among them. shrink_wgrad keeps dB
+// [kCudaFewRanks, kCudaChunk] in registers, so that R may not be more.
+constexpr int kCudaTokens = 64, kCudaFewRanks = 16, kCudaRanks = 64;
+
+// Tokens of a split of wgrad: `least`, or more where T is long, so that there are at most 16 partial sums and scratch
 // memory does not grow with T. A function of T alone.
-constexpr int kCpuSegment = 256, kCudaSegment = 512;
-LRK_HD constexpr int64_t wgrad_segment(int64_t T, int64_t least) {
+constexpr int kCpuSplit = 256, kCudaSplit = 512;
+LRK_HD constexpr int64_t split_tokens(int64_t T, int64_t least) {
   const int64_t even = (T + 15) / 16, rounded = (even + 63) / 64 * 64;
   return rounded > least ? rounded : least;
 }
@@ -90,22 +93,21 @@ struct LoraRescaleParams {
   int64_t T, N, dy_pitch, base_pitch;
   DType dtype;
 };
-constexpr int kRescaleRows = 64;  // rows of T per partial sum of dc
+constexpr int kRescaleRows = 64;  // tokens of a split of dc
 
 // dS and dB: one pass over dY or two. The fused pass saves one read of dY [T, O] and pays a write and a read of partial
-// sums of dS, one [T, R] fp32 plane per chunk of O.
+// sums of dS, [T, R] fp32 for each chunk of O.
 struct BackwardShape {
   int64_t T, O;
   int32_t R;
   DType dtype;
-  Device device;
 };
 struct BackwardConfig {
   bool fused;
   int64_t saved_bytes;  // dY bytes not read a second time
   int64_t paid_bytes;   // partial sums written and read
 };
-BackwardConfig choose_lora_backward(const BackwardShape& shape);
+BackwardConfig choose_lora_backward(const BackwardShape& shape, Target target);
 
 // shrink on CUDA: one block walks all chunks of its rows, or, where that leaves the GPU idle, one block per chunk writes
 // a partial sum and a second kernel adds them. Both add the same chunks in the same order: equal bits.
@@ -113,14 +115,21 @@ struct ShrinkConfig {
   bool split;
   int32_t chunks;
 };
-ShrinkConfig choose_lora_shrink(int64_t T, int64_t N, int32_t R);
+ShrinkConfig choose_lora_shrink(int64_t T, int64_t N, int32_t R, Target target);
+
+// Scratch of shrink_wgrad on CUDA, in floats: partial sums of dS [chunks][T][R], and from `db` on those of dB
+// [splits][R][N], or none where there is one split.
+struct ShrinkWgradLayout {
+  int64_t chunks, splits, db, floats;
+};
+ShrinkWgradLayout shrink_wgrad_layout(const LoraShrinkWgradParams& p);
 
 // Scratch the caller allocates, uninitialised, on the device of x.
-size_t lora_shrink_workspace(const LoraShrinkParams& p, Device device);
-size_t lora_expand_workspace(const LoraExpandParams& p, Device device);
-size_t lora_wgrad_workspace(const LoraWgradParams& p, Device device);
-size_t lora_shrink_wgrad_workspace(const LoraShrinkWgradParams& p, Device device);
-size_t lora_rescale_workspace(const LoraRescaleParams& p, Device device);
+size_t lora_shrink_workspace(const LoraShrinkParams& p, Target target);
+size_t lora_expand_workspace(const LoraExpandParams& p, Target target);
+size_t lora_wgrad_workspace(const LoraWgradParams& p, Target target);
+size_t lora_shrink_wgrad_workspace(const LoraShrinkWgradParams& p, Target target);
+size_t lora_rescale_workspace(const LoraRescaleParams& p, Target target);
 
 void lora_shrink_cpu(const LoraShrinkParams& p, void* workspace);
 void lora_expand_cpu(const LoraExpandParams& p, void* workspace);

@@ -102,14 +102,14 @@ struct MultiLoraScatterParams {
 };
 
 // shrink on CUDA: as choose_lora_shrink, one block per chunk of N where rows are few.
-ShrinkConfig choose_multi_lora_shrink(int64_t T, int64_t K, int64_t N);
+ShrinkConfig choose_multi_lora_shrink(int64_t T, int64_t K, int64_t N, Target target);
 
-size_t multi_lora_plan_workspace(const MultiLoraPlanParams& p, Device device);
-size_t multi_lora_shrink_workspace(const MultiLoraShrinkParams& p, Device device);
-size_t multi_lora_expand_workspace(const MultiLoraExpandParams& p, Device device);
-size_t multi_lora_wgrad_workspace(const MultiLoraWgradParams& p, Device device);
-size_t multi_lora_gather_workspace(const MultiLoraGatherParams& p, Device device);
-size_t multi_lora_scatter_workspace(const MultiLoraScatterParams& p, Device device);
+size_t multi_lora_plan_workspace(const MultiLoraPlanParams& p, Target target);
+size_t multi_lora_shrink_workspace(const MultiLoraShrinkParams& p, Target target);
+size_t multi_lora_expand_workspace(const MultiLoraExpandParams& p, Target target);
+size_t multi_lora_wgrad_workspace(const MultiLoraWgradParams& p, Target target);
+size_t multi_lora_gather_workspace(const MultiLoraGatherParams& p, Target target);
+size_t multi_lora_scatter_workspace(const MultiLoraScatterParams& p, Target target);
 
 void multi_lora_plan_cpu(const MultiLoraPlanParams& p, void* workspace);
 void multi_lora_shrink_cpu(const MultiLoraShrinkParams& p, void* workspace);

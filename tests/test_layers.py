@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.sources import standard
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 PYTHON = ROOT / "python" / "lrkern"
@@ -37,6 +39,7 @@ def own(folder: str, *suffixes: str) -> str:
 # folder: what its files may include, and words their code may not contain.
 RULES = {
     ".": ([STANDARD, SHARED], r"\btorch\b|cuda_runtime|\bPy[A-Z]"),
+    "policy": ([STANDARD, SHARED], r"\btorch\b|\bcuda[A-Z]\w*|pybind"),
     "cpu": ([STANDARD, SHARED, own("cpu", ".h"), "<immintrin.h>", "<arm_neon.h>"], r"\btorch\b|\bcuda[A-Z]\w*|pybind"),
     "cuda": (
         [STANDARD, SHARED, own("cuda", ".cuh", ".h"), r"<cuda\w*\.hp*>", r'"emulat\w+\.h"'],
@@ -81,7 +84,7 @@ def test_each_shared_header_compiles_alone(header):
     compiler = os.environ.get("CXX", "g++")
     command = [
         compiler,
-        "-std=c++17",
+        standard(),
         "-Wall",
         "-Wextra",
         "-Werror",

@@ -34,6 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools import gpu_status
 from tools.gpu_status import ROOT
+from tools.sources import standard
 
 PYTHON = sys.executable
 PACKAGE = ROOT / "python" / "lrkern"
@@ -247,7 +248,7 @@ def probe(session: Session, name: str, log: str) -> str:
         PROBES.mkdir(parents=True, exist_ok=True)
         program.unlink(missing_ok=True)
         targets = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
-        flags = ["-std=c++17", "-O2", "--expt-relaxed-constexpr", "-Icsrc", "-Icsrc/cuda", "-cudart", "static"]
+        flags = [standard(), "-O2", "--expt-relaxed-constexpr", "-Icsrc", "-Icsrc/cuda", "-cudart", "static"]
         session.run(nvcc, *flags, *targets, f"tests/emulator/{name}.cu", "-o", program, log=log)
         session.probes.append(name)
     return str(program) if program.exists() else ""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tools.sources import sources
 from tools.static_checks import ARCHS, ROOT
 
 EVIDENCE = ROOT / "bench" / "evidence"
@@ -48,11 +49,11 @@ def kernels() -> list[Kernel]:
 
 
 def family_of(source: Path) -> str:
-    return re.sub(r"_sm\d+$", "", source.stem)
+    return next(s.family for s in sources("cuda") if source.resolve() == ROOT / s.path)
 
 
 def families() -> list[str]:
-    return sorted({family_of(source) for source in (ROOT / "csrc/cuda").rglob("*.cu")})
+    return sorted({s.family for s in sources("cuda")} - {""})
 
 
 def ops_of(family: str) -> list[str]:
@@ -66,9 +67,9 @@ def digest(family: str) -> str:
     """Of the sources a family's kernels are compiled from: evidence for an older source says so."""
     h = hashlib.sha256()
     folder, others = ROOT / "csrc", {f"{name}.h" for name in families()} - {f"{family}.h"}
-    own = [s for s in (folder / "cuda").rglob("*.cu") if family_of(s) == family]
+    own = [s for s in (folder / "cuda").rglob("*.cu") if family_of(s) in ("", family)]
     headers = [path for path in folder.glob("*.h") if path.name not in others]
-    for path in sorted([*own, *headers, *(folder / "cuda").rglob("*.cuh"), folder / "policy.cpp"]):
+    for path in sorted([*own, *headers, *(folder / "cuda").rglob("*.cuh"), folder / "policy" / f"{family}.cpp"]):
         h.update(path.read_bytes())
     return h.hexdigest()[:12]
 

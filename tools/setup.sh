@@ -62,7 +62,7 @@ if not all(map(importlib.util.find_spec, ("venv", "ensurepip"))):
 if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
     missing.append("the Python headers (Python.h)   %s-dev" % name)
 if not shutil.which(os.environ.get("CXX", "c++")) and not shutil.which("g++"):
-    missing.append("a C++17 compiler                g++")
+    missing.append("a C++20 compiler                g++")
 if missing:
     sys.exit("setup: missing on this machine, with the Debian/Ubuntu package that brings it (apt-get install ...):\n  "
              + "\n  ".join(missing))

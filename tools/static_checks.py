@@ -26,10 +26,13 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tools.sources import standard
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "static"
 ARCHS = ["80", "89", "90a", "100a", "120a"]
-FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas", "-Xptxas=-v",
+FLAGS = [standard(), "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas", "-Xptxas=-v",
          "-Icsrc", "-Icsrc/cuda"]  # fmt: skip
 PROBES = [ROOT / "tests/emulator/wrappers.cu"]  # compiled, without a plan
 

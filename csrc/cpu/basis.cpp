@@ -283,7 +283,7 @@ void run_combine(const BasisCombineParams& p, float* workspace) {
     const int64_t W = s.begin[s.count], K = s.first[s.count];
     float* coef = workspace;  // times scale and unit
     for (int i = 0; i < s.count; ++i)
-      for (int64_t l = 0; l < p.L; ++l)
+      for (int64_t l = 0; l < p.T; ++l)
         for (int64_t k = s.first[i]; k < s.first[i + 1]; ++k)
           coef[l * K + k] = p.coef[l * K + k] * (s.scale[i] * Planes<D>::unit);
     struct Task {
@@ -301,8 +301,8 @@ void run_combine(const BasisCombineParams& p, float* workspace) {
         const Task& task = tasks[i];
         const int64_t c0 = task.group * kSpan<D>, begin = s.begin[task.segment] + c0;
         const int64_t n = std::min<int64_t>(kSpan<D>, s.begin[task.segment + 1] - begin);
-        for (int64_t l0 = 0; l0 < p.L; l0 += kMost) {
-          const int64_t m = std::min(kMost, p.L - l0), k0 = s.first[task.segment];
+        for (int64_t l0 = 0; l0 < p.T; l0 += kMost) {
+          const int64_t m = std::min(kMost, p.T - l0), k0 = s.first[task.segment];
           combine_group<D>(of_segment(p.u, task.segment), task.group, 0, s.first[task.segment + 1] - k0, m,
                            coef + l0 * K + k0, K, acc, [&](int64_t k) { return Place{k, task.row}; });
           for (int64_t l = 0; l < m; ++l) {
@@ -323,22 +323,22 @@ void run_dot(const BasisDotParams& p, float* workspace) {
   with_distribution(p.u.distribution, [&](auto d) {
     constexpr Distribution D = decltype(d)::value;
     const BasisSegments& s = p.segments;
-    const int64_t W = s.begin[s.count], K = s.first[s.count], out_size = p.L * K;
-    const int64_t slices = basis_dot_slices(p.L, K, Device::kCPU);
-    std::fill_n(workspace, slices * out_size, 0.f);
-    // A slice of the rows of all segments, fixed by the shape, sums into a copy of the result of its own.
+    const int64_t W = s.begin[s.count], K = s.first[s.count], out_size = p.T * K;
+    const int64_t splits = choose_basis_dot_splits(p.T, K, kCpu);
+    std::fill_n(workspace, splits * out_size, 0.f);
+    // A split of the rows of all segments, fixed by the shape, sums into a copy of the result of its own.
     const int64_t rows = p.R * s.count;
-    parallel_for(slices, grain_of(p.R * W * K / slices), [&](int64_t first, int64_t last) {
-      float* planes = thread_scratch(static_cast<size_t>(p.L * kSpan<D>));
-      for (int64_t slice = first; slice < last; ++slice) {
-        float* out = workspace + slice * out_size;
+    parallel_for(splits, grain_of(p.R * W * K / splits), [&](int64_t first, int64_t last) {
+      float* planes = thread_scratch(static_cast<size_t>(p.T * kSpan<D>));
+      for (int64_t split = first; split < last; ++split) {
+        float* out = workspace + split * out_size;
         for (int64_t i = 0; i < rows; ++i) {
           const int segment = static_cast<int>(i / p.R);
           const int64_t row = i % p.R, width = s.begin[segment + 1] - s.begin[segment];
           const int64_t groups = ceil_div(width, kSpan<D>);
           for (int64_t g = 0; g < groups; ++g) {
-            if ((i * groups + g) % slices != slice) continue;
-            for (int64_t l = 0; l < p.L; ++l)
+            if ((i * groups + g) % splits != split) continue;
+            for (int64_t l = 0; l < p.T; ++l)
               to_planes<D>(p.g + (l * p.R + row) * W + s.begin[segment] + g * kSpan<D>, width - g * kSpan<D>,
                            planes + l * kSpan<D>);
             const BasisStream u = of_segment(p.u, segment);
@@ -348,17 +348,17 @@ void run_dot(const BasisDotParams& p, float* workspace) {
               const int n = static_cast<int>(std::min<int64_t>(kBatch, s.first[segment + 1] - k));
               for (int j = 0; j < n; ++j)
                 generate(u, group, u.basis0 + static_cast<uint32_t>(k + j - s.first[segment]), row, w[j]);
-              dot<D>(w, n, p.L, planes, kSpan<D>, out + k, K);
+              dot<D>(w, n, p.T, planes, kSpan<D>, out + k, K);
             }
           }
         }
       }
     });
     for (int i = 0; i < s.count; ++i)
-      for (int64_t l = 0; l < p.L; ++l)
+      for (int64_t l = 0; l < p.T; ++l)
         for (int64_t k = s.first[i]; k < s.first[i + 1]; ++k) {
           float sum = 0.f;
-          for (int64_t slice = 0; slice < slices; ++slice) sum += workspace[slice * out_size + l * K + k];
+          for (int64_t split = 0; split < splits; ++split) sum += workspace[split * out_size + l * K + k];
           p.out[l * K + k] = sum * (s.scale[i] * Planes<D>::unit);
         }
   });
@@ -422,23 +422,22 @@ void run_matmul(const BasisMatmulParams& p, float* workspace) {
       for (int64_t t = 0; t < p.T; ++t) emit(p, t, 0, p.Q, sums + t * p.Q);
       return;
     }
-    // Few groups leave threads idle: the sum over Q falls into slices, fixed by the shape, which are added in order.
-    const int64_t slices = basis_matmul_slices(p.Q, p.C, Device::kCPU),
-                  length = round_up(ceil_div(p.Q, slices), kBatch);
+    // Few groups leave threads idle: the sum over Q falls into splits, fixed by the shape, which are added in order.
+    const int64_t splits = choose_basis_matmul_splits(p.Q, p.C, kCpu), length = round_up(ceil_div(p.Q, splits), kBatch);
     const int64_t width = groups * kSpan<D>;
-    parallel_for(groups * slices, grain_of(length * kSpan<D>), [&](int64_t first, int64_t last) {
+    parallel_for(groups * splits, grain_of(length * kSpan<D>), [&](int64_t first, int64_t last) {
       float* acc = thread_scratch(static_cast<size_t>(p.T * kSpan<D>));
       for (int64_t i = first; i < last; ++i) {
-        const int64_t g = i / slices, slice = i % slices;
-        combine_group<D>(p.u, g, std::min(slice * length, p.Q), std::min((slice + 1) * length, p.Q), p.T, x, pitch, acc,
+        const int64_t g = i / splits, split = i % splits;
+        combine_group<D>(p.u, g, std::min(split * length, p.Q), std::min((split + 1) * length, p.Q), p.T, x, pitch, acc,
                          place);
         for (int64_t t = 0; t < p.T; ++t)
-          to_columns<D>(acc + t * kSpan<D>, sums + (slice * p.T + t) * width + g * kSpan<D>);
+          to_columns<D>(acc + t * kSpan<D>, sums + (split * p.T + t) * width + g * kSpan<D>);
       }
     });
     for (int64_t t = 0; t < p.T; ++t) {
-      for (int64_t slice = 1; slice < slices; ++slice)
-        for (int64_t c = 0; c < p.C; ++c) sums[t * width + c] += sums[(slice * p.T + t) * width + c];
+      for (int64_t split = 1; split < splits; ++split)
+        for (int64_t c = 0; c < p.C; ++c) sums[t * width + c] += sums[(split * p.T + t) * width + c];
       emit(p, t, 0, p.C, sums + t * width);
     }
   });

@@ -198,7 +198,7 @@ void wgrad_block(const LoraWgradParams& p, int64_t r0, int ranks, int64_t n0, in
   alignas(64) float tile[kTileRows * kPitch], s_rows[kTileRows * kMaxRank];
   float *sum = sums, *total = sums + ranks * kPitch;  // [ranks][kPitch]
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
-  const int64_t segment = wgrad_segment(p.T, kCpuSegment);
+  const int64_t segment = split_tokens(p.T, kCpuSplit);
   for (int64_t start = 0; start < p.T; start += segment) {
     const int64_t last = std::min<int64_t>(p.T, start + segment);
     for (int64_t t0 = start; t0 < last; t0 += kTileRows) {

@@ -166,7 +166,7 @@ __global__ __launch_bounds__(kBlockThreads) void basis_fill_kernel(BasisFillPara
   }
 }
 
-// ---- combine. Warp (kBasisSums layers, row, 32 pieces), slice of K and segment by y and z.
+// ---- combine. Warp (kBasisSums layers, row, 32 pieces), split of K and segment by y and z.
 
 // Warps that a row takes are as many as its widest segment needs.
 template <Distribution D>
@@ -181,7 +181,7 @@ bool segments_aligned(const BasisSegments& s) {
   return aligned;
 }
 
-// To planes [slice][L][R][W], or where there is one slice to the result itself.
+// To planes [split][T][R][W], or where there is one split to the result itself.
 template <Distribution D>
 __global__ __launch_bounds__(kBlockThreads, 4) void basis_combine_kernel(const __grid_constant__ BasisCombineParams p,
                                                                          int64_t groups, float* planes,
@@ -195,7 +195,7 @@ __global__ __launch_bounds__(kBlockThreads, 4) void basis_combine_kernel(const _
   const int64_t item = blockIdx.x % blocks * kWarps + warp_of_thread();
   const int64_t row = item / groups, piece = item % groups * kLanes + lane_of_thread(), c = piece * N;
   if (row >= p.R || c >= width) return;
-  const int count = static_cast<int>(p.L - l0 < kBasisSums ? p.L - l0 : kBasisSums);
+  const int count = static_cast<int>(p.T - l0 < kBasisSums ? p.T - l0 : kBasisSums);
   const int64_t length = ceil_div(bases, int64_t{gridDim.y}), begin = blockIdx.y * length;
   const int64_t end = begin + length < bases ? begin + length : bases;
   const float* coef = p.coef + l0 * K + k0;
@@ -214,7 +214,7 @@ __global__ __launch_bounds__(kBlockThreads, 4) void basis_combine_kernel(const _
   float base[N] = {};
   if (!planes && p.base) load_columns(p.base + row * W + c0, c, width, base, vectorize);
   const float scale = planes ? 1.f : s.scale[segment];
-  float* out = planes ? planes + blockIdx.y * p.L * p.R * W : p.out;
+  float* out = planes ? planes + blockIdx.y * p.T * p.R * W : p.out;
 #pragma unroll
   for (int t = 0; t < kBasisSums; ++t)
     if (t < count) {
@@ -230,20 +230,20 @@ __device__ __forceinline__ float sum_planes(const float* planes, int64_t count, 
   return sum;
 }
 
-// Thread (one of L R W).
+// Thread (one of T R W).
 __global__ __launch_bounds__(kBlockThreads) void basis_combine_sum_kernel(const __grid_constant__ BasisCombineParams p,
-                                                                          const float* planes, int64_t slices) {
+                                                                          const float* planes, int64_t splits) {
   const BasisSegments& s = p.segments;
   const int64_t i = int64_t{blockIdx.x} * kBlockThreads + threadIdx.x, W = s.begin[s.count], size = p.R * W;
-  if (i >= p.L * size) return;
+  if (i >= p.T * size) return;
   int segment = 0;
   while (i % W >= s.begin[segment + 1]) ++segment;
-  const float sum = sum_planes(planes + i, slices, p.L * size), base = p.base ? p.base[i % size] : 0.f;
+  const float sum = sum_planes(planes + i, splits, p.T * size), base = p.base ? p.base[i % size] : 0.f;
   p.out[i] = base + s.scale[segment] * sum;
 }
 
-// ---- dot. Warp (kTokens layers, kRows bases), slice of rows and pieces and segment by y and z; to planes
-// [slice][L][ΣK].
+// ---- dot. Warp (kTokens layers, kRows bases), split of rows and pieces and segment by y and z; to planes
+// [split][T][ΣK].
 
 int64_t most_bases(const BasisSegments& s) {
   int64_t most = 0;
@@ -261,7 +261,7 @@ __global__ __launch_bounds__(kBlockThreads, 3) void basis_dot_kernel(const __gri
   const int64_t bases = s.first[segment + 1] - s.first[segment];
   const int64_t l0 = blockIdx.x / blocks * kTokens, k0 = (blockIdx.x % blocks * kWarps + warp_of_thread()) * kRows;
   if (k0 >= bases) return;
-  const int count = static_cast<int>(p.L - l0 < kTokens ? p.L - l0 : kTokens);
+  const int count = static_cast<int>(p.T - l0 < kTokens ? p.T - l0 : kTokens);
   const int64_t groups = ceil_div(width, kLanes * N), length = ceil_div(p.R * groups, int64_t{gridDim.y});
   const int64_t begin = blockIdx.y * length, end = begin + length < p.R * groups ? begin + length : p.R * groups;
   int64_t row = groups ? begin / groups : 0, group = groups ? begin % groups : 0;
@@ -283,18 +283,18 @@ __global__ __launch_bounds__(kBlockThreads, 3) void basis_dot_kernel(const __gri
   }
   const float total = reduce_lanes(sum);
   const int64_t k = k0 + lane_of_thread() / kTokens, l = l0 + lane_of_thread() % kTokens;
-  if (k < bases && l < p.L) planes[(blockIdx.y * p.L + l) * K + s.first[segment] + k] = total;
+  if (k < bases && l < p.T) planes[(blockIdx.y * p.T + l) * K + s.first[segment] + k] = total;
 }
 
-// Thread (one of L ΣK).
+// Thread (one of T ΣK).
 __global__ __launch_bounds__(kBlockThreads) void basis_dot_sum_kernel(const __grid_constant__ BasisDotParams p,
-                                                                      const float* planes, int64_t slices) {
+                                                                      const float* planes, int64_t splits) {
   const BasisSegments& s = p.segments;
   const int64_t i = int64_t{blockIdx.x} * kBlockThreads + threadIdx.x, K = s.first[s.count];
-  if (i >= p.L * K) return;
+  if (i >= p.T * K) return;
   int segment = 0;
   while (i % K >= s.first[segment + 1]) ++segment;
-  p.out[i] = s.scale[segment] * sum_planes(planes + i, slices, p.L * K);
+  p.out[i] = s.scale[segment] * sum_planes(planes + i, splits, p.T * K);
 }
 
 // ---- matmul
@@ -333,7 +333,7 @@ __device__ __forceinline__ void emit(const BasisMatmulParams& p, int64_t t, int6
   emit_as<bf16>(p, i, v);
 }
 
-// x U. Thread (kBasisSums tokens, piece), slice of Q by y: to planes [slice][T][width].
+// x U. Thread (kBasisSums tokens, piece), split of Q by y: to planes [split][T][width].
 template <Distribution D>
 __global__ __launch_bounds__(kBlockThreads, 4) void basis_matmul_kernel(BasisMatmulParams p, BasisMatmulLayout at,
                                                                         const float* x, float* planes) {
@@ -342,7 +342,7 @@ __global__ __launch_bounds__(kBlockThreads, 4) void basis_matmul_kernel(BasisMat
   const int64_t piece = blockIdx.x % blocks * kBlockThreads + threadIdx.x;
   if (piece * N >= at.width) return;
   const int count = static_cast<int>(p.T - t0 < kBasisSums ? p.T - t0 : kBasisSums);
-  const int64_t length = ceil_div(p.Q, at.slices), begin = blockIdx.y * length;
+  const int64_t length = ceil_div(p.Q, at.splits), begin = blockIdx.y * length;
   const int64_t end = begin + length < p.Q ? begin + length : p.Q;
   const float* mine = x + tile * p.Q * kBasisSums;
   int64_t basis = begin / p.R, row = begin % p.R;
@@ -364,7 +364,7 @@ __global__ __launch_bounds__(kBlockThreads) void basis_matmul_sum_kernel(BasisMa
                                                                          const float* planes) {
   const int64_t i = int64_t{blockIdx.x} * kBlockThreads + threadIdx.x, t = i / p.C, c = i % p.C;
   if (t >= p.T) return;
-  emit(p, t, c, sum_planes(planes + t * at.width + c, at.slices, p.T * at.width));
+  emit(p, t, c, sum_planes(planes + t * at.width + c, at.splits, p.T * at.width));
 }
 
 // x U^T. Warp (kTokens tokens, kRows rows), all columns. The order of a sum is the same for every T.
@@ -414,42 +414,42 @@ int basis_fill_cuda(const BasisFillParams& p, void*, Stream stream) {
 
 int basis_combine_cuda(const BasisCombineParams& p, void* workspace, Stream stream) {
   const BasisSegments& s = p.segments;
-  const int64_t W = s.begin[s.count], slices = basis_combine_slices(p.R, W, s.first[s.count], Device::kCUDA);
-  if (!p.L || !p.R || !W) return 0;
-  float* planes = slices > 1 ? static_cast<float*>(workspace) : nullptr;
+  const int64_t W = s.begin[s.count], splits = choose_basis_combine_splits(p.R, W, s.first[s.count], cuda_target());
+  if (!p.T || !p.R || !W) return 0;
+  float* planes = splits > 1 ? static_cast<float*>(workspace) : nullptr;
   const bool vectorize = segments_aligned(s) && can_vectorize(planes ? planes : p.out, W, sizeof(float)) &&
                          can_vectorize(p.base, W, sizeof(float));
   const int error = with_distribution(p.u.distribution, [&](auto d) {
     constexpr Distribution D = decltype(d)::value;
     const int64_t groups = groups_of<D>(s);
     return launch("basis_combine", basis_combine_kernel<D>,
-                  grid_of(ceil_div(p.R * groups, kWarps) * ceil_div(p.L, kBasisSums), slices, s.count),
+                  grid_of(ceil_div(p.R * groups, kWarps) * ceil_div(p.T, kBasisSums), splits, s.count),
                   dim3(kBlockThreads), 0, stream, p, groups, planes, vectorize);
   });
   if (error || !planes) return error;
-  return launch("basis_combine_sum", basis_combine_sum_kernel, grid_over(p.L * p.R * W), dim3(kBlockThreads), 0, stream,
-                p, static_cast<const float*>(planes), slices);
+  return launch("basis_combine_sum", basis_combine_sum_kernel, grid_over(p.T * p.R * W), dim3(kBlockThreads), 0, stream,
+                p, static_cast<const float*>(planes), splits);
 }
 
 int basis_dot_cuda(const BasisDotParams& p, void* workspace, Stream stream) {
   const BasisSegments& s = p.segments;
-  const int64_t W = s.begin[s.count], K = s.first[s.count], slices = basis_dot_slices(p.L, K, Device::kCUDA);
-  if (!p.L || !K) return 0;
+  const int64_t W = s.begin[s.count], K = s.first[s.count], splits = choose_basis_dot_splits(p.T, K, cuda_target());
+  if (!p.T || !K) return 0;
   float* planes = static_cast<float*>(workspace);
   const bool vectorize = segments_aligned(s) && can_vectorize(p.g, W, sizeof(float));
   const int64_t blocks = ceil_div(most_bases(s), kWarps * kRows);
   const int error = with_distribution(p.u.distribution, [&](auto d) {
     return launch("basis_dot", basis_dot_kernel<decltype(d)::value>,
-                  grid_of(blocks * ceil_div(p.L, kTokens), slices, s.count), dim3(kBlockThreads), 0, stream, p, blocks,
+                  grid_of(blocks * ceil_div(p.T, kTokens), splits, s.count), dim3(kBlockThreads), 0, stream, p, blocks,
                   planes, vectorize);
   });
   if (error) return error;
-  return launch("basis_dot_sum", basis_dot_sum_kernel, grid_over(p.L * K), dim3(kBlockThreads), 0, stream, p,
-                static_cast<const float*>(planes), slices);
+  return launch("basis_dot_sum", basis_dot_sum_kernel, grid_over(p.T * K), dim3(kBlockThreads), 0, stream, p,
+                static_cast<const float*>(planes), splits);
 }
 
 int basis_matmul_cuda(const BasisMatmulParams& p, void* workspace, Stream stream) {
-  const BasisMatmulLayout at = basis_matmul_layout(p);
+  const BasisMatmulLayout at = basis_matmul_layout(p, cuda_target());
   if (!p.T || !(p.transposed ? p.Q : p.C)) return 0;
   float *x = static_cast<float*>(workspace), *planes = x + at.x;
   int error = 0;
@@ -464,7 +464,7 @@ int basis_matmul_cuda(const BasisMatmulParams& p, void* workspace, Stream stream
                     grid_of(ceil_div(p.Q, kWarps * kRows) * ceil_div(p.T, kTokens), 1), dim3(kBlockThreads), 0, stream,
                     p, at, static_cast<const float*>(x));
     return launch("basis_matmul", basis_matmul_kernel<D>,
-                  grid_of(ceil_div(at.width / kColumns<D>, kBlockThreads) * ceil_div(p.T, kBasisSums), at.slices),
+                  grid_of(ceil_div(at.width / kColumns<D>, kBlockThreads) * ceil_div(p.T, kBasisSums), at.splits),
                   dim3(kBlockThreads), 0, stream, p, at, static_cast<const float*>(x), planes);
   });
   if (error || p.transposed) return error;

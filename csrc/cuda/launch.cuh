@@ -41,6 +41,9 @@ LRK_HD constexpr size_t smem_bytes(size_t count) {
 
 #if defined(LRK_EMULATE)
 
+inline int current_device() { return 0; }
+inline int32_t arch_of(int) { return 80; }
+
 struct Smem {
   template <class T>
   T* take(size_t count, emu::Where at = emu::Where::here()) {
@@ -59,6 +62,17 @@ int launch(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t smem, 
 }
 
 #else
+
+inline int current_device() {
+  int device = -1;
+  return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}
+inline int32_t arch_of(int device) {  // 0 where the runtime does not say
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
+}
 
 struct Smem {
   template <class T>
@@ -108,6 +122,7 @@ template <class F>
 int with_bool(bool b, const F& f) {
   return b ? f(std::true_type{}) : f(std::false_type{});
 }
+inline Target cuda_target() { return {Device::kCUDA, cuda_arch()}; }
 inline dim3 grid_of(int64_t x, int64_t y, int64_t z = 1) {
   // launch refuses what does not fit; an index past 32 bits must not wrap into something that does
   const auto narrow = [](int64_t n) { return static_cast<unsigned>(n < int64_t{1} << 32 ? n : 0); };

@@ -230,7 +230,7 @@ __global__ __launch_bounds__(kBlockThreads, 2) void wgrad_kernel(LoraWgradParams
   const Operand<TX, false> b{tx};
 
   const int64_t n0 = int64_t{blockIdx.y} * kWgradN<kRanks>, r0 = int64_t{blockIdx.z} * kRanks;
-  const int64_t segment = wgrad_segment(p.T, kCudaSegment), begin = blockIdx.x * segment;
+  const int64_t segment = split_tokens(p.T, kCudaSplit), begin = blockIdx.x * segment;
   const int64_t end = begin + segment < p.T ? begin + segment : p.T;
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
   const int warp = static_cast<int>(threadIdx.x) / 32, m = warp % kWarpsM * 16, n = warp / kWarpsM * kWarpN;
@@ -278,7 +278,7 @@ __global__ __launch_bounds__(kBlockThreads, 2) void shrink_wgrad_kernel(LoraShri
   const TU tu{smem.take<typename M::Elem>(TU::kElems)};
   const TS ts{smem.take<typename M::Elem>(TS::kElems)};
 
-  const int64_t segment = wgrad_segment(p.T, kCudaSegment), begin = blockIdx.x * segment;
+  const int64_t segment = split_tokens(p.T, kCudaSplit), begin = blockIdx.x * segment;
   const int64_t end = begin + segment < p.T ? begin + segment : p.T, n0 = int64_t{blockIdx.y} * kCudaChunk;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   Stage<F, TU> su;
@@ -335,7 +335,6 @@ int sum_planes(const float* planes, int64_t count, int64_t rows, int64_t cols, f
 // ---- launchers
 
 int64_t pitch_of(const Factor& u) { return u.stride_n == 1 ? u.stride_r : u.stride_n; }
-size_t aligned64(size_t n) { return ceil_div(n, size_t{64}) * 64; }
 
 // Kept elements are scaled once, in the fp32 result, where the mask is a plain select in the operand.
 float dropout_scale(float scale, const Dropout& d) { return d.threshold ? scale * d.keep_scale : scale; }
@@ -345,7 +344,7 @@ float dropout_scale(float scale, const Dropout& d) { return d.threshold ? scale 
 int lora_shrink_cuda(const LoraShrinkParams& params, void* workspace, Stream stream) {
   LoraShrinkParams p = params;
   p.scale = dropout_scale(p.scale, p.dropout);
-  const ShrinkConfig config = choose_lora_shrink(p.T, p.N, p.R);
+  const ShrinkConfig config = choose_lora_shrink(p.T, p.N, p.R, cuda_target());
   float* planes = config.split ? static_cast<float*>(workspace) : nullptr;
   const Vectorize vec{can_vectorize(p.x, p.x_pitch, size_of(p.dtype)),
                       can_vectorize(p.u.data, pitch_of(p.u), size_of(p.factor_dtype)), false};
@@ -406,7 +405,7 @@ int lora_rescale_cuda(const LoraRescaleParams& p, void* workspace, Stream stream
 int lora_wgrad_cuda(const LoraWgradParams& params, void* workspace, Stream stream) {
   LoraWgradParams p = params;
   p.scale = dropout_scale(p.scale, p.dropout);
-  const int64_t segments = ceil_div(p.T, wgrad_segment(p.T, kCudaSegment));
+  const int64_t segments = ceil_div(p.T, split_tokens(p.T, kCudaSplit));
   float* planes = segments > 1 ? static_cast<float*>(workspace) : nullptr;
   const Vectorize vec{can_vectorize(p.x, p.x_pitch, size_of(p.dtype)), false,
                       can_vectorize(p.s, p.R, size_of(p.factor_dtype))};
@@ -431,10 +430,8 @@ int lora_shrink_wgrad_cuda(const LoraShrinkWgradParams& both, void* workspace, S
   const LoraShrinkParams& p = both.shrink;
   const LoraWgradParams& g = both.wgrad;
   if (p.R > kFusedRanks || p.u.stride_r != 1) return kInvalidConfiguration;  // choose_lora_backward does not ask for it
-  const int64_t chunks = ceil_div(p.N, kCudaChunk), segments = ceil_div(p.T, wgrad_segment(p.T, kCudaSegment));
-  float* s_planes = static_cast<float*>(workspace);
-  const size_t s_bytes = aligned64(chunks * p.T * p.R * sizeof(float));
-  float* g_planes = segments > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + s_bytes) : nullptr;
+  const ShrinkWgradLayout at = shrink_wgrad_layout(both);
+  float *s_planes = static_cast<float*>(workspace), *g_planes = at.splits > 1 ? s_planes + at.db : nullptr;
   const Vectorize vec{can_vectorize(p.x, p.x_pitch, size_of(p.dtype)),
                       can_vectorize(p.u.data, p.u.stride_n, size_of(p.factor_dtype)),
                       can_vectorize(g.s, p.R, size_of(p.factor_dtype))};
@@ -445,11 +442,12 @@ int lora_shrink_wgrad_cuda(const LoraShrinkWgradParams& both, void* workspace, S
     using TX = Tile<typename M::Elem, kBM, kCudaChunk, M::kXTerms>;
     using TU = FactorTile<M, kFusedRanks, kCudaChunk, false>;
     using TS = Tile<typename M::Elem, kBM, kFusedRanks, M::kFTerms>;
-    int error = launch("lora_shrink_wgrad", shrink_wgrad_kernel<X, F>, grid_of(segments, chunks), dim3(kBlockThreads),
-                       TX::kBytes + TU::kBytes + TS::kBytes, stream, both, vec, s_planes, g_planes);
-    if (!error) error = sum_planes<F>(s_planes, chunks, p.T, p.R, p.scale, p.s, p.R, 1, stream);
+    int error =
+        launch("lora_shrink_wgrad", shrink_wgrad_kernel<X, F>, grid_of(at.splits, at.chunks), dim3(kBlockThreads),
+               TX::kBytes + TU::kBytes + TS::kBytes, stream, both, vec, s_planes, g_planes);
+    if (!error) error = sum_planes<F>(s_planes, at.chunks, p.T, p.R, p.scale, p.s, p.R, 1, stream);
     if (!error && g_planes)
-      error = sum_planes<F>(g_planes, segments, p.R, p.N, g.scale, g.g, g.g_stride_r, g.g_stride_n, stream);
+      error = sum_planes<F>(g_planes, at.splits, p.R, p.N, g.scale, g.g, g.g_stride_r, g.g_stride_n, stream);
     return error;
   });
 }

@@ -274,7 +274,7 @@ __global__ __launch_bounds__(kBlockThreads) void multi_finish_kernel(MultiLoraEx
 
 // Segments of a slot's rows; each adapter fills the first ones.
 __host__ __device__ __forceinline__ int64_t segments_of(const Adapters& d) {
-  return ceil_div(d.T, wgrad_segment(d.T, kCudaSegment));
+  return ceil_div(d.T, split_tokens(d.T, kCudaSplit));
 }
 
 struct Span {
@@ -306,7 +306,7 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_wgrad_kernel(MultiLora
   const Adapters& d = p.adapters;
   const int64_t R = kPageRanks * d.M, all = d.slices * R, rank_blocks = ceil_div(all, int64_t{kRanks});
   const int64_t adapter = blockIdx.x / rank_blocks, r0 = blockIdx.x % rank_blocks * kRanks;
-  const int64_t k = blockIdx.z / segments_of(d), segment = wgrad_segment(d.T, kCudaSegment);
+  const int64_t k = blockIdx.z / segments_of(d), segment = split_tokens(d.T, kCudaSplit);
   const Span span = rows_of(d, k, adapter);
   const int64_t begin = span.begin + blockIdx.z % segments_of(d) * segment;
   const int64_t end = begin + segment < span.end ? begin + segment : span.end;
@@ -354,7 +354,7 @@ __global__ __launch_bounds__(kBlockThreads) void multi_wgrad_sum_kernel(MultiLor
   int32_t* ranks = smem.take<int32_t>(kPageRanks);
   const unsigned pages = static_cast<unsigned>(d.slices * d.M);
   const int64_t adapter = blockIdx.x / pages;
-  const int64_t col = int64_t{blockIdx.y} * kBlockThreads + threadIdx.x, segment = wgrad_segment(d.T, kCudaSegment);
+  const int64_t col = int64_t{blockIdx.y} * kBlockThreads + threadIdx.x, segment = split_tokens(d.T, kCudaSplit);
   fill_ranks(d, adapter, blockIdx.x % pages * kPageRanks, int64_t{pages} * kPageRanks, kPageRanks, ranks);
   sync_threads();
   if (col >= p.N) return;
@@ -461,7 +461,7 @@ int multi_lora_plan_cuda(const MultiLoraPlanParams& p, void* workspace, Stream s
 int multi_lora_shrink_cuda(const MultiLoraShrinkParams& p, void* workspace, Stream stream) {
   const Adapters& d = p.adapters;
   const int64_t all = d.slices * d.M * kPageRanks, G = plan_layout(d.T, d.A).G;
-  const ShrinkConfig config = choose_multi_lora_shrink(d.T, d.K, p.N);
+  const ShrinkConfig config = choose_multi_lora_shrink(d.T, d.K, p.N, cuda_target());
   float* planes = config.split ? static_cast<float*>(workspace) : nullptr;
   const Vectorize vec{can_vectorize(p.x, p.x_pitch, size_of(p.dtype)),
                       can_vectorize(p.pool, p.N, size_of(p.factor_dtype)), false};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module lrkern._host: what the shared headers compute, on numpy arrays, and the choices of policy.cpp in
+// The Python module lrkern._host: what the shared headers compute, on numpy arrays, and the choices of policy/ in
 // words. For tests and for people; nothing in ops or nn imports it. No tensors, no launches.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -74,7 +74,7 @@ float float_from_bits(uint16_t bits) {
   return to_float(T{bits});
 }
 
-// ---- policy.cpp
+// ---- policy/
 
 DType dtype_named(const std::string& name) {
   for (DType t : {DType::kF32, DType::kF16, DType::kBF16})
@@ -87,7 +87,7 @@ Device device_named(const std::string& name) {
 }
 
 py::dict explain_lora_backward(int64_t T, int64_t O, int32_t R, const std::string& dtype, const std::string& device) {
-  const BackwardConfig c = choose_lora_backward({T, O, R, dtype_named(dtype), device_named(device)});
+  const BackwardConfig c = choose_lora_backward({T, O, R, dtype_named(dtype)}, {device_named(device), 80});
   const std::string saved = std::to_string(c.saved_bytes), paid = std::to_string(c.paid_bytes);
   const std::string why =
       c.fused ? "dS and dB in one pass over dY: it is read once less (" + saved +
@@ -100,7 +100,7 @@ py::dict explain_lora_backward(int64_t T, int64_t O, int32_t R, const std::strin
 }
 
 py::dict explain_lora_shrink(int64_t T, int64_t N, int32_t R) {
-  const ShrinkConfig c = choose_lora_shrink(T, N, R);
+  const ShrinkConfig c = choose_lora_shrink(T, N, R, {Device::kCUDA, 80});
   const std::string chunks = std::to_string(c.chunks) + (c.chunks == 1 ? " chunk" : " chunks");
   const std::string why =
       c.split ? chunks +
@@ -110,7 +110,7 @@ py::dict explain_lora_shrink(int64_t T, int64_t N, int32_t R) {
 }
 
 py::dict explain_basis_matmul(int64_t T, int64_t Q, int64_t C, bool transposed, const std::string& device) {
-  const BasisMatmulConfig c = choose_basis_matmul(T, Q, C, transposed, device_named(device));
+  const BasisMatmulConfig c = choose_basis_matmul(T, Q, C, transposed, {device_named(device), 80});
   const std::string piece = std::to_string(c.rows) + " x " + std::to_string(c.cols);
   const std::string why =
       c.scratch

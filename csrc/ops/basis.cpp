@@ -125,8 +125,8 @@ Tensor basis_combine(const Tensor& coef, const OptTensor& base, int64_t seed, in
     check_shape(op, "base", *base, "[R, W]", {R, W});
   }
   Sizes sizes = sizes_of(coef);
-  int64_t L = 1;
-  for (size_t i = 0; i + 1 < sizes.size(); ++i) L *= sizes[i];
+  int64_t T = 1;
+  for (size_t i = 0; i + 1 < sizes.size(); ++i) T *= sizes[i];
   sizes.back() = R;
   sizes.push_back(W);
   Tensor out = torch::stable::new_empty(coef, sizes);
@@ -136,7 +136,7 @@ Tensor basis_combine(const Tensor& coef, const OptTensor& base, int64_t seed, in
                              static_cast<const float*>(c.const_data_ptr()),
                              b ? static_cast<const float*>(b->const_data_ptr()) : nullptr,
                              static_cast<float*>(out.mutable_data_ptr()),
-                             L,
+                             T,
                              R};
   run(op, out, p, basis_combine_workspace, basis_combine_cpu, LRK_LAUNCHER(basis_combine_cuda));
   return out;
@@ -152,8 +152,8 @@ Tensor basis_dot(const Tensor& g, int64_t seed, int64_t method, int64_t distribu
     fail(op, "g must have shape [..., R, W] = [..., *, ", W, "], got ", shape_of(g));
   Sizes sizes = sizes_of(g);
   const int64_t R = sizes[sizes.size() - 2];
-  int64_t L = 1;
-  for (size_t i = 0; i + 2 < sizes.size(); ++i) L *= sizes[i];
+  int64_t T = 1;
+  for (size_t i = 0; i + 2 < sizes.size(); ++i) T *= sizes[i];
   const BasisStream u =
       check_stream(op, {seed, method, distribution, tensor, 0}, R, largest(counts), s.count, largest(widths));
   sizes.pop_back();
@@ -165,7 +165,7 @@ Tensor basis_dot(const Tensor& g, int64_t seed, int64_t method, int64_t distribu
     return out;
   }
   const BasisDotParams p{
-      u, s, static_cast<const float*>(gc.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()), L, R};
+      u, s, static_cast<const float*>(gc.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()), T, R};
   run(op, out, p, basis_dot_workspace, basis_dot_cpu, LRK_LAUNCHER(basis_dot_cuda));
   return out;
 }
@@ -234,8 +234,7 @@ void matmul(const char* op, const Tensor& x, const Tensor& out, const OptTensor&
   p.T = rows.T, p.R = R, p.Q = Q, p.C = C, p.x_pitch = rows.pitch, p.out_pitch = y.pitch;
   p.transposed = transposed, p.add = add;
   if (!out.numel()) return;
-  const BasisMatmulConfig config =
-      choose_basis_matmul(p.T, Q, C, transposed, on_cuda(op, x) ? Device::kCUDA : Device::kCPU);
+  const BasisMatmulConfig config = choose_basis_matmul(p.T, Q, C, transposed, target_of(op, x));
   if (config.scratch && Q && C)
     return matmul_by_gemm(op, p, config, rows.tensor, torch::stable::view(y.tensor, Sizes{y.T, y.N}));
   run(op, x, p, basis_matmul_workspace, basis_matmul_cpu, LRK_LAUNCHER(basis_matmul_cuda));

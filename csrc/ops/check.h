@@ -210,9 +210,18 @@ inline void check_launch(const char* op, int code) {
 // A launcher, or null in a build without CUDA code.
 #if defined(LRK_WITH_CUDA) || defined(LRK_EMULATE)
 #define LRK_LAUNCHER(f) f
+inline Target current_cuda() { return {Device::kCUDA, cuda_arch()}; }
 #else
 #define LRK_LAUNCHER(f) static_cast<decltype(&f)>(nullptr)
+inline Target current_cuda() { return {Device::kCUDA, 0}; }
 #endif
+
+// What a choice about `t` is made for.
+inline Target target_of(const char* op, const Tensor& t) {
+  if (!on_cuda(op, t)) return kCpu;
+  const CudaScope scope(op, t);
+  return current_cuda();
+}
 
 // Scratch of small CPU calls, one per calling thread: an allocation costs a microsecond, as much as such a call.
 struct alignas(64) SmallScratch {
@@ -226,10 +235,12 @@ inline void* small_scratch() {
 
 // Runs one kernel of a contract on the device of `t`, with its scratch memory from torch's allocator.
 template <class P>
-void run(const char* op, const Tensor& t, const P& p, size_t (*workspace)(const P&, Device),
+void run(const char* op, const Tensor& t, const P& p, size_t (*workspace)(const P&, Target),
          void (*cpu)(const P&, void*), int (*cuda)(const P&, void*, Stream)) {
   const bool is_cuda = on_cuda(op, t);
-  const size_t bytes = workspace(p, is_cuda ? Device::kCUDA : Device::kCPU);
+  std::optional<CudaScope> scope;
+  if (is_cuda) scope.emplace(op, t);
+  const size_t bytes = workspace(p, is_cuda ? current_cuda() : kCpu);
   OptTensor scratch;
   void* ws = nullptr;
   if (!is_cuda && bytes <= sizeof(SmallScratch)) {
@@ -239,8 +250,7 @@ void run(const char* op, const Tensor& t, const P& p, size_t (*workspace)(const 
     ws = scratch->mutable_data_ptr();
   }
   if (!is_cuda) return cpu(p, ws);
-  CudaScope scope(op, t);
-  check_launch(op, cuda(p, ws, scope.stream));
+  check_launch(op, cuda(p, ws, scope->stream));
 }
 
 }  // namespace lrk::ops

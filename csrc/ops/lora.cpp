@@ -143,11 +143,9 @@ struct ExpandGrads {
 ExpandGrads expand_grads(const char* op, const Rows& dy, DType dy_dtype, const Tensor& s, const SmallMatrix& b,
                          float scale, float scale_b, bool need_ds, bool need_db) {
   const DropoutArgs none;
-  const bool is_cuda = on_cuda(op, dy.tensor);
-  const bool fused =
-      need_ds && need_db && dy.T && dy.N && b.R &&
-      choose_lora_backward({dy.T, dy.N, static_cast<int32_t>(b.R), dy_dtype, is_cuda ? Device::kCUDA : Device::kCPU})
-          .fused;
+  const Target target = target_of(op, dy.tensor);
+  const bool fused = need_ds && need_db && dy.T && dy.N && b.R &&
+                     choose_lora_backward({dy.T, dy.N, static_cast<int32_t>(b.R), dy_dtype}, target).fused;
   if (!fused) {
     return {need_ds ? shrink(op, dy, dy_dtype, b, scale, none) : nothing(),
             need_db ? wgrad(op, dy, dy_dtype, s, b, true, scale_b, none) : nothing()};

@@ -161,7 +161,7 @@ def test_fragment_maps_are_those_of_cute():
         pytest.skip(why)
     emulator.OUT.mkdir(parents=True, exist_ok=True)
     oracle = emulator.OUT / "cute_maps"
-    emulator.run([emulator.CXX, "-std=c++17", "-O1", "-w", *includes, f"-I{emulator.HERE}", emulator.HERE / "cute_maps.cpp",
+    emulator.run([emulator.CXX, emulator.standard(), "-O1", "-w", *includes, f"-I{emulator.HERE}", emulator.HERE / "cute_maps.cpp",
                   "-o", oracle])  # fmt: skip
     done = emulator.execute(oracle)
     assert done.returncode == 0, done.stdout
@@ -196,14 +196,13 @@ def test_every_word_of_the_wrappers_is_checked():
 
 # ---------------------------------------------------------------------------------------------- the real kernels
 
-FAMILIES = sorted(p.stem for p in emulator.portable_kernels())
+FAMILIES = sorted({s.family for s in emulator.sources("cuda") if s.family and not s.arch})
 
 
 def params_program(family, variant):
     """tests/emulator/<family>_params.cpp: every launcher of the family's contract, on random and on odd params."""
-    return program(
-        f"{family}_params", variant, f"tests/emulator/{family}_params.cpp", "csrc/policy.cpp", f"csrc/cuda/{family}.cu"
-    )
+    own = [s.path for s in emulator.sources() if s.kind in ("policy", "cuda") and s.family in ("", family)]
+    return program(f"{family}_params", variant, f"tests/emulator/{family}_params.cpp", *own)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

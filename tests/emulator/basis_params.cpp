@@ -39,7 +39,7 @@ struct Case {
   std::string op;
   BasisStream u;
   DType x, out;
-  int64_t T, R, Q, C, q0, c0, pad, shift;  // T: layers where there are segments
+  int64_t T, R, Q, C, q0, c0, pad, shift;  // T: also rows of coefficients
   BasisSegments s;
   bool rows_scaled, cols_scaled, add;
 
@@ -79,7 +79,7 @@ Case draw_case() {
   c.pad = pick({0, 0, 8, 3}), c.shift = pick({0, 0, 1, 8});
   c.rows_scaled = draw() % 2, c.cols_scaled = draw() % 2, c.add = draw() % 2;
   c.s.count = static_cast<int32_t>(1 + draw() % kMaxSegments);
-  const bool tall = c.op == "dot" && !empty && draw() % 3 == 0;  // more rows than there are slices
+  const bool tall = c.op == "dot" && !empty && draw() % 3 == 0;  // more rows than there are splits
   if (tall) c.R = pick({150, 256, 300});
   for (int i = 0; i < c.s.count; ++i) {
     c.s.begin[i + 1] = c.s.begin[i] + (tall    ? pick({1, 40, 260})
@@ -133,7 +133,7 @@ const char* run_fill(const Case& c, const std::vector<int>& schedules) {
   Matrix out = matrix(c.out, c.Q, c.C, 0, c.shift, false);
   const float scale = 0.75f;
   const BasisFillParams p{c.u, out.data(), scales.row, scales.col, c.R, c.q0, c.c0, c.Q, c.C, scale, c.out};
-  const char* wrong = run(schedules, basis_fill_workspace(p, Device::kCUDA), out,
+  const char* wrong = run(schedules, basis_fill_workspace(p, kTarget), out,
                           [&](void* workspace) { return basis_fill_cuda(p, workspace, nullptr); });
   Matrix want = matrix(c.out, c.Q, c.C, 0, c.shift, false);
   for (int64_t q = 0; q < c.Q; ++q)
@@ -152,17 +152,17 @@ int segment_of(const int64_t* bounds, int64_t i) {
 }
 
 const char* run_combine(const Case& c, const std::vector<int>& schedules) {
-  const int64_t L = c.T, R = c.R, W = c.W(), K = c.K();
-  Matrix coef = matrix(DType::kF32, L, K, 0, c.shift, true), base = matrix(DType::kF32, R, W, 0, 0, true);
-  Matrix out = matrix(DType::kF32, L * R, W, 0, c.shift, false);
+  const int64_t T = c.T, R = c.R, W = c.W(), K = c.K();
+  Matrix coef = matrix(DType::kF32, T, K, 0, c.shift, true), base = matrix(DType::kF32, R, W, 0, 0, true);
+  Matrix out = matrix(DType::kF32, T * R, W, 0, c.shift, false);
   const BasisCombineParams p{c.u,
                              c.s,
                              static_cast<float*>(coef.data()),
                              c.add ? static_cast<float*>(base.data()) : nullptr,
                              static_cast<float*>(out.data()),
-                             L,
+                             T,
                              R};
-  const char* wrong = run(schedules, basis_combine_workspace(p, Device::kCUDA), out,
+  const char* wrong = run(schedules, basis_combine_workspace(p, kTarget), out,
                           [&](void* workspace) { return basis_combine_cuda(p, workspace, nullptr); });
   Error error;
   for (int64_t r = 0; r < R; ++r)
@@ -171,7 +171,7 @@ const char* run_combine(const Case& c, const std::vector<int>& schedules) {
       std::vector<double> u;
       for (int64_t k = 0; k < c.s.first[s + 1] - c.s.first[s]; ++k)
         u.push_back(c.s.scale[s] * double{element(c.u, s, k, r, w - c.s.begin[s])});
-      for (int64_t l = 0; l < L; ++l) {
+      for (int64_t l = 0; l < T; ++l) {
         double sum = c.add ? base.at(r, w) : 0, magnitude = std::fabs(sum);
         for (size_t k = 0; k < u.size(); ++k) {
           const double v = coef.at(l, c.s.first[s] + static_cast<int64_t>(k)) * u[k];
@@ -184,24 +184,24 @@ const char* run_combine(const Case& c, const std::vector<int>& schedules) {
 }
 
 const char* run_dot(const Case& c, const std::vector<int>& schedules) {
-  const int64_t L = c.T, R = c.R, W = c.W(), K = c.K();
-  Matrix g = matrix(DType::kF32, L * R, W, 0, c.shift, true), out = matrix(DType::kF32, L, K, 0, 0, false);
-  const BasisDotParams p{c.u, c.s, static_cast<float*>(g.data()), static_cast<float*>(out.data()), L, R};
-  const char* wrong = run(schedules, basis_dot_workspace(p, Device::kCUDA), out,
+  const int64_t T = c.T, R = c.R, W = c.W(), K = c.K();
+  Matrix g = matrix(DType::kF32, T * R, W, 0, c.shift, true), out = matrix(DType::kF32, T, K, 0, 0, false);
+  const BasisDotParams p{c.u, c.s, static_cast<float*>(g.data()), static_cast<float*>(out.data()), T, R};
+  const char* wrong = run(schedules, basis_dot_workspace(p, kTarget), out,
                           [&](void* workspace) { return basis_dot_cuda(p, workspace, nullptr); });
   Error error;
   for (int64_t k = 0; k < K; ++k) {
     const int s = segment_of(c.s.first, k);
-    std::vector<double> sum(L), magnitude(L);
+    std::vector<double> sum(T), magnitude(T);
     for (int64_t r = 0; r < R; ++r)
       for (int64_t w = c.s.begin[s]; w < c.s.begin[s + 1]; ++w) {
         const double u = c.s.scale[s] * double{element(c.u, s, k - c.s.first[s], r, w - c.s.begin[s])};
-        for (int64_t l = 0; l < L; ++l) {
+        for (int64_t l = 0; l < T; ++l) {
           const double v = g.at(l * R + r, w) * u;
           sum[l] += v, magnitude[l] += std::fabs(v);
         }
       }
-    for (int64_t l = 0; l < L; ++l) error.add(out.at(l, k), sum[l], magnitude[l], DType::kF32, false);
+    for (int64_t l = 0; l < T; ++l) error.add(out.at(l, k), sum[l], magnitude[l], DType::kF32, false);
   }
   return wrong ? wrong : judge(error);
 }
@@ -235,7 +235,7 @@ const char* run_matmul(const Case& c, const std::vector<int>& schedules) {
   BasisMatmulParams p{c.u, x.data(), out.data(), scales.row, scales.col, c.T, c.R,  c.Q,
                       c.C, x.pitch,  out.pitch,  transposed, c.add,      c.x, c.out};
   const auto call = [&](void* workspace) { return basis_matmul_cuda(p, workspace, nullptr); };
-  if (const char* wrong = run(schedules, basis_matmul_workspace(p, Device::kCUDA), out, call)) return wrong;
+  if (const char* wrong = run(schedules, basis_matmul_workspace(p, kTarget), out, call)) return wrong;
   Error error;
   matmul_in_double(c, transposed, x, scales, out, error);
   if (!c.T || !N || judge(error)) return judge(error);
@@ -245,7 +245,7 @@ const char* run_matmul(const Case& c, const std::vector<int>& schedules) {
   alone.fresh = alone.bytes;
   p.x = static_cast<unsigned char*>(x.data()) + static_cast<size_t>((c.T - 1) * x.pitch) * size_of(c.x);
   p.out = alone.data(), p.T = 1;
-  if (const char* wrong = run({schedules[0]}, basis_matmul_workspace(p, Device::kCUDA), alone, call)) return wrong;
+  if (const char* wrong = run({schedules[0]}, basis_matmul_workspace(p, kTarget), alone, call)) return wrong;
   const auto* row = static_cast<unsigned char*>(out.data()) + static_cast<size_t>(last) * size_of(c.out);
   return std::equal(alone.bytes.begin(), alone.bytes.end(), row) ? nullptr : "a token alone has other bits";
 }
@@ -278,7 +278,7 @@ bool run_huge() {
     for (int64_t t = 0; t < T; ++t)
       for (int64_t m = 0; m < M; ++m) store(b, x, t * pitch + m, draw_value());
     const BasisMatmulParams p{u, x, out, nullptr, nullptr, T, 3, Q, C, pitch, pitch, transposed, false, b, b};
-    std::vector<float> scratch(basis_matmul_workspace(p, Device::kCUDA) / 4);
+    std::vector<float> scratch(basis_matmul_workspace(p, kTarget) / 4);
     code |= basis_matmul_cuda(p, scratch.data(), nullptr);
     for (int64_t t = 0; t < T; ++t)
       for (int64_t n = 0; n < N; ++n) {

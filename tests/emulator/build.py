@@ -21,13 +21,15 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tools.sources import ROOT, sources, standard
+
 HERE = Path(__file__).resolve().parent.relative_to(ROOT)  # commands run in ROOT, so that reports name relative paths
 OUT = ROOT / "build" / "emulator"
 CXX = os.environ.get("CXX", "g++")
 
 # The emulator's casts between element types would break strict aliasing, as nvcc allows.
-COMMON = ["-std=c++17", "-fPIC", f"-ffile-prefix-map={ROOT}=.", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DLRK_EMULATE",
+COMMON = [standard(), "-fPIC", f"-ffile-prefix-map={ROOT}=.", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DLRK_EMULATE",
           "-Icsrc", "-Icsrc/cuda", f"-I{HERE}"]  # fmt: skip
 KERNEL = {
     "plain": ["-O2", "-g1", "-ftls-model=initial-exec"],
@@ -130,8 +132,8 @@ def executable(name: str, sources: list[str | Path], variant: str, runtime: tupl
 
 
 def portable_kernels() -> list[Path]:
-    """The .cu files that run anywhere; <family>_smXX.cu have instructions of one architecture."""
-    return sorted(p.relative_to(ROOT) for p in (ROOT / "csrc/cuda").glob("*.cu") if "_sm" not in p.stem)
+    """The .cu files that run anywhere; others have instructions of one architecture."""
+    return [s.path for s in sources("cuda") if not s.arch]
 
 
 def extension() -> Path:
@@ -140,7 +142,7 @@ def extension() -> Path:
     torch = Path(spec.origin).parent
     units = [(p, KERNEL["plain"]) for p in portable_kernels()]
     units += [(s, RUNTIME["plain"]) for s in EMULATOR]
-    units += [(p.relative_to(ROOT), ["-O2"]) for p in sorted((ROOT / "csrc").glob("*.cpp"))]
+    units += [(p.relative_to(ROOT), ["-O2"]) for p in sorted((ROOT / "csrc/policy").glob("*.cpp"))]
     # Only lora_*_cuda and the like are called; the CPU entry points are there to link.
     cpu = ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-DLRK_ISA=baseline", "-DLRK_ISA_ENTRY"]
     units += [(p.relative_to(ROOT), cpu) for p in sorted((ROOT / "csrc/cpu").glob("*.cpp"))]

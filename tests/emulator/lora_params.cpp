@@ -50,7 +50,7 @@ Case draw_case() {
   c.N = pick({1, 8, 24, 64, 100, 130, 256, 257, 520});
   c.R = static_cast<int32_t>(pick({1, 2, 4, 8, 8, 16, 16, 17, 40, 72}));
   if (c.op == "wgrad" || c.op == "shrink_wgrad") {
-    if (draw() % 4 == 0) c.T = pick({512, 513, 600}), c.N = std::min<int64_t>(c.N, 100);  // more than one segment
+    if (draw() % 4 == 0) c.T = pick({512, 513, 600}), c.N = std::min<int64_t>(c.N, 100);  // more than one split
     if (c.op == "shrink_wgrad") c.R = std::min(c.R, 16);
   }
   c.n_contig = c.op != "shrink_wgrad" && draw() % 2;
@@ -131,11 +131,11 @@ bool run_case(const Case& c, const std::vector<int>& schedules) {
              is_wgrad = c.op == "wgrad" || c.op == "shrink_wgrad";
 
   size_t bytes = 0;
-  if (c.op == "shrink") bytes = lora_shrink_workspace(shrink, Device::kCUDA);
-  if (c.op == "expand") bytes = lora_expand_workspace(expand, Device::kCUDA);
-  if (c.op == "wgrad") bytes = lora_wgrad_workspace(wgrad, Device::kCUDA);
-  if (c.op == "shrink_wgrad") bytes = lora_shrink_wgrad_workspace(both, Device::kCUDA);
-  if (c.op == "rescale") bytes = lora_rescale_workspace(rescale, Device::kCUDA);
+  if (c.op == "shrink") bytes = lora_shrink_workspace(shrink, kTarget);
+  if (c.op == "expand") bytes = lora_expand_workspace(expand, kTarget);
+  if (c.op == "wgrad") bytes = lora_wgrad_workspace(wgrad, kTarget);
+  if (c.op == "shrink_wgrad") bytes = lora_shrink_wgrad_workspace(both, kTarget);
+  if (c.op == "rescale") bytes = lora_rescale_workspace(rescale, kTarget);
   Matrix scratch(DType::kF32, 1, static_cast<int64_t>(bytes / 4) + (bytes == 0), 0, 0, false);
   void* workspace = bytes ? scratch.data() : nullptr;
 
@@ -252,7 +252,7 @@ bool run_huge() {
   const auto x_at = [&](int64_t t, int64_t n) { return static_cast<double>(to_float(x[t * pitch + n])); };
   Error error;
   const LoraShrinkParams shrink{x, factor, s.data(), T, N, pitch, R, b, b, 1.f, {}, nullptr};
-  std::vector<float> scratch(lora_shrink_workspace(shrink, Device::kCUDA) / 4);
+  std::vector<float> scratch(lora_shrink_workspace(shrink, kTarget) / 4);
   int code = lora_shrink_cuda(shrink, scratch.data(), nullptr);
   for (int64_t t = 0; t < T; ++t)
     for (int64_t r = 0; r < R; ++r) {

@@ -119,11 +119,11 @@ bool run_case(const Case& c, const std::vector<int>& schedules) {
 
   const auto scratch_of = [](size_t bytes) { return std::max<int64_t>(1, static_cast<int64_t>(bytes / 4)); };
   size_t bytes = 0;
-  if (c.op == "shrink") bytes = multi_lora_shrink_workspace(shrink, Device::kCUDA);
-  if (c.op == "expand") bytes = multi_lora_expand_workspace(expand, Device::kCUDA);
-  if (c.op == "wgrad") bytes = multi_lora_wgrad_workspace(wgrad, Device::kCUDA);
+  if (c.op == "shrink") bytes = multi_lora_shrink_workspace(shrink, kTarget);
+  if (c.op == "expand") bytes = multi_lora_expand_workspace(expand, kTarget);
+  if (c.op == "wgrad") bytes = multi_lora_wgrad_workspace(wgrad, kTarget);
   Matrix scratch(DType::kF32, 1, scratch_of(bytes), 0, 0, false);
-  Matrix counts(DType::kF32, 1, scratch_of(multi_lora_plan_workspace(planning, Device::kCUDA)), 0, 0, false);
+  Matrix counts(DType::kF32, 1, scratch_of(multi_lora_plan_workspace(planning, kTarget)), 0, 0, false);
   void* ws = scratch.data();
 
   std::vector<unsigned char> first;
@@ -249,7 +249,7 @@ bool run_huge() {
   const auto s_at = [&](int64_t t, int64_t r) { return load(b, s.data(), t * kPageRanks + r); };
   int code = multi_lora_plan_cuda({index.data(), plan.data(), T, 1, 1}, counts.data(), nullptr);
   const MultiLoraShrinkParams shrink{d, p, pool.data(), s.data(), nullptr, N, pitch, b, b};
-  std::vector<float> scratch(multi_lora_shrink_workspace(shrink, Device::kCUDA) / 4 + 1);
+  std::vector<float> scratch(multi_lora_shrink_workspace(shrink, kTarget) / 4 + 1);
   code |= multi_lora_shrink_cuda(shrink, scratch.data(), nullptr);
   code |= multi_lora_wgrad_cuda({d, s.data(), p, g.data(), N, pitch, b, b}, nullptr, nullptr);
   Error error;

@@ -16,6 +16,8 @@
 
 namespace lrk {
 
+inline const Target kTarget{Device::kCUDA, cuda_arch()};  // the emulator's
+
 inline uint64_t g_rng = 1;
 inline uint64_t draw() {
   g_rng = g_rng * 6364136223846793005u + 1442695040888963407u;

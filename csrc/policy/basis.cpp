@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// Random bases: choices and scratch memory.
+#include "basis.h"
+
+#include <algorithm>
+
+namespace lrk {
+
+// CUDA: splits are to give a GPU some thousand warps (dot: of 8 rows of G and 4 bases each; the others: of 32 times 16
+// columns), but none so short that to add them up would cost more than they do.
+int64_t choose_basis_dot_splits(int64_t T, int64_t K, Target target) {
+  if (target.device == Device::kCUDA)
+    return std::clamp<int64_t>(4096 / std::max<int64_t>(1, ceil_div(T, 8) * ceil_div(K, 4)), 1, 128);
+  return std::clamp<int64_t>((int64_t{1} << 22) / std::max<int64_t>(1, T * K), 1, 32);
+}
+int64_t choose_basis_matmul_splits(int64_t Q, int64_t C, Target target) {
+  if (target.device == Device::kCUDA) {
+    const int64_t most = std::clamp<int64_t>(ceil_div(Q, 8), 1, 64);
+    return std::clamp<int64_t>((int64_t{1} << 20) / std::max<int64_t>(1, C), 1, most);
+  }
+  const int64_t groups = std::max<int64_t>(1, ceil_div(C, 256));
+  return std::clamp<int64_t>(32 / groups, 1, std::max<int64_t>(1, ceil_div(Q, 128)));
+}
+int64_t choose_basis_combine_splits(int64_t R, int64_t W, int64_t K, Target target) {
+  if (target.device == Device::kCPU) return 1;
+  const int64_t most = std::clamp<int64_t>(ceil_div(K, 16), 1, 32);
+  return std::clamp<int64_t>((int64_t{1} << 20) / std::max<int64_t>(1, R * W), 1, most);
+}
+BasisMatmulLayout basis_matmul_layout(const BasisMatmulParams& p, Target target) {
+  // A warp's 32 threads take their columns of x without asking for its end; a thread those of a partial sum.
+  const int64_t span = p.transposed ? 32 * kBasisColumns : kBasisColumns, width = ceil_div(p.C, span) * span;
+  if (p.transposed) return {p.T * width, width, 0};
+  return {ceil_div(p.T, kBasisSums) * kBasisSums * p.Q, width, p.Q ? choose_basis_matmul_splits(p.Q, p.C, target) : 0};
+}
+
+BasisMatmulConfig choose_basis_matmul(int64_t T, int64_t Q, int64_t C, bool transposed, Target target) {
+  constexpr int64_t kTokens = 16;
+  const int64_t elements =
+      target.device == Device::kCPU ? int64_t{1} << 20 : int64_t{1} << 23;  // 4 MB; 16 MB in 16 bits
+  BasisMatmulConfig c{T > kTokens, Q, C};
+  const int64_t fixed = std::max<int64_t>(1, transposed ? C : Q);
+  const int64_t most = std::max<int64_t>(128, elements / fixed / 128 * 128);
+  (transposed ? c.rows : c.cols) = std::min(transposed ? Q : C, most);
+  return c;
+}
+
+size_t basis_fill_workspace(const BasisFillParams&, Target) { return 0; }
+
+// The coefficients times scale; on CUDA the sums of splits.
+size_t basis_combine_workspace(const BasisCombineParams& p, Target target) {
+  const int64_t W = p.segments.begin[p.segments.count], K = p.segments.first[p.segments.count];
+  if (target.device == Device::kCPU) return p.T * K * sizeof(float);
+  const int64_t splits = choose_basis_combine_splits(p.R, W, K, target);
+  return splits > 1 ? splits * p.T * p.R * W * sizeof(float) : 0;
+}
+
+size_t basis_dot_workspace(const BasisDotParams& p, Target target) {
+  const int64_t K = p.segments.first[p.segments.count];
+  return choose_basis_dot_splits(p.T, K, target) * p.T * K * sizeof(float);
+}
+
+// x in fp32, for the CPU's widest vectors, and the sums of splits.
+size_t basis_matmul_workspace(const BasisMatmulParams& p, Target target) {
+  if (target.device == Device::kCUDA) {
+    const BasisMatmulLayout at = basis_matmul_layout(p, target);
+    return (at.x + at.splits * p.T * at.width) * sizeof(float);
+  }
+  const int64_t span = 16 * block_columns(p.u.distribution), width = ceil_div(p.C, span) * span;
+  const int64_t x = p.transposed ? width : p.Q,
+                sums = p.transposed ? p.Q : choose_basis_matmul_splits(p.Q, p.C, target) * width;
+  return p.T * (x + sums) * sizeof(float);
+}
+
+}  // namespace lrk
