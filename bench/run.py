@@ -1,13 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one benchmark runner:  python bench/run.py SUITE [NAME...] [--device cpu|cuda] [--quick] [--json F] [--plot F.png]
 
-    lora        one layer with a LoRA or DoRA adapter, beside stock PEFT
-    multi_lora  a batch of rows with different adapters, beside PEFT's adapter_names=, a loop and a gather
-    basis       one layer with NOLA, VeRA or RandLoRA, beside stored bases, stock PEFT and NOLA's published way
-    rng         elements of random bases a second, beside torch's generators
-    op          every registry op alone, or the ops named
-    emulator    what emulating the CUDA kernels costs
-
 Providers interleave call by call. The first one, base where there is one, runs twice (A/A), which shows the noise: where
 the medians of the two differ by more than 20% of the smallest figure compared, the case is run again with more rounds, at
 most three times in all; if it stays so it is marked noisy, not to be cited. Compared is the adapter alone where a suite
@@ -15,6 +8,7 @@ times it, else what a provider adds to the base, else its whole time.
 """
 
 import argparse
+import ast
 import importlib
 import importlib.util
 import json
@@ -39,7 +33,7 @@ from tqdm import tqdm
 
 import lrkern
 
-SUITES = ("lora", "multi_lora", "basis", "rng", "op", "emulator")
+SUITES = {path.stem: path for path in sorted(Path(__file__).parent.glob("suites/*.py"))}
 SECONDS = {True: 3.0, False: 12.0}  # of timing per case, by --quick
 ROUNDS = (5, 2000)
 ATTEMPTS = 3
@@ -203,7 +197,7 @@ def measure(suite: Suite, case: Case, device: str, seconds: float, command: str)
         mine = p50[provider, "whole"]
         rows.append(
             {
-                "suite": type(suite).__module__,
+                "suite": suite.name(),
                 "case": str(case),
                 "dtype": str(case.dtype).removeprefix("torch."),
                 "device": device,
@@ -235,7 +229,9 @@ ceilings = cache(timing.ceilings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = "".join("\n" + ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0] for path in SUITES.values())
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__ + about, formatter_class=plain)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -249,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     try:
-        suite: Suite = importlib.import_module(args.suite).Suite(args.names)
+        suite: Suite = importlib.import_module(f"suites.{args.suite}").Suite(args.names)
     except ValueError as wrong:
         parser.error(str(wrong))
     if args.device not in suite.devices:

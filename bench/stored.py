@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters alone: base layers whose GEMM is replaced by a stored result, forward (y) and backward (dx)."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from suite import Call, Data, Suite
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -35,6 +38,27 @@ class StoredLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return Stored.apply(x, self.y, self.dx)
+
+
+def frozen(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(*weight.mT.shape, device="meta")
+    linear.weight, linear.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
+    return linear
+
+
+class LayerSuite(Suite):
+    """Of adapters beside one linear layer: its data has linear, and what that layer's GEMM gives, y and dx."""
+
+    against = "peft"
+
+    def base(self, d: Data) -> Call:
+        return Call(lambda: d.linear(d.inputs["x"]), truth=lambda x, weight, bias, **_: F.linear(x, weight, bias))
+
+    @staticmethod
+    def beside(d: Data, run: Callable[[Tensor], Tensor], **facts: Any) -> Call:
+        """run(y) over the layer's result, and alone over a stored one, into which it may write where it does not train."""
+        x, y = d.inputs["x"], d.y.clone()
+        return Call(lambda: run(d.linear(x)), Call(lambda: run(Stored.apply(x, y, d.dx) if d.train else y)), **facts)
 
 
 class StoredOps:

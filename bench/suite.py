@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a suite is. bench/<name>.py defines a class ``Suite`` derived from the one below, with
+"""What a suite is. bench/suites/<name>.py defines a class ``Suite`` derived from the one below, with
 
     cases(quick)               its cases
     data(case, device, seed)   one copy of a case's tensors
-    work(case, data)           the least work there is: (flop, bytes), or None where no roof makes sense
+    work(case, data)           the least work there is: (flop, bytes); none where no roof makes sense
     <provider>(data) -> Call   a method named by a provider id: how that provider computes the case over that copy, or
                                None where it has no part in the case
 
@@ -78,20 +78,18 @@ class Suite:
 
     def __init__(self, names: list[str]):
         if names:
-            raise ValueError(f"suite {type(self).__module__} takes no names, got {' '.join(names)}")
+            raise ValueError(f"suite {self.name()} takes no names, got {' '.join(names)}")
+
+    @classmethod
+    def name(cls) -> str:
+        return cls.__module__.rpartition(".")[2]
 
     @classmethod
     def providers(cls) -> tuple[str, ...]:
         return tuple(name for name in PROVIDERS if hasattr(cls, name))
 
-    def cases(self, quick: bool) -> list[Case]:
-        raise NotImplementedError
-
-    def data(self, case: Case, device: str, seed: int) -> Data:
-        raise NotImplementedError
-
     def work(self, case: Case, data: Data) -> tuple[int, int] | None:
-        raise NotImplementedError
+        return None
 
     def exact(self, case: Case) -> Case:
         """The case without what makes its result random."""

@@ -418,8 +418,8 @@ def bench(suite: str) -> Callable[[Session, dict], Outcome]:
 
 
 def suites(families: list[str]) -> list[str]:
-    """bench/<family>.py, and `op`, which times the ops of every family."""
-    return [name for name in [*families, "op"] if (ROOT / "bench" / f"{name}.py").exists()]
+    """bench/suites/<family>.py, and `op`, which times the ops of every family."""
+    return [name for name in [*families, "op"] if (ROOT / "bench" / "suites" / f"{name}.py").exists()]
 
 
 # ---------------------------------------------------------------------------------------------- the parts

@@ -15,14 +15,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-import basis as basis_suite
-import lora
-import op as op_suite
 import report
-import rng as rng_suite
 import run
 import timing
 from suite import PROVIDERS, Call, Case, Data, Suite
+from suites import basis as basis_suite
+from suites import lora
+from suites import op as op_suite
+from suites import rng as rng_suite
 
 import build as emulator_build
 from lrkern.reference import OPS
@@ -70,7 +70,7 @@ def test_a_run_writes_rows_a_table_and_a_plot(not_compiled, monkeypatch, tmp_pat
         lora.case("dora", SIZES, "bwd"),
         lora.case("dora", (1, 48, 40, 4), "no_grad"),
     ]
-    monkeypatch.setattr(lora, "cases", lambda quick: cases)
+    monkeypatch.setattr(lora.Suite, "cases", lambda self, quick: cases)
     rows_file, plot = tmp_path / "rows.json", tmp_path / "plot.png"
     assert run.main(["lora", "--quick", "--json", str(rows_file), "--plot", str(plot)]) == 0
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
@@ -127,7 +127,7 @@ def test_what_cannot_run_is_listed_with_the_reason(monkeypatch, capsys):
 
     monkeypatch.setattr(lora.Suite, "compile", no_compiler)
     monkeypatch.setattr(lora.Suite, "vllm", not_there, raising=False)
-    monkeypatch.setattr(lora, "cases", lambda quick: [lora.case("lora", SIZES, "no_grad")])
+    monkeypatch.setattr(lora.Suite, "cases", lambda self, quick: [lora.case("lora", SIZES, "no_grad")])
     assert run.main(["lora"]) == 0
     text = capsys.readouterr().out
     assert "missing: compile (no C++ compiler)\nmissing: vllm (not installed)\n" in text and "torchao" not in text
@@ -246,9 +246,6 @@ class Fake(Suite):
     def data(self, case, device, seed):
         return Data({"x": torch.zeros(1)})
 
-    def work(self, case, data):
-        return None
-
     def base(self, data):
         def call():
             self.calls += 1
@@ -311,15 +308,11 @@ def test_backward_alone_leaves_the_forward_untimed(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- the op suite
 
 
-def test_every_op_of_the_registry_has_an_entry():
-    assert op_suite.PRODUCTS.keys() == OPS.keys()
+def test_the_large_case_has_every_argument():
     for op in OPS.values():
         parameters = inspect.signature(op.truth).parameters.values()
-        needed = {p.name for p in parameters if p.default is p.empty}
-        fixed = op_suite.stream(op_suite.Suite([op.name]).cases(True)[0]) if "basis" in op.name else ()
-        assert needed <= {*op_suite.SHAPES, *op_suite.METADATA, *fixed}, (
-            f"bench/op.py lacks the shape of an argument of {op.name}"
-        )
+        sample = op.named(op.large(6, 24, 20, 4, False, device="cpu", dtype=torch.float32))
+        assert {p.name for p in parameters if p.default is p.empty} <= sample.keys() <= set(op.parameters)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -328,10 +321,9 @@ def test_ops_are_timed_beside_their_truth(name):
     cases = [replace(case, T=6, I=24, O=20, R=4) for case in suite.cases(False)]
     got, _ = measure(suite, cases[0])
     assert got.keys() == {"eager", "lrkern"} | ({"base"} if "linear" in name else set())
-    products = op_suite.PRODUCTS[name]
-    assert bool(got["lrkern"]["flops"]) == bool(products) and got["lrkern"]["bytes"] > 0
+    assert bool(got["lrkern"]["flops"]) == bool(OPS[name].products) and got["lrkern"]["bytes"] > 0
     for case in cases:
-        for provider in got if products else ():  # a plan is integers
+        for provider in got if OPS[name].products else ():  # a plan is integers
             assert run.error(suite, case, provider, "cpu") < (1e-2 if case.dtype == BF16 else 1e-6)
     passes = {case.passes for case in cases}
     assert passes == ({"no_grad", "fwd+bwd"} if OPS[name].differentiable else {"no_grad"})

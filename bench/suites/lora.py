@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
-from stored import Stored, StoredLinear, StoredOps
+from stored import LayerSuite, Stored, StoredLinear, StoredOps, frozen
 from suite import Call
-from torch import Tensor, nn
+from torch import Tensor
 
 import lrkern.peft
 from lrkern import functional
 from lrkern.ops.dispatch import use_library
-from lrkern.reference import add
+from lrkern.reference import Draw, add
 
 SCALE = 2.0  # lora_alpha / r
 
@@ -44,31 +44,6 @@ def case(method: str, sizes: tuple[int, int, int, int], passes: str, dtype=torch
     T, I, O, R = sizes
     ab = None if dtype == torch.float32 else torch.float32
     return Case(method=method, T=T, I=I, O=O, R=R, passes=passes, dtype=dtype, ab=ab, p=p)
-
-
-def cases(quick: bool) -> list[Case]:
-    bf16 = torch.bfloat16
-    large, small, tiny = (512, 2048, 2048, 16), (512, 1024, 1024, 16), (8, 64, 64, 8)
-    few = lambda T: (T, 2048, 2048, 16)
-    if quick:
-        return [
-            case("lora", large, "fwd+bwd"),
-            case("lora", large, "fwd+bwd", bf16),
-            case("lora", few(1), "no_grad"),
-            case("dora", few(1), "no_grad"),
-        ]
-    return [
-        *(case("lora", large, passes) for passes in ("fwd+bwd", "fwd", "bwd")),
-        case("lora", large, "fwd+bwd", p=0.1),
-        case("lora", (512, 2048, 2048, 64), "fwd+bwd"),
-        case("lora", large, "fwd+bwd", bf16),
-        case("lora", small, "fwd+bwd", bf16),
-        case("lora", small, "fwd+bwd", bf16, p=0.1),
-        *(case("lora", few(T), "no_grad") for T in (1, 4, 16)),
-        *(case("lora", tiny, passes) for passes in ("fwd+bwd", "no_grad")),
-        case("dora", large, "fwd+bwd"),
-        case("dora", few(1), "no_grad"),
-    ]
 
 
 # The formulas, over any base(x, weight, bias): F.linear, or one that finds its result stored.
@@ -108,15 +83,9 @@ def compiled(method: str, p: float | None) -> tuple[Callable[..., Tensor], Calla
 
 class Data(suite.Data):
     def __init__(self, case: Case, device: str, seed: int):
-        generator = torch.Generator().manual_seed(seed)
-        dtype, ab = case.dtype, case.ab or case.dtype
-
-        def draw(*shape: int, dtype: torch.dtype = dtype, std: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * std).to(device, dtype)
-
+        draw, ab = Draw(device, case.dtype, seed), case.ab or case.dtype
         x, dy = draw(case.T, case.I), draw(case.T, case.O)
-        self.linear = nn.Linear(case.I, case.O, device=device, dtype=dtype).requires_grad_(False)
-        self.linear.weight.data = draw(case.O, case.I, std=case.I**-0.5)
+        self.linear = frozen(draw(case.O, case.I, std=case.I**-0.5), draw(case.O))
         config = LoraConfig(
             r=case.R,
             lora_alpha=int(SCALE * case.R),
@@ -159,14 +128,32 @@ class Data(suite.Data):
         return copy.deepcopy(self.peft, {id(p): p for p in self.peft.parameters()})
 
 
-class Suite(suite.Suite):
-    against = "peft"
+class Suite(LayerSuite):
+    data = Data
 
     def cases(self, quick: bool) -> list[Case]:
-        return cases(quick)
-
-    def data(self, case: Case, device: str, seed: int) -> Data:
-        return Data(case, device, seed)
+        bf16 = torch.bfloat16
+        large, small, tiny = (512, 2048, 2048, 16), (512, 1024, 1024, 16), (8, 64, 64, 8)
+        few = lambda T: (T, 2048, 2048, 16)
+        if quick:
+            return [
+                case("lora", large, "fwd+bwd"),
+                case("lora", large, "fwd+bwd", bf16),
+                case("lora", few(1), "no_grad"),
+                case("dora", few(1), "no_grad"),
+            ]
+        return [
+            *(case("lora", large, passes) for passes in ("fwd+bwd", "fwd", "bwd")),
+            case("lora", large, "fwd+bwd", p=0.1),
+            case("lora", (512, 2048, 2048, 64), "fwd+bwd"),
+            case("lora", large, "fwd+bwd", bf16),
+            case("lora", small, "fwd+bwd", bf16),
+            case("lora", small, "fwd+bwd", bf16, p=0.1),
+            *(case("lora", few(T), "no_grad") for T in (1, 4, 16)),
+            *(case("lora", tiny, passes) for passes in ("fwd+bwd", "no_grad")),
+            case("dora", large, "fwd+bwd"),
+            case("dora", few(1), "no_grad"),
+        ]
 
     def exact(self, case: Case) -> Case:
         return replace(case, p=None)
@@ -180,9 +167,6 @@ class Suite(suite.Suite):
         backward = base + 2 * low, size["weight"] + 2 * factors + 2 * size["x"] + y
         done = {"fwd+bwd": (forward, backward), "bwd": (backward,)}.get(case.passes, (forward,))
         return sum(flop for flop, _ in done), sum(moved for _, moved in done)
-
-    def base(self, d: Data) -> Call:
-        return Call(lambda: d.linear(d.inputs["x"]), truth=lambda x, weight, bias, **_: F.linear(x, weight, bias))
 
     def eager(self, d: Data) -> Call:
         stored = Call(lambda: alone(d.formula, **d.stored, **d.inputs))

@@ -19,12 +19,12 @@ from typing import Any
 import suite
 import torch
 import torch.nn.functional as F
+from peers.vllm import add_lora
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
-from stored import Stored, StoredLinear
+from stored import LayerSuite, Stored, StoredLinear, frozen
 from suite import Call
 from torch import Tensor, nn
-from vllm_ops import add_lora
 
 from lrkern import ops, reference
 
@@ -35,26 +35,6 @@ MIXED = (8, 16, 32, 64, 0)
 @dataclass(frozen=True, kw_only=True)
 class Case(suite.Case):
     R: int | str | None = None
-
-
-def cases(quick: bool) -> list[Case]:
-    f32, bf16 = torch.float32, torch.bfloat16
-
-    def case(T, A, R=16, I=2048, O=2048, type="distinct", dtype=f32, passes="no_grad", method=None) -> Case:
-        return Case(method=method, type=type, T=T, A=A, R=R, I=I, O=O, dtype=dtype, passes=passes)
-
-    train = [case(T, 4, type=None, passes="fwd+bwd", method="train") for T in (64, 512)]
-    aim = [case(64, 16), case(64, 16, dtype=bf16), *train]
-    if quick:
-        return aim
-    return [
-        *aim,
-        *(case(T, A) for T, A in ((1, 1), (16, 16), (64, 1), (64, 8), (64, 64), (256, 16))),
-        *(case(64, 16, type=type) for type in ("identical", "skewed", "zipf")),
-        *(case(64, 16, R=R) for R in (8, 64, "mixed")),
-        case(64, 16, I=4096, O=4096),
-        case(64, 16, I=4096, O=14336, dtype=bf16),
-    ]
 
 
 def assigned(case: Case, generator: torch.Generator) -> Tensor:
@@ -68,13 +48,12 @@ def assigned(case: Case, generator: torch.Generator) -> Tensor:
 
 class Data(suite.Data):
     def __init__(self, case: Case, device: str, seed: int):
-        generator = torch.Generator().manual_seed(seed)
-        draw = lambda *shape, std=1.0: (torch.randn(*shape, generator=generator) * std).to(device, case.dtype)
+        draw = reference.Draw(device, case.dtype, seed)
         self.case, self.train = case, case.method == "train"
         A, rank = case.A, lambda i: MIXED[i % len(MIXED)] if case.R == "mixed" else case.R
         ranks = torch.tensor([[rank(i)] for i in range(A)], dtype=torch.int32)
-        pages, P = reference.pages_of(ranks, generator)
-        names = assigned(case, generator)
+        pages, P = reference.pages_of(ranks, draw.generator)
+        names = assigned(case, draw.generator)
         self.index = names.int().unsqueeze(1).to(device)
         self.table = pages.to(device), ranks.to(device)
         self.scales = torch.full((case.T, 1), SCALE, device=device)
@@ -87,8 +66,7 @@ class Data(suite.Data):
             i: tuple(reference.factor(inputs[pool], *self.table, i, 0)[0] for pool in ("a_pool", "b_pool"))
             for i in range(A)
         }
-        self.linear = nn.Linear(case.I, case.O, device=device, dtype=case.dtype).requires_grad_(False)
-        self.linear.weight.data, self.linear.bias.data = weight, bias
+        self.linear = frozen(weight, bias)
         self.rows = {i: (names == i).nonzero().flatten().to(device) for i in names.unique().tolist()}
         self.names = [f"a{i}" if ranks[i] else "__base__" for i in names.tolist()]
         self.layer = self.peft_layer(ranks)
@@ -122,14 +100,27 @@ class Data(suite.Data):
         return layer
 
 
-class Suite(suite.Suite):
-    against = "peft"
+class Suite(LayerSuite):
+    data = Data
 
     def cases(self, quick: bool) -> list[Case]:
-        return cases(quick)
+        f32, bf16 = torch.float32, torch.bfloat16
 
-    def data(self, case: Case, device: str, seed: int) -> Data:
-        return Data(case, device, seed)
+        def case(T, A, R=16, I=2048, O=2048, type="distinct", dtype=f32, passes="no_grad", method=None) -> Case:
+            return Case(method=method, type=type, T=T, A=A, R=R, I=I, O=O, dtype=dtype, passes=passes)
+
+        train = [case(T, 4, type=None, passes="fwd+bwd", method="train") for T in (64, 512)]
+        aim = [case(64, 16), case(64, 16, dtype=bf16), *train]
+        if quick:
+            return aim
+        return [
+            *aim,
+            *(case(T, A) for T, A in ((1, 1), (16, 16), (64, 1), (64, 8), (64, 64), (256, 16))),
+            *(case(64, 16, type=type) for type in ("identical", "skewed", "zipf")),
+            *(case(64, 16, R=R) for R in (8, 64, "mixed")),
+            case(64, 16, I=4096, O=4096),
+            case(64, 16, I=4096, O=14336, dtype=bf16),
+        ]
 
     def work(self, case: Case, data: Data) -> tuple[int, int]:
         """The base GEMM and every row's own products; W, the adapters in use, x and y once; backward as in suite lora."""
@@ -144,9 +135,7 @@ class Suite(suite.Suite):
         return 2 * base + 3 * low, sum(forward[1:]) + size["weight"] + 2 * used + 2 * size["x"] + y
 
     def base(self, d: Data) -> Call:
-        linear = lambda base: base if not d.train else base.split(d.case.T // d.case.A)
-        truth = lambda x, weight, bias, **_: F.linear(x, weight, bias)
-        return Call(lambda: linear(d.linear(d.inputs["x"])), truth=None if d.train else truth)
+        return Call(lambda: d.linear(d.inputs["x"]).split(d.case.T // d.case.A)) if d.train else super().base(d)
 
     def peft(self, d: Data) -> Call:
         """Training: a step per adapter, each over its own rows."""
@@ -175,8 +164,7 @@ class Suite(suite.Suite):
                 y.index_add_(0, rows, (d.inputs["x"][rows] @ a.mT) @ b, alpha=SCALE)
             return y
 
-        stored = d.y.clone()
-        return None if d.train else Call(lambda: run(d.linear(d.inputs["x"])), Call(lambda: run(stored)))
+        return None if d.train else self.beside(d, run)
 
     def gather(self, d: Data) -> Call | None:
         if d.train or d.case.R == "mixed" or d.case.R % 16:
@@ -188,8 +176,7 @@ class Suite(suite.Suite):
             s = torch.einsum("ti,tri->tr", d.inputs["x"], a[index])
             return y.add_(torch.einsum("tr,tro->to", s, b[index]), alpha=SCALE)
 
-        stored = d.y.clone()
-        return Call(lambda: run(d.linear(d.inputs["x"])), Call(lambda: run(stored)))
+        return self.beside(d, run)
 
     def vllm(self, d: Data) -> Call | None:
         if d.train or (d.case.dtype == torch.float32 and d.y.is_cuda):  # the Triton kernels take 16 bits
@@ -198,9 +185,7 @@ class Suite(suite.Suite):
         padded = lambda t: F.pad(t, (0, 0, 0, R - len(t)))
         a = torch.stack([padded(a) for a, _ in d.adapters.values()])
         b = torch.stack([padded(b).mT.contiguous() for _, b in d.adapters.values()])
-        run = add_lora(d.inputs["x"], a, b, d.index.flatten().long(), SCALE)
-        stored = d.y.clone()
-        return Call(lambda: run(d.linear(d.inputs["x"])), Call(lambda: run(stored)))
+        return self.beside(d, add_lora(d.inputs["x"], a, b, d.index.flatten().long(), SCALE))
 
     def lrkern(self, d: Data) -> Call:
         def split(y):

@@ -2,27 +2,38 @@
 """Suite `emulator`: what it costs to run the CUDA kernels on the CPU. Per op the time of all its registry samples, and
 above them what a switch between two emulated threads costs."""
 
-import inspect
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import suite
 import torch
-from suite import Call, Case, Data
+from suite import Call, Case
 from torch import Tensor
 
 from lrkern import ops
 from lrkern.ops.dispatch import use_library
-from lrkern.reference import OPS, Sample
+from lrkern.reference import OPS
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "emulator"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "emulator"))
 import build
 
 
+class Data(suite.Data):
+    def __init__(self, case: Case, device: str, seed: int):
+        self.op = op = OPS[case.method]
+        self.samples = list(op.samples(device, case.dtype))
+        inputs = {f"{s.name}.{name}": value for s in self.samples for name, value in op.named(s).items()}
+        dy = tuple(torch.randn_like(op.truth(*s.args, **s.kwargs)) for s in self.samples) if op.differentiable else None
+        for key, t in inputs.items():
+            if case.passes != "no_grad" and isinstance(t, Tensor) and key.rpartition(".")[2] in op.differentiable:
+                t.requires_grad_()
+        super().__init__(inputs, dy)
+
+
 class Suite(suite.Suite):
+    data = Data
     against, cold = None, False
     devices = ("cpu",)
 
@@ -50,28 +61,6 @@ class Suite(suite.Suite):
             for dtype in dtypes
         ]
 
-    def data(self, case: Case, device: str, seed: int) -> Data:
-        op = OPS[case.method]
-        names = list(inspect.signature(op.truth).parameters)
-        samples = list(op.samples(device, case.dtype))
-        inputs = {f"{s.name}.{name}": t for s in samples for name, t in zip(names, s.args, strict=False)}
-        with torch.no_grad():
-            dy = None if op.mutates else tuple(torch.randn_like(op.truth(*s.args, **s.kwargs)) for s in samples)
-        if case.passes != "no_grad":
-            for key, t in inputs.items():
-                if isinstance(t, Tensor) and key.rsplit(".", 1)[1] in op.differentiable:
-                    t.requires_grad_()
-        return Samples(inputs, dy, None, op.name, samples)
-
-    def work(self, case: Case, data: Data) -> None:
-        return None
-
-    def lrkern(self, d: "Samples") -> Call:
-        op = getattr(ops, d.name)
+    def lrkern(self, d: Data) -> Call:
+        op = getattr(ops, d.op.name)
         return Call(lambda: tuple(op(*s.args, **s.kwargs) for s in d.samples), around=lambda: use_library(build.ops()))
-
-
-@dataclass
-class Samples(Data):
-    name: str = ""
-    samples: list[Sample] = field(default_factory=list)

@@ -11,7 +11,6 @@ basis MB is what stays in memory between calls. The adapter alone has the base G
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -22,7 +21,7 @@ from peft import RandLoraConfig, VeraConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.randlora.layer import Linear as RandLoraLayer
 from peft.tuners.vera.layer import Linear as VeraLayer
-from stored import Stored, StoredLinear, StoredOps
+from stored import LayerSuite, StoredLinear, StoredOps, frozen
 from suite import Call, Case
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -30,35 +29,10 @@ from torch.autograd import Function
 import lrkern.functional.base
 from lrkern.functional import Basis, nola_linear, randlora_linear, vera_linear
 from lrkern.ops.dispatch import use_library
+from lrkern.reference import Draw
 
 SEED, SCALE = 1234567, 0.5
 DISTRIBUTION = "uniform8"
-
-
-def cases(quick: bool) -> list[Case]:
-    f32 = torch.float32
-    both = [(512, "fwd+bwd"), (1, "no_grad")]
-
-    def case(method, T, passes, k=None, R=8, I=2048, O=2048, dtype=f32):
-        return Case(method=method, T=T, k=k, R=R, I=I, O=O, passes=passes, dtype=dtype)
-
-    aim = [
-        *(case("nola", T, passes, k=1024) for T, passes in both),
-        *(case("vera", T, passes, R=256) for T, passes in both),
-        case("vera_saved", 512, "fwd+bwd", R=256),
-        *(case("randlora", T, passes, R=32) for T, passes in both),
-    ]
-    if quick:
-        return aim
-    return [
-        *aim,
-        case("nola", 512, "fwd+bwd", k=64, R=16),
-        case("vera", 16, "no_grad", R=256),
-        case("vera", 512, "fwd+bwd", R=256, dtype=torch.bfloat16),
-        case("vera", 512, "fwd+bwd", R=256, I=2048, O=4096),
-        case("randlora", 512, "fwd+bwd", R=32, I=2048, O=1024),
-        case("randlora", 2048, "fwd+bwd", R=32, I=1024, O=1024),
-    ]
 
 
 class Drawn(Function):
@@ -83,8 +57,7 @@ class Data(suite.Data):
     """By method: the trained tensors, and what the providers hold beside them."""
 
     def __init__(self, case: Case, device: str, seed: int):
-        generator = torch.Generator().manual_seed(seed)
-        draw = lambda *shape, std=1.0: (torch.randn(*shape, generator=generator) * std).to(device)
+        draw = Draw(device, torch.float32, seed)
         self.case, self.train = case, "bwd" in case.passes
         I, O, R, least = case.I, case.O, case.R, min(case.I, case.O)
         x, weight, bias = (t.to(case.dtype) for t in (draw(case.T, I), draw(O, I, std=I**-0.5), draw(O)))
@@ -106,18 +79,11 @@ class Data(suite.Data):
             for t in (x, *self.trained):
                 t.requires_grad_()
         self.bases: dict[str, Tensor] = {}
-        super().__init__(inputs, draw(case.T, O).to(case.dtype), self.truth_of(case))
-        self.linear = nn.Linear(I, O, device=device, dtype=case.dtype).requires_grad_(False)
-        self.linear.weight.data, self.linear.bias.data = weight, bias
+        truth = lambda x, weight, bias, **trained: F.linear(x, weight, bias) + self.explicit(x, *trained.values())
+        super().__init__(inputs, draw(case.T, O).to(case.dtype), truth)
+        self.linear = frozen(weight, bias)
         with torch.no_grad():
             self.y, self.dx = self.linear(x), draw(case.T, I).to(case.dtype)
-
-    def truth_of(self, case: Case) -> Callable[..., Tensor]:
-        def truth(x, weight, bias, *trained, **named):
-            trained = list(named.values())
-            return F.linear(x, weight, bias) + self.explicit(x, *trained)
-
-        return truth
 
     def stack(self, which: str) -> Tensor:
         """A basis as float32, made at the first use."""
@@ -147,14 +113,32 @@ class Data(suite.Data):
         return second * ((first * (x @ a.mT)) @ b)
 
 
-class Suite(suite.Suite):
-    against = "peft"
+class Suite(LayerSuite):
+    data = Data
 
     def cases(self, quick: bool) -> list[Case]:
-        return cases(quick)
+        both = [(512, "fwd+bwd"), (1, "no_grad")]
 
-    def data(self, case: Case, device: str, seed: int) -> Data:
-        return Data(case, device, seed)
+        def case(method, T, passes, k=None, R=8, I=2048, O=2048, dtype=torch.float32):
+            return Case(method=method, T=T, k=k, R=R, I=I, O=O, passes=passes, dtype=dtype)
+
+        aim = [
+            *(case("nola", T, passes, k=1024) for T, passes in both),
+            *(case("vera", T, passes, R=256) for T, passes in both),
+            case("vera_saved", 512, "fwd+bwd", R=256),
+            *(case("randlora", T, passes, R=32) for T, passes in both),
+        ]
+        if quick:
+            return aim
+        return [
+            *aim,
+            case("nola", 512, "fwd+bwd", k=64, R=16),
+            case("vera", 16, "no_grad", R=256),
+            case("vera", 512, "fwd+bwd", R=256, dtype=torch.bfloat16),
+            case("vera", 512, "fwd+bwd", R=256, I=2048, O=4096),
+            case("randlora", 512, "fwd+bwd", R=32, I=2048, O=1024),
+            case("randlora", 2048, "fwd+bwd", R=32, I=1024, O=1024),
+        ]
 
     def work(self, case: Case, d: Data) -> tuple[int, int]:
         """The base GEMM (twice with its dx), the adapter's products, a multiply-add for each element of a basis that is
@@ -166,9 +150,6 @@ class Suite(suite.Suite):
         size = d.linear.weight.element_size()
         moved = size * (I * O + T * (I + O)) + sum(t.nbytes for t in d.trained)
         return 2 * T * I * O * (2 if d.train else 1) + low + summed, moved * (2 if d.train else 1)
-
-    def base(self, d: Data) -> Call:
-        return Call(lambda: d.linear(d.inputs["x"]), truth=lambda x, weight, bias, **_: F.linear(x, weight, bias))
 
     def peft(self, d: Data) -> Call | None:
         case = d.case
@@ -211,18 +192,12 @@ class Suite(suite.Suite):
             b = Drawn.apply(beta, SEED + 1, (case.O, case.R))
             return base + SCALE * (x @ a.mT) @ b.mT
 
-        return Call(
-            lambda: run(d.linear(d.inputs["x"])), Call(lambda: run(self.stored_base(d))), truth=None, exact=False
-        )
-
-    @staticmethod
-    def stored_base(d: Data) -> Tensor:
-        return Stored.apply(d.inputs["x"], d.y, d.dx) if d.train else d.y
+        return self.beside(d, run, exact=False)
 
     def stored(self, d: Data) -> Call:
         resident = d.stack("a").nbytes + d.stack("b").nbytes
         run = lambda base: (base + d.explicit(d.inputs["x"], *d.trained)).to(base.dtype)
-        return Call(lambda: run(d.linear(d.inputs["x"])), Call(lambda: run(self.stored_base(d))), basis_bytes=resident)
+        return self.beside(d, run, basis_bytes=resident)
 
     def lrkern(self, d: Data) -> Call:
         case = d.case
