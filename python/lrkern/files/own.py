@@ -16,34 +16,44 @@ of a group comes back up to a rounding, every other one within scale / 2.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..nn.basis import BasisLinear
-from ..nn.nola import NOLALinear
-from ..nn.randlora import RandLoRALinear
-from ..nn.vera import VeRALinear
+from ..limits import DTYPES
+from ..nn.linear import AdapterLinear, LowRankLinear, is_plain_linear
 from ..ops.basis import STREAM_VERSION
+from .atomic import replaced
+from .folder import LORA, UNREADABLE, read_tensors
 
 __all__ = ["load_adapter", "read_layers", "save_adapter"]
 
 FORMAT = 1
 GROUP = 64
-_CLASSES = {cls.__name__: cls for cls in (NOLALinear, VeRALinear, RandLoRALinear)}
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
+_DTYPES = {str(d).removeprefix("torch."): d for d in DTYPES}
 
 
-def _coefficients(layer: BasisLinear) -> dict[str, nn.Parameter]:
-    return dict(layer.named_parameters(recurse=False))
+def classes() -> list[type[AdapterLinear]]:
+    """Those that such a file holds: all that PEFT does not have as plain LoRA; of low rank first."""
+    own = [cls for cls in AdapterLinear.KINDS.values() if cls.PEFT_TYPE != LORA]
+    return sorted(own, key=lambda cls: not issubclass(cls, LowRankLinear))
 
 
-def _kind(layer: BasisLinear) -> dict[str, Any]:
-    dtype = next(iter(_coefficients(layer).values())).dtype
+def either(names: Iterable[type], last: str = " or ") -> str:
+    *names, end = (cls.__name__ for cls in names)
+    return f"{', '.join(names)}{last}{end}" if names else end
+
+
+def is_own(module: Any) -> bool:
+    return isinstance(module, tuple(classes()))
+
+
+def _kind(layer: AdapterLinear) -> dict[str, Any]:
+    dtype = next(iter(layer.coefficients().values())).dtype
     kind = {"class": type(layer).__name__, "in_features": layer.in_features, "out_features": layer.out_features}
     settings = {name: value for name, value in layer.settings.items() if name != "seed"}
     return kind | {"adapter_dtype": str(dtype).removeprefix("torch.")} | settings
@@ -76,19 +86,17 @@ def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) ->
     """
     if bits not in (None, 8, 4):
         raise ValueError(f"save_adapter: bits must be None, 8 or 4, got {bits!r}")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, BasisLinear)}
+    layers = {name: m for name, m in model.named_modules() if is_own(m)}
     if not layers:
-        raise ValueError(
-            f"save_adapter: model must have NOLALinear, VeRALinear or RandLoRALinear layers, got {type(model).__name__} "
-            "with none"
-        )
+        got = type(model).__name__
+        raise ValueError(f"save_adapter: model must have {either(classes())} layers, got {got} with none")
     tensors, kinds, entries = {}, [], {}
     for name, layer in layers.items():
         kind = _kind(layer)
         if kind not in kinds:
             kinds.append(kind)
-        entries[name] = kinds.index(kind), layer.seed
-        for key, c in _coefficients(layer).items():
+        entries[name] = kinds.index(kind), layer.settings.get("seed")
+        for key, c in layer.coefficients().items():
             c, key = c.detach().cpu().contiguous(), f"{name}.{key}"
             if not c.isfinite().all():
                 raise ValueError(f"save_adapter: {key} must be finite, got inf or nan")
@@ -97,10 +105,8 @@ def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) ->
             else:
                 tensors[key], tensors[f"{key}.scale"] = _quantize(c, bits)
     header = {"format": FORMAT, "stream": STREAM_VERSION, "bits": bits, "kinds": kinds, "layers": entries}
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")  # a reader never meets half a file
-    save_file(tensors, partial, metadata={"lrkern": json.dumps(header, separators=(",", ":"))})
-    partial.replace(path)
+    with replaced(Path(path)) as path:
+        save_file(tensors, path, metadata={"lrkern": json.dumps(header, separators=(",", ":"))})
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
@@ -115,24 +121,24 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"load_adapter: {path}: {error}; the model is unchanged") from error
     for name, layer in plan.items():
         there = model.get_submodule(name)
-        if isinstance(there, BasisLinear):
+        if is_own(there):
             with torch.no_grad():
-                for key, c in _coefficients(layer).items():
-                    getattr(there, key).copy_(c)
-            there.seed = layer.seed
+                for key, c in there.coefficients().items():
+                    c.copy_(layer.get_parameter(key))
+            there.__dict__.update({name: value for name, value in layer.settings.items() if name == "seed"})
         else:
             layer.base_layer = there.requires_grad_(False)
             parent, _, child = name.rpartition(".")
-            for key, c in _coefficients(layer).items():
-                setattr(layer, key, nn.Parameter(c.detach().to(there.weight.device)))
+            for key, c in layer.coefficients().items():
+                _put(layer, key, c.detach().to(there.weight.device))
             setattr(model.get_submodule(parent), child, layer.train(there.training))
 
 
-def read_layers(path: str | Path) -> dict[str, BasisLinear]:
+def read_layers(path: str | Path) -> dict[str, AdapterLinear]:
     """The layers of a file by name, coefficients included, over base layers on the meta device. Checks the whole file."""
     header, tensors = _read(Path(path))
     layers = {name: _layer(name, header, tensors) for name in header["layers"]}
-    expected = {f"{name}.{key}" for name, layer in layers.items() for key in _coefficients(layer)}
+    expected = {f"{name}.{key}" for name, layer in layers.items() for key in layer.coefficients()}
     if extra := sorted({key.removesuffix(".scale") for key in tensors} - expected):
         raise ValueError(f"has {extra[0]} and {len(extra) - 1} more that are of no layer")
     return layers
@@ -140,10 +146,9 @@ def read_layers(path: str | Path) -> dict[str, BasisLinear]:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        with safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {}).get("lrkern", "null"))
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118, not a dict
-    except (SafetensorError, OSError, ValueError) as error:
+        metadata, tensors = read_tensors(path)
+        header = json.loads(metadata.get("lrkern", "null"))
+    except UNREADABLE as error:
         raise ValueError(f"cannot be read: {error}") from error
     if not isinstance(header, dict):
         raise ValueError("must be a file of save_adapter's, got one without the metadata lrkern")
@@ -160,22 +165,29 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def _layer(name: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> BasisLinear:
+def _layer(name: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterLinear:
     """The layer as the file describes it, coefficients included, over a base on the meta device."""
     try:
         index, seed = header["layers"][name]
         kind = dict(header["kinds"][index])
-        cls, sizes = _CLASSES[kind.pop("class")], (kind.pop("in_features"), kind.pop("out_features"))
+        cls = {cls.__name__: cls for cls in classes()}[kind.pop("class")]
+        sizes = kind.pop("in_features"), kind.pop("out_features")
         dtype = _DTYPES[kind.pop("adapter_dtype")]
         if set(kind) != set(cls.SETTINGS) - {"seed"}:
             raise ValueError(f"settings must be {sorted(cls.SETTINGS)}, got {sorted(kind)}")
         base = nn.Linear(*sizes, bias=False, device="meta")
-        layer = cls.from_linear(base, **kind, seed=seed, adapter_dtype=dtype)
+        settings = {name: kind.get(name, seed) for name in cls.SETTINGS}
+        layer = cls.from_linear(base, **settings, adapter_dtype=dtype)
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be made: {error}") from error
-    for key, c in _coefficients(layer).items():
-        setattr(layer, key, nn.Parameter(_values(f"{name}.{key}", c, header["bits"], tensors)))
+    for key, c in layer.coefficients().items():
+        _put(layer, key, _values(f"{name}.{key}", c, header["bits"], tensors))
     return layer
+
+
+def _put(layer: AdapterLinear, key: str, values: Tensor) -> None:
+    holder, _, name = key.rpartition(".")
+    setattr(layer.get_submodule(holder), name, nn.Parameter(values))
 
 
 def _values(key: str, like: Tensor, bits: int | None, tensors: dict[str, Tensor]) -> Tensor:
@@ -197,12 +209,12 @@ def _values(key: str, like: Tensor, bits: int | None, tensors: dict[str, Tensor]
     return _dequantize(tensors[key], tensors[f"{key}.scale"], n, bits).view(like.shape).to(like.dtype)
 
 
-def _check_place(model: nn.Module, name: str, layer: BasisLinear) -> None:
+def _check_place(model: nn.Module, name: str, layer: AdapterLinear) -> None:
     try:
         there = model.get_submodule(name)
     except AttributeError as error:
         raise ValueError(f"has {name}, which the model does not") from error
-    if isinstance(there, BasisLinear):
+    if is_own(there):
         if there.merged:
             raise ValueError(f"{name} is merged in the model; unmerge it first")
         got, want = ({k: v for k, v in _kind(m).items() if k != "adapter_dtype"} for m in (there, layer))
@@ -210,7 +222,7 @@ def _check_place(model: nn.Module, name: str, layer: BasisLinear) -> None:
             changed = {k: (want[k], got.get(k)) for k in want if want[k] != got.get(k)}
             raise ValueError(f"{name} differs from the model's: {changed} (file, model)")
         return
-    if not isinstance(there, nn.Linear) or type(there.weight.data) is not Tensor:
+    if not is_plain_linear(there):
         raise ValueError(f"{name} must be an nn.Linear with a plain weight in the model, got {type(there).__name__}")
     if not name:
         raise ValueError("an nn.Linear cannot be replaced in itself; give the module that holds it")
