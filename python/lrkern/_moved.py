@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Module names of earlier versions: each is another name of the module that holds its contents now, for one release.
+"""Module names of earlier versions: each has what the modules have that hold its contents now, for one release.
 
 Models that ``torch.save`` wrote name their classes by them.
 """
@@ -11,13 +11,13 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
-    "lrkern.convert_peft": "lrkern.files.projections",
-    "lrkern.functional.basis": "lrkern.functional",
+    "lrkern.convert_peft": "lrkern.files.projections lrkern.files.vera lrkern.files.randlora",
+    "lrkern.functional.basis": "lrkern.functional lrkern.functional.projection",
     "lrkern.nn.basis_file": "lrkern.files.own",
     "lrkern.nn.dora": "lrkern.caches",
     "lrkern.nn.mixed": "lrkern.caches",
     "lrkern.peft_basis": "lrkern.peft",
-    "lrkern.peft_layer": "lrkern.peft.layer",
+    "lrkern.peft_layer": "lrkern.peft.layer lrkern.files.folder",
     "lrkern.sharding": "lrkern.ops.sharding",
 }
 
@@ -27,8 +27,11 @@ class _Finder(MetaPathFinder, Loader):
         return ModuleSpec(name, self) if name in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """What import returns is what sys.modules then has."""
-        sys.modules[module.__name__] = importlib.import_module(MOVED[module.__name__])
+        homes = [vars(importlib.import_module(home)) for home in MOVED[module.__name__].split()]
+        for name in {name for home in homes for name in home if not name.startswith("__")}:
+            setattr(module, name, next(home[name] for home in homes if name in home))
+        if len(homes) == 1 and "__all__" in homes[0]:
+            module.__all__ = homes[0]["__all__"]
 
 
 sys.meta_path.append(_Finder())

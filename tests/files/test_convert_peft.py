@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.peft.test_peft_basis import KINDS, Net, config, model_of, peft  # isort: skip
 
 import lrkern.functional as F
-from lrkern.files.projections import draw_projections, save_randlora, save_vera, store_projections
+from lrkern.files import draw_projections, save_randlora, save_vera, store_projections
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not:UserWarning")
 SHAPES = {"up": (24, 40), "down": (40, 16), "same": (16, 16)}

@@ -10,13 +10,14 @@ from pathlib import Path
 from torch import nn
 
 from . import conversions, lora, own
+from .projections import draw_projections, store_projections
 
 # isort: off
-from .vera import save_vera  # noqa: F401, in the order that messages name them
-from .randlora import save_randlora  # noqa: F401
+from .vera import save_vera  # the methods that share projections, in the order that messages name them
+from .randlora import save_randlora
 # isort: on
 
-__all__ = ["load", "save"]
+__all__ = ["draw_projections", "load", "save", "save_randlora", "save_vera", "store_projections"]
 
 
 def save(model: nn.Module, path: str | Path, kind: str | None = None, bits: int | None = None) -> None:
@@ -32,7 +33,7 @@ def save(model: nn.Module, path: str | Path, kind: str | None = None, bits: int 
         "lora": conversions.to_lora if mine else lora.save_adapter,
     }
     kind = kind or ("own" if mine else "peft")
-    if kind not in writers or bits is not None and kind != "own":
+    if kind not in writers or (bits is not None and kind != "own"):
         raise ValueError(f"lrkern.files.save: kind must be one of {[*writers]}, with bits own, got {kind!r}, {bits=}")
     writers[kind](model, path)
 

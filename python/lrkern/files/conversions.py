@@ -90,7 +90,7 @@ def to_peft(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
     one randlora_alpha, and not paper_pairing. Refused with a ValueError before anything is written: what differs, NOLALinear,
     which PEFT does not have (``to_lora``), and coefficients that are not finite.
     """
-    kinds = [cls for kind in METHODS for cls in AdapterLinear.KINDS.values() if cls.PEFT_TYPE == kind]
+    kinds = [cls for kind in METHODS for cls in AdapterLinear.KINDS.values() if kind == cls.PEFT_TYPE]
     _, layers = _layers("to_peft", model, either(kinds))
     first = next(iter(layers.values()))
     for name, m in layers.items():

@@ -45,7 +45,9 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     return config, tensors
 
 
-def write_adapter(folder: str | Path, config: "peft.PeftConfig | dict[str, Any]", tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(
+    folder: str | Path, config: "peft.PeftConfig | dict[str, Any]", tensors: Mapping[str, Tensor]
+) -> None:
     """Writes a PEFT folder; a config may be what ``read_adapter`` gave."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

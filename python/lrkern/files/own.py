@@ -125,7 +125,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
             with torch.no_grad():
                 for key, c in there.coefficients().items():
                     c.copy_(layer.get_parameter(key))
-            there.__dict__.update({name: value for name, value in layer.settings.items() if name == "seed"})
+            if "seed" in layer.settings:
+                there.seed = layer.seed
         else:
             layer.base_layer = there.requires_grad_(False)
             parent, _, child = name.rpartition(".")

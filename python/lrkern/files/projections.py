@@ -8,17 +8,15 @@ loader draws the pair from torch's CPU generator.
 
 import math
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import Basis
 from ..functional.projection import Projection
-from ..nn.linear import AdapterLinear
 from .folder import PREFIX, check_finite, features_of, peft_type, read_adapter, write_adapter
 
 Shapes = Iterable[tuple[int, int]]  # [I, O] of the adapted linears
@@ -26,40 +24,18 @@ Layers = Mapping[str, tuple[tuple[int, int], Tensor, Tensor]]  # by name: [I, O]
 Shape = tuple[int, ...]
 
 
-class Method(ABC):
-    """A method of PEFT's whose layers share a pair A, B; a subclass says what its folders hold, and METHODS has it."""
+class Method(NamedTuple):
+    """What the folders hold of a method whose layers share a pair A, B."""
 
-    peft_type: ClassVar[str]
-    own: ClassVar[str]  # what PEFT's names of its tensors begin with
-    vectors: ClassVar[tuple[str, str]]  # what trains, after ``own``
-
-    def __init_subclass__(cls):
-        METHODS[cls.peft_type] = cls
-
-    @staticmethod
-    @abstractmethod
-    def pair(r: int, i: int, o: int) -> tuple[Shape, Shape]:
-        """Shapes of PEFT's A and B where the largest sizes over the linears are i and o."""
-
-    @staticmethod
-    @abstractmethod
-    def trained(r: int, I: int, O: int) -> tuple[Shape, Shape]:
-        """Shapes of a layer's vectors."""
-
-    @staticmethod
-    @abstractmethod
-    def draw(
-        config: Mapping[str, Any], a: Shape, b: Shape, generator: torch.Generator, drawn_in: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """A and B of these shapes as PEFT draws them."""
-
-    @staticmethod
-    @abstractmethod
-    def save(folder: str | Path, layers: Layers, A: Projection, B: Projection, first: AdapterLinear) -> None:
-        """Writes layers that have the settings of the first."""
+    own: str  # what PEFT's names of its tensors begin with
+    vectors: tuple[str, str]  # what trains, after ``own``
+    pair: Callable[[int, int, int], tuple[Shape, Shape]]  # of A and B, by the rank and the largest sizes i, o
+    trained: Callable[[int, int, int], tuple[Shape, Shape]]  # of a layer's vectors, by r, I, O
+    draw: Callable  # config, shapes of A and B, generator, drawn_in: the pair as PEFT draws it
+    save: Callable  # folder, layers, A, B and one of lrkern's layers, whose settings all have: writes them
 
 
-METHODS: dict[str, type[Method]] = {}  # by peft_type
+METHODS: dict[str, Method] = {}  # by peft_type
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -131,7 +107,7 @@ def _check_rank(r: Any) -> None:
         raise ValueError(f"r must be a whole number above 0, got {r!r}")
 
 
-def _pair_names(method: type[Method]) -> list[str]:
+def _pair_names(method: Method) -> list[str]:
     return [f"base_model.{method.own}_{x}" for x in "AB"]
 
 
@@ -172,7 +148,7 @@ def _rows(p: Projection, rows: int, cols: int, what: str) -> Tensor:
 
 def save_pair(
     folder: str | Path,
-    method: type[Method],
+    kind: str,
     layers: Layers,
     A: Projection,
     B: Projection,
@@ -182,9 +158,10 @@ def save_pair(
     """Writes a folder with its projections; config: the class of PEFT's config, options: what it takes beside the rank."""
     if not layers:
         raise ValueError("lrkern.convert_peft: layers must hold at least one, got none")
+    method = METHODS[kind]
     own, (v_name, w_name) = method.own, method.vectors
     r = len(next(iter(layers.values()))[1])
-    a_shape, b_shape = pair_shapes(method.peft_type, r, [shape for shape, _, _ in layers.values()])
+    a_shape, b_shape = pair_shapes(kind, r, [shape for shape, _, _ in layers.values()])
     for name, ((I, O), v, w) in layers.items():
         expected = method.trained(r, I, O)
         if (v.shape, w.shape) != expected:

@@ -6,27 +6,7 @@ from pathlib import Path
 import torch
 
 from ..functional.projection import Projection
-from .projections import Layers, Method, save_pair, uniform
-
-
-class Vera(Method):
-    peft_type, own, vectors = "VERA", "vera", ("lambda_d", "lambda_b")
-
-    @staticmethod
-    def pair(r, i, o):
-        return (r, i), (o, r)
-
-    @staticmethod
-    def trained(r, I, O):
-        return (r,), (O,)
-
-    @staticmethod
-    def draw(config, a, b, generator, drawn_in):
-        return uniform(generator, a, 0, torch.float32), uniform(generator, b, 0, torch.float32)
-
-    @staticmethod
-    def save(folder, layers, A, B, first):
-        save_vera(folder, layers, A, B, first.dropout)
+from .projections import METHODS, Layers, Method, save_pair, uniform
 
 
 def save_vera(folder: str | Path, layers: Layers, A: Projection, B: Projection, dropout: float = 0.0) -> None:
@@ -36,4 +16,14 @@ def save_vera(folder: str | Path, layers: Layers, A: Projection, B: Projection, 
     """
     import peft
 
-    save_pair(folder, Vera, layers, A, B, peft.VeraConfig, vera_dropout=dropout)
+    save_pair(folder, "VERA", layers, A, B, peft.VeraConfig, vera_dropout=dropout)
+
+
+METHODS["VERA"] = Method(
+    own="vera",
+    vectors=("lambda_d", "lambda_b"),
+    pair=lambda r, i, o: ((r, i), (o, r)),
+    trained=lambda r, I, O: ((r,), (O,)),
+    draw=lambda config, a, b, generator, drawn_in: tuple(uniform(generator, s, 0, torch.float32) for s in (a, b)),
+    save=lambda folder, layers, A, B, layer: save_vera(folder, layers, A, B, layer.dropout),
+)

@@ -16,11 +16,7 @@ only).
 
 import copy
 import functools
-import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import peft
@@ -31,15 +27,14 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, MultiheadA
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
-from peft.utils.other import get_pattern_key, transpose
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from .. import functional as F
 from .. import ops
 from ..caches import DoraNorm, MixedFactors
-from ..nn import FusedLoRALinear
+from ..files.folder import rank_and_scaling, read_adapter, write_adapter  # noqa: F401
+from ..files.lora import load_adapter, save_adapter
 from .basis import BASIS_KINDS, FusedRandLora, FusedVera  # noqa: F401
 from .layer import DROPOUTS, DTYPES, PLAIN, Patched, hooked, not_now, patched_class, plain_linear
 
@@ -358,130 +353,3 @@ def _create(
     if isinstance(layer, LoraLayer):
         _patch(layer)
     return layer
-
-
-# ---------------------------------------------------------------------------------------------------- adapter files
-
-_PREFIX = "base_model.model."
-
-
-def _lora_modules(model: nn.Module) -> dict[str, FusedLoRALinear]:
-    found = {name: m for name, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
-    if not found:
-        raise ValueError(f"lrkern.peft: model must have FusedLoRALinear layers, got {type(model).__name__} with none")
-    return found
-
-
-def _in_file(modules: dict[str, FusedLoRALinear]) -> dict[str, nn.Parameter]:
-    """The parameters by the keys that PEFT's files give them."""
-    found = {}
-    for name, m in modules.items():
-        found[f"{_PREFIX}{name}.lora_A.weight"] = m.lora_A.weight
-        found[f"{_PREFIX}{name}.lora_B.weight"] = m.lora_B.weight
-        if m.use_dora:
-            found[f"{_PREFIX}{name}.lora_magnitude_vector"] = m.lora_magnitude_vector.weight
-    return found
-
-
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Writes the factors of a model's FusedLoRALinear layers as a PEFT folder that PeftModel.from_pretrained loads."""
-    modules = _lora_modules(model)
-    first = next(iter(modules.values()))
-    tensors = _in_file(modules)
-    for flag in ("use_rslora", "use_dora"):
-        if any(getattr(m, flag) != getattr(first, flag) for m in modules.values()):
-            raise ValueError(f"lrkern.peft.save_adapter: one PEFT folder has one {flag} for all layers, got both")
-    config = peft.LoraConfig(
-        r=first.r,
-        lora_alpha=first.lora_alpha,
-        lora_dropout=first.lora_dropout,
-        use_rslora=first.use_rslora,
-        use_dora=first.use_dora,
-        target_modules=sorted(modules),
-        rank_pattern={name: m.r for name, m in modules.items() if m.r != first.r},
-        alpha_pattern={name: m.lora_alpha for name, m in modules.items() if m.lora_alpha != first.lora_alpha},
-        inference_mode=True,
-    )
-    write_adapter(folder, config, tensors)
-
-
-def load_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Loads a PEFT LoRA folder into a model's FusedLoRALinear layers. The whole file is checked before anything changes:
-    safetensors only, every layer present, nothing left over, shapes and scale equal, values finite."""
-    folder = Path(folder)
-    modules = _lora_modules(model)
-
-    def bad(text: str) -> ValueError:
-        return ValueError(f"lrkern.peft.load_adapter: {folder}: {text}; the model is unchanged")
-
-    try:
-        config, tensors = read_adapter(folder)
-        kind, bias = config.get("peft_type"), config.get("lora_bias")
-        if kind != "LORA" or bias:
-            raise ValueError(f"must be LoRA or DoRA, got peft_type={kind}, lora_bias={bias}")
-        per_layer = {name: rank_and_scaling(config, name) for name in modules}
-    except ValueError as error:
-        raise bad(str(error)) from error
-    expected = _in_file(modules)
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise bad(f"lacks {missing[0]} and {len(missing) - 1} more")
-    if extra := sorted(tensors.keys() - expected.keys()):
-        raise bad(f"has {extra[0]} and {len(extra) - 1} more that the model does not")
-    for name, m in modules.items():
-        r, scaling = per_layer[name]
-        if r != m.r or not math.isclose(scaling, m.scaling):
-            raise bad(f"{name} must have r={m.r}, scaling={m.scaling:g}, got r={r}, scaling={scaling:g}")
-    for key, weight in expected.items():
-        if tensors[key].shape != weight.shape:
-            raise bad(f"{key} must have shape {list(weight.shape)}, got {list(tensors[key].shape)}")
-        if not tensors[key].is_floating_point() or not tensors[key].isfinite().all():
-            raise bad(f"{key} must be finite floats")
-    with torch.no_grad():
-        for key, weight in expected.items():
-            weight.copy_(tensors[key])
-
-
-def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of a PEFT folder, as they are. A ValueError says why where they cannot be read."""
-    path, config_path = Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise ValueError("must hold adapter_model.safetensors (pickle files such as adapter_model.bin are not read)")
-    try:
-        with safe_open(path, "pt") as f:
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118, not a dict
-        config = json.loads(config_path.read_text())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"adapter_config.json must hold an object, got {type(config).__name__}")
-    return config, tensors
-
-
-def write_adapter(folder: str | Path, config: peft.PeftConfig | dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes a PEFT folder; a config may be what ``read_adapter`` gave."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "adapter_model.safetensors.partial"  # a reader never meets half a file
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial, metadata={"format": "pt"})
-    if isinstance(config, dict):
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    else:
-        config.save_pretrained(str(folder))
-    partial.replace(folder / "adapter_model.safetensors")
-
-
-def rank_and_scaling(config: dict[str, Any], name: str) -> tuple[int, float]:
-    """Of a layer, as PEFT reads rank_pattern and alpha_pattern: a key is a regex of the name or of its end after a dot."""
-
-    def of(key: str, pattern: str) -> Any:
-        patterns = config.get(pattern) or {}
-        if not isinstance(patterns, dict):
-            raise ValueError(f"{pattern} must be an object, got {patterns!r}")
-        return patterns.get(get_pattern_key(patterns, name), config.get(key))
-
-    r, alpha = of("r", "rank_pattern"), of("lora_alpha", "alpha_pattern")
-    if type(r) is not int or r < 0:
-        raise ValueError(f"r of {name} must be a whole number, got {r!r}")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise ValueError(f"lora_alpha of {name} must be a finite number, got {alpha!r}")
-    return r, F.lora_scaling(alpha, r, bool(config.get("use_rslora")))

@@ -66,13 +66,3 @@ def plain_linear(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         return None
     weight = base._parameters.get("weight")  # a pruned or parametrized layer has it elsewhere
     return (weight, base._parameters.get("bias")) if type(weight) in PLAIN else None
-
-
-def features_of(module: nn.Module) -> tuple[int, int] | None:
-    """[I, O] of a linear of any kind: nn.Linear, a quantised one, transformers' Conv1D. Not the one inside
-    nn.MultiheadAttention, whose forward nobody calls."""
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None
-    i, o = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
-    I, O = getattr(module, i, None), getattr(module, o, None)
-    return (I, O) if isinstance(I, int) and isinstance(O, int) else None

@@ -9,7 +9,7 @@ import peft
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
-from .. import peft as files
+from ..files import folder as files
 from ..files.projections import projections
 from ..functional.projection import Projection
 from ..nn import NOLALinear, VeRALinear

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..files.folder import features_of
 from ..functional.projection import project
-from ..peft.layer import features_of
 from .pool import Adapter, AdapterPool, Layer, wrong
 
 

@@ -15,10 +15,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .. import peft as files
+from ..files import folder as files
+from ..files.folder import features_of
 from ..files.own import read_layers
 from ..functional.projection import Basis, Projection
-from ..peft.layer import features_of
 from .families import FAMILIES, Factors, Shared, of_layers
 
 PAGE = 16  # ranks, lrkern.ops.multi_lora's
