@@ -61,6 +61,11 @@ def full_pool(model, folders, names=(*CONFIGS, "lora"), **options):
     return pool
 
 
+def of_vectors(pool):
+    """The pool's side of this kind of adapter."""
+    return next(kind for kind in pool._kinds if kind.parts is Shared)
+
+
 @torch.no_grad()
 def alone(name):
     model = bert(1) if name is None else stock(name)
@@ -82,9 +87,9 @@ def test_a_batch_of_every_family_is_stock_peft_one_adapter_at_a_time(folders):
 
 
 def test_many_adapters_are_one_pair_of_gemms(folders, monkeypatch):
-    calls, project = [], lrkern.serving.model.project
+    calls, project = [], lrkern.serving.kinds.vectors.project
     monkeypatch.setattr(
-        lrkern.serving.model, "project", lambda x, p, **kw: calls.append(tuple(x.shape)) or project(x, p, **kw)
+        lrkern.serving.kinds.vectors, "project", lambda x, p, **kw: calls.append(tuple(x.shape)) or project(x, p, **kw)
     )
     monkeypatch.setattr(lrkern.ops, "multi_lora_shrink", lambda *_: pytest.fail("no adapter of factors"))
     model = bert(1)
@@ -194,7 +199,7 @@ def test_a_page_holds_as_many_as_have_room(r, per_page):
         pool.add(f"v{i}", *vera(r, 1, i))
     names = [f"v{i}" for i in range(3 * per_page)]
     assert answers(served, names) == [16.0 * r * i for i in range(3 * per_page)]
-    assert sorted(pool.resident) == sorted(names) and not pool._free and not pool._open
+    assert sorted(pool.resident) == sorted(names) and not pool._free and not of_vectors(pool).open
     assert answers(served, [f"v{3 * per_page}"]) == [16.0 * r * 3 * per_page]
     assert "v0" not in pool.resident and "v1" in pool.resident, "the least recently used one left"
     with pytest.raises(PoolFull, match=f"{3 * per_page + 1} adapters need 4 pages"):
@@ -267,7 +272,7 @@ def test_pins_replace_remove_and_eviction():
     assert answers(served, ["big", "v3"]) == [512, 256 * 50.0]
     for name in pool.names:
         pool.remove(name)
-    assert sorted(pool._free) == [0, 1] and not pool._open and not pool._resident and not pool._reserved
+    assert sorted(pool._free) == [0, 1] and not of_vectors(pool).open and not pool._resident and not pool._reserved
 
 
 def test_pinned_vectors_on_several_pages_move_together():
@@ -295,11 +300,11 @@ def test_what_is_in_use_is_not_moved():
     pool.add("big", *lora(32, 9))
     answers(served, [f"v{i}" for i in range(17)])
     with pool._lease(["v16"]):
-        slot, done = pool._adapters["v16"].slot, []
+        cell, done = pool._adapters["v16"].cell, []
         thread = threading.Thread(target=lambda: done.append(answers(served, ["big"])))
         thread.start()
         thread.join(0.2)
-        assert not done and len(pool.resident) == 17 and pool._adapters["v16"].slot == slot
+        assert not done and len(pool.resident) == 17 and pool._adapters["v16"].cell == cell
     thread.join()
     assert done == [[9]] and pool.resident == ["big"]
 
@@ -358,7 +363,12 @@ def test_eight_threads():
     assert not any(w.is_alive() for w in workers)
     for name in pool.names:
         pool.remove(name)
-    assert sorted(pool._free) == list(range(12)) and not pool._open and not pool._resident and not pool._reserved
+    assert (
+        sorted(pool._free) == list(range(12))
+        and not of_vectors(pool).open
+        and not pool._resident
+        and not pool._reserved
+    )
 
 
 # ---- the shared pair ------------------------------------------------------------------------------------------------
@@ -401,9 +411,7 @@ def test_a_pair_over_a_basis_is_never_stored(monkeypatch):
         pool.add("a2", *vera(8, 1, 1))
     with MultiLoraModel(model, pool) as served:
         y = served(x, adapters=["a1", None, "a0"])
-    assert not y[1].any() and not any(
-        isinstance(p, torch.Tensor) for layer in pool._layers.values() for p in layer.pair
-    )
+    assert not y[1].any() and not any(isinstance(p, torch.Tensor) for pair in of_vectors(pool).pairs for p in pair)
     for row, tensors in ((0, parts[1]), (2, parts[0])):
         want = torch.cat([
             F.vera_linear(x[row], m.weight, m.bias, tensors["d"], tensors[n], A, B._replace(cols=m.out_features))
@@ -483,7 +491,8 @@ def test_a_batch_of_nola_vera_lora_and_the_base_is_each_alone(folders, tmp_path)
     who = ["vera_a", None, "nola", "lora", "vera_b", "vera_apart", "vera_a", "nola"]
     with MultiLoraModel(model, pool) as served:
         got = hidden(served(**batch(8), adapters=who))
-    assert isinstance(pool.pair.a, F.Basis) and (pool.pair.a.seed, pool.pair.a.cols) == (11, 1536)
+    a = of_vectors(pool).pair.a
+    assert isinstance(a, F.Basis) and (a.seed, a.cols) == (11, 1536)
     for row, name in enumerate(who):
         with torch.no_grad():
             want = hidden(own[name](**batch(8)))[row] if name in own else alone(name)[row]

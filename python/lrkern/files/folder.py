@@ -3,7 +3,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,11 @@ def write_adapter(
             (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
         else:
             config.save_pretrained(str(folder))
+
+
+def check_shape(key: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    if tensor.shape != tuple(shape):
+        raise ValueError(f"{key} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def check_finite(key: str, tensor: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import FusedLoRALinear
-from .folder import LORA, PREFIX, check_finite, rank_and_scaling, read_adapter, write_adapter
+from .folder import LORA, PREFIX, check_finite, check_shape, rank_and_scaling, read_adapter, write_adapter
 
 
 def _modules(model: nn.Module) -> dict[str, FusedLoRALinear]:
@@ -87,6 +87,5 @@ def _check(
         if r != m.r or not math.isclose(scaling, m.scaling):
             raise ValueError(f"{name} must have r={m.r}, scaling={m.scaling:g}, got r={r}, scaling={scaling:g}")
     for key, weight in parameters.items():
-        if tensors[key].shape != weight.shape:
-            raise ValueError(f"{key} must have shape {list(weight.shape)}, got {list(tensors[key].shape)}")
+        check_shape(key, tensors[key], weight.shape)
         check_finite(key, tensors[key])

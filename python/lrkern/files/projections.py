@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..functional import Basis
 from ..functional.projection import Projection
-from .folder import PREFIX, check_finite, features_of, peft_type, read_adapter, write_adapter
+from .folder import PREFIX, check_finite, check_shape, features_of, peft_type, read_adapter, write_adapter
 
 Shapes = Iterable[tuple[int, int]]  # [I, O] of the adapted linears
 Layers = Mapping[str, tuple[tuple[int, int], Tensor, Tensor]]  # by name: [I, O] and the two tensors that train
@@ -95,8 +95,7 @@ def projections(
     for name, shape in zip(names, pair_shapes(kind, config["r"], shapes), strict=True):
         if name not in tensors:
             raise ValueError(f"lacks {name}")
-        if tensors[name].shape != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensors[name].shape)}")
+        check_shape(name, tensors[name], shape)
         check_finite(name, tensors[name])
     A, B = (tensors[name].float() for name in names)
     return A, B

@@ -17,7 +17,7 @@ Every method may be called from any thread. A forward, or a whole ``generate``, 
 when it began, whatever is replaced or removed meanwhile, and their pages get no new owner before it ends.
 """
 
-from .families import FAMILIES, Factors, Shared, Vectors
+from .kinds import FAMILIES, Factors, Shared, Vectors
 from .model import MultiLoraModel
 from .pool import AdapterPool, PoolFull, UnknownAdapter
 

@@ -1,29 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters by name in pools of pages, and who of them is on the device."""
 
-import math
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..files import folder as files
-from ..files.folder import features_of
+from ..files.folder import features_of, read_adapter
 from ..files.own import read_layers
-from ..functional.projection import Basis, Projection
-from .families import FAMILIES, Factors, Shared, of_layers
-
-PAGE = 16  # ranks, lrkern.ops.multi_lora's
-MAX_RANK = 512
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from ..limits import DTYPES, MAX_RANK, PAGE
+from .kinds.kind import KINDS, Adapter, Kind
+from .kinds.read import of_folder, of_layers
+from .layer import Layer, wrong
 
 
 class UnknownAdapter(ValueError):
@@ -32,63 +28,6 @@ class UnknownAdapter(ValueError):
 
 class PoolFull(RuntimeError):
     """More pages are needed at once than there are."""
-
-
-def wrong(argument: str, must: str, got: Any) -> ValueError:
-    return ValueError(f"lrkern.serving: {argument} must {must}, got {got}")
-
-
-class Layer:
-    """A linear's pools. Sharded by columns it has B's rows of this process, by rows A's columns.
-
-    A page is 16 rows of both. An adapter of factors has A's rows and Bᵀ's in whole pages. One of vectors has a slot, an equal
-    part of a page, in which d and b lie from the start.
-    """
-
-    def __init__(self, index: int, name: str, features: tuple[int, int], split: str | None, world: int):
-        self.index, self.name, self.split = index, name, split
-        self.local = features
-        self.whole = (features[0] * (world if split == "row" else 1), features[1] * (world if split == "column" else 1))
-        self.a: Tensor  # [P, I]
-        self.b: Tensor  # [P, O]
-        self.pair: tuple[Projection, Projection]  # A [r, I] and B [r, O] that the vectors of all adapters share
-
-    def mine(self, t: Tensor, which: str, rank: int) -> Tensor:
-        """This process's columns of something of A ("row") or Bᵀ ("column")."""
-        n = self.local[which == "column"]
-        return t[..., n * rank : n * (rank + 1)] if self.split == which else t[..., :n]
-
-    def slots(self, per_page: int, r: int) -> tuple[Tensor, Tensor]:
-        """d [slots, r] and b [slots, O] of the adapters of vectors, views of the pools."""
-        rows, O = PAGE // per_page, self.local[1]
-        return self.a.view(-1, rows * self.a.shape[1])[:, :r], self.b.view(-1, rows * O)[:, :O]
-
-
-class Pair(NamedTuple):
-    """The projections that all vectors of a pool share, as the first such adapter brought them."""
-
-    a: Projection
-    b: Projection
-    r: int
-    per_page: int  # adapters
-
-
-class Adapter:
-    """One adapter's host copy, which never changes, and where on the device it is, which the pool's lock guards."""
-
-    def __init__(
-        self, ranks: list[int], scales: list[float], host: dict[int, tuple[Tensor, Tensor]], vectors: bool = False
-    ):
-        self.host = host  # by layer: A [16 n, I] and Bᵀ [16 n, O], zeros past the rank; or d [r] and b [O]
-        self.vectors = vectors
-        self.size = 0 if vectors else math.ceil(max(ranks) / PAGE)  # pages of its own
-        self.ranks, self.scales = torch.tensor(ranks, dtype=torch.int32), torch.tensor(scales)
-        self.pages: list[int] | None = None  # on the device
-        self.slot = -1  # of vectors, counted over all pages
-        self.users = 0  # forwards that may read them
-        self.retired = False  # removed or replaced, but in use
-        self.ready: Any = None  # CUDA: the event after its upload
-        self.done: dict[Any, Any] = {}  # CUDA: by stream, the event after the last forward that read it
 
 
 class AdapterPool:
@@ -125,7 +64,7 @@ class AdapterPool:
             raise wrong("max_rank", f"lie in 1..{MAX_RANK}", max_rank)
         if (budget is None) == (pages is None):
             raise wrong("budget or pages", "be given, and not both", f"budget={budget}, pages={pages}")
-        if dtype not in (None, *_DTYPES):
+        if dtype not in (None, *DTYPES):
             raise wrong("dtype", "be float32, float16 or bfloat16", dtype)
         parallel = dict(parallel or {})
         if not set(parallel.values()) <= {"column", "row"}:
@@ -151,7 +90,7 @@ class AdapterPool:
         if len(devices) != 1 or (device := devices.pop()).type == "meta":
             raise wrong("model", "be on one device", sorted(map(str, devices)) or "meta")
         only = kinds.pop() if len(kinds) == 1 and len(weights) == len(modules) else None
-        self.device, self.dtype = device, dtype or (only if only in _DTYPES else torch.float32)
+        self.device, self.dtype = device, dtype or (only if only in DTYPES else torch.float32)
         self.max_rank, self.max_adapters = max_rank, max_adapters
         self.page_bytes = PAGE * self.dtype.itemsize * sum(sum(layer.local) for layer in self._layers.values())
         self.pages = pages if pages is not None else budget // self.page_bytes
@@ -169,9 +108,8 @@ class AdapterPool:
         self._adapters: dict[str, Adapter] = {}
         self._resident: OrderedDict[Adapter, None] = OrderedDict()  # least recently used first
         self._free = list(range(self.pages))
-        self._open: dict[int, list[int]] = {}  # by page that holds vectors and has room for more, its free slots
         self._reserved: set[Adapter] = set()  # pinned, whether they are on the device yet or not
-        self.pair: Pair | None = None  # once there is, it stays
+        self._kinds = [kind(self) for kind in KINDS]
 
     # ---- what is there
 
@@ -206,7 +144,7 @@ class AdapterPool:
         if Path(path).is_file():
             self._put(name, lambda: of_layers(read_layers(path), self._linears), replace, f"{path}: ")
         else:
-            self._put(name, lambda: self._parts(*files.read_adapter(path)), replace, f"{path}: ")
+            self._put(name, lambda: of_folder(*read_adapter(path), self._linears), replace, f"{path}: ")
 
     def add(
         self,
@@ -217,7 +155,7 @@ class AdapterPool:
     ) -> None:
         """The same with what the two files hold: a config, and tensors by key as peft.get_peft_model_state_dict gives."""
         config = config.to_dict() if isinstance(config, peft.PeftConfig) else config
-        self._put(name, lambda: self._parts(config, tensors), replace)
+        self._put(name, lambda: of_folder(config, tensors, self._linears), replace)
 
     def remove(self, name: str) -> None:
         """Forwards under way end with it; its pages are free after them."""
@@ -239,11 +177,19 @@ class AdapterPool:
             self._reserved.discard(adapter)
             self._changed.notify_all()
 
-    def _put(self, name: str, read: Callable[[], dict[str, Factors] | Shared], replace: bool, where: str = "") -> None:
+    def _to_device(self, t: Tensor) -> Tensor:
+        """A copy on the device, which nobody waits for."""
+        return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
+
+    def _put(self, name: str, read: Callable[[], Any], replace: bool, where: str = "") -> None:
         if not isinstance(name, str) or not name:
             raise wrong("name", "be a string", repr(name))
         try:
-            adapter, pair = self._host_copy(read())
+            parts = read()
+            kind = next(kind for kind in self._kinds if isinstance(parts, kind.parts))
+            if outside := sorted(kind.names(parts) - self._layers.keys()):
+                raise ValueError(f"{outside[0]} is not among the pool's targets")
+            adapter, terms = kind.read(parts)
         except (ValueError, TypeError, re.error) as error:
             raise ValueError(f"lrkern.serving: adapter {name!r}: {where}{error}; the pool is unchanged") from error
         with self._changed:
@@ -254,8 +200,7 @@ class AdapterPool:
                 raise wrong("name", "be new (or say replace=True)", repr(name))
             if old is None and len(self._adapters) >= self.max_adapters:
                 raise PoolFull(f"lrkern.serving: max_adapters is {self.max_adapters}, and {name!r} would be one more")
-            if pair is not None:
-                self._agree(pair, name)
+            kind.agree(terms, name)
             pinned = old in self._reserved
             if pinned:
                 self._reserve({*self._reserved, adapter} - {old}, name)
@@ -264,107 +209,6 @@ class AdapterPool:
                 self._retire(old)
         if pinned:
             self._bring(name)
-
-    def _parts(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Factors] | Shared:
-        kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
-        if kind not in FAMILIES:
-            raise ValueError(f"peft_type must be one of {sorted(FAMILIES)}, got {kind!r}")
-        for key, tensor in tensors.items():
-            if tensor.dtype not in (*_DTYPES, torch.float64):
-                raise ValueError(f"{key} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
-        return FAMILIES[kind](config, tensors, self._linears)
-
-    def _host_copy(self, parts: dict[str, Factors] | Shared) -> tuple[Adapter, Pair | None]:
-        """Checks everything."""
-        if outside := sorted((parts.vectors if isinstance(parts, Shared) else parts).keys() - self._layers.keys()):
-            raise ValueError(f"{outside[0]} is not among the pool's targets")
-        return self._read_vectors(parts) if isinstance(parts, Shared) else (self._read_factors(parts), None)
-
-    def _read_factors(self, factors: Mapping[str, Factors]) -> Adapter:
-        rank = max(f.a.shape[0] for f in factors.values())
-        if not 1 <= rank <= self.max_rank:
-            raise ValueError(f"rank must lie in 1..{self.max_rank} (the pool's max_rank), got {rank}")
-        if math.ceil(rank / PAGE) > self.pages:
-            raise ValueError(f"rank {rank} needs {math.ceil(rank / PAGE)} pages, the pool has {self.pages}")
-        first = next(iter(factors.values())).scale
-        ranks, scales, host = [0] * len(self._layers), [first] * len(self._layers), {}
-        rows = {name: PAGE * math.ceil(f.a.shape[0] / PAGE) for name, f in factors.items()}
-        count = sum(n * sum(self._layers[name].local) for name, n in rows.items())
-        flat = torch.zeros(count, dtype=self.dtype, pin_memory=self._upload_stream is not None)
-        at = 0
-        for name, f in factors.items():
-            layer, r = self._layers[name], f.a.shape[0]
-            if (f.a.shape, f.b.shape) != ((r, layer.whole[0]), (layer.whole[1], r)) or not math.isfinite(f.scale):
-                raise ValueError(f"{name} got factors {list(f.a.shape)}, {list(f.b.shape)}, scale {f.scale}")
-            pair = []
-            for t, split in ((f.a, "row"), (f.b.mT, "column")):
-                mine = layer.mine(t.detach(), split, self._rank)
-                n = mine.shape[1]
-                view = flat[at : at + rows[name] * n].view(rows[name], n)
-                view[:r].copy_(mine)
-                at += view.numel()
-                pair.append(view)
-                if not view.isfinite().all():
-                    raise ValueError(f"{name} must have finite factors in {self.dtype}, got inf or nan")
-            ranks[layer.index], scales[layer.index], host[layer.index] = r, f.scale, (pair[0], pair[1])
-        return Adapter(ranks, scales, host)
-
-    def _read_vectors(self, shared: Shared) -> tuple[Adapter, Pair]:
-        """d lies in the room of 16 rows of A's pool, or as small a part of it as holds it in every layer."""
-        r, i = shared.a.shape if isinstance(shared.a, Tensor) else (shared.a.rows, shared.a.cols)
-        r_b, o = shared.b.shape if isinstance(shared.b, Tensor) else (shared.b.rows, shared.b.cols)
-        room = PAGE * min(layer.local[0] for layer in self._layers.values())
-        if r != r_b or not 1 <= r <= room:
-            raise ValueError(
-                f"rank must lie in 1..{room} (what a page holds of the narrowest linear), got {r} and {r_b}"
-            )
-        host: dict[int, tuple[Tensor, Tensor]] = {}
-        for name, (d, b) in shared.vectors.items():
-            layer = self._layers[name]
-            if d.shape != (r,) or b.shape != layer.whole[1:] or i < layer.whole[0] or o < layer.whole[1]:
-                raise ValueError(
-                    f"{name} {list(layer.whole)} got vectors {list(d.shape)} and {list(b.shape)} of projections "
-                    f"{[r, i]} and {[r_b, o]}"
-                )
-            both = torch.cat([d.detach().cpu(), layer.mine(b.detach(), "column", self._rank).cpu()]).to(self.dtype)
-            if not both.isfinite().all():
-                raise ValueError(f"{name} must have finite vectors in {self.dtype}, got inf or nan")
-            host[layer.index] = tuple((both.pin_memory() if self._upload_stream else both).split([r, len(both) - r]))
-        per_page = PAGE
-        while per_page * r > room:
-            per_page //= 2
-        none = [0] * len(self._layers)
-        return Adapter(none, none, host, vectors=True), Pair(shared.a, shared.b, r, per_page)
-
-    def _agree(self, new: Pair, name: str) -> None:
-        """All adapters of vectors have the pool's pair, which is that of the first; with the lock held."""
-        if (old := self.pair) is None:
-            new = new._replace(
-                **{x: p.detach().clone() for x, p in zip("ab", new, strict=False) if isinstance(p, Tensor)}
-            )
-            whole = [new.a, new.b]
-            if any(layer.split for layer in self._layers.values()):  # a Basis has no columns in the middle
-                whole = [p.fill(torch.empty(0)) if isinstance(p, Basis) else p for p in whole]
-            whole = [p.to(self.device, self.dtype) if isinstance(p, Tensor) else p for p in whole]
-            for layer in self._layers.values():
-                layer.pair = tuple(
-                    p._replace(cols=n) if isinstance(p, Basis) else layer.mine(p, which, self._rank)
-                    for p, n, which in zip(whole, layer.local, ("row", "column"), strict=True)
-                )
-            self.pair = new
-            return
-        sizes = [
-            [list(p.shape) if isinstance(p, Tensor) else [p.rows, p.cols] for p in pair[:2]] for pair in (old, new)
-        ]
-        must = f"lrkern.serving: adapter {name!r}: its projections must be the pool's"
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"{must}, of shapes {sizes[0]}, got {sizes[1]}; the pool is unchanged")
-        for x, a, b in zip("AB", old[:2], new[:2], strict=True):
-            if type(a) is not type(b) or not (torch.equal(a, b) if isinstance(a, Tensor) else a == b):
-                raise ValueError(
-                    f"{must}, which the first such adapter brought, got another {x} (of another projection_prng_key?); the "
-                    "pool is unchanged"
-                )
 
     # ---- who is on the device; all of it with the lock held
 
@@ -376,10 +220,9 @@ class AdapterPool:
             raise self._unknown(name)
         return self._adapters[name]
 
-    def _pages(self, adapters: Collection[Adapter]) -> int:
-        """How many these take when they lie as close as they can."""
-        vectors = sum(adapter.vectors for adapter in adapters)
-        return sum(adapter.size for adapter in adapters) + (math.ceil(vectors / self.pair.per_page) if vectors else 0)
+    def _pages(self, adapters: Collection[Adapter], cells: Callable[[Kind], int] = lambda kind: 0) -> int:
+        """How many these take when they lie as close as they can, beside so many free cells of each kind."""
+        return sum(kind.needs(those, cells(kind)) for kind, those in _by_kind(adapters))
 
     def _reserve(self, pinned: set[Adapter], name: str) -> None:
         need, now = self._pages(pinned), self._pages(self._reserved)
@@ -402,45 +245,29 @@ class AdapterPool:
             return
         for event in adapter.done.values():
             self._upload_stream.wait_event(event)
-        if adapter.vectors:
-            (page,) = adapter.pages
-            slots = self._open.setdefault(page, [])
-            slots.append(adapter.slot)
-            if len(slots) == self.pair.per_page:
-                del self._open[page]
-                self._free.append(page)
-        else:
-            self._free += adapter.pages
+        adapter.kind.leave(adapter, self._free)
         adapter.pages, adapter.ready, adapter.done = None, None, {}
         self._resident.pop(adapter, None)
 
-    def _lacks(self, adapters: Collection[Adapter], pages: int, slots: int) -> int:
-        """How many pages more than these, and than these slots in pages begun, the adapters need."""
-        vectors = sum(adapter.vectors for adapter in adapters) - slots
-        more = math.ceil(vectors / self.pair.per_page) if vectors > 0 else 0
-        return sum(adapter.size for adapter in adapters) + more - pages
-
     def _make_room(self, batch: set[Adapter]) -> bool:
-        """Whether the batch fits now; then others have left for it, least recently used first. Idle vectors that stay, pinned
-        or in the batch, may lie one a page: where need be they move together."""
+        """Whether the batch fits now; then others have left for it, least recently used first. Of adapters that share pages
+        those that stay idle, pinned or in the batch, may lie one a page: where need be they move together."""
         absent = [adapter for adapter in batch if adapter.pages is None]
         if not absent:
             return True
-        busy = [adapter for adapter in self._resident if adapter.users]
+        held = {kind: kind.held(those) for kind, those in _by_kind(a for a in self._resident if a.users)}
         staying = {a for a in self._resident if not a.users and (a in batch or a in self._reserved)}
-        begun = {adapter.pages[0] for adapter in busy if adapter.vectors}
-        slots = len(begun) * self.pair.per_page - sum(a.vectors for a in busy) if begun else 0
-        pages = self.pages - len(begun) - sum(adapter.size for adapter in busy)
-        if self._lacks([*staying, *absent], pages, slots) > 0:
+        pages = self.pages - sum(n for n, _ in held.values())
+        if self._pages([*staying, *absent], lambda kind: held.get(kind, (0, 0))[1]) > pages:
             return False
-        lacks = lambda: self._lacks(absent, len(self._free), sum(map(len, self._open.values()))) > 0
+        lacks = lambda: self._pages(absent, lambda kind: kind.cells) > len(self._free)
         for adapter in list(self._resident):
             if not lacks():
                 return True
             if not adapter.users and adapter not in staying:
                 self._leave(adapter)
         if lacks():
-            moving = [adapter for adapter in staying if adapter.vectors]
+            moving = [adapter for adapter in staying if adapter.cell is not None]
             for adapter in moving:
                 self._leave(adapter)
             for adapter in moving:
@@ -448,28 +275,11 @@ class AdapterPool:
         return True
 
     def _enter(self, adapter: Adapter) -> None:
-        if adapter.vectors:
-            n = self.pair.per_page
-            if not self._open:
-                page = self._free.pop(0)
-                self._open[page] = list(range(n * page, n * (page + 1)))
-            page, slots = next(iter(self._open.items()))
-            adapter.pages, adapter.slot = [page], slots.pop(0)
-            if not slots:
-                del self._open[page]
-        else:
-            adapter.pages = self._free[: adapter.size]
-            del self._free[: adapter.size]
+        adapter.kind.enter(adapter, self._free)
         with torch.cuda.stream(self._upload_stream), torch.no_grad():
             for layer in self._layers.values():
-                parts = adapter.host.get(layer.index, ())
-                if adapter.vectors:
-                    for pool, host in zip(layer.slots(self.pair.per_page, self.pair.r), parts, strict=False):
-                        pool[adapter.slot].copy_(host, non_blocking=True)
-                    continue
-                for pool, host in zip((layer.a, layer.b), parts, strict=False):
-                    for page, rows in zip(adapter.pages, host.split(PAGE), strict=False):
-                        pool[PAGE * page : PAGE * (page + 1)].copy_(rows, non_blocking=True)
+                for view, host in adapter.kind.copies(adapter, layer) if layer.index in adapter.host else ():
+                    view.copy_(host, non_blocking=True)
             if self._upload_stream:
                 adapter.ready = self._upload_stream.record_event()
         self._resident[adapter] = None
@@ -519,6 +329,13 @@ class AdapterPool:
                 pass
         except UnknownAdapter:  # removed by another thread just now
             pass
+
+
+def _by_kind(adapters: Iterable[Adapter]) -> Iterable[tuple[Kind, list[Adapter]]]:
+    groups: dict[Kind, list[Adapter]] = {}
+    for adapter in adapters:
+        groups.setdefault(adapter.kind, []).append(adapter)
+    return groups.items()
 
 
 def _ends(name: str, end: str) -> bool:

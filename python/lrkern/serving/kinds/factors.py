@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters that are factors: LoRA, rsLoRA and all that can be written as low-rank factors."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...files.folder import check_shape, rank_and_scaling
+from ...files.own import classes, either
+from ...limits import PAGE
+from ...nn.linear import LowRankLinear
+from .kind import FAMILIES, Adapter, Batch, Kind
+from .read import by_linear, plain
+
+
+class Factors(NamedTuple):
+    """What an adapter adds to one linear: y += scale · (x Aᵀ) Bᵀ."""
+
+    a: Tensor  # [R, I]
+    b: Tensor  # [O, R]
+    scale: float
+
+
+class LowRank(Kind):
+    """The rows of A and of Bᵀ in whole pages, zeros past the rank."""
+
+    parts = Mapping  # Factors by linear
+
+    @classmethod
+    def of_layers(cls, layers):
+        for name, layer in layers.items():
+            if not isinstance(layer, LowRankLinear):
+                must = either(cls for cls in classes() if issubclass(cls, LowRankLinear))
+                raise ValueError(f"{name} must be {must}, got {type(layer).__name__}, which has full rank")
+        return {name: Factors(*layer.factors()) for name, layer in layers.items()}
+
+    def read(self, parts: Mapping[str, Factors]) -> tuple[Adapter, None]:
+        pool = self.pool
+        rank = max(f.a.shape[0] for f in parts.values())
+        if not 1 <= rank <= pool.max_rank:
+            raise ValueError(f"rank must lie in 1..{pool.max_rank} (the pool's max_rank), got {rank}")
+        size = math.ceil(rank / PAGE)
+        if size > pool.pages:
+            raise ValueError(f"rank {rank} needs {size} pages, the pool has {pool.pages}")
+        first = next(iter(parts.values())).scale
+        ranks, scales, host = [0] * len(pool.layers), [first] * len(pool.layers), {}
+        rows = {name: PAGE * math.ceil(f.a.shape[0] / PAGE) for name, f in parts.items()}
+        count = sum(n * sum(pool._layers[name].local) for name, n in rows.items())
+        flat = torch.zeros(count, dtype=pool.dtype, pin_memory=pool._upload_stream is not None)
+        at = 0
+        for name, f in parts.items():
+            layer, r = pool._layers[name], f.a.shape[0]
+            if (f.a.shape, f.b.shape) != ((r, layer.whole[0]), (layer.whole[1], r)) or not math.isfinite(f.scale):
+                raise ValueError(f"{name} got factors {list(f.a.shape)}, {list(f.b.shape)}, scale {f.scale}")
+            pair = []
+            for t, split in ((f.a, "row"), (f.b.mT, "column")):
+                mine = layer.mine(t.detach(), split, pool._rank)
+                n = mine.shape[1]
+                view = flat[at : at + rows[name] * n].view(rows[name], n)
+                view[:r].copy_(mine)
+                at += view.numel()
+                pair.append(view)
+                if not view.isfinite().all():
+                    raise ValueError(f"{name} must have finite factors in {pool.dtype}, got inf or nan")
+            ranks[layer.index], scales[layer.index], host[layer.index] = r, f.scale, (pair[0], pair[1])
+        return Adapter(self, host, size, (torch.tensor(ranks, dtype=torch.int32), torch.tensor(scales))), None
+
+    def copies(self, adapter, layer):
+        for pool, host in zip((layer.a, layer.b), adapter.host[layer.index], strict=True):
+            for page, rows in zip(adapter.pages, host.split(PAGE), strict=False):
+                yield pool[PAGE * page : PAGE * (page + 1)], rows
+
+    def batch(self, rows, put):
+        return _Batch(self.pool.group, rows, put)
+
+
+class _Batch(Batch):
+    """All of them as one multi-LoRA call a layer; the plan is made once for each number of rows."""
+
+    def __init__(self, group: Any, rows, put):
+        adapters = list(dict.fromkeys(adapter for row in rows for adapter, _ in row))
+        number, K = {adapter: i for i, adapter in enumerate(adapters)}, max(map(len, rows))
+        slots = [[(number[a], scale) for a, scale in row] + [(-1, 0.0)] * (K - len(row)) for row in rows]
+        M = max(adapter.size for adapter in adapters)
+        pages = [[adapter.pages + [0] * (M - adapter.size)] for adapter in adapters]
+        ranks, scales = (torch.stack(each, 1) for each in zip(*(a.facts for a in adapters), strict=True))  # [layers, A]
+        self._acts = ranks.any(1).tolist()
+        self._index = put(torch.tensor([[i for i, _ in row] for row in slots], dtype=torch.int32))  # [requests, K]
+        self._own = put(torch.tensor([[scale for _, scale in row] for row in slots]))
+        self._pages, self._ranks = put(torch.tensor(pages, dtype=torch.int32)), put(ranks.unsqueeze(2))
+        self._scales, self._alike = put(scales), [tuple(row) for row in scales.tolist()]
+        self._group = group
+        self._plans: dict[int, Tensor] = {}
+        self._scaled: dict[tuple, Tensor] = {}
+
+    def acts(self, layer):
+        return self._acts[layer.index]
+
+    def add(self, y, x, layer):
+        plan, scales = self._plan(x, layer)
+        where = self._pages, self._ranks[layer.index], plan
+        s = ops.multi_lora_shrink(x, layer.a, *where, scales)
+        if layer.split == "row":
+            torch.distributed.all_reduce(s, group=self._group)
+        if not y.is_contiguous():
+            return ops.multi_lora_expand(y, s, layer.b, *where)
+        ops.multi_lora_expand_(y, s, layer.b, *where)
+        return y
+
+    def _plan(self, x, layer) -> tuple[Tensor, Tensor]:
+        """The plan of x's rows and their scales [T, K]."""
+        T = x.shape[:-1].numel()
+        times = T // len(self._index)
+        if T not in self._plans:
+            self._plans[T] = ops.multi_lora_plan(self._index.repeat_interleave(times, 0), len(self._pages))
+        key = T, self._alike[layer.index]
+        if key not in self._scaled:
+            scales = self._own * self._scales[layer.index][self._index.clamp_min(0)]
+            self._scaled[key] = scales.repeat_interleave(times, 0)
+        return self._plans[T], self._scaled[key]
+
+
+# Of a LoraConfig, what makes an adapter more than A and B beside frozen weights.
+_MORE = (
+    "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters",
+    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+_NOT_PLAIN = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # of init_lora_weights: the first five change W
+
+
+def _lora(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Mapping[str, tuple[int, int]]
+) -> dict[str, Factors]:
+    """LoRA and rsLoRA (Hu et al., arXiv 2106.09685; arXiv 2312.03732) as PEFT writes them."""
+    plain(config, _MORE)
+    if str(config.get("init_lora_weights", True)).lower().startswith(_NOT_PLAIN):
+        raise ValueError(
+            f"init_lora_weights must leave the base weights as they are, got {config['init_lora_weights']!r} (PEFT converts "
+            "such adapters: save_pretrained(path_initial_model_for_weight_conversion=...))"
+        )
+    result = {}
+    for name, (a, b) in by_linear(config, tensors, linears, "lora_A.weight", "lora_B.weight").items():
+        (I, O), (r, scaling) = linears[name], rank_and_scaling(config, name)
+        check_shape(f"{name}.lora_A", a, (r, I))
+        check_shape(f"{name}.lora_B", b, (O, r))
+        result[name] = Factors(a, b, scaling)
+    return result
+
+
+FAMILIES["LORA"] = _lora
