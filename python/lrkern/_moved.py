@@ -18,6 +18,7 @@ MOVED = {
     "lrkern.nn.mixed": "lrkern.caches",
     "lrkern.peft_basis": "lrkern.peft",
     "lrkern.peft_layer": "lrkern.peft.layer lrkern.files.folder",
+    "lrkern.serving.families": "lrkern.serving.kinds",
     "lrkern.sharding": "lrkern.ops.sharding",
 }
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every PEFT layer that ``lrkern.peft`` patches has in common: how its class changes, and when PEFT's code must run."""
+"""What every PEFT layer that ``lrkern.peft`` patches has in common: how its class changes, and how each call is decided."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,25 +11,134 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-DROPOUTS = (nn.Dropout, nn.Identity)
+from ..limits import DTYPES
+
 PLAIN = (Tensor, nn.Parameter, FakeTensor)  # torch.export traces a layer whose parameters are fake
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Plan(NamedTuple):
+    weight: Tensor | None  # of a plain nn.Linear, None for any other base layer
+    bias: Tensor | None
+    adapters: list[tuple]  # the active ones, as ``_adapter`` gives them
 
 
 class Patched:
-    """Comes before a layer's PEFT class; ``patch`` makes one by swapping the layer's class."""
+    """Comes before a layer's PEFT class; ``patch`` makes one by swapping the layer's class.
+
+    A subclass says for which of PEFT's layers it is and how an adapter acts. Its adapters are what the functional forms take
+    after x and what is x's base, and the rest of the call follows.
+    """
 
     _kept: ClassVar[dict[str, Callable[[], Any]]] = {}  # what a patched layer keeps of its weights, by attribute
+    _method: ClassVar[str]  # the kind of layer in messages
+    _forwards: ClassVar[str]  # the module or package of the forwards that it stands for
+    _no_linear: ClassVar[tuple[type, ...]] = ()  # what is of this kind and no linear
+
+    def __init_subclass__(cls, layers: type | None = None) -> None:
+        super().__init_subclass__()
+        if layers:
+            KINDS[layers] = cls
+
+    def _adapter(self, name: str) -> tuple | str | None:
+        """An active adapter, why PEFT's own code must run, or None where this layer has no such adapter."""
+        raise NotImplementedError
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple) -> Tensor:
+        """Base and adapter."""
+        raise NotImplementedError
+
+    def _add(self, y: Tensor, x: Tensor, adapter: tuple) -> Tensor:
+        raise NotImplementedError
+
+    def _not_now(self) -> str | None:
+        if self.disable_adapters or self.merged_adapters:
+            return "adapters disabled or merged"
+        if nn.modules.module._has_any_global_hook():
+            return "global module hooks"
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return "a transform of torch.func or forward-mode differentiation"
+        return None
+
+    def _plan(self) -> Plan | str:
+        """How to run this layer as it is now, or why it must run PEFT's own forward."""
+        if why := self._not_now():
+            return why
+        adapters = []
+        for name in self.active_adapters:
+            adapter = self._adapter(name)
+            if isinstance(adapter, str):
+                return adapter
+            if adapter is not None:
+                adapters.append(adapter)
+        return self._over(*plain_linear(self._modules["base_layer"]), adapters) if adapters else "no active adapter"
+
+    def _over(self, weight: Tensor | None, bias: Tensor | None, adapters: list[tuple]) -> Plan | str:
+        """The plan for these over a plain nn.Linear, or any other base layer."""
+        if weight is not None and weight.dtype not in DTYPES:
+            return f"base dtype {weight.dtype}"
+        return Plan(weight, bias, adapters)
+
+    def _takes(self, plan: Plan, x: Tensor) -> bool:
+        if plan.weight is None:
+            return x.dtype in DTYPES
+        return x.dtype == plan.weight.dtype or torch.is_autocast_enabled(x.device.type)
 
     def _why(self) -> str | None:
         """Why PEFT's own code would run now; None: lrkern's."""
-        raise NotImplementedError
+        plan = self._plan()
+        return plan if isinstance(plan, str) else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plan = "called with more than x" if args or kwargs else self._plan()
+        if isinstance(plan, str) or not self._takes(plan, x):
+            return super().forward(x, *args, **kwargs)
+        return self._run(plan, x)
+
+    def _run(self, plan: Plan, x: Tensor) -> Tensor:
+        weight, bias, adapters = plan
+        if weight is None:
+            y = self._modules["base_layer"](x)
+        else:
+            y, adapters = self._linear(x, weight, bias, adapters[0]), adapters[1:]
+        for adapter in adapters:
+            y = self._add(y, x, adapter)
+        return y
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         make, args, *state = super().__reduce_ex__(protocol)
         if "_lrkern_base" not in args[0].__dict__:
             return make, args, *state
         return _rebuild, (args[0]._lrkern_mixin, args[0]._lrkern_base), *state
+
+
+KINDS: dict[type, type[Patched]] = {}  # by PEFT's class of layers
+
+
+def cannot_patch(layer: BaseTunerLayer) -> str | None:
+    """Why this layer's class must stay what it is."""
+    kind = _kind_of(layer)
+    if isinstance(layer, kind._no_linear):
+        return f"{type(layer).__name__} is no linear layer"
+    if not type(layer).forward.__module__.startswith(kind._forwards):
+        return f"{type(layer).__name__} has a forward of its own"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance"
+    return None
+
+
+def patch_layer(layer: BaseTunerLayer) -> str | None:
+    """Patches it where it can be; what ``report`` says of it then."""
+    if not isinstance(layer, Patched):
+        if why := cannot_patch(layer):
+            return why
+        kind = _kind_of(layer)
+        layer.__dict__.update({key: make() for key, make in kind._kept.items()})
+        layer.__class__ = patched_class(kind, type(layer))
+    return layer._why()
+
+
+def _kind_of(layer: BaseTunerLayer) -> type[Patched]:
+    return next(kind for of, kind in KINDS.items() if isinstance(layer, of))
 
 
 @functools.cache
@@ -44,25 +153,22 @@ def _rebuild(mixin: type[Patched], cls: type) -> nn.Module:
     return made.__new__(made)
 
 
-def not_now(layer: BaseTunerLayer) -> str | None:
-    if layer.disable_adapters or layer.merged_adapters:
-        return "adapters disabled or merged"
-    if nn.modules.module._has_any_global_hook():
-        return "global module hooks"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return "a transform of torch.func or forward-mode differentiation"
-    return None
-
-
 def hooked(m: nn.Module) -> bool:
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) or (
         "forward" in m.__dict__
     )
 
 
-def plain_linear(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+def dropout_p(dropout: nn.Module) -> float | str:
+    """Its probability, 0 where it does not act, or why it must run itself."""
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        return f"dropout {type(dropout).__name__}"
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
+def plain_linear(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of an exact nn.Linear that nobody watches; None for any other base layer."""
     if type(base) is not nn.Linear or hooked(base):
-        return None
+        return None, None
     weight = base._parameters.get("weight")  # a pruned or parametrized layer has it elsewhere
-    return (weight, base._parameters.get("bias")) if type(weight) in PLAIN else None
+    return (weight, base._parameters.get("bias")) if type(weight) in PLAIN else (None, None)

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's LoRA and DoRA layers on lrkern."""
+
+import copy
+import functools
+from typing import Any, ClassVar, NamedTuple
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import transpose
+from torch import Tensor, nn
+
+from .. import functional as F
+from .. import ops
+from ..caches import DoraNorm, MixedFactors
+from ..limits import DTYPES, MAX_RANK
+from .layer import PLAIN, Patched, Plan, dropout_p, hooked, patch_layer
+
+
+class _Adapter(NamedTuple):
+    a: Tensor  # [R, I]
+    b: Tensor  # [O, R]
+    scale: float
+    dropout_p: float
+    magnitude: Tensor | None = None  # DoRA
+
+
+class FusedLora(Patched, layers=LoraLayer):
+    _kept: ClassVar = {"_lrkern_norm": DoraNorm, "_lrkern_mixed": MixedFactors}
+    _method, _forwards = "LoRA", "peft.tuners.lora."
+    _no_linear = (Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, ParamWrapper)
+
+    def _adapter(self, name: str) -> _Adapter | str | None:
+        modules = self._modules  # nn.Module.__getattr__ is the slow way, and this runs on every call
+        a_of, magnitude = modules["lora_A"]._modules, None
+        if name not in a_of:
+            return None
+        if name in self.lora_variant:
+            variant = type(self.lora_variant[name])
+            if variant is not DoraLinearVariant:
+                return f"variant {variant.__name__}"
+            if sum(n in a_of for n in self.active_adapters) > 1:
+                return "DoRA among several active adapters"
+            vector = modules["lora_magnitude_vector"]._modules[name]
+            magnitude = vector._parameters.get("weight")
+            if type(vector) is not DoraLinearLayer or type(magnitude) not in PLAIN:
+                return f"lora_magnitude_vector is {type(vector).__name__} with a weight of {type(magnitude).__name__}"
+            if hooked(vector):
+                return "hooks on lora_magnitude_vector"
+        a, b, dropout = a_of[name], modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
+        if type(a) is not nn.Linear or type(b) is not nn.Linear:
+            return f"lora_A and lora_B are {type(a).__name__} and {type(b).__name__}, fused with nn.Linear"
+        wa, wb = a._parameters.get("weight"), b._parameters.get("weight")
+        if type(wa) not in PLAIN or type(wb) not in PLAIN:
+            return f"factors of type {type(wa).__name__} and {type(wb).__name__}"
+        if wa.dtype != wb.dtype or wa.dtype not in DTYPES:
+            return f"factors of dtype {wa.dtype} and {wb.dtype}"
+        if a.bias is not None or b.bias is not None:
+            return "lora_bias"
+        p = dropout_p(dropout)
+        if isinstance(p, str):
+            return p
+        if wa.shape[0] > MAX_RANK:
+            return f"rank {wa.shape[0]}, fused up to {MAX_RANK}"
+        if hooked(a) or hooked(b) or hooked(dropout):
+            return "hooks on lora_A, lora_B or lora_dropout"
+        scale = self.scaling[name]
+        if isinstance(scale, Tensor):  # peft.utils.hotswap.prepare_model_for_compiled_hotswap
+            wb, scale = wb * scale.to(wb), 1.0
+        return _Adapter(wa, wb, float(scale), p, magnitude)
+
+    def _over(self, weight: Tensor | None, bias: Tensor | None, adapters: list[_Adapter]) -> Plan | str:
+        plan = super()._over(weight, bias, adapters)
+        if isinstance(plan, str) or (
+            weight is not None and all(f.a.dtype in (weight.dtype, torch.float32) for f in adapters)
+        ):
+            return plan
+        base = self._modules["base_layer"]
+        if adapters[0].magnitude is not None and not (hasattr(base, "weight") and hasattr(base, "bias")):
+            return f"DoRA over {type(base).__name__}, which has no weight and bias"
+        return Plan(None, None, adapters)
+
+    def _takes(self, plan: Plan, x: Tensor) -> bool:
+        if plan.adapters[0].magnitude is not None and x.ndim < 2:  # PEFT answers with [1, O]
+            return False
+        return super()._takes(plan, x)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.keys() == {"adapter_names"} and not args:
+            names = kwargs["adapter_names"]
+            adapters = self._mixture(x, names)
+            if adapters is not None:
+                return self._mixed(x, names, adapters)
+        return super().forward(x, *args, **kwargs)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, f: _Adapter) -> Tensor:
+        if f.magnitude is None:
+            return F.lora_linear(x, weight, bias, *f[:4])
+        norm_of: DoraNorm = self.__dict__["_lrkern_norm"]
+        p = f.dropout_p if self.training else 0.0
+        return F.dora_linear(x, weight, bias, f.a, f.b, f.magnitude, f.scale, p, True, norm_of(weight, *f[:3]))
+
+    def _add(self, y: Tensor, x: Tensor, f: _Adapter) -> Tensor:
+        if f.magnitude is None:
+            return _add_low_rank(y, x, *f[:4])
+        norm_of: DoraNorm = self.__dict__["_lrkern_norm"]
+        p, base = f.dropout_p if self.training else 0.0, self._modules["base_layer"]
+        turn = self.__dict__.get("fan_in_fan_out", False)
+        dense = functools.cache(lambda: transpose(dequantize_module_weight(base), turn).to(x.dtype))
+        g = f.magnitude / norm_of(base.weight, *f[:3], dense)
+        if p:
+            x = torch.dropout(x, p, True)
+            product = nn.functional.linear(x, dense())
+        else:
+            product = y if base.bias is None else y - base.bias
+        return _add_low_rank(
+            (y + (g - 1) * product).to(y.dtype), x, f.a, (g[:, None] * f.b).to(f.b.dtype), f.scale, 0.0
+        )
+
+    def _mixture(self, x: Tensor, names: Any) -> dict[str, _Adapter] | None:
+        """The adapters of PEFT's mixed batch, adapter_names= of one name a row, or None where PEFT's own code must run."""
+        if self._not_now() or torch.compiler.is_compiling() or not isinstance(names, (list, tuple)):
+            return None
+        if x.ndim < 2 or len(x) != len(names) or not x.numel() or x.dtype not in DTYPES:
+            return None
+        found = {}
+        for name in dict.fromkeys(names):
+            if name == "__base__" or name not in self._modules["lora_A"]._modules:
+                continue
+            adapter = "a variant" if name in self.lora_variant else self._adapter(name)
+            if isinstance(adapter, str) or adapter.dropout_p:
+                return None
+            if torch.is_grad_enabled() and any(t.requires_grad for t in (x, adapter.a, adapter.b)):
+                return None
+            found[name] = adapter
+        return found
+
+    def _mixed(self, x: Tensor, names: list[str], adapters: dict[str, _Adapter]) -> Tensor:
+        y = self._modules["base_layer"](x)
+        if not adapters:
+            return y
+        dtypes = {x.dtype, y.dtype, *(f.a.dtype for f in adapters.values())}
+        kept: MixedFactors = self.__dict__["_lrkern_mixed"]
+        a_pool, b_pool, *where = kept(
+            [(f.a, f.b) for f in adapters.values()], dtypes.pop() if len(dtypes) == 1 else torch.float32
+        )
+        number, times = {name: i for i, name in enumerate(adapters)}, x.shape[:-1].numel() // len(names)
+        index = torch.tensor([number.get(name, -1) for name in names], dtype=torch.int32)
+        scales = torch.tensor([adapters[name].scale if name in adapters else 0.0 for name in names])
+        index, scales = (t.to(x.device).repeat_interleave(times) for t in (index, scales))
+        plan = ops.multi_lora_plan(index, len(adapters))
+        s = ops.multi_lora_shrink(x, a_pool, *where, plan, scales)
+        return ops.multi_lora_expand(y, s, b_pool, *where, plan)
+
+    def _forget(self) -> None:
+        for key in self._kept:
+            self.__dict__[key].clear()
+
+    def train(self, mode: bool = True):
+        self._forget()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _reached(name: str) -> property:
+    """Whoever reaches for the factors by name may write them through ``.data``, as PEFT's merge and hotswap do, which no
+    version counter sees: what was kept of them goes."""
+
+    def get(self: FusedLora) -> nn.Module:
+        self._forget()
+        return self._modules[name]
+
+    return property(get)
+
+
+for _name in ("base_layer", "lora_A", "lora_B"):
+    setattr(FusedLora, _name, _reached(_name))
+
+
+def _add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
+    if a.dtype != torch.float32 and not a.dtype == x.dtype == y.dtype:  # a base layer may answer in a dtype of its own
+        a, b = a.float(), b.float()
+    return F.lora_add(y, x, a, b, scale, p)
+
+
+def register(config: peft.LoraConfig, model: nn.Module) -> None:
+    """Makes the LoRA layers that PEFT creates from this config fused from the start, whatever their base layer:
+
+        lrkern.peft.register(config, model); model = peft.get_peft_model(model, config)
+
+    or PeftModel.from_pretrained(model, folder, config=config). PEFT does not write a registration to its files.
+    """
+    if not isinstance(config, peft.LoraConfig):
+        raise TypeError(f"lrkern.peft.register: config must be a peft.LoraConfig, got {type(config).__name__}")
+    theirs = dict(config._custom_modules or {})  # the user's own choice of classes goes on deciding
+    kinds = {type(m) for m in model.modules() if not list(m.children()) and [*m.parameters(), *m.buffers()]}
+    if any(isinstance(m, LoraLayer) for m in model.modules()) or not kinds:
+        raise ValueError(
+            "lrkern.peft.register: model must be a model without LoRA layers yet (patch is for those), with layers to "
+            f"adapt, got {type(model).__name__}"
+        )
+    config._register_custom_module(dict.fromkeys([*kinds, *theirs], functools.partial(_create, theirs)))
+
+
+def _create(
+    custom: dict[type, Any], target: nn.Module, adapter_name: str, config: peft.LoraConfig, **kwargs: Any
+) -> nn.Module | None:
+    """What PEFT calls in place of a layer's constructor: PEFT's own choice of class, then patched."""
+    own = copy.copy(config)
+    own._custom_modules = custom
+    layer = LoraModel._create_new_module(own, adapter_name, target, **kwargs)
+    if isinstance(layer, LoraLayer):
+        patch_layer(layer)
+    return layer
