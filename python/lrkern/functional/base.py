@@ -2,16 +2,18 @@
 """The frozen linear layer that an adapter stands beside: its product, its gradients, and what autocast does to it."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 linear = F.linear  # bench/ puts its own here and in place of ``gradients`` to time an adapter alone
 
 
-def gradients(need, dy: Tensor, x: Tensor | None, weight: Tensor) -> list[Tensor | None]:
+def gradients(need: Sequence[bool], dy: Tensor, x: Tensor | None, weight: Tensor) -> list[Tensor | None]:
     """dx, dW, dbias of x Wᵀ + bias, those that ``need`` asks for."""
     flat = dy.flatten(0, -2)
     dw = flat.mT @ x.flatten(0, -2) if need[1] else None
@@ -31,6 +33,20 @@ def cast(x: Tensor, *base: Tensor | None) -> tuple[Any, ...]:
         return x, *base
     low = torch.get_autocast_dtype(x.device.type)
     return x.to(low), *(None if t is None else t.to(low) for t in base)
+
+
+def beside(
+    function: type[Function], y: Tensor | None, x: Tensor, weight, bias, dropout_p: float, training: bool, *args: Any
+) -> Tensor:
+    """function(y, x, weight, bias, *args), out of autocast: an adapter beside x Wᵀ + bias, or beside a base layer of any kind that
+    gave y, with dropout on the adapter's x alone."""
+    x, weight, bias = cast(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        if weight is not None and training and dropout_p > 0.0:
+            y, weight, bias = linear(x, weight, bias), None, None
+        if weight is None:
+            x = torch.dropout(x, dropout_p, training)
+        return function.apply(y, x, weight, bias, *args)
 
 
 def no_autocast(backward):

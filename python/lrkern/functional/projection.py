@@ -68,3 +68,15 @@ def scale_of(p: Projection) -> float:
 
 def cols_of(p: Projection) -> int:
     return p.shape[1] if isinstance(p, Tensor) else p.cols
+
+
+def save(ctx, pair: tuple[Projection, ...], *tensors: Tensor | None) -> None:
+    """Keeps them for backward."""
+    ctx.bases = [None if isinstance(p, Tensor) else p for p in pair]
+    ctx.save_for_backward(*(p if isinstance(p, Tensor) else None for p in pair), *tensors)
+
+
+def saved(ctx) -> list:
+    """What ``save`` kept: the pair, then the tensors."""
+    tensors = ctx.saved_tensors
+    return [basis or t for basis, t in zip(ctx.bases, tensors, strict=False)] + [*tensors[len(ctx.bases) :]]

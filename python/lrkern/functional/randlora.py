@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RandLoRA: a full-rank sum of random bases, each between two trained diagonals."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,19 +9,18 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import base
-from .projection import Basis, Projection, cols_of, matmul, scale_of
+from .projection import Basis, Projection, cols_of, matmul, save, saved, scale_of
 
 __all__ = ["randlora_add", "randlora_delta", "randlora_linear", "randlora_way"]
 
-
-_CHUNK = 1 << 19  # elements of one factor at a time: less makes GEMMs too thin
+_PANEL = 1 << 19  # elements of a panel of U: less makes GEMMs too thin
 
 
 def randlora_way(T: int, in_features: int, out_features: int) -> str:
     """How ``randlora_linear`` computes for T tokens of float32:
 
     "vector": T <= 16. Λ A Γ is applied to the tokens factor by factor, no row of it is formed, and B stays in registers.
-    "factors": two GEMMs over pieces of U = Λ A Γ and B, 2 T Q (I + O) flop with Q = min(I, O) rows.
+    "factors": two GEMMs over panels of U = Λ A Γ and B, 2 T Q (I + O) flop with Q = min(I, O) rows.
     "merged": T > I O / (I + O). W + ΔW is formed once, 2 Q I O flop, and takes the place of the base GEMM.
     """
     if T <= 16:
@@ -28,49 +28,141 @@ def randlora_way(T: int, in_features: int, out_features: int) -> str:
     return "merged" if T * (in_features + out_features) > in_features * out_features else "factors"
 
 
-class _Pieces(NamedTuple):
-    """The rows q of U = Λ A Γ and of B's stack in pieces: whole k (reference) or whole j (paper), each with all of the other."""
+class _Update(NamedTuple):
+    """scale · ΔW = scale · Outᵀ In, of U = Λ A Γ and the stack of the Bⱼ, both [Q, .]: In [Q, I] and Out [Q, O] are U and B, or
+    B and U where in > out. Neither is ever whole: a panel has the rows of some k (reference) or of some j (paper), with all
+    of the other."""
 
+    lam: Tensor  # [r, n] float32
+    gam: Tensor  # [n, min] float32
     a: Tensor  # [r, min] float32
-    B: Projection  # [n r, max], row j r + k is column k of the paper's B_j
-    n: int
+    B: Projection  # [n r, max], row j r + k is column k of the paper's Bⱼ
+    scale: float
     paper: bool
+    narrow_in: bool
 
-    def spans(self):
-        inner, outer = (len(self.a), self.n) if self.paper else (self.n, len(self.a))
-        step = max(1, _CHUNK // max(1, inner * self.a.shape[1]))
+    @classmethod
+    def of(cls, lam: Tensor, gam: Tensor, A: Projection, B: Projection, scale: float, paper: bool, narrow_in: bool):
+        lam = lam.float()
+        a = A.fill(lam) if isinstance(A, Basis) else A.float()
+        return cls(lam, gam.float(), a, B, scale, paper, narrow_in)
+
+    def panels(self) -> Iterator[tuple[slice, slice]]:
+        """Those k or j, and the rows q of U and B that they make."""
+        inner, outer = self.lam.shape if self.paper else self.lam.mT.shape
+        step = max(1, _PANEL // max(1, inner * self.a.shape[1]))
         for i in range(0, outer, step):
-            yield i, min(i + step, outer), i * inner, min(i + step, outer) * inner
+            end = min(i + step, outer)
+            yield slice(i, end), slice(i * inner, end * inner)
 
-    def u(self, lam: Tensor, gam: Tensor, i: int, end: int) -> Tensor:
+    def u(self, span: slice) -> Tensor:
         """Rows of U: row k n + j is lam[k, j] a[k] gam[j] as the reference flattens it, row j r + k as the paper's Eq. 4."""
         if self.paper:
-            u = (gam[i:end, None] * self.a).mul_(lam.mT[i:end, :, None])
+            u = (self.gam[span, None] * self.a).mul_(self.lam.mT[span, :, None])
         else:
-            u = (self.a[i:end, None] * gam).mul_(lam[i:end, :, None])
+            u = (self.a[span, None] * self.gam).mul_(self.lam[span, :, None])
         return u.flatten(0, 1)
 
-    def gradients(self, du: Tensor, lam: Tensor, gam: Tensor, dlam: Tensor, dgam: Tensor, i: int, end: int) -> None:
-        """Adds what du, the gradient of rows of U, gives to dlam and dgam; in place, du is overwritten."""
+    def b(self, q: slice) -> Tensor:
+        if isinstance(self.B, Basis):
+            return self.B.fill(self.lam, q.start, q.stop - q.start)
+        return self.B[q].float()
+
+    def factors(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Panels of In and Out."""
+        for span, q in self.panels():
+            u, b = self.u(span), self.b(q)
+            yield (u, b) if self.narrow_in else (b, u)
+
+    def delta(self) -> Tensor:
+        """scale · ΔW [O, I] float32."""
+        sizes = cols_of(self.B), self.a.shape[1]
+        delta = self.lam.new_zeros(sizes if self.narrow_in else sizes[::-1])
+        for inner, outer in self.factors():
+            delta.addmm_(outer.mT, inner, alpha=self.scale)
+        return delta
+
+    def gradients(self, du: Tensor, span: slice, dlam: Tensor, dgam: Tensor) -> None:
+        """Adds what du, the gradient of a panel of U over scale, gives to dlam and dgam; in place, du is overwritten."""
+        du.mul_(self.scale)
         if self.paper:
-            e = du.view(end - i, len(self.a), -1).mul_(self.a)  # [j, k, min]
-            dgam[i:end] = (lam.mT[i:end, None] @ e)[:, 0]
-            dlam[:, i:end] = e.mul_(gam[i:end, None]).sum(-1).mT
+            e = du.view(-1, *self.a.shape).mul_(self.a)  # [j, k, min]
+            dgam[span] = (self.lam.mT[span, None] @ e)[:, 0]
+            dlam[:, span] = e.mul_(self.gam[span, None]).sum(-1).mT
         else:
-            e = du.view(end - i, self.n, -1).mul_(self.a[i:end, None])  # [k, j, min]
-            for k in range(end - i):
-                dgam.addcmul_(e[k], lam[i + k, :, None])
-            dlam[i:end] = e.mul_(gam).sum(-1)
-
-    def b(self, like: Tensor, q: int, end: int) -> Tensor:
-        return self.B.fill(like, q, end - q) if isinstance(self.B, Basis) else self.B[q:end].to(like.dtype)
+            e = du.view(-1, *self.gam.shape).mul_(self.a[span, None])  # [k, j, min]
+            for e_k, lam_k in zip(e, self.lam[span], strict=True):
+                dgam.addcmul_(e_k, lam_k[:, None])
+            dlam[span] = e.mul_(self.gam).sum(-1)
 
 
-def _in_pieces(x: Tensor, p: Projection, transposed: bool) -> Tensor:
-    """x P or x Pᵀ in float32; of a stored P in 16 bit a piece at a time is float32."""
+class _Factors:
+    """Two GEMMs a panel, for the tokens."""
+
+    @classmethod
+    def forward(
+        cls, update: _Update, y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        out = base.output(y, x, weight, bias)
+        cls.add(update, out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]).float())
+        return out
+
+    @staticmethod
+    def add(update: _Update, y: Tensor, x: Tensor) -> None:
+        """y [T, O] += scale · x ΔWᵀ, in place; x [T, I] float32."""
+        sums = y if y.dtype == torch.float32 else y.float()
+        for inner, outer in update.factors():
+            sums.addmm_(x @ inner.mT, outer, alpha=update.scale)
+        if sums is not y:
+            y.copy_(sums)
+
+    @staticmethod
+    def backward(update: _Update, need, dy: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, ...]:
+        """dx, dW, dbias, dlam and dgam, those that ``need`` asks for; the last two together."""
+        need_x, _, _, need_coef = need
+        dx, dw, dbias = (None, None, None) if weight is None else base.gradients(need, dy, x, weight)
+        rows, g = x.reshape(-1, x.shape[-1]).float(), dy.reshape(-1, dy.shape[-1]).float()
+        dlam, dgam = torch.zeros_like(update.lam), torch.zeros_like(update.gam)
+        if need_x:
+            sums = torch.zeros_like(rows) if dx is None else dx.reshape(rows.shape).float()
+        at_b, at_u = (g, rows) if update.narrow_in else (rows, g)
+        for span, q in update.panels() if need_x or need_coef else ():
+            b = update.b(q)
+            h = at_b @ b.mT if update.narrow_in or need_coef else None  # [T, panel]
+            b = None if update.narrow_in else b  # its memory is free for U
+            u = update.u(span)
+            if need_x:
+                sums.addmm_(*((h, u) if update.narrow_in else (g @ u.mT, b)), alpha=update.scale)
+            if need_coef:  # dU takes the place of U
+                update.gradients(torch.mm(h.mT, at_u, out=u), span, dlam, dgam)
+        return sums.to(x.dtype).view(x.shape) if need_x else None, dw, dbias, dlam, dgam
+
+
+class _Vector(_Factors):
+    """Λ A Γ applied to few tokens factor by factor."""
+
+    @staticmethod
+    def add(update: _Update, y: Tensor, x: Tensor) -> None:
+        lam, gam, a, B, scale, paper, narrow_in = update
+        if narrow_in:  # x's columns meet A
+            h = ((x[:, None] * gam) @ a.mT) * lam.mT  # [T, n, r]
+            h = (h if paper else h.mT).flatten(1)  # [T, Q]
+            if isinstance(B, Basis):
+                c = y.new_full((B.cols,), scale * B.scale, dtype=torch.float32)
+                matmul(h.contiguous(), B, False, out_scale=c, into=y)
+            else:
+                y += _stored(h, B, False).mul_(scale)
+        else:
+            h = _stored(x, B, True)  # [T, Q]
+            h = h.view(-1, *lam.mT.shape) if paper else h.view(-1, *lam.shape).mT
+            y += (((h * lam.mT) @ a) * gam).sum(1).mul_(scale * scale_of(B))
+
+
+def _stored(x: Tensor, p: Projection, transposed: bool) -> Tensor:
+    """x P or x Pᵀ in float32; of a stored P in 16 bit a panel at a time is float32."""
     if isinstance(p, Basis) or p.dtype == torch.float32:
         return matmul(x, p, transposed, wide=True)
-    step = max(1, _CHUNK // p.shape[1])
+    step = max(1, _PANEL // p.shape[1])
     if transposed:
         return torch.cat([x @ rows.float().mT for rows in p.split(step)], -1)
     y = x.new_zeros(*x.shape[:-1], p.shape[1])
@@ -79,116 +171,55 @@ def _in_pieces(x: Tensor, p: Projection, transposed: bool) -> Tensor:
     return y
 
 
-def _randlora_vector(y, x, lam, gam, pieces: _Pieces, scale: float, narrow_in: bool) -> None:
-    """y += the adapter's part, in place; few tokens. x float32."""
-    a, n, B = pieces.a, pieces.n, pieces.B
-    order = (lambda h: h.flatten(1)) if pieces.paper else (lambda h: h.mT.flatten(1))  # [T, n, r] -> [T, Q]
-    if narrow_in:  # x's columns meet A
-        h = ((x[:, None] * gam) @ a.mT) * lam.mT
-        if isinstance(B, Basis):
-            c = y.new_full((cols_of(B),), scale * scale_of(B), dtype=torch.float32)
-            matmul(order(h).contiguous(), B, False, out_scale=c, into=y)
-        else:
-            y += _in_pieces(order(h), B, False).mul_(scale)
-    else:
-        h = _in_pieces(x, B, True)  # [T, Q]
-        h = h.view(-1, n, len(a)) if pieces.paper else h.view(-1, len(a), n).mT
-        y += (((h * lam.mT) @ a) * gam).sum(1).mul_(scale * scale_of(B))
+class _Merged:
+    """W + ΔW formed once, in place of W."""
+
+    @staticmethod
+    def forward(update: _Update, y: None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return base.linear(x, update.delta().add_(weight), bias)
+
+    @staticmethod
+    def backward(update: _Update, need, dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, _, _, need_coef = need
+        grads = base.gradients(need, dy, x, update.delta().add_(weight) if need_x else weight)
+        dlam, dgam = torch.zeros_like(update.lam), torch.zeros_like(update.gam)
+        if need_coef:
+            delta = dy.flatten(0, -2).mT @ x.flatten(0, -2)  # dL/dΔW [O, I]
+            for span, q in update.panels():
+                du = update.b(q) @ (delta if update.narrow_in else delta.mT)
+                update.gradients(du, span, dlam, dgam)
+        return *grads, dlam, dgam
 
 
-def _randlora_delta(lam, gam, pieces: _Pieces, scale: float, narrow_in: bool) -> Tensor:
-    """ΔW [O, I] float32."""
-    I, O = (pieces.a.shape[1], cols_of(pieces.B)) if narrow_in else (cols_of(pieces.B), pieces.a.shape[1])
-    delta = lam.new_zeros(O, I)
-    for i, end, q, q_end in pieces.spans():
-        u, b = pieces.u(lam, gam, i, end), pieces.b(lam, q, q_end)
-        delta.addmm_(*((b.mT, u) if narrow_in else (u.mT, b)), alpha=scale)
-    return delta
+_WAYS = {"vector": _Vector, "factors": _Factors, "merged": _Merged}
 
 
 class _RandLora(Function):
-    """y + scale · (x Inᵀ) Out, y = x Wᵀ + bias or given; In [Q, I] and Out [Q, O] are U and B, or B and U where in > out."""
+    """y + scale · x ΔWᵀ, y = x Wᵀ + bias or given."""
 
     @staticmethod
     def forward(ctx, y, x, weight, bias, lam, gam, A, B, scale, paper):
-        lam32, gam32 = lam.float(), gam.float()
-        I = x.shape[-1]
-        O = y.shape[-1] if weight is None else weight.shape[0]
-        narrow_in, T = I <= O, x.shape[:-1].numel()
-        a = A.fill(lam32) if isinstance(A, Basis) else A.float()
-        pieces = _Pieces(a, B, len(gam), paper)
-        way = randlora_way(T, I, O)
+        I, O = x.shape[-1], y.shape[-1] if weight is None else weight.shape[0]
+        way = randlora_way(x.shape[:-1].numel(), I, O)
         if way == "merged" and (weight is None or x.dtype != torch.float32):
             way = "factors"
-        if way == "merged":
-            out = base.linear(x, _randlora_delta(lam32, gam32, pieces, scale, narrow_in).add_(weight), bias)
-        else:
-            out = base.output(y, x, weight, bias)
-            flat, rows = out.view(-1, O), x.reshape(-1, I).float()
-            if way == "vector":
-                _randlora_vector(flat, rows, lam32, gam32, pieces, scale, narrow_in)
-            else:
-                sums = flat if out.dtype == torch.float32 else flat.float()
-                for i, end, q, q_end in pieces.spans():
-                    u, b = pieces.u(lam32, gam32, i, end), pieces.b(lam32, q, q_end)
-                    inner, outer = (u, b) if narrow_in else (b, u)
-                    sums.addmm_(rows @ inner.mT, outer, alpha=scale)
-                if sums is not flat:
-                    flat.copy_(sums)
-        ctx.save_for_backward(
-            x, weight, lam, gam, A if isinstance(A, Tensor) else None, B if isinstance(B, Tensor) else None
-        )
-        ctx.rest = A if isinstance(A, Basis) else None, B if isinstance(B, Basis) else None, scale, paper, narrow_in
-        return out
+        ctx.way, ctx.rest = way, (scale, paper, I <= O)
+        save(ctx, (A, B), x, weight, lam, gam)
+        return _WAYS[way].forward(_Update.of(lam, gam, A, B, *ctx.rest), y, x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     @base.no_autocast
     def backward(ctx, dy):
-        x, weight, lam, gam, A, B = ctx.saved_tensors
-        a_basis, b_basis, scale, paper, narrow_in = ctx.rest
-        A, B = A if a_basis is None else a_basis, B if b_basis is None else b_basis
-        y_, x_, w_, bias_, lam_, gam_ = ctx.needs_input_grad[:6]
-        lam32, gam32 = lam.float(), gam.float()
-        pieces = _Pieces(A.fill(lam32) if isinstance(A, Basis) else A.float(), B, len(gam), paper)
-        I, O = x.shape[-1], dy.shape[-1]
-        rows, g = x.reshape(-1, I).float(), dy.reshape(-1, O).float()
-        merged = weight is not None and x.dtype == torch.float32 and randlora_way(len(g), I, O) == "merged"
-        dx = dw = dbias = None
-        if weight is not None:
-            w = _randlora_delta(lam32, gam32, pieces, scale, narrow_in).add_(weight) if merged and x_ else weight
-            dx, dw, dbias = base.gradients((x_, w_, bias_), dy, x, w)
-        want = lam_ or gam_
-        dlam, dgam = torch.zeros_like(lam32), torch.zeros_like(gam32)
-        delta = g.mT @ rows if merged and want else None  # dL/dΔW [O, I]
-        if merged:
-            for i, end, q, q_end in pieces.spans() if want else ():
-                b = pieces.b(lam32, q, q_end)
-                du = (b @ (delta if narrow_in else delta.mT)).mul_(scale)
-                pieces.gradients(du, lam32, gam32, dlam, dgam, i, end)
-        elif want or x_:
-            dx32 = None
-            if x_:
-                dx32 = torch.zeros_like(rows) if dx is None else dx.reshape(-1, I).float()
-            for i, end, q, q_end in pieces.spans():
-                b = pieces.b(lam32, q, q_end)
-                if narrow_in:
-                    dh, b = g @ b.mT, None  # [T, piece], over scale
-                    u = inner = pieces.u(lam32, gam32, i, end)
-                else:
-                    u, inner = pieces.u(lam32, gam32, i, end), b
-                    dh = g @ u.mT if x_ else None
-                if x_:
-                    dx32.addmm_(dh, inner, alpha=scale)
-                if want:  # dU takes the place of U
-                    du = torch.mm(dh.mT, rows, out=u) if narrow_in else torch.mm((rows @ b.mT).mT, g, out=u)
-                    pieces.gradients(du.mul_(scale), lam32, gam32, dlam, dgam, i, end)
-            if x_:
-                dx = dx32.to(x.dtype).view(x.shape)
-        dlam, dgam = dlam.to(lam.dtype) if lam_ else None, dgam.to(gam.dtype) if gam_ else None
-        return dy if y_ else None, dx, dw, dbias, dlam, dgam, None, None, None, None
+        A, B, x, weight, lam, gam = saved(ctx)
+        need_y, *need, need_lam, need_gam = ctx.needs_input_grad[:6]
+        update = _Update.of(lam, gam, A, B, *ctx.rest)
+        *grads, dlam, dgam = _WAYS[ctx.way].backward(update, (*need, need_lam or need_gam), dy, x, weight)
+        dlam, dgam = dlam.to(lam.dtype) if need_lam else None, dgam.to(gam.dtype) if need_gam else None
+        return dy if need_y else None, *grads, dlam, dgam, None, None, None, None
 
 
+@torch.no_grad()
 def randlora_delta(
     lam: Tensor,
     gam: Tensor,
@@ -200,10 +231,7 @@ def randlora_delta(
     paper_pairing: bool = False,
 ) -> Tensor:
     """scale · ΔW [out, in] of ``randlora_linear`` in float32. Not differentiable."""
-    with torch.no_grad():
-        lam, gam = lam.float(), gam.float()
-        pieces = _Pieces(A.fill(lam) if isinstance(A, Basis) else A.float(), B, len(gam), paper_pairing)
-        return _randlora_delta(lam, gam, pieces, scale, in_features <= out_features)
+    return _Update.of(lam, gam, A, B, scale, paper_pairing, in_features <= out_features).delta()
 
 
 def randlora_linear(
@@ -227,12 +255,8 @@ def randlora_linear(
     that column j' of B's stack meets another λ A γ than Eq. 4 says; it is the default, ``paper_pairing`` is Eq. 4.
     Neither U = Λ A Γ nor x Uᵀ is saved; for in > out dU costs a GEMM more for it. How it is computed: ``randlora_way``.
     """
-    x, weight, bias = base.cast(x, weight, bias)
-    with torch.autocast(x.device.type, enabled=False):
-        if training and dropout_p > 0.0:
-            y = base.linear(x, weight, bias)
-            return randlora_add(y, x, lam, gam, A, B, scale, dropout_p, training, paper_pairing)
-        return _RandLora.apply(None, x, weight, bias, lam, gam, A, B, scale, paper_pairing)
+    coef = lam, gam, A, B, scale, paper_pairing
+    return base.beside(_RandLora, None, x, weight, bias, dropout_p, training, *coef)
 
 
 def randlora_add(
@@ -248,7 +272,5 @@ def randlora_add(
     paper_pairing: bool = False,
 ) -> Tensor:
     """y + scale · dropout(x) ΔWᵀ as a new tensor, beside a base layer of any kind that gave y."""
-    (x,) = base.cast(x)
-    with torch.autocast(x.device.type, enabled=False):
-        x = torch.dropout(x, dropout_p, training)
-        return _RandLora.apply(y, x, None, None, lam, gam, A, B, scale, paper_pairing)
+    coef = lam, gam, A, B, scale, paper_pairing
+    return base.beside(_RandLora, y, x, None, None, dropout_p, training, *coef)
