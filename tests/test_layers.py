@@ -130,7 +130,7 @@ def test_only_ops_calls_torch_ops_lrkern():
 def test_upper_layers_know_only_ops(name):
     for path in module(name):
         below = {i for i in imports(path) if i.startswith("lrkern")}
-        known = tuple(f"lrkern.{layer}" for layer in ("ops", "functional", "caches", "nn"))
+        known = tuple(f"lrkern.{layer}" for layer in ("limits", "ops", "functional", "caches", "nn"))
         assert all(i.startswith(known) for i in below), f"{path.name} imports {below}"
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import functional as F
+from .limits import PAGE
 
-_PAGE = 16  # ranks, lrkern.ops.multi_lora's
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -74,7 +74,7 @@ class DoraNorm(_Cache):
             return self._factors[2]
         w, cached = dense(), self._weight
         if not (cached and cached[0].still(weight)):
-            cached = Seen(weight), F.row_norm(w)
+            cached = Seen(weight), F.dora.row_norm(w)
         norm = F.dora_norm(w, a, b, scale, cached[1])
         if type(norm) is Tensor:  # nothing stays of a fake run
             self._weight = cached
@@ -102,12 +102,12 @@ class MixedFactors(_Cache):
     @torch.no_grad()
     def _build(factors: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, ...]:
         ranks = [a.shape[0] for a, _ in factors]
-        counts = [-(-r // _PAGE) for r in ranks]
+        counts = [-(-r // PAGE) for r in ranks]
 
         def pool(each: list[Tensor]) -> Tensor:
             """One cat: a copy per adapter would cost more than the products on a small model."""
-            tail = each[0].new_zeros(_PAGE, each[0].shape[1])
-            return torch.cat([t for rows in each for t in (rows, tail[: -len(rows) % _PAGE])]).to(dtype)
+            tail = each[0].new_zeros(PAGE, each[0].shape[1])
+            return torch.cat([t for rows in each for t in (rows, tail[: -len(rows) % PAGE])]).to(dtype)
 
         pages, page = [], 0
         for count in counts:

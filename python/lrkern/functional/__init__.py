@@ -8,3 +8,5 @@ from .nola import *
 from .projection import *
 from .randlora import *
 from .vera import *
+
+__all__ = sorted(name for name, thing in vars().items() if getattr(thing, "__module__", "").startswith(__name__))

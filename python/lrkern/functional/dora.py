@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import ops
 
-__all__ = ["dora_linear", "dora_norm", "row_norm"]
+__all__ = ["dora_linear", "dora_norm"]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import ops
 
-__all__ = ["dropout_seed", "lora_add", "lora_linear", "lora_scaling"]
+__all__ = ["lora_add", "lora_linear", "lora_scaling"]
 
 
 def lora_scaling(alpha: float, r: int, use_rslora: bool = False) -> float:

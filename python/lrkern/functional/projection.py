@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops
 from ..ops.basis import DISTRIBUTIONS, METHODS
 
-__all__ = ["Basis", "Projection", "project"]
+__all__ = ["Basis"]
 
 
 class Basis(NamedTuple):

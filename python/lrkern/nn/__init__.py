@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in modules."""
 
-from .lora import FusedLoRALinear
-from .nola import NOLALinear
-from .randlora import RandLoRALinear
-from .vera import VeRALinear
+from .lora import FusedLoRALinear as FusedLoRALinear
+from .nola import NOLALinear as NOLALinear
+from .randlora import RandLoRALinear as RandLoRALinear
+from .vera import VeRALinear as VeRALinear
 
-__all__ = ["FusedLoRALinear", "NOLALinear", "RandLoRALinear", "VeRALinear"]
+__all__ = sorted(name for name, thing in vars().items() if getattr(thing, "__module__", "").startswith(__name__))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..caches import DoraNorm
+from ..limits import MAX_RANK
 from .linear import LowRankLinear
 
 Init = Callable[["FusedLoRALinear"], None]
@@ -89,8 +90,8 @@ class FusedLoRALinear(LowRankLinear):
         return cls._wrap(linear, *settings)
 
     def _set_up(self, base, r, lora_alpha, lora_dropout, use_rslora, use_dora, train_bias, init, adapter_dtype):
-        if not 0 <= r <= 512:
-            raise ValueError(f"FusedLoRALinear: r must lie in 0..512, got {r}")
+        if not 0 <= r <= MAX_RANK:
+            raise ValueError(f"FusedLoRALinear: r must lie in 0..{MAX_RANK}, got {r}")
         self._probability("lora_dropout", lora_dropout)
         if init not in INITS:
             raise ValueError(f"FusedLoRALinear: init must be one of {sorted(INITS)}, got {init!r}")

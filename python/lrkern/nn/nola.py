@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from ..limits import MAX_RANK
 from .basis import BasisLinear
 from .linear import LowRankLinear, constant
 
@@ -43,7 +44,7 @@ class NOLALinear(BasisLinear, LowRankLinear):
         distribution: str = "uniform8",
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
-        for name, value, high in (("r", r, 512), ("k", k, 4096), ("l", l, 4096)):
+        for name, value, high in (("r", r, MAX_RANK), ("k", k, 4096), ("l", l, 4096)):
             self._whole(name, value, 1, high)
         self._finite("lora_alpha", lora_alpha)
         like = self._seed(base, r, dropout, seed, distribution, adapter_dtype)
