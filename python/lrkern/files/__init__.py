@@ -4,8 +4,8 @@
 ``save`` and ``load`` are the one door; what a kind of file holds and refuses is said by the functions they call.
 """
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -20,22 +20,18 @@ from .randlora import save_randlora
 __all__ = ["draw_projections", "load", "save", "save_randlora", "save_vera", "store_projections"]
 
 
-def save(model: nn.Module, path: str | Path, kind: str | None = None, bits: int | None = None) -> None:
+def save(model: nn.Module, path: str | Path, kind: str | None = None, **options: Any) -> None:
     """Writes the adapters of a model's lrkern.nn layers.
 
-    kind: "own", a file of lrkern's own (``own.save_adapter``, bits as there); "peft", a PEFT folder of the layers' own method;
-        "lora", a plain PEFT LoRA folder made of them (``convert``). None: "peft" for FusedLoRALinear, "own" for all others.
+    kind: "own", a file of lrkern's own (``own.save_adapter``, which has options); "peft", a PEFT folder of the layers' own
+        method; "lora", a plain PEFT LoRA folder made of them (``convert``). None: "peft" for FusedLoRALinear, else "own".
     """
-    mine = any(map(own.is_own, model.modules()))
-    writers: dict[str, Callable[[nn.Module, str | Path], None]] = {
-        "own": lambda model, path: own.save_adapter(model, path, bits),
-        "peft": conversions.to_peft if mine else lora.save_adapter,
-        "lora": conversions.to_lora if mine else lora.save_adapter,
-    }
-    kind = kind or ("own" if mine else "peft")
-    if kind not in writers or (bits is not None and kind != "own"):
-        raise ValueError(f"lrkern.files.save: kind must be one of {[*writers]}, with bits own, got {kind!r}, {bits=}")
-    writers[kind](model, path)
+    mine = bool(own.own_layers(model.named_modules()))
+    peft, plain = (conversions.to_peft, conversions.to_lora) if mine else (lora.save_adapter, lora.save_adapter)
+    writers = {"own": own.save_adapter, "peft": peft, "lora": plain, None: own.save_adapter if mine else peft}
+    if kind not in writers:
+        raise ValueError(f"lrkern.files.save: kind must be own, peft, lora or None, got {kind!r}")
+    writers[kind](model, path, **options)
 
 
 def load(model: nn.Module, path: str | Path) -> None:

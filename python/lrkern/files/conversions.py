@@ -9,19 +9,19 @@ from torch import nn
 
 from ..limits import MAX_RANK
 from ..nn.linear import AdapterLinear, LowRankLinear
+from .check import require
 from .folder import PREFIX, write_adapter
-from .own import classes, either, is_own
-from .projections import METHODS
+from .own import classes, either, own_layers
+from .projections import METHODS, save_pair
 
 
 def _layers(who: str, model: nn.Module | Mapping[str, nn.Module], kinds: str):
-    """All modules and those of lrkern's own, by name."""
+    """All modules and those of an own file's classes, by name."""
     named = dict(model if isinstance(model, Mapping) else model.named_modules())
-    layers = {name: m for name, m in named.items() if is_own(m)}
-    if not layers:
-        raise ValueError(f"lrkern.convert.{who}: model must have {kinds} layers, got none")
-    if "" in layers:
-        raise ValueError(f"lrkern.convert.{who}: model must hold its layers by name, got a layer; give {{name: layer}}")
+    layers = own_layers(named.items())
+    require(layers, f"lrkern.convert.{who}: model must have {kinds} layers, got none")
+    text = "model must hold its layers by name, got a layer; give {name: layer}"
+    require("" not in layers, f"lrkern.convert.{who}: {text}")
     return named, layers
 
 
@@ -40,22 +40,17 @@ def to_lora(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
     kinds = either(cls for cls in classes() if issubclass(cls, LowRankLinear))
     named, layers = _layers("to_lora", model, kinds)
     for name, m in layers.items():
-        if not isinstance(m, LowRankLinear):
-            raise ValueError(
-                f"lrkern.convert.to_lora: {name} must be {kinds}, got {type(m).__name__}: its ΔW has full "
-                f"rank, {min(m.in_features, m.out_features)}, which no LoRA of a lower rank equals"
-            )
-        if m.r > MAX_RANK:
-            raise ValueError(
-                f"lrkern.convert.to_lora: {name} must have a rank of at most {MAX_RANK}, the most that LoRA kernels take, got "
-                f"r={m.r}"
-            )
+        where, full = f"lrkern.convert.to_lora: {name}", min(m.in_features, m.out_features)
+        why = f"its ΔW has full rank, {full}, which no LoRA of a lower rank equals"
+        require(isinstance(m, LowRankLinear), f"{where} must be {kinds}, got {type(m).__name__}: {why}")
+        most = f"{MAX_RANK}, the most that LoRA kernels take"
+        require(m.r <= MAX_RANK, f"{where} must have a rank of at most {most}, got r={m.r}")
     tensors = {}
     for name, m in layers.items():
         a, b, scale = m.factors()
         for key, factor in (("lora_A", a), ("lora_B", scale * b)):
-            if not factor.isfinite().all():
-                raise ValueError(f"lrkern.convert.to_lora: {name}.{key} must be finite, got inf or nan")
+            finite = factor.isfinite().all()
+            require(finite, f"lrkern.convert.to_lora: {name}.{key} must be finite, got inf or nan")
             tensors[f"{PREFIX}{name}.{key}.weight"] = factor
     r = max(m.r for m in layers.values())
     # Names in a list, and the regexes of the patterns, match the end of another layer's name too.
@@ -95,19 +90,15 @@ def to_peft(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
     first = next(iter(layers.values()))
     for name, m in layers.items():
         where = f"lrkern.convert.to_peft: {name}"
-        if m.PEFT_TYPE not in METHODS or type(m) is not type(first):
-            raise ValueError(f"{where} must be {either(kinds, ', or ')} as all others, got {type(m).__name__}")
+        alike = m.PEFT_TYPE in METHODS and type(m) is type(first)
+        require(alike, f"{where} must be {either(kinds, ', or ')} as all others, got {type(m).__name__}")
         for key in m.PEFT_SHARES:
-            if getattr(m, key) != getattr(first, key):
-                raise ValueError(
-                    f"{where}.{key} must be {getattr(first, key)}, as the first layer's, got {getattr(m, key)}: PEFT's "
-                    "layers share one pair"
-                )
-        if why := m.not_peft():
-            raise ValueError(f"{where}.{why}")
+            want, got = getattr(first, key), getattr(m, key)
+            text = f"must be {want}, as the first layer's, got {got}: PEFT's layers share one pair"
+            require(got == want, f"{where}.{key} {text}")
+        require(not m.not_peft(), f"{where}.{m.not_peft()}")
         for key, c in m.coefficients().items():
-            if not c.isfinite().all():
-                raise ValueError(f"{where}.{key} must be finite, got inf or nan")
+            require(c.isfinite().all(), f"{where}.{key} must be finite, got inf or nan")
     vectors = {name: ((m.in_features, m.out_features), *m.coefficients().values()) for name, m in layers.items()}
     A, B = first.projections()  # any rows and columns of them: sizes follow from the layers
-    METHODS[first.PEFT_TYPE].save(folder, vectors, A, B, first)
+    save_pair(folder, first.PEFT_TYPE, vectors, A, B, **METHODS[first.PEFT_TYPE].options(first))

@@ -3,7 +3,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..functional import lora_scaling
-from .atomic import replaced
+from .check import refusal, require
 
 if TYPE_CHECKING:
     import peft
 
+UNREADABLE = SafetensorError, OSError, ValueError  # what reading a file may raise
+
 PREFIX = "base_model.model."
 LORA = "LORA"  # the peft_type of what FusedLoRALinear computes
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Where to write what stands at ``path`` once the block has ended without an error: a reader never meets half a file."""
+    partial = path.with_name(path.name + ".partial")
+    yield partial
+    partial.replace(path)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -27,21 +38,15 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         return f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118, not a dict
 
 
-UNREADABLE = SafetensorError, OSError, ValueError  # what reading a file may raise
-
-
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of a PEFT folder, as they are. A ValueError says why where they cannot be read."""
     path, config_path = Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise ValueError("must hold adapter_model.safetensors (pickle files such as adapter_model.bin are not read)")
-    try:
+    pickled = "pickle files such as adapter_model.bin are not read"
+    require(path.is_file(), f"must hold adapter_model.safetensors ({pickled})")
+    with refusal("cannot be read: ", of=UNREADABLE):
         _, tensors = read_tensors(path)
         config = json.loads(config_path.read_text())
-    except UNREADABLE as error:
-        raise ValueError(f"cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"adapter_config.json must hold an object, got {type(config).__name__}")
+    require(isinstance(config, dict), f"adapter_config.json must hold an object, got {type(config).__name__}")
     return config, tensors
 
 
@@ -59,16 +64,6 @@ def write_adapter(
             config.save_pretrained(str(folder))
 
 
-def check_shape(key: str, tensor: Tensor, shape: Sequence[int]) -> None:
-    if tensor.shape != tuple(shape):
-        raise ValueError(f"{key} must have shape {list(shape)}, got {list(tensor.shape)}")
-
-
-def check_finite(key: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point() or not tensor.isfinite().all():
-        raise ValueError(f"{key} must be finite floats")
-
-
 def peft_type(config: Mapping[str, Any]) -> Any:
     """Of a config as the file has it, or as PEFT's ``to_dict`` gives it."""
     return getattr(config.get("peft_type"), "value", config.get("peft_type"))
@@ -80,15 +75,13 @@ def rank_and_scaling(config: dict[str, Any], name: str) -> tuple[int, float]:
 
     def of(key: str, pattern: str) -> Any:
         patterns = config.get(pattern) or {}
-        if not isinstance(patterns, dict):
-            raise ValueError(f"{pattern} must be an object, got {patterns!r}")
+        require(isinstance(patterns, dict), f"{pattern} must be an object, got {patterns!r}")
         return patterns.get(get_pattern_key(patterns, name), config.get(key))
 
     r, alpha = of("r", "rank_pattern"), of("lora_alpha", "alpha_pattern")
-    if type(r) is not int or r < 0:
-        raise ValueError(f"r of {name} must be a whole number, got {r!r}")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise ValueError(f"lora_alpha of {name} must be a finite number, got {alpha!r}")
+    require(type(r) is int and r >= 0, f"r of {name} must be a whole number, got {r!r}")
+    finite = type(alpha) in (int, float) and math.isfinite(alpha)
+    require(finite, f"lora_alpha of {name} must be a finite number, got {alpha!r}")
     return r, lora_scaling(alpha, r, bool(config.get("use_rslora")))
 
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from ..limits import DTYPES
 from ..nn.linear import AdapterLinear, LowRankLinear, is_plain_linear
 from ..ops.basis import STREAM_VERSION
-from .atomic import replaced
-from .folder import LORA, UNREADABLE, read_tensors
+from .check import refusal, require
+from .folder import LORA, UNREADABLE, read_tensors, replaced
 
 __all__ = ["load_adapter", "read_layers", "save_adapter"]
 
@@ -37,10 +37,10 @@ GROUP = 64
 _DTYPES = {str(d).removeprefix("torch."): d for d in DTYPES}
 
 
-def classes() -> list[type[AdapterLinear]]:
+def classes() -> tuple[type[AdapterLinear], ...]:
     """Those that such a file holds: all that PEFT does not have as plain LoRA; of low rank first."""
     own = [cls for cls in AdapterLinear.KINDS.values() if cls.PEFT_TYPE != LORA]
-    return sorted(own, key=lambda cls: not issubclass(cls, LowRankLinear))
+    return tuple(sorted(own, key=lambda cls: not issubclass(cls, LowRankLinear)))
 
 
 def either(names: Iterable[type], last: str = " or ") -> str:
@@ -48,8 +48,9 @@ def either(names: Iterable[type], last: str = " or ") -> str:
     return f"{', '.join(names)}{last}{end}" if names else end
 
 
-def is_own(module: Any) -> bool:
-    return isinstance(module, tuple(classes()))
+def own_layers(named: Iterable[tuple[str, Any]]) -> dict[str, AdapterLinear]:
+    kinds = classes()
+    return {name: m for name, m in named if isinstance(m, kinds)}
 
 
 def _kind(layer: AdapterLinear) -> dict[str, Any]:
@@ -84,12 +85,9 @@ def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) ->
 
     bits: None keeps the coefficients as they are, 8 or 4 quantises them (see the module's docstring).
     """
-    if bits not in (None, 8, 4):
-        raise ValueError(f"save_adapter: bits must be None, 8 or 4, got {bits!r}")
-    layers = {name: m for name, m in model.named_modules() if is_own(m)}
-    if not layers:
-        got = type(model).__name__
-        raise ValueError(f"save_adapter: model must have {either(classes())} layers, got {got} with none")
+    require(bits in (None, 8, 4), f"save_adapter: bits must be None, 8 or 4, got {bits!r}")
+    layers, got = own_layers(model.named_modules()), type(model).__name__
+    require(layers, f"save_adapter: model must have {either(classes())} layers, got {got} with none")
     tensors, kinds, entries = {}, [], {}
     for name, layer in layers.items():
         kind = _kind(layer)
@@ -98,8 +96,7 @@ def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) ->
         entries[name] = kinds.index(kind), layer.settings.get("seed")
         for key, c in layer.coefficients().items():
             c, key = c.detach().cpu().contiguous(), f"{name}.{key}"
-            if not c.isfinite().all():
-                raise ValueError(f"save_adapter: {key} must be finite, got inf or nan")
+            require(c.isfinite().all(), f"save_adapter: {key} must be finite, got inf or nan")
             if bits is None:
                 tensors[key] = c.clone()
             else:
@@ -113,15 +110,13 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Puts the adapters of a file into a model: an nn.Linear that has a layer's name is replaced by that layer over it, and a
     layer that is there already, with the same settings, takes the coefficients and the seed. What ``save_adapter``
     wrote without bits computes the same bits. The whole file is checked before anything changes."""
-    try:
+    with refusal(f"load_adapter: {path}: ", "; the model is unchanged"):
         plan = read_layers(path)
         for name, layer in plan.items():
             _check_place(model, name, layer)
-    except ValueError as error:
-        raise ValueError(f"load_adapter: {path}: {error}; the model is unchanged") from error
     for name, layer in plan.items():
         there = model.get_submodule(name)
-        if is_own(there):
+        if isinstance(there, classes()):
             with torch.no_grad():
                 for key, c in there.coefficients().items():
                     c.copy_(layer.get_parameter(key))
@@ -131,7 +126,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
             layer.base_layer = there.requires_grad_(False)
             parent, _, child = name.rpartition(".")
             for key, c in layer.coefficients().items():
-                _put(layer, key, c.detach().to(there.weight.device))
+                setattr(layer, key, nn.Parameter(c.detach().to(there.weight.device)))
             setattr(model.get_submodule(parent), child, layer.train(there.training))
 
 
@@ -146,49 +141,36 @@ def read_layers(path: str | Path) -> dict[str, AdapterLinear]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
+    with refusal("cannot be read: ", of=UNREADABLE):
         metadata, tensors = read_tensors(path)
         header = json.loads(metadata.get("lrkern", "null"))
-    except UNREADABLE as error:
-        raise ValueError(f"cannot be read: {error}") from error
-    if not isinstance(header, dict):
-        raise ValueError("must be a file of save_adapter's, got one without the metadata lrkern")
-    if header.get("format") != FORMAT:
-        raise ValueError(f"format must be {FORMAT}, got {header.get('format')!r}, another lrkern's")
-    if header.get("stream") != STREAM_VERSION:
-        raise ValueError(
-            f"stream must be {STREAM_VERSION}, the random stream this lrkern generates, got {header.get('stream')!r}"
-        )
-    if header.get("bits") not in (None, 8, 4):
-        raise ValueError(f"bits must be null, 8 or 4, got {header['bits']!r}")
-    if not isinstance(header.get("layers"), dict) or not isinstance(header.get("kinds"), list):
-        raise ValueError("must list kinds and layers in its metadata")
+    require(isinstance(header, dict), "must be a file of save_adapter's, got one without the metadata lrkern")
+    found, stream, bits = (header.get(key) for key in ("format", "stream", "bits"))
+    require(found == FORMAT, f"format must be {FORMAT}, got {found!r}, another lrkern's")
+    ours = f"{STREAM_VERSION}, the random stream this lrkern generates"
+    require(stream == STREAM_VERSION, f"stream must be {ours}, got {stream!r}")
+    require(bits in (None, 8, 4), f"bits must be null, 8 or 4, got {bits!r}")
+    listed = isinstance(header.get("layers"), dict) and isinstance(header.get("kinds"), list)
+    require(listed, "must list kinds and layers in its metadata")
     return header, tensors
 
 
 def _layer(name: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterLinear:
     """The layer as the file describes it, coefficients included, over a base on the meta device."""
-    try:
+    with refusal(f"{name} cannot be made: ", of=(TypeError, ValueError, LookupError, RuntimeError)):
         index, seed = header["layers"][name]
         kind = dict(header["kinds"][index])
         cls = {cls.__name__: cls for cls in classes()}[kind.pop("class")]
         sizes = kind.pop("in_features"), kind.pop("out_features")
         dtype = _DTYPES[kind.pop("adapter_dtype")]
-        if set(kind) != set(cls.SETTINGS) - {"seed"}:
-            raise ValueError(f"settings must be {sorted(cls.SETTINGS)}, got {sorted(kind)}")
+        known = set(kind) == set(cls.SETTINGS) - {"seed"}
+        require(known, f"settings must be {sorted(cls.SETTINGS)}, got {sorted(kind)}")
         base = nn.Linear(*sizes, bias=False, device="meta")
         settings = {name: kind.get(name, seed) for name in cls.SETTINGS}
         layer = cls.from_linear(base, **settings, adapter_dtype=dtype)
-    except (TypeError, ValueError, LookupError, RuntimeError) as error:
-        raise ValueError(f"{name} cannot be made: {error}") from error
     for key, c in layer.coefficients().items():
-        _put(layer, key, _values(f"{name}.{key}", c, header["bits"], tensors))
+        setattr(layer, key, nn.Parameter(_values(f"{name}.{key}", c, header["bits"], tensors)))
     return layer
-
-
-def _put(layer: AdapterLinear, key: str, values: Tensor) -> None:
-    holder, _, name = key.rpartition(".")
-    setattr(layer.get_submodule(holder), name, nn.Parameter(values))
 
 
 def _values(key: str, like: Tensor, bits: int | None, tensors: dict[str, Tensor]) -> Tensor:
@@ -199,34 +181,28 @@ def _values(key: str, like: Tensor, bits: int | None, tensors: dict[str, Tensor]
         codes = (torch.int8, (n,)) if bits == 8 else (torch.uint8, ((n + 1) // 2,))
         expected = {key: codes, f"{key}.scale": (torch.float32, (groups,))}
     for k, (dtype, shape) in expected.items():
-        if k not in tensors:
-            raise ValueError(f"lacks {k}")
-        if tensors[k].dtype != dtype or tensors[k].shape != shape:
-            raise ValueError(f"{k} must be {dtype} {list(shape)}, got {tensors[k].dtype} {list(tensors[k].shape)}")
-        if dtype.is_floating_point and not tensors[k].isfinite().all():
-            raise ValueError(f"{k} must be finite, got inf or nan")
+        require(k in tensors, f"lacks {k}")
+        t = tensors[k]
+        same = t.dtype == dtype and t.shape == shape
+        require(same, f"{k} must be {dtype} {list(shape)}, got {t.dtype} {list(t.shape)}")
+        require(not dtype.is_floating_point or t.isfinite().all(), f"{k} must be finite, got inf or nan")
     if not bits:
         return tensors[key]
     return _dequantize(tensors[key], tensors[f"{key}.scale"], n, bits).view(like.shape).to(like.dtype)
 
 
 def _check_place(model: nn.Module, name: str, layer: AdapterLinear) -> None:
-    try:
-        there = model.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(f"has {name}, which the model does not") from error
-    if is_own(there):
-        if there.merged:
-            raise ValueError(f"{name} is merged in the model; unmerge it first")
+    modules = dict(model.named_modules())
+    require(name in modules, f"has {name}, which the model does not")
+    there = modules[name]
+    if isinstance(there, classes()):
+        require(not there.merged, f"{name} is merged in the model; unmerge it first")
         got, want = ({k: v for k, v in _kind(m).items() if k != "adapter_dtype"} for m in (there, layer))
-        if got != want:
-            changed = {k: (want[k], got.get(k)) for k in want if want[k] != got.get(k)}
-            raise ValueError(f"{name} differs from the model's: {changed} (file, model)")
+        changed = {k: (want[k], got.get(k)) for k in want if want[k] != got.get(k)}
+        require(got == want, f"{name} differs from the model's: {changed} (file, model)")
         return
-    if not is_plain_linear(there):
-        raise ValueError(f"{name} must be an nn.Linear with a plain weight in the model, got {type(there).__name__}")
-    if not name:
-        raise ValueError("an nn.Linear cannot be replaced in itself; give the module that holds it")
-    if there.weight.shape != (layer.out_features, layer.in_features):
-        want = [layer.out_features, layer.in_features]
-        raise ValueError(f"{name} must have a weight of shape {want} in the model, got {list(there.weight.shape)}")
+    must = f"{name} must be an nn.Linear with a plain weight in the model"
+    require(is_plain_linear(there), f"{must}, got {type(there).__name__}")
+    require(name, "an nn.Linear cannot be replaced in itself; give the module that holds it")
+    got, want = list(there.weight.shape), [layer.out_features, layer.in_features]
+    require(got == want, f"{name} must have a weight of shape {want} in the model, got {got}")

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from ..functional import Basis
 from ..functional.projection import Projection
-from .folder import PREFIX, check_finite, check_shape, features_of, peft_type, read_adapter, write_adapter
+from ..nn.linear import AdapterLinear
+from .check import check_finite, check_shape, refusal, require
+from .folder import PREFIX, features_of, peft_type, read_adapter, write_adapter
 
 Shapes = Iterable[tuple[int, int]]  # [I, O] of the adapted linears
 Layers = Mapping[str, tuple[tuple[int, int], Tensor, Tensor]]  # by name: [I, O] and the two tensors that train
@@ -32,7 +34,7 @@ class Method(NamedTuple):
     pair: Callable[[int, int, int], tuple[Shape, Shape]]  # of A and B, by the rank and the largest sizes i, o
     trained: Callable[[int, int, int], tuple[Shape, Shape]]  # of a layer's vectors, by r, I, O
     draw: Callable  # config, shapes of A and B, generator, drawn_in: the pair as PEFT draws it
-    save: Callable  # folder, layers, A, B and one of lrkern's layers, whose settings all have: writes them
+    options: Callable[[AdapterLinear], dict[str, Any]]  # of PEFT's config, from one of lrkern's layers
 
 
 METHODS: dict[str, Method] = {}  # by peft_type
@@ -40,8 +42,7 @@ METHODS: dict[str, Method] = {}  # by peft_type
 
 def kind_of(config: Mapping[str, Any]) -> str:
     kind = peft_type(config)
-    if kind not in METHODS:
-        raise ValueError(f"peft_type must be {' or '.join(METHODS)}, got {kind!r}")
+    require(kind in METHODS, f"peft_type must be {' or '.join(METHODS)}, got {kind!r}")
     return kind
 
 
@@ -66,15 +67,13 @@ def draw_projections(
     """
     kind, r, key = kind_of(config), config.get("r"), config.get("projection_prng_key")
     _check_rank(r)
-    if type(key) is not int or not -(2**63) <= key < 2**64:
-        raise ValueError(f"projection_prng_key must be a 64-bit integer, got {key!r}")
-    if drawn_in not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"drawn_in must be bfloat16 or float16, got {drawn_in}")
+    fits = type(key) is int and -(2**63) <= key < 2**64
+    require(fits, f"projection_prng_key must be a 64-bit integer, got {key!r}")
+    require(drawn_in in (torch.bfloat16, torch.float16), f"drawn_in must be bfloat16 or float16, got {drawn_in}")
     generator = torch.Generator("cpu").manual_seed(0)
-    if torch.rand(2, generator=generator).tolist() != [0.49625658988952637, 0.7682217955589294]:
-        raise ValueError(
-            "projections cannot be drawn again: this torch's CPU generator gives other numbers than PEFT's did"
-        )
+    same = torch.rand(2, generator=generator).tolist() == [0.49625658988952637, 0.7682217955589294]
+    why = "this torch's CPU generator gives other numbers than PEFT's did"
+    require(same, f"projections cannot be drawn again: {why}")
     return METHODS[kind].draw(config, *pair_shapes(kind, r, shapes), generator.manual_seed(key), drawn_in)
 
 
@@ -88,13 +87,12 @@ def projections(
     kind, shapes = kind_of(config), list(shapes)
     names = _pair_names(METHODS[kind])
     if not any(name in tensors for name in names):
-        if config.get("save_projection", True):
-            raise ValueError(f"lacks {names[0]}, which save_projection says it holds")
+        absent = not config.get("save_projection", True)
+        require(absent, f"lacks {names[0]}, which save_projection says it holds")
         return draw_projections(config, shapes, drawn_in)
     _check_rank(config.get("r"))
     for name, shape in zip(names, pair_shapes(kind, config["r"], shapes), strict=True):
-        if name not in tensors:
-            raise ValueError(f"lacks {name}")
+        require(name in tensors, f"lacks {name}")
         check_shape(name, tensors[name], shape)
         check_finite(name, tensors[name])
     A, B = (tensors[name].float() for name in names)
@@ -102,8 +100,7 @@ def projections(
 
 
 def _check_rank(r: Any) -> None:
-    if type(r) is not int or r < 1:
-        raise ValueError(f"r must be a whole number above 0, got {r!r}")
+    require(type(r) is int and r > 0, f"r must be a whole number above 0, got {r!r}")
 
 
 def _pair_names(method: Method) -> list[str]:
@@ -117,19 +114,16 @@ def store_projections(
 
     model: the base model, whose linears tell the sizes. RandLoRA's pair is stored once, not once per layer as PEFT does.
     """
-    try:
+    with refusal(f"lrkern.convert_peft.store_projections: {folder}: ", "; nothing is written"):
         config, tensors = read_adapter(folder)
         method = METHODS[kind_of(config)]
         key = re.compile(rf"base_model\.model\.(.+)\.{method.own}_({'|'.join(method.vectors)})")
         names = dict.fromkeys(match[1] for k in tensors if (match := key.fullmatch(k)))
         modules = dict(model.named_modules())
         shapes = [features_of(modules[name]) if name in modules else None for name in names]
-        if None in shapes or not names:
-            got = list(names)[shapes.index(None)] if names else "none"
-            raise ValueError(f"must be an adapter of this model's linears, got {got}")
+        unknown = next((name for name, shape in zip(names, shapes, strict=True) if shape is None), None)
+        require(names and unknown is None, f"must be an adapter of this model's linears, got {unknown or 'none'}")
         pair = projections(config, tensors, shapes, drawn_in)
-    except ValueError as error:
-        raise ValueError(f"lrkern.convert_peft.store_projections: {folder}: {error}; nothing is written") from error
     shared = re.compile(rf".*\.{method.own}_[AB]")
     kept = {k: t for k, t in tensors.items() if not shared.fullmatch(k)}
     stored = dict(zip(_pair_names(method), pair, strict=True))
@@ -140,38 +134,28 @@ def _rows(p: Projection, rows: int, cols: int, what: str) -> Tensor:
     """The first rows and columns in float32, of a Basis as many as are asked for."""
     if isinstance(p, Basis):
         return p._replace(rows=rows, cols=cols).fill(torch.empty(0))
-    if p.shape[0] < rows or p.shape[1] < cols:
-        raise ValueError(f"lrkern.convert_peft: {what} must have at least shape {[rows, cols]}, got {list(p.shape)}")
+    enough = p.shape[0] >= rows and p.shape[1] >= cols
+    require(enough, f"lrkern.convert_peft: {what} must have at least shape {[rows, cols]}, got {list(p.shape)}")
     return p[:rows, :cols].detach().float().cpu()
 
 
-def save_pair(
-    folder: str | Path,
-    kind: str,
-    layers: Layers,
-    A: Projection,
-    B: Projection,
-    config: Callable,
-    **options: Any,
-) -> None:
-    """Writes a folder with its projections; config: the class of PEFT's config, options: what it takes beside the rank."""
-    if not layers:
-        raise ValueError("lrkern.convert_peft: layers must hold at least one, got none")
+def save_pair(folder: str | Path, kind: str, layers: Layers, A: Projection, B: Projection, **options: Any) -> None:
+    """Writes a folder with its projections; options: what PEFT's config takes beside the rank."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # here, for those who write folders without PEFT
+
+    require(layers, "lrkern.convert_peft: layers must hold at least one, got none")
     method = METHODS[kind]
     own, (v_name, w_name) = method.own, method.vectors
     r = len(next(iter(layers.values()))[1])
     a_shape, b_shape = pair_shapes(kind, r, [shape for shape, _, _ in layers.values()])
     for name, ((I, O), v, w) in layers.items():
-        expected = method.trained(r, I, O)
-        if (v.shape, w.shape) != expected:
-            raise ValueError(
-                f"lrkern.convert_peft: {name}.{own}_{v_name} and {own}_{w_name} must have shapes {[*map(list, expected)]}, "
-                f"got {[list(v.shape), list(w.shape)]}"
-            )
+        got, expected = [list(v.shape), list(w.shape)], [list(shape) for shape in method.trained(r, I, O)]
+        what = f"{name}.{own}_{v_name} and {own}_{w_name}"
+        require(got == expected, f"lrkern.convert_peft: {what} must have shapes {expected}, got {got}")
     pair = _rows(A, r, a_shape[-1], "A"), _rows(B, math.prod(b_shape[1:]), b_shape[0], "B").mT
     tensors = {n: t.reshape(s) for n, t, s in zip(_pair_names(method), pair, (a_shape, b_shape), strict=True)}
     for name, (_, v, w) in layers.items():
         tensors |= {f"{PREFIX}{name}.{own}_{v_name}": v, f"{PREFIX}{name}.{own}_{w_name}": w}
     key = A.seed if isinstance(A, Basis) else 0  # PEFT wants one key of the adapters of one model
     options |= {"r": r, "target_modules": sorted(layers), "projection_prng_key": key, "save_projection": True}
-    write_adapter(folder, config(**options, inference_mode=True), tensors)
+    write_adapter(folder, PEFT_TYPE_TO_CONFIG_MAPPING[kind](**options, inference_mode=True), tensors)

@@ -31,9 +31,7 @@ def save_randlora(
 
     layers: by name ([I, O], lam [r, n], gam [n, min(I, O)]); A [r, >= Min] and B [>= N r, >= Max] whose row is j r + k.
     """
-    import peft
-
-    save_pair(folder, "RANDLORA", layers, A, B, peft.RandLoraConfig, randlora_alpha=alpha, randlora_dropout=dropout)
+    save_pair(folder, "RANDLORA", layers, A, B, randlora_alpha=alpha, randlora_dropout=dropout)
 
 
 METHODS["RANDLORA"] = Method(
@@ -42,5 +40,5 @@ METHODS["RANDLORA"] = Method(
     pair=lambda r, i, o: ((r, 1, min(i, o)), (max(i, o), math.ceil(min(i, o) / r), r)),
     trained=lambda r, I, O: ((r, n := math.ceil(min(I, O) / r)), (n, min(I, O))),
     draw=_draw,
-    save=lambda folder, layers, A, B, layer: save_randlora(folder, layers, A, B, layer.randlora_alpha, layer.dropout),
+    options=lambda layer: {"randlora_alpha": layer.randlora_alpha, "randlora_dropout": layer.dropout},
 )

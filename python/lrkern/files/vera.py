@@ -14,9 +14,7 @@ def save_vera(folder: str | Path, layers: Layers, A: Projection, B: Projection, 
 
     layers: by name ([I, O], d [r], b [O]); A [r, >= In] and B [r, >= Out] shared by all of them, a ``Basis`` or tensors.
     """
-    import peft
-
-    save_pair(folder, "VERA", layers, A, B, peft.VeraConfig, vera_dropout=dropout)
+    save_pair(folder, "VERA", layers, A, B, vera_dropout=dropout)
 
 
 METHODS["VERA"] = Method(
@@ -25,5 +23,5 @@ METHODS["VERA"] = Method(
     pair=lambda r, i, o: ((r, i), (o, r)),
     trained=lambda r, I, O: ((r,), (O,)),
     draw=lambda config, a, b, generator, drawn_in: tuple(uniform(generator, s, 0, torch.float32) for s in (a, b)),
-    save=lambda folder, layers, A, B, layer: save_vera(folder, layers, A, B, layer.dropout),
+    options=lambda layer: {"vera_dropout": layer.dropout},
 )

@@ -100,7 +100,9 @@ class _Factors:
     """Two GEMMs a panel, for the tokens."""
 
     @classmethod
-    def forward(cls, update: _Update, y, x, weight, bias) -> Tensor:
+    def forward(
+        cls, update: _Update, y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         out = base.output(y, x, weight, bias)
         cls.add(update, out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]).float())
         return out
@@ -115,23 +117,25 @@ class _Factors:
             y.copy_(sums)
 
     @staticmethod
-    def backward(update: _Update, need, need_coef: bool, dy, x, weight, dlam, dgam) -> list[Tensor | None]:
-        """dx, dW and dbias, those that are needed; with ``need_coef`` dlam and dgam, which are zeros, are filled."""
-        grads = base.gradients(need, dy, x, weight)
+    def backward(update: _Update, need, dy: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, ...]:
+        """dx, dW, dbias, dlam and dgam, those that ``need`` asks for; the last two together."""
+        need_x, _, _, need_coef = need
+        dx, dw, dbias = (None, None, None) if weight is None else base.gradients(need, dy, x, weight)
         rows, g = x.reshape(-1, x.shape[-1]).float(), dy.reshape(-1, dy.shape[-1]).float()
-        if need[0]:
-            dx = torch.zeros_like(rows) if grads[0] is None else grads[0].reshape(rows.shape).float()
+        dlam, dgam = torch.zeros_like(update.lam), torch.zeros_like(update.gam)
+        if need_x:
+            sums = torch.zeros_like(rows) if dx is None else dx.reshape(rows.shape).float()
         at_b, at_u = (g, rows) if update.narrow_in else (rows, g)
-        for span, q in update.panels() if need[0] or need_coef else ():
+        for span, q in update.panels() if need_x or need_coef else ():
             b = update.b(q)
             h = at_b @ b.mT if update.narrow_in or need_coef else None  # [T, panel]
             b = None if update.narrow_in else b  # its memory is free for U
             u = update.u(span)
-            if need[0]:
-                dx.addmm_(*((h, u) if update.narrow_in else (g @ u.mT, b)), alpha=update.scale)
+            if need_x:
+                sums.addmm_(*((h, u) if update.narrow_in else (g @ u.mT, b)), alpha=update.scale)
             if need_coef:  # dU takes the place of U
                 update.gradients(torch.mm(h.mT, at_u, out=u), span, dlam, dgam)
-        return [dx.to(x.dtype).view(x.shape) if need[0] else None, *grads[1:]]
+        return sums.to(x.dtype).view(x.shape) if need_x else None, dw, dbias, dlam, dgam
 
 
 class _Vector(_Factors):
@@ -158,28 +162,33 @@ def _stored(x: Tensor, p: Projection, transposed: bool) -> Tensor:
     """x P or x Pᵀ in float32; of a stored P in 16 bit a panel at a time is float32."""
     if isinstance(p, Basis) or p.dtype == torch.float32:
         return matmul(x, p, transposed, wide=True)
-    panels = p.split(max(1, _PANEL // p.shape[1]))
+    step = max(1, _PANEL // p.shape[1])
     if transposed:
-        return torch.cat([x @ panel.float().mT for panel in panels], -1)
-    parts = x.split([len(panel) for panel in panels], -1)
-    return sum(part @ panel.float() for part, panel in zip(parts, panels, strict=True))
+        return torch.cat([x @ rows.float().mT for rows in p.split(step)], -1)
+    y = x.new_zeros(*x.shape[:-1], p.shape[1])
+    for part, rows in zip(x.split(step, -1), p.split(step), strict=True):
+        y += part @ rows.float()
+    return y
 
 
 class _Merged:
     """W + ΔW formed once, in place of W."""
 
     @staticmethod
-    def forward(update: _Update, y, x, weight, bias) -> Tensor:
+    def forward(update: _Update, y: None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return base.linear(x, update.delta().add_(weight), bias)
 
     @staticmethod
-    def backward(update: _Update, need, need_coef: bool, dy, x, weight, dlam, dgam) -> list[Tensor | None]:
-        grads = base.gradients(need, dy, x, update.delta().add_(weight) if need[0] else weight)
+    def backward(update: _Update, need, dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, _, _, need_coef = need
+        grads = base.gradients(need, dy, x, update.delta().add_(weight) if need_x else weight)
+        dlam, dgam = torch.zeros_like(update.lam), torch.zeros_like(update.gam)
         if need_coef:
             delta = dy.flatten(0, -2).mT @ x.flatten(0, -2)  # dL/dΔW [O, I]
             for span, q in update.panels():
-                update.gradients(update.b(q) @ (delta if update.narrow_in else delta.mT), span, dlam, dgam)
-        return grads
+                du = update.b(q) @ (delta if update.narrow_in else delta.mT)
+                update.gradients(du, span, dlam, dgam)
+        return *grads, dlam, dgam
 
 
 _WAYS = {"vector": _Vector, "factors": _Factors, "merged": _Merged}
@@ -200,13 +209,12 @@ class _RandLora(Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @base.no_autocast
     def backward(ctx, dy):
         A, B, x, weight, lam, gam = saved(ctx)
         need_y, *need, need_lam, need_gam = ctx.needs_input_grad[:6]
-        with torch.autocast(dy.device.type, enabled=False):  # as forward ran, wherever backward() is called
-            update = _Update.of(lam, gam, A, B, *ctx.rest)
-            dlam, dgam = torch.zeros_like(update.lam), torch.zeros_like(update.gam)
-            grads = _WAYS[ctx.way].backward(update, need, need_lam or need_gam, dy, x, weight, dlam, dgam)
+        update = _Update.of(lam, gam, A, B, *ctx.rest)
+        *grads, dlam, dgam = _WAYS[ctx.way].backward(update, (*need, need_lam or need_gam), dy, x, weight)
         dlam, dgam = dlam.to(lam.dtype) if need_lam else None, dgam.to(gam.dtype) if need_gam else None
         return dy if need_y else None, *grads, dlam, dgam, None, None, None, None
 

@@ -71,8 +71,6 @@ class AdapterLinear(nn.Module):
         return self
 
     def _make(self, base: nn.Linear, *args: Any, **settings: Any) -> None:
-        if unknown := [name for name in settings if name not in (*self.SETTINGS, "adapter_dtype")]:
-            raise TypeError(f"{type(self).__name__}._set_up() got an unexpected keyword argument {unknown[0]!r}")
         nn.Module.__init__(self)
         self._set_up(base, *args, **settings)
 

@@ -107,8 +107,7 @@ class FusedLoRALinear(LowRankLinear):
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
         self.use_dora, self.scaling = use_dora, F.lora_scaling(lora_alpha, r, use_rslora)
         if r:
-            with torch.no_grad():
-                INITS[init](self)
+            INITS[init](self)
         if use_dora:
             self.lora_magnitude_vector = Magnitude(self._norm().to(like["dtype"]))
             self._cached_norm = DoraNorm()
@@ -131,17 +130,19 @@ class FusedLoRALinear(LowRankLinear):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """What ``merge`` adds to W [out, in], in float32: scaling · B A, or for DoRA g ⊙ (W + scaling · B A) - W."""
+        if not self.use_dora:
+            return self._low_rank()
         w = self.base_layer.weight.float()
-        return self._gain() * (w + self._low_rank()) - w if self.use_dora else self._low_rank()
+        return self._gain() * (w + self._low_rank()) - w
 
     def _norm(self) -> Tensor:
         return F.dora_norm(self.base_layer.weight, *self.factors())
 
-    def _gain(self) -> Tensor | float:
-        return (self.lora_magnitude_vector.weight / self._norm())[:, None] if self.use_dora else 1.0
+    def _gain(self) -> Tensor:
+        return (self.lora_magnitude_vector.weight / self._norm())[:, None]
 
     def _put_in(self, w: Tensor) -> Tensor:
-        self._merged_gain = self._gain()
+        self._merged_gain = self._gain() if self.use_dora else 1.0
         return self._merged_gain * (w + self._low_rank())
 
     def _take_out(self, w: Tensor) -> Tensor:
@@ -158,6 +159,15 @@ class FusedLoRALinear(LowRankLinear):
         return text + (", dora" if self.use_dora else "")
 
 
+def _kaiming(layer: FusedLoRALinear) -> None:
+    nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))
+
+
+def _gaussian(layer: FusedLoRALinear) -> None:
+    nn.init.normal_(layer.lora_A.weight, std=1 / layer.r)
+
+
+@torch.no_grad()
 def _from_base(layer: FusedLoRALinear, a: Tensor, b: Tensor) -> None:
     """Sets the factors and takes what they add out of W, so that the layer computes what it did before."""
     layer.lora_A.weight.copy_(a)
@@ -165,20 +175,17 @@ def _from_base(layer: FusedLoRALinear, a: Tensor, b: Tensor) -> None:
     layer._write(layer.base_layer.weight.float() - layer._low_rank())
 
 
+@torch.no_grad()
 def _pissa(layer: FusedLoRALinear) -> None:
     u, s, vh = torch.linalg.svd(layer.base_layer.weight.float(), full_matrices=False)
     root = (s[: layer.r] / layer.scaling).sqrt()
     _from_base(layer, root[:, None] * vh[: layer.r], u[:, : layer.r] * root)
 
 
+@torch.no_grad()
 def _olora(layer: FusedLoRALinear) -> None:
     q, r = torch.linalg.qr(layer.base_layer.weight.float())
     _from_base(layer, r[: layer.r], q[:, : layer.r])
 
 
-INITS: dict[str, Init] = {
-    "kaiming": lambda layer: nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5)),
-    "gaussian": lambda layer: nn.init.normal_(layer.lora_A.weight, std=1 / layer.r),
-    "pissa": _pissa,
-    "olora": _olora,
-}
+INITS: dict[str, Init] = {"kaiming": _kaiming, "gaussian": _gaussian, "pissa": _pissa, "olora": _olora}

@@ -14,12 +14,14 @@ Adapter files of lrkern's own modules: ``save_adapter`` and ``load_adapter`` wri
 only).
 """
 
+from dataclasses import dataclass
+
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..files.folder import rank_and_scaling, read_adapter, write_adapter  # noqa: F401
 from ..files.lora import load_adapter, save_adapter
-from .layer import Patched, patch_layer
-from .reports import Report, adapted_layers, report
+from .layer import KINDS, Patched, cannot_patch, patch_layer
 
 # isort: off
 from .lora import FusedLora as _Fused, _create, register  # noqa: F401, the first two for pickles of 0.1
@@ -30,9 +32,41 @@ from .randlora import FusedRandLora  # noqa: F401
 __all__ = ["Report", "load_adapter", "patch", "register", "report", "save_adapter", "unpatch"]
 
 
+@dataclass
+class Report:
+    """Per adapted layer its name and None (fused) or the reason why PEFT's own code runs."""
+
+    layers: dict[str, str | None]
+
+    @property
+    def fused(self) -> int:
+        return sum(why is None for why in self.layers.values())
+
+    def __str__(self) -> str:
+        lines = [f"lrkern: {self.fused} of {len(self.layers)} adapted layers fused"]
+        return "\n".join(lines + [f"  {name}: PEFT's own code, {why}" for name, why in self.layers.items() if why])
+
+
+def _layers(model: nn.Module, who: str) -> dict[str, BaseTunerLayer]:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, tuple(KINDS))}
+    if not layers:
+        first, *others = (kind._method for kind in KINDS.values())
+        raise ValueError(
+            f"lrkern.peft.{who}: model must have PEFT {first} layers (or {', '.join(others)}), got {type(model).__name__} "
+            "with none"
+        )
+    return layers
+
+
 def patch(model: nn.Module) -> Report:
     """Makes the LoRA, VeRA and RandLoRA linears of a PEFT model run on lrkern, in place, and reports per layer."""
-    return Report({name: patch_layer(layer) for name, layer in adapted_layers(model, "patch").items()})
+    return Report({name: patch_layer(layer) for name, layer in _layers(model, "patch").items()})
+
+
+def report(model: nn.Module) -> Report:
+    """What each adapted layer of the model would do if it were called now. Changes nothing."""
+    layers = _layers(model, "report").items()
+    return Report({n: m._why() if isinstance(m, Patched) else cannot_patch(m) or "not patched" for n, m in layers})
 
 
 def unpatch(model: nn.Module) -> None:

@@ -33,6 +33,8 @@ class Patched:
     _method: ClassVar[str]  # the kind of layer in messages
     _forwards: ClassVar[str]  # the module or package of the forwards that it stands for
     _no_linear: ClassVar[tuple[type, ...]] = ()  # what is of this kind and no linear
+    _linear: Callable[..., Tensor]  # of x, weight, bias and an adapter: base and adapter
+    _add: Callable[..., Tensor]  # of y, x and an adapter
 
     def __init_subclass__(cls, layers: type | None = None) -> None:
         super().__init_subclass__()
@@ -41,13 +43,6 @@ class Patched:
 
     def _adapter(self, name: str) -> tuple | str | None:
         """An active adapter, why PEFT's own code must run, or None where this layer has no such adapter."""
-        raise NotImplementedError
-
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple) -> Tensor:
-        """Base and adapter."""
-        raise NotImplementedError
-
-    def _add(self, y: Tensor, x: Tensor, adapter: tuple) -> Tensor:
         raise NotImplementedError
 
     def _not_now(self) -> str | None:

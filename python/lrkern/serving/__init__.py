@@ -21,13 +21,4 @@ from .kinds import FAMILIES, Factors, Shared, Vectors
 from .model import MultiLoraModel
 from .pool import AdapterPool, PoolFull, UnknownAdapter
 
-__all__ = [
-    "FAMILIES",
-    "AdapterPool",
-    "Factors",
-    "MultiLoraModel",
-    "PoolFull",
-    "Shared",
-    "UnknownAdapter",
-    "Vectors",
-]
+__all__ = ["FAMILIES", "AdapterPool", "Factors", "MultiLoraModel", "PoolFull", "Shared", "UnknownAdapter", "Vectors"]

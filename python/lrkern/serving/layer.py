@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 
 
-def wrong(argument: str, must: str, got: Any) -> ValueError:
-    return ValueError(f"lrkern.serving: {argument} must {must}, got {got}")
+def must(holds: Any, argument: str, what: str, got: Any) -> None:
+    if not holds:
+        raise ValueError(f"lrkern.serving: {argument} must {what}, got {got}")
 
 
 class Layer:

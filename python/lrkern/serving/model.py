@@ -4,14 +4,15 @@
 import math
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..files.folder import features_of
-from .kinds.kind import Batch, Rows
-from .layer import Layer, wrong
+from .kinds.kind import Rows
+from .layer import Layer, must
 from .pool import AdapterPool
 
 
@@ -22,15 +23,9 @@ class _Batch:
         self.requests, self.times = len(rows), times
         kinds = {adapter.kind for row in rows for adapter, _ in row}
         own = lambda kind: [[part for part in row if part[0].kind is kind] for row in rows]
-        self.parts = [kind.batch(own(kind), pool._to_device) for kind in pool._kinds if kind in kinds]
+        self.parts = [kind.batch(own(kind)) for kind in pool._kinds if kind in kinds]
 
-    def add(self, y: Tensor, x: Tensor, layer: Layer, parts: list[Batch]) -> Tensor:
-        self._check(x, layer)
-        for part in parts:
-            y = part.add(y, x, layer)
-        return y
-
-    def _check(self, x: Tensor, layer: Layer) -> None:
+    def check(self, x: Tensor, layer: Layer) -> None:
         """A request's rows must lie together, also where ``generate`` made several sequences of it."""
         first = x.shape[0] if x.ndim > 1 else 0
         if first not in (self.requests, self.requests * self.times):
@@ -44,7 +39,7 @@ class _Batch:
 _INPUTS = ("input_ids", "inputs_embeds", "inputs", "input_features", "pixel_values", "decoder_input_ids")
 
 
-class MultiLoraModel:
+class MultiLoraModel(AbstractContextManager):
     """A transformers model whose requests, the rows of its batch, each have adapters of their own. Inference only.
 
     The model's own modules stay as they are, with a forward hook on the pool's linears until ``close``; called directly
@@ -58,8 +53,8 @@ class MultiLoraModel:
     def __init__(self, model: nn.Module, pool: AdapterPool):
         modules = dict(model.named_modules())
         for name, layer in pool._layers.items():
-            if name not in modules or features_of(modules[name]) != layer.local:
-                raise wrong("model", f"have a linear {name} {list(layer.local)}", modules.get(name))
+            there = name in modules and features_of(modules[name]) == layer.local
+            must(there, "model", f"have a linear {name} {list(layer.local)}", modules.get(name))
         self.model, self.pool, self._local = model, pool, threading.local()
         self._hooks = [
             modules[name].register_forward_hook(self._hook(layer), with_kwargs=True)
@@ -71,9 +66,6 @@ class MultiLoraModel:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-
-    def __enter__(self) -> "MultiLoraModel":
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
@@ -90,15 +82,14 @@ class MultiLoraModel:
     def _run(self, call: Callable, args: tuple, kwargs: dict, adapters: Any, scales: Any, times: int) -> Any:
         if not self._hooks:
             raise RuntimeError("lrkern.serving: this MultiLoraModel is closed")
-        if self.model.training:
-            raise wrong("model", "be in eval mode", "training mode")
+        must(not self.model.training, "model", "be in eval mode", "training mode")
         if getattr(self._local, "batch", None) is not None:
             raise RuntimeError("lrkern.serving: a forward of this model is under way on this thread")
         slots = _slots(adapters, scales)
         inputs = [*args, *(kwargs[key] for key in _INPUTS if key in kwargs)]
         size = next((len(t) for t in inputs if isinstance(t, Tensor) and t.ndim), None)
-        if slots is not None and size not in (None, len(slots)):
-            raise wrong("adapters", f"have one entry for each of the {size} requests", len(slots))
+        fits = slots is None or size in (None, len(slots))
+        must(fits, "adapters", f"have one entry for each of the {size} requests", fits or len(slots))
         with torch.no_grad():
             if not any(slots or ()):
                 return call(*args, **kwargs)
@@ -116,7 +107,10 @@ class MultiLoraModel:
             parts = [part for part in batch.parts if part.acts(layer)] if batch else []
             if not parts:
                 return None
-            out = batch.add(y, args[0] if args else next(iter(kwargs.values())), layer, parts)
+            x, out = args[0] if args else next(iter(kwargs.values())), y
+            batch.check(x, layer)
+            for part in parts:
+                out = part.add(out, x, layer)
             return None if out is y else out
 
         return torch.compiler.disable(add)
@@ -124,23 +118,22 @@ class MultiLoraModel:
 
 def _slots(adapters: Any, scales: Any) -> list[list[tuple[str, float]]] | None:
     """Per request the names and scales of its adapters."""
+    check = lambda holds, argument, what, got: holds or must(False, argument, what, repr(got))
     if adapters is None:
-        if scales is not None:
-            raise wrong("scales", "come with adapters", repr(scales))
+        check(scales is None, "scales", "come with adapters", scales)
         return None
-    if isinstance(adapters, str) or not isinstance(adapters, Sequence):
-        raise wrong("adapters", "be a list with one entry a request", repr(adapters))
-    if scales is None:
-        scales = [None] * len(adapters)
-    if isinstance(scales, str) or not isinstance(scales, Sequence) or len(scales) != len(adapters):
-        raise wrong("scales", f"be a list of {len(adapters)}, one entry a request", repr(scales))
+    is_list = lambda each: isinstance(each, Sequence) and not isinstance(each, str)
+    check(is_list(adapters), "adapters", "be a list with one entry a request", adapters)
+    scales = [None] * len(adapters) if scales is None else scales
+    fits = is_list(scales) and len(scales) == len(adapters)
+    check(fits, "scales", f"be a list of {len(adapters)}, one entry a request", scales)
     result = []
     for who, scale in zip(adapters, scales, strict=True):
         names = [] if who is None else [who] if isinstance(who, str) else who
-        if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-            raise wrong("adapters", "be names, None, or lists of names", repr(who))
+        named = isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
+        check(named, "adapters", "be names, None, or lists of names", who)
         each = scale if isinstance(scale, Sequence) else [1.0 if scale is None else scale] * len(names)
-        if len(each) != len(names) or not all(isinstance(s, (int, float)) and math.isfinite(s) for s in each):
-            raise wrong("scales", f"be finite numbers, one or {len(names)} for this request", repr(scale))
+        fits = len(each) == len(names) and all(isinstance(s, (int, float)) and math.isfinite(s) for s in each)
+        check(fits, "scales", f"be finite numbers, one or {len(names)} for this request", scale)
         result.append([(name, float(s)) for name, s in zip(names, each, strict=True)])
     return result

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters by name in pools of pages, and who of them is on the device."""
 
+import math
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..files.check import refusal
 from ..files.folder import features_of, read_adapter
 from ..files.own import read_layers
 from ..limits import DTYPES, MAX_RANK, PAGE
 from .kinds.kind import KINDS, Adapter, Kind
 from .kinds.read import of_folder, of_layers
-from .layer import Layer, wrong
+from .layer import Layer, must
 
 
 class UnknownAdapter(ValueError):
@@ -58,17 +60,15 @@ class AdapterPool:
         parallel: Mapping[str, str] | None = None,
         group: Any = None,
     ):
-        if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
-            raise wrong("model", "be without PEFT layers", type(model).__name__)
-        if not 1 <= max_rank <= MAX_RANK:
-            raise wrong("max_rank", f"lie in 1..{MAX_RANK}", max_rank)
-        if (budget is None) == (pages is None):
-            raise wrong("budget or pages", "be given, and not both", f"budget={budget}, pages={pages}")
-        if dtype not in (None, *DTYPES):
-            raise wrong("dtype", "be float32, float16 or bfloat16", dtype)
+        adapted = any(isinstance(m, BaseTunerLayer) for m in model.modules())
+        must(not adapted, "model", "be without PEFT layers", type(model).__name__)
+        must(1 <= max_rank <= MAX_RANK, "max_rank", f"lie in 1..{MAX_RANK}", max_rank)
+        room = f"budget={budget}, pages={pages}"
+        must((budget is None) != (pages is None), "budget or pages", "be given, and not both", room)
+        must(dtype in (None, *DTYPES), "dtype", "be float32, float16 or bfloat16", dtype)
         parallel = dict(parallel or {})
-        if not set(parallel.values()) <= {"column", "row"}:
-            raise wrong("parallel", "say column or row", sorted(set(parallel.values()) - {"column", "row"}))
+        others = sorted(set(parallel.values()) - {"column", "row"})
+        must(not others, "parallel", "say column or row", others)
         self.group, self._rank, world = group, 0, 1
         if parallel:
             self._rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
@@ -76,8 +76,7 @@ class AdapterPool:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         every = {name: m for name, m in model.named_modules() if features_of(m)}
         modules = {name: m for name, m in every.items() if _targeted(targets, name, m is head)}
-        if not modules:
-            raise wrong("targets", "name linears of the model", targets)
+        must(modules, "targets", "name linears of the model", targets)
         splits = {name: next((v for k, v in parallel.items() if _ends(name, k)), None) for name in every}
         layers = {n: Layer(-1, n, features_of(m), splits[n], world) for n, m in every.items()}
         self._linears = {name: layer.whole for name, layer in layers.items()}
@@ -87,15 +86,15 @@ class AdapterPool:
 
         weights = [w for m in modules.values() if isinstance(w := getattr(m, "weight", None), Tensor)]
         kinds, devices = {w.dtype for w in weights}, {p.device for p in model.parameters()}
-        if len(devices) != 1 or (device := devices.pop()).type == "meta":
-            raise wrong("model", "be on one device", sorted(map(str, devices)) or "meta")
+        one = len(devices) == 1 and devices != {torch.device("meta")}
+        must(one, "model", "be on one device", sorted(map(str, devices)) if len(devices) > 1 else "meta")
+        (device,) = devices
         only = kinds.pop() if len(kinds) == 1 and len(weights) == len(modules) else None
         self.device, self.dtype = device, dtype or (only if only in DTYPES else torch.float32)
         self.max_rank, self.max_adapters = max_rank, max_adapters
         self.page_bytes = PAGE * self.dtype.itemsize * sum(sum(layer.local) for layer in self._layers.values())
         self.pages = pages if pages is not None else budget // self.page_bytes
-        if self.pages < 1:
-            raise wrong("budget or pages", f"hold a page, {self.page_bytes} bytes", f"budget={budget}, pages={pages}")
+        must(self.pages >= 1, "budget or pages", f"hold a page, {self.page_bytes} bytes", room)
         for layer in self._layers.values():
             I, O = layer.local
             layer.a = torch.zeros(PAGE * self.pages, I, dtype=self.dtype, device=device)
@@ -128,7 +127,7 @@ class AdapterPool:
     def resident(self) -> list[str]:
         """Names on the device."""
         with self._changed:
-            return [name for name, adapter in self._adapters.items() if adapter.pages is not None]
+            return [name for name, adapter in self._adapters.items() if adapter.cells is not None]
 
     @property
     def layers(self) -> list[str]:
@@ -141,10 +140,13 @@ class AdapterPool:
         lrkern.nn.basis_file.save_adapter with NOLA or VeRA layers: VeRA layers that share a pair (one seed, r, max_in and
         max_out) are vectors, all others factors. ``replace``: in place of the adapter of that name; forwards under way end
         with the old one. A refused call changes nothing."""
-        if Path(path).is_file():
-            self._put(name, lambda: of_layers(read_layers(path), self._linears), replace, f"{path}: ")
-        else:
-            self._put(name, lambda: of_folder(*read_adapter(path), self._linears), replace, f"{path}: ")
+
+        def read():
+            if Path(path).is_file():
+                return of_layers(read_layers(path), self._linears)
+            return of_folder(*read_adapter(path), self._linears)
+
+        self._put(name, read, replace, f"{path}: ")
 
     def add(
         self,
@@ -177,30 +179,25 @@ class AdapterPool:
             self._reserved.discard(adapter)
             self._changed.notify_all()
 
-    def _to_device(self, t: Tensor) -> Tensor:
+    def to_device(self, t: Tensor) -> Tensor:
         """A copy on the device, which nobody waits for."""
         return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
 
     def _put(self, name: str, read: Callable[[], Any], replace: bool, where: str = "") -> None:
-        if not isinstance(name, str) or not name:
-            raise wrong("name", "be a string", repr(name))
-        try:
+        must(isinstance(name, str) and name, "name", "be a string", repr(name))
+        errors = ValueError, TypeError, re.error
+        with refusal(f"lrkern.serving: adapter {name!r}: {where}", "; the pool is unchanged", errors):
             parts = read()
             kind = next(kind for kind in self._kinds if isinstance(parts, kind.parts))
             if outside := sorted(kind.names(parts) - self._layers.keys()):
                 raise ValueError(f"{outside[0]} is not among the pool's targets")
-            adapter, terms = kind.read(parts)
-        except (ValueError, TypeError, re.error) as error:
-            raise ValueError(f"lrkern.serving: adapter {name!r}: {where}{error}; the pool is unchanged") from error
+            adapter = kind.read(parts)
         with self._changed:
-            old = self._adapters.get(name)
-            if replace and old is None:
-                raise self._unknown(name)
-            if not replace and old is not None:
-                raise wrong("name", "be new (or say replace=True)", repr(name))
+            old = self._known(name) if replace else self._adapters.get(name)
+            must(replace or old is None, "name", "be new (or say replace=True)", repr(name))
             if old is None and len(self._adapters) >= self.max_adapters:
                 raise PoolFull(f"lrkern.serving: max_adapters is {self.max_adapters}, and {name!r} would be one more")
-            kind.agree(terms, name)
+            kind.agree(adapter, name)
             pinned = old in self._reserved
             if pinned:
                 self._reserve({*self._reserved, adapter} - {old}, name)
@@ -212,17 +209,17 @@ class AdapterPool:
 
     # ---- who is on the device; all of it with the lock held
 
-    def _unknown(self, name: str) -> UnknownAdapter:
-        return UnknownAdapter(f"lrkern.serving: adapter must be one of the pool's {len(self._adapters)}, got {name!r}")
-
     def _known(self, name: str) -> Adapter:
         if name not in self._adapters:
-            raise self._unknown(name)
+            raise UnknownAdapter(
+                f"lrkern.serving: adapter must be one of the pool's {len(self._adapters)}, got {name!r}"
+            )
         return self._adapters[name]
 
-    def _pages(self, adapters: Collection[Adapter], cells: Callable[[Kind], int] = lambda kind: 0) -> int:
+    def _pages(self, adapters: Collection[Adapter], free: Mapping[Kind, int] | None = None) -> int:
         """How many these take when they lie as close as they can, beside so many free cells of each kind."""
-        return sum(kind.needs(those, cells(kind)) for kind, those in _by_kind(adapters))
+        cells = Counter(adapter.kind for adapter in adapters for _ in range(adapter.size))
+        return sum(max(0, math.ceil((n - (free or {}).get(kind, 0)) / kind.per_page)) for kind, n in cells.items())
 
     def _reserve(self, pinned: set[Adapter], name: str) -> None:
         need, now = self._pages(pinned), self._pages(self._reserved)
@@ -241,33 +238,44 @@ class AdapterPool:
 
     def _leave(self, adapter: Adapter) -> None:
         """Frees the room. On CUDA forwards may still run: what is uploaded next waits for them, on the device."""
-        if adapter.pages is None:
+        if adapter.cells is None:
             return
         for event in adapter.done.values():
             self._upload_stream.wait_event(event)
-        adapter.kind.leave(adapter, self._free)
-        adapter.pages, adapter.ready, adapter.done = None, None, {}
+        for cell in adapter.cells:
+            page = cell // adapter.kind.per_page
+            free = adapter.kind.open.setdefault(page, [])
+            free.append(cell)
+            if len(free) == adapter.kind.per_page:
+                del adapter.kind.open[page]
+                self._free.append(page)
+        adapter.cells, adapter.ready, adapter.done = None, None, {}
         self._resident.pop(adapter, None)
 
     def _make_room(self, batch: set[Adapter]) -> bool:
         """Whether the batch fits now; then others have left for it, least recently used first. Of adapters that share pages
         those that stay idle, pinned or in the batch, may lie one a page: where need be they move together."""
-        absent = [adapter for adapter in batch if adapter.pages is None]
+        absent = [adapter for adapter in batch if adapter.cells is None]
         if not absent:
             return True
-        held = {kind: kind.held(those) for kind, those in _by_kind(a for a in self._resident if a.users)}
+        busy = [adapter for adapter in self._resident if adapter.users]
+        begun = {(adapter.kind, page) for adapter in busy for page in adapter.pages}
+        beside = Counter(
+            kind for kind, _ in begun for _ in range(kind.per_page)
+        )  # cells there when all others have left
+        beside.subtract(adapter.kind for adapter in busy for _ in range(adapter.size))
         staying = {a for a in self._resident if not a.users and (a in batch or a in self._reserved)}
-        pages = self.pages - sum(n for n, _ in held.values())
-        if self._pages([*staying, *absent], lambda kind: held.get(kind, (0, 0))[1]) > pages:
+        if self._pages([*staying, *absent], beside) > self.pages - len(begun):
             return False
-        lacks = lambda: self._pages(absent, lambda kind: kind.cells) > len(self._free)
+        free = lambda: {kind: sum(map(len, kind.open.values())) for kind in self._kinds}
+        lacks = lambda: self._pages(absent, free()) > len(self._free)
         for adapter in list(self._resident):
             if not lacks():
                 return True
             if not adapter.users and adapter not in staying:
                 self._leave(adapter)
         if lacks():
-            moving = [adapter for adapter in staying if adapter.cell is not None]
+            moving = [adapter for adapter in staying if adapter.kind.per_page > 1]
             for adapter in moving:
                 self._leave(adapter)
             for adapter in moving:
@@ -275,11 +283,20 @@ class AdapterPool:
         return True
 
     def _enter(self, adapter: Adapter) -> None:
-        adapter.kind.enter(adapter, self._free)
+        kind, adapter.cells = adapter.kind, []
+        for _ in range(adapter.size):
+            if not kind.open:
+                page = self._free.pop(0)
+                kind.open[page] = list(range(kind.per_page * page, kind.per_page * (page + 1)))
+            page, free = next(iter(kind.open.items()))
+            adapter.cells.append(free.pop(0))
+            if not free:
+                del kind.open[page]
         with torch.cuda.stream(self._upload_stream), torch.no_grad():
             for layer in self._layers.values():
-                for view, host in adapter.kind.copies(adapter, layer) if layer.index in adapter.host else ():
-                    view.copy_(host, non_blocking=True)
+                for view, host in zip(kind.views(layer), adapter.host.get(layer.index, ()), strict=False):
+                    for cell, rows in zip(adapter.cells, host, strict=False):
+                        view[cell].copy_(rows, non_blocking=True)
             if self._upload_stream:
                 adapter.ready = self._upload_stream.record_event()
         self._resident[adapter] = None
@@ -302,7 +319,7 @@ class AdapterPool:
                     break
                 self._changed.wait()
             for adapter in batch:
-                if adapter.pages is None:
+                if adapter.cells is None:
                     self._enter(adapter)
                 self._resident.move_to_end(adapter)
             for adapter in batch:
@@ -324,18 +341,8 @@ class AdapterPool:
                 self._changed.notify_all()
 
     def _bring(self, name: str) -> None:
-        try:
-            with self._lease([name]):
-                pass
-        except UnknownAdapter:  # removed by another thread just now
+        with suppress(UnknownAdapter), self._lease([name]):  # removed by another thread just now
             pass
-
-
-def _by_kind(adapters: Iterable[Adapter]) -> Iterable[tuple[Kind, list[Adapter]]]:
-    groups: dict[Kind, list[Adapter]] = {}
-    for adapter in adapters:
-        groups.setdefault(adapter.kind, []).append(adapter)
-    return groups.items()
 
 
 def _ends(name: str, end: str) -> bool:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...files.folder import check_shape, rank_and_scaling
+from ...files.check import check_shape, require
+from ...files.folder import rank_and_scaling
 from ...files.own import classes, either
 from ...limits import PAGE
 from ...nn.linear import LowRankLinear
-from .kind import FAMILIES, Adapter, Batch, Kind
+from .kind import FAMILIES, Adapter, Kind
 from .read import by_linear, plain
 
 
@@ -33,67 +34,50 @@ class LowRank(Kind):
     @classmethod
     def of_layers(cls, layers):
         for name, layer in layers.items():
-            if not isinstance(layer, LowRankLinear):
-                must = either(cls for cls in classes() if issubclass(cls, LowRankLinear))
-                raise ValueError(f"{name} must be {must}, got {type(layer).__name__}, which has full rank")
+            must = either(cls for cls in classes() if issubclass(cls, LowRankLinear))
+            got = f"{type(layer).__name__}, which has full rank"
+            require(isinstance(layer, LowRankLinear), f"{name} must be {must}, got {got}")
         return {name: Factors(*layer.factors()) for name, layer in layers.items()}
 
-    def read(self, parts: Mapping[str, Factors]) -> tuple[Adapter, None]:
+    def read(self, parts: Mapping[str, Factors]) -> Adapter:
         pool = self.pool
         rank = max(f.a.shape[0] for f in parts.values())
-        if not 1 <= rank <= pool.max_rank:
-            raise ValueError(f"rank must lie in 1..{pool.max_rank} (the pool's max_rank), got {rank}")
-        size = math.ceil(rank / PAGE)
-        if size > pool.pages:
-            raise ValueError(f"rank {rank} needs {size} pages, the pool has {pool.pages}")
+        size, most = math.ceil(rank / PAGE), pool.max_rank
+        require(1 <= rank <= most, f"rank must lie in 1..{most} (the pool's max_rank), got {rank}")
+        require(size <= pool.pages, f"rank {rank} needs {size} pages, the pool has {pool.pages}")
         first = next(iter(parts.values())).scale
-        ranks, scales, host = [0] * len(pool.layers), [first] * len(pool.layers), {}
-        rows = {name: PAGE * math.ceil(f.a.shape[0] / PAGE) for name, f in parts.items()}
-        count = sum(n * sum(pool._layers[name].local) for name, n in rows.items())
-        flat = torch.zeros(count, dtype=pool.dtype, pin_memory=pool._upload_stream is not None)
-        at = 0
+        ranks, scales, mine = [0] * len(pool.layers), [first] * len(pool.layers), {}
         for name, f in parts.items():
             layer, r = pool._layers[name], f.a.shape[0]
-            if (f.a.shape, f.b.shape) != ((r, layer.whole[0]), (layer.whole[1], r)) or not math.isfinite(f.scale):
-                raise ValueError(f"{name} got factors {list(f.a.shape)}, {list(f.b.shape)}, scale {f.scale}")
-            pair = []
-            for t, split in ((f.a, "row"), (f.b.mT, "column")):
-                mine = layer.mine(t.detach(), split, pool._rank)
-                n = mine.shape[1]
-                view = flat[at : at + rows[name] * n].view(rows[name], n)
-                view[:r].copy_(mine)
-                at += view.numel()
-                pair.append(view)
-                if not view.isfinite().all():
-                    raise ValueError(f"{name} must have finite factors in {pool.dtype}, got inf or nan")
-            ranks[layer.index], scales[layer.index], host[layer.index] = r, f.scale, (pair[0], pair[1])
-        return Adapter(self, host, size, (torch.tensor(ranks, dtype=torch.int32), torch.tensor(scales))), None
+            fit = (f.a.shape, f.b.shape) == ((r, layer.whole[0]), (layer.whole[1], r)) and math.isfinite(f.scale)
+            require(fit, f"{name} got factors {list(f.a.shape)}, {list(f.b.shape)}, scale {f.scale}")
+            ranks[layer.index], scales[layer.index] = r, f.scale
+            mine[name] = layer.mine(f.a, "row", pool._rank), layer.mine(f.b.mT, "column", pool._rank)
+        facts = torch.tensor(ranks, dtype=torch.int32), torch.tensor(scales)
+        return Adapter(self, self._host(mine, PAGE, "factors"), size, facts)
 
-    def copies(self, adapter, layer):
-        for pool, host in zip((layer.a, layer.b), adapter.host[layer.index], strict=True):
-            for page, rows in zip(adapter.pages, host.split(PAGE), strict=False):
-                yield pool[PAGE * page : PAGE * (page + 1)], rows
+    def views(self, layer):
+        return layer.a.unflatten(0, (-1, PAGE)), layer.b.unflatten(0, (-1, PAGE))
 
-    def batch(self, rows, put):
-        return _Batch(self.pool.group, rows, put)
+    def batch(self, rows):
+        return _Batch(self.pool, rows)
 
 
-class _Batch(Batch):
+class _Batch:
     """All of them as one multi-LoRA call a layer; the plan is made once for each number of rows."""
 
-    def __init__(self, group: Any, rows, put):
+    def __init__(self, pool, rows):
         adapters = list(dict.fromkeys(adapter for row in rows for adapter, _ in row))
         number, K = {adapter: i for i, adapter in enumerate(adapters)}, max(map(len, rows))
         slots = [[(number[a], scale) for a, scale in row] + [(-1, 0.0)] * (K - len(row)) for row in rows]
         M = max(adapter.size for adapter in adapters)
-        pages = [[adapter.pages + [0] * (M - adapter.size)] for adapter in adapters]
+        pages, put = [[adapter.cells + [0] * (M - adapter.size)] for adapter in adapters], pool.to_device
         ranks, scales = (torch.stack(each, 1) for each in zip(*(a.facts for a in adapters), strict=True))  # [layers, A]
-        self._acts = ranks.any(1).tolist()
+        self._pool, self._acts = pool, ranks.any(1).tolist()
         self._index = put(torch.tensor([[i for i, _ in row] for row in slots], dtype=torch.int32))  # [requests, K]
         self._own = put(torch.tensor([[scale for _, scale in row] for row in slots]))
         self._pages, self._ranks = put(torch.tensor(pages, dtype=torch.int32)), put(ranks.unsqueeze(2))
         self._scales, self._alike = put(scales), [tuple(row) for row in scales.tolist()]
-        self._group = group
         self._plans: dict[int, Tensor] = {}
         self._scaled: dict[tuple, Tensor] = {}
 
@@ -105,7 +89,7 @@ class _Batch(Batch):
         where = self._pages, self._ranks[layer.index], plan
         s = ops.multi_lora_shrink(x, layer.a, *where, scales)
         if layer.split == "row":
-            torch.distributed.all_reduce(s, group=self._group)
+            torch.distributed.all_reduce(s, group=self._pool.group)
         if not y.is_contiguous():
             return ops.multi_lora_expand(y, s, layer.b, *where)
         ops.multi_lora_expand_(y, s, layer.b, *where)
@@ -137,11 +121,12 @@ def _lora(
 ) -> dict[str, Factors]:
     """LoRA and rsLoRA (Hu et al., arXiv 2106.09685; arXiv 2312.03732) as PEFT writes them."""
     plain(config, _MORE)
-    if str(config.get("init_lora_weights", True)).lower().startswith(_NOT_PLAIN):
-        raise ValueError(
-            f"init_lora_weights must leave the base weights as they are, got {config['init_lora_weights']!r} (PEFT converts "
-            "such adapters: save_pretrained(path_initial_model_for_weight_conversion=...))"
-        )
+    init, convert = config.get("init_lora_weights", True), "path_initial_model_for_weight_conversion"
+    require(
+        not str(init).lower().startswith(_NOT_PLAIN),
+        f"init_lora_weights must leave the base weights as they are, got {init!r} (PEFT converts such adapters: "
+        f"save_pretrained({convert}=...))",
+    )
     result = {}
     for name, (a, b) in by_linear(config, tensors, linears, "lora_A.weight", "lora_B.weight").items():
         (I, O), (r, scaling) = linears[name], rank_and_scaling(config, name)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a kind of adapter is to the pool and to a batch."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from ...files.check import require
 from ...nn.linear import AdapterLinear
 from ..layer import Layer
 
@@ -22,49 +25,48 @@ KINDS: list[type["Kind"]] = []  # in the order in which they act on a batch
 class Adapter:
     """One adapter's host copy, which never changes, and where on the device it is, which the pool's lock guards."""
 
-    def __init__(self, kind: "Kind", host: dict[int, tuple[Tensor, Tensor]], size: int = 0, facts: Any = None):
+    def __init__(self, kind: "Kind", host: dict[int, list[Tensor]], size: int, facts: Any):
         self.kind = kind
-        self.host = host  # by layer
-        self.size = size  # pages of its own
+        self.host = host  # by layer, what belongs into the kind's views: tensors [cells, ...]
+        self.size = size  # cells
         self.facts = facts  # what else its kind wants to know
-        self.pages: list[int] | None = None  # on the device
-        self.cell: int | None = None  # its place where adapters share pages, counted over all of them
+        self.cells: list[int] | None = None  # on the device, counted over all pages
         self.users = 0  # forwards that may read them
         self.retired = False  # removed or replaced, but in use
         self.ready: Any = None  # CUDA: the event after its upload
         self.done: dict[Any, Any] = {}  # CUDA: by stream, the event after the last forward that read it
 
+    @property
+    def pages(self) -> list[int] | None:
+        return self.cells and [cell // self.kind.per_page for cell in self.cells]
+
 
 Rows = Sequence[Sequence[tuple[Adapter, float]]]  # per request its adapters and their scales
 
 
-class Batch:
-    """What the adapters of one kind do in one forward."""
-
-    def acts(self, layer: Layer) -> bool:
-        raise NotImplementedError
-
-    def add(self, y: Tensor, x: Tensor, layer: Layer) -> Tensor:
-        """y with what the adapters add to each request's rows, y itself where it can be written."""
-        raise NotImplementedError
-
-
 class Kind:
-    """A kind of adapter in one pool. A subclass is a kind of its own, and makes itself known by being one.
+    """A kind of adapter in one pool. A subclass is a kind, and makes itself known by being one.
 
-    Where not overridden, each adapter has pages of its own.
+    An adapter has cells, of which a page holds ``per_page``, each an equal part of the page's 16 rows in every linear's pools.
+
+    read(parts): the adapter, everything checked.
+    views(layer): of its pools what the cells hold, a tensor [cells, rows, n] for each of the host copy.
+    batch(rows): what the adapters in rows, all of this kind, do in one forward. ``acts(layer)`` says whether they do anything
+        there, ``add(y, x, layer)`` gives y with what they add to each request's rows, y itself where it can be written.
     """
 
     parts: ClassVar[type]  # what files become before they become adapters of this kind
-    cells = 0  # free places in pages that adapters share
+    read: Callable[[Any], Adapter]
+    views: Callable[[Layer], tuple[Tensor, ...]]
+    batch: Callable[[Rows], Any]
+    per_page = 1
 
     def __init_subclass__(cls) -> None:
         KINDS.append(cls)
 
     def __init__(self, pool: "AdapterPool"):
         self.pool = pool
-
-    # ---- reading
+        self.open: dict[int, list[int]] = {}  # by page that has room for more, its free cells
 
     @classmethod
     def of_layers(cls, layers: Mapping[str, AdapterLinear]) -> Any:
@@ -76,37 +78,22 @@ class Kind:
         """Of the linears that these parts are of."""
         return parts.keys()
 
-    def read(self, parts: Any) -> tuple[Adapter, Any]:
-        """Checks everything: the host copy, and what must agree with the other adapters of the pool."""
-        raise NotImplementedError
+    def agree(self, adapter: Adapter, name: str) -> None:
+        """Takes what the pool's first adapter of this kind brings for all, and refuses what differs; with the lock held."""
 
-    def agree(self, terms: Any, name: str) -> None:
-        """Takes what the first adapter brings, and refuses what differs from it; with the pool's lock held."""
-
-    # ---- the device's pages, with the pool's lock held
-
-    def needs(self, adapters: Collection[Adapter], cells: int = 0) -> int:
-        """How many pages these take when they lie as close as they can, beside so many free cells."""
-        return sum(adapter.size for adapter in adapters)
-
-    def held(self, adapters: Collection[Adapter]) -> tuple[int, int]:
-        """The pages of these, and the cells there that are not theirs."""
-        return self.needs(adapters), 0
-
-    def enter(self, adapter: Adapter, free: list[int]) -> None:
-        """Takes its room out of the free pages."""
-        adapter.pages = free[: adapter.size]
-        del free[: adapter.size]
-
-    def leave(self, adapter: Adapter, free: list[int]) -> None:
-        free += adapter.pages
-
-    def copies(self, adapter: Adapter, layer: Layer) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of the layer's pools where the adapter has its room, and what of the host copy belongs there."""
-        raise NotImplementedError
-
-    # ---- a forward
-
-    def batch(self, rows: Rows, put: Callable[[Tensor], Tensor]) -> Batch:
-        """rows: the adapters of this kind alone; put: makes a copy on the device."""
-        raise NotImplementedError
+    def _host(self, parts: Mapping[str, Sequence[Tensor]], rows: int, what: str) -> dict[int, list[Tensor]]:
+        """By layer copies [cells, rows, n] of tensors [R, n] of each linear, zeros past R, all in one block of memory."""
+        pool, at, host = self.pool, 0, {}
+        shapes = {name: [(math.ceil(len(t) / rows), rows, t.shape[1]) for t in each] for name, each in parts.items()}
+        count = sum(math.prod(shape) for each in shapes.values() for shape in each)
+        block = torch.zeros(count, dtype=pool.dtype, pin_memory=pool._upload_stream is not None)
+        for name, each in parts.items():
+            copies = host[pool._layers[name].index] = []
+            for t, shape in zip(each, shapes[name], strict=True):
+                copy = block[at : at + math.prod(shape)].view(shape)
+                copy.flatten(0, 1)[: len(t)].copy_(t.detach())
+                finite = copy.isfinite().all()
+                require(finite, f"{name} must have finite {what} in {pool.dtype}, got inf or nan")
+                at += copy.numel()
+                copies.append(copy)
+        return host

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
+from ...files.check import require
 from ...files.folder import PREFIX, peft_type
 from ...limits import DTYPES
 from ...nn.linear import AdapterLinear
@@ -21,31 +22,28 @@ Sizes = Mapping[str, tuple[int, int]]  # [I, O] of every linear of the model by 
 def of_folder(config: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Sizes) -> Any:
     """The parts of an adapter of PEFT's."""
     kind = peft_type(config)
-    if kind not in FAMILIES:
-        raise ValueError(f"peft_type must be one of {sorted(FAMILIES)}, got {kind!r}")
+    require(kind in FAMILIES, f"peft_type must be one of {sorted(FAMILIES)}, got {kind!r}")
     for key, tensor in tensors.items():
-        if tensor.dtype not in (*DTYPES, torch.float64):
-            raise ValueError(f"{key} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+        float_ = tensor.dtype in (*DTYPES, torch.float64)
+        require(float_, f"{key} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
     return FAMILIES[kind](config, tensors, linears)
 
 
 def of_layers(layers: Mapping[str, AdapterLinear], linears: Sizes) -> Any:
     """The parts of the layers of a file of lrkern's own."""
     for name, layer in layers.items():
-        if name not in linears:
-            raise ValueError(f"must be of this model's linears, got {name}")
-        if (layer.in_features, layer.out_features) != linears[name]:
-            raise ValueError(f"{name} must be {list(linears[name])}, got {[layer.in_features, layer.out_features]}")
+        require(name in linears, f"must be of this model's linears, got {name}")
+        want, got = list(linears[name]), [layer.in_features, layer.out_features]
+        require(got == want, f"{name} must be {want}, got {got}")
     return next(parts for kind in reversed(KINDS) if (parts := kind.of_layers(layers)) is not None)
 
 
 def plain(config: Mapping[str, Any], more: tuple[str, ...]) -> None:
     """Refuses what trains more than the adapter's own tensors."""
     for key in more:
-        if config.get(key):
-            raise ValueError(f"{key} must be off, got {config[key]!r}")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"bias must be 'none', got {config['bias']!r}")
+        require(not config.get(key), f"{key} must be off, got {config.get(key)!r}")
+    bias = config.get("bias", "none")
+    require(bias == "none", f"bias must be 'none', got {bias!r}")
 
 
 def by_linear(
@@ -56,11 +54,9 @@ def by_linear(
     found: dict[str, dict[str, Tensor]] = {}
     for k, tensor in tensors.items():
         match = key.fullmatch(k)
-        if not match:
-            raise ValueError(f"must hold {what} of linears, got {k}")
+        require(match, f"must hold {what} of linears, got {k}")
         found.setdefault(match[1], {})[match[2]] = tensor
-    if not found:
-        raise ValueError(f"must hold {what} of linears, got none")
+    require(found, f"must hold {what} of linears, got none")
     if unknown := sorted(found.keys() - linears.keys()):
         raise ValueError(f"must be of this model's linears, got {unknown[0]}")
     names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters that are vectors over one pair of projections, which all of a pool share: VeRA."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...files.folder import check_shape
+from ...files.check import check_shape, require
 from ...files.projections import projections
-from ...functional.projection import Basis, Projection, project
+from ...functional.projection import Basis, Projection, cols_of, project, rows_of
 from ...limits import PAGE
-from .kind import FAMILIES, Adapter, Batch, Kind
+from .kind import FAMILIES, Adapter, Kind
 from .read import by_linear, plain
 
 
@@ -31,17 +30,7 @@ class Shared(NamedTuple):
     vectors: dict[str, Vectors]  # by linear
 
 
-class Pair(NamedTuple):
-    """The projections that all vectors of a pool share, as the first such adapter brought them."""
-
-    a: Projection
-    b: Projection
-    r: int
-    per_page: int  # adapters
-
-
-def _sizes(p: Projection) -> list[int]:
-    return [p.rows, p.cols] if isinstance(p, Basis) else list(p.shape)
+Pair = tuple[Projection, Projection]  # A [r, I] and B [r, O]
 
 
 class OverPair(Kind):
@@ -51,9 +40,11 @@ class OverPair(Kind):
 
     def __init__(self, pool):
         super().__init__(pool)
-        self.pair: Pair | None = None  # once there is, it stays
-        self.pairs: list[tuple[Projection, Projection]] = []  # by layer, A [r, I] and B [r, O]
-        self.open: dict[int, list[int]] = {}  # by page that has room for more, its free cells
+        self.room = PAGE * min(
+            layer.local[0] for layer in pool._layers.values()
+        )  # elements of a page of the narrowest A
+        self.pair: Pair | None = None  # what the first such adapter brought: once there is, it stays
+        self.pairs: list[Pair]  # of it what each layer takes
 
     @classmethod
     def of_layers(cls, layers):
@@ -67,50 +58,39 @@ class OverPair(Kind):
     def names(parts):
         return parts.vectors.keys()
 
-    def read(self, parts: Shared) -> tuple[Adapter, Pair]:
+    def read(self, parts: Shared) -> Adapter:
         pool, layers = self.pool, self.pool._layers
-        (r, i), (r_b, o) = map(_sizes, parts[:2])
-        room = PAGE * min(layer.local[0] for layer in layers.values())
-        if r != r_b or not 1 <= r <= room:
-            raise ValueError(
-                f"rank must lie in 1..{room} (what a page holds of the narrowest linear), got {r} and {r_b}"
-            )
-        host: dict[int, tuple[Tensor, Tensor]] = {}
+        (r, i), (r_b, o) = ((rows_of(p), cols_of(p)) for p in parts[:2])
+        most = f"{self.room} (what a page holds of the narrowest linear)"
+        require(r == r_b and 1 <= r <= self.room, f"rank must lie in 1..{most}, got {r} and {r_b}")
+        mine = {}
         for name, (d, b) in parts.vectors.items():
             layer = layers[name]
-            if d.shape != (r,) or b.shape != layer.whole[1:] or i < layer.whole[0] or o < layer.whole[1]:
-                raise ValueError(
-                    f"{name} {list(layer.whole)} got vectors {list(d.shape)} and {list(b.shape)} of projections "
-                    f"{[r, i]} and {[r_b, o]}"
-                )
-            both = torch.cat([d.detach().cpu(), layer.mine(b.detach(), "column", pool._rank).cpu()]).to(pool.dtype)
-            if not both.isfinite().all():
-                raise ValueError(f"{name} must have finite vectors in {pool.dtype}, got inf or nan")
-            host[layer.index] = tuple((both.pin_memory() if pool._upload_stream else both).split([r, len(both) - r]))
-        per_page = PAGE
-        while per_page * r > room:
-            per_page //= 2
-        return Adapter(self, host), Pair(parts.a, parts.b, r, per_page)
+            fit = d.shape == (r,) and b.shape == layer.whole[1:] and i >= layer.whole[0] and o >= layer.whole[1]
+            got = f"vectors {list(d.shape)} and {list(b.shape)} of projections {[r, i]} and {[r_b, o]}"
+            require(fit, f"{name} {list(layer.whole)} got {got}")
+            mine[name] = d[None], layer.mine(b, "column", pool._rank)[None]
+        return Adapter(self, self._host(mine, 1, "vectors"), 1, parts[:2])
 
-    def agree(self, terms: Pair, name: str) -> None:
+    def agree(self, adapter: Adapter, name: str) -> None:
+        new, adapter.facts = adapter.facts, None
         if self.pair is None:
-            self._take(terms)
+            self._take(new)
             return
-        sizes = [[_sizes(p) for p in pair[:2]] for pair in (self.pair, terms)]
+        sizes = [[[rows_of(p), cols_of(p)] for p in pair] for pair in (self.pair, new)]
         must = f"lrkern.serving: adapter {name!r}: its projections must be the pool's"
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"{must}, of shapes {sizes[0]}, got {sizes[1]}; the pool is unchanged")
-        for x, a, b in zip("AB", self.pair[:2], terms[:2], strict=True):
-            if type(a) is not type(b) or not (torch.equal(a, b) if isinstance(a, Tensor) else a == b):
-                raise ValueError(
-                    f"{must}, which the first such adapter brought, got another {x} (of another projection_prng_key?); the "
-                    "pool is unchanged"
-                )
+        require(sizes[0] == sizes[1], f"{must}, of shapes {sizes[0]}, got {sizes[1]}; the pool is unchanged")
+        for x, a, b in zip("AB", self.pair, new, strict=True):
+            same = type(a) is type(b) and (torch.equal(a, b) if isinstance(a, Tensor) else a == b)
+            got = f"another {x} (of another projection_prng_key?)"
+            require(same, f"{must}, which the first such adapter brought, got {got}; the pool is unchanged")
 
     def _take(self, pair: Pair) -> None:
         pool, layers = self.pool, self.pool._layers.values()
-        whole = [p.detach().clone() if isinstance(p, Tensor) else p for p in pair[:2]]
-        self.pair = Pair(*whole, *pair[2:])
+        self.pair = whole = tuple(p.detach().clone() if isinstance(p, Tensor) else p for p in pair)
+        self.r, self.per_page = rows_of(whole[0]), PAGE
+        while self.per_page * self.r > self.room:
+            self.per_page //= 2
         if any(layer.split for layer in layers):  # a Basis has no columns in the middle
             whole = [p.fill(torch.empty(0)) if isinstance(p, Basis) else p for p in whole]
         whole = [p.to(pool.device, pool.dtype) if isinstance(p, Tensor) else p for p in whole]
@@ -122,56 +102,19 @@ class OverPair(Kind):
             for layer in layers
         ]
 
-    # ---- room
+    def views(self, layer):
+        rows, (I, O) = PAGE // self.per_page, layer.local
+        return layer.a.view(-1, 1, rows * I)[..., : self.r], layer.b.view(-1, 1, rows * O)[..., :O]
 
-    @property
-    def cells(self) -> int:
-        return sum(map(len, self.open.values()))
-
-    def needs(self, adapters, cells=0):
-        more = len(adapters) - cells
-        return math.ceil(more / self.pair.per_page) if more > 0 else 0
-
-    def held(self, adapters):
-        pages = {adapter.pages[0] for adapter in adapters}
-        return len(pages), len(pages) * self.pair.per_page - len(adapters)
-
-    def enter(self, adapter, free):
-        n = self.pair.per_page
-        if not self.open:
-            page = free.pop(0)
-            self.open[page] = list(range(n * page, n * (page + 1)))
-        page, cells = next(iter(self.open.items()))
-        adapter.pages, adapter.cell = [page], cells.pop(0)
-        if not cells:
-            del self.open[page]
-
-    def leave(self, adapter, free):
-        (page,) = adapter.pages
-        cells = self.open.setdefault(page, [])
-        cells.append(adapter.cell)
-        if len(cells) == self.pair.per_page:
-            del self.open[page]
-            free.append(page)
-
-    def views(self, layer) -> tuple[Tensor, Tensor]:
-        """d [cells, r] and b [cells, O], views of the layer's pools."""
-        rows, O = PAGE // self.pair.per_page, layer.local[1]
-        return layer.a.view(-1, rows * layer.a.shape[1])[:, : self.pair.r], layer.b.view(-1, rows * O)[:, :O]
-
-    def copies(self, adapter, layer):
-        for cells, host in zip(self.views(layer), adapter.host[layer.index], strict=True):
-            yield cells[adapter.cell], host
-
-    def batch(self, rows, put):
-        return _Batch(self, rows, put)
+    def batch(self, rows):
+        return _Batch(self, rows)
 
 
-class _Batch(Batch):
+class _Batch:
     """One pair of GEMMs a layer for all requests, each with its own d and b."""
 
-    def __init__(self, kind: OverPair, rows, put):
-        self._kind, self._put, self._requests = kind, put, len(rows)
+    def __init__(self, kind: OverPair, rows):
+        self._kind, self._requests = kind, len(rows)
         self._parts = [(i, adapter, scale) for i, row in enumerate(rows) for adapter, scale in row]
         self._rounds: dict[tuple, list[tuple[Tensor | None, Tensor, Tensor]]] = {}
 
@@ -179,7 +122,7 @@ class _Batch(Batch):
         return bool(self._rounds_of(layer))
 
     def _rounds_of(self, layer) -> list[tuple[Tensor | None, Tensor, Tensor]]:
-        """Requests (None: all of them), cells of their vectors and scales [n, 1], as often as a request has several."""
+        """Requests (None: all of them), cells of their vectors and scales [n, 1, 1], as often as a request has several."""
         here = tuple(i for i, (_, adapter, _) in enumerate(self._parts) if layer.index in adapter.host)
         if here not in self._rounds:
             rounds: list[dict[int, tuple[int, float]]] = []
@@ -188,12 +131,13 @@ class _Batch(Batch):
                 free = next((r for r in rounds if request not in r), None)
                 if free is None:
                     rounds.append(free := {})
-                free[request] = adapter.cell, scale
+                free[request] = adapter.cells[0], scale
+            put = self._kind.pool.to_device
             self._rounds[here] = [
                 (
-                    None if len(r) == self._requests else self._put(torch.tensor(list(r))),
-                    self._put(torch.tensor([cell for cell, _ in r.values()])),
-                    self._put(torch.tensor([[scale] for _, scale in r.values()])),
+                    None if len(r) == self._requests else put(torch.tensor(list(r))),
+                    put(torch.tensor([cell for cell, _ in r.values()])),
+                    put(torch.tensor([[[scale]] for _, scale in r.values()])),
                 )
                 for r in rounds
             ]
@@ -208,8 +152,8 @@ class _Batch(Batch):
                 u = project(x if rows is None else x[rows], A, transposed=True)
                 if layer.split == "row":
                     torch.distributed.all_reduce(u, group=self._kind.pool.group)
-                v = u * (d_of[cells] * scales)[:, None]
-                w = (project(v, B) * b_of[cells][:, None]).to(y.dtype)
+                v = u * (d_of[cells] * scales)
+                w = (project(v, B) * b_of[cells]).to(y.dtype)
                 if rows is None:
                     y += w
                 else:
