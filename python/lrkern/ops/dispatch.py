@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a call of an op reaches the library."""
+"""How a call of an op reaches the library, and what autograd, autocast, FakeTensor and DTensor know of the op.
 
+An op X of the library may have X_bwd, its gradients, and X_fwd, which returns with the result what X_bwd wants of the forward
+pass. X_bwd takes the gradient of the result, then arguments of X and results of X_fwd, each by its name, then a flag need_d...
+for each gradient: so the schemas say what is saved. ``Op`` adds what they do not say.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import Function
 
 LIBRARY = Path(__file__).parents[1] / "_C.so"
 if not LIBRARY.exists():
@@ -13,17 +23,20 @@ if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 1
     raise ImportError(f"lrkern needs torch >= 2.11, got {torch.__version__}")
 torch.ops.load_library(str(LIBRARY))
 
+_registrations = torch.library.Library("lrkern", "FRAGMENT")
 _library: Any = torch.ops.lrkern
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, bool, list))  # what is no tensor subclass
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def library() -> Any:
-    """The library that plain tensors' calls go to: torch.ops.lrkern, or another of the same ops (``use_library``)."""
+    """The library that the wrappers call: torch.ops.lrkern, or another of the same ops (``use_library``)."""
     return _library
 
 
 class use_library:
     """The one seam below the wrappers: inside, they and their backward call the ops of ``stand_in`` (the emulated kernels, a
-    recorder, ops without their GEMM). Calls that the dispatcher has to see (compile, tensor subclasses) come through it."""
+    recorder, ops without their GEMM)."""
 
     def __init__(self, stand_in: Any):
         self.stand_in = stand_in
@@ -35,3 +48,260 @@ class use_library:
     def __exit__(self, *_: object) -> None:
         global _library
         _library = self.before
+
+
+def build_info() -> str:
+    """What _C.so was built for, as JSON."""
+    return _library.build_info()
+
+
+# ---------------------------------------------------------------------------------------------------- ops
+
+OPS: dict[str, "Op"] = {}
+Casts = Callable[..., Sequence[torch.dtype | None]]
+
+
+class Op:
+    """An op, called with all of its arguments in order.
+
+    results: of X's arguments by name, what X_fwd returns, or X where there is none: shapes and dtypes only.
+    trains: the arguments that X_bwd gives gradients of, in its order. passes: one whose gradient is that of the result.
+    saved_for: what is saved only where another argument takes a gradient, and which.
+    weigh: an argument, and the gradient that X_bwd takes as a function of the result's and that argument.
+    function: the autograd.Function of an op without X_bwd.
+    refuses: arguments without a gradient among others that have one, and how that is said.
+    instead: the op to use for gradients, where this one writes in place.
+    casts: the arguments that autocast casts to its dtype, or a function of that dtype and the arguments to a dtype for each.
+    shards: DTensor's rules of X, X_fwd and X_bwd by suffix, see sharding.py.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        results: Callable[..., Any] = lambda **_: None,
+        trains: str = "",
+        passes: str = "",
+        saved_for: dict[str, str] | None = None,
+        weigh: tuple[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
+        function: type[Function] | None = None,
+        refuses: str = "",
+        refusal: str = "got one that requires it",
+        instead: str = "",
+        casts: str | Casts = "",
+        shards: dict[str, dict[str, str]] | None = None,
+    ):
+        OPS[name] = self
+        arguments = schema_of(name).arguments
+        self.name, self.names = name, [a.name for a in arguments]
+        self.defaults = tuple(a.default_value for a in arguments)
+        self.saved_for, self.weigh, self.shards = saved_for or {}, weigh, shards or {}
+        self.gradients, self.passed = (tuple(map(self.names.index, text.split())) for text in (trains, passes))
+        self.trained = self.passed + self.gradients
+        self.refused = [(n, self.names.index(n)) for n in refuses.split()]
+        self.refusal = refusal
+        self.fwd, self.bwd = (name + s if hasattr(torch.ops.lrkern, name + s) else "" for s in ("_fwd", "_bwd"))
+        self.function = function or (self.make_function() if trains else None)
+        if trains or refuses:
+            _registrations.impl(name, self.from_dispatcher, "Autograd")
+        elif instead:
+            refuse(name, f"writes in place and has no gradient, but an argument requires one; use {instead}")
+        else:
+            refuse(name, "has no gradient")
+        fake(name, (lambda **given: results(**given)[0]) if self.fwd else results)
+        if self.fwd:
+            refuse(self.fwd, f"has no gradient, but an argument requires one; use {name}")
+            fake(self.fwd, results)
+        if self.bwd:
+            refuse(self.bwd, "is itself a gradient and has none: double backward is not supported")
+            fake(self.bwd, self.fake_gradients)
+        if casts:
+            autocast(name, casts)
+
+    def __call__(self, *args: Any) -> Any:
+        """Plain eager tensors take a classic autograd.Function, a third of the host time of the dispatcher's way through
+        autograd. Everything else (compile, autocast, tensor subclasses, FakeTensor) goes through the op itself."""
+        if not self.trained or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+            return getattr(_library, self.name).default(*args)
+        for arg in args:
+            if type(arg) not in PLAIN and isinstance(arg, Tensor):
+                learn_sharding(arg)
+                return getattr(_library, self.name).default(*args)
+        return self.eager(*args)
+
+    def from_dispatcher(self, *args: Any) -> Any:
+        """The Autograd kernel. The dispatcher leaves defaults at the end out."""
+        for arg in args:
+            if type(arg) not in PLAIN and isinstance(arg, Tensor):
+                learn_sharding(arg)
+        return self.eager(*args, *self.defaults[len(args) :])
+
+    def eager(self, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            for name, i in self.refused:
+                if args[i] is not None and args[i].requires_grad:
+                    raise RuntimeError(f"lrkern::{self.name}: {name} has no gradient, {self.refusal}")
+            for i in self.trained:
+                if args[i] is not None and args[i].requires_grad:
+                    return self.function.apply(*args)
+        with below_autograd():
+            return getattr(_library, self.name).default(*args)
+
+    def make_function(self) -> type[Function]:
+        """Its tuples of arguments are picked by indices that are found here, once."""
+        name, forward, backward, weigh = self.name, self.fwd or self.name, self.bwd, self.weigh
+        known = self.names + [r.name for r in schema_of(forward).returns] if self.fwd else self.names
+        taken = schema_of(backward).arguments[1:]
+        flags = [a.name for a in taken if a.name.startswith("need_")]
+        names = [a.name for a in taken if a.name not in flags]
+        tensors = [a.name for a in taken if is_tensor(a)]
+        others = [n for n in names if n not in tensors]
+        tensors_of = pick(known, [*tensors, weigh[0]] if weigh else tensors)
+        others_of, in_order = pick(known, others), pick(tensors + others, names)
+        needed = itemgetter(*self.gradients) if flags else lambda _: ()
+        place = dict.fromkeys(self.passed, 0) | {i: n for n, i in enumerate(self.gradients, 1)}  # in (dy, *grads, None)
+        by_argument = itemgetter(*(place.get(i, -1) for i in range(len(self.names))))
+        only_where = [(tensors.index(n), self.names.index(of)) for n, of in self.saved_for.items()]
+
+        class Differentiable(Function):
+            @staticmethod
+            def forward(ctx, *args):
+                with below_autograd():
+                    out = getattr(_library, forward).default(*args)
+                results = out if forward != name else (out,)
+                saved = tensors_of((*args, *results))
+                if only_where:
+                    saved = list(saved)
+                    for at, of in only_where:
+                        if not ctx.needs_input_grad[of]:
+                            saved[at] = None
+                ctx.save_for_backward(*saved)
+                ctx.others = others_of(args)
+                return results[0]
+
+            @staticmethod
+            def backward(ctx, dy):
+                saved, d = ctx.saved_tensors, dy
+                with below_autograd():
+                    if weigh:
+                        *saved, by = saved
+                        d = dy if by is None else weigh[1](dy, by)
+                    given = in_order((*saved, *ctx.others))
+                    grads = getattr(_library, backward).default(d, *given, *needed(ctx.needs_input_grad))
+                return by_argument((dy, *once(name, grads if flags else (grads,)), None))
+
+        Differentiable.__name__ = Differentiable.__qualname__ = name
+        return Differentiable
+
+    def fake_gradients(self, **given: Any) -> Any:
+        """Of X_bwd: a gradient is like its argument. That of a base layer's may not be among what X_bwd takes."""
+        dy, needed = next(iter(given.values())), [v for n, v in given.items() if n.startswith("need_")]
+        sizes = {
+            "x": lambda: (*dy.shape[:-1], given["weight"].shape[1]),
+            "weight": lambda: (dy.shape[-1], given["x"].shape[-1]),
+            "bias": lambda: dy.shape[-1:],
+        }
+
+        def like(name: str) -> Tensor:
+            t = given.get(name)
+            return dy.new_empty(sizes[name]()) if t is None else like_contiguous(t)
+
+        wanted = zip(self.gradients, needed or [True], strict=True)
+        grads = tuple(like(self.names[i]) if need else None for i, need in wanted)
+        return grads if needed else grads[0]
+
+
+def schema_of(name: str) -> Any:
+    return getattr(torch.ops.lrkern, name).default._schema
+
+
+def is_tensor(argument: Any) -> bool:
+    return str(argument.type) in ("Tensor", "Optional[Tensor]")
+
+
+def pick(names: Sequence[str], wanted: Sequence[str]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """A function of values in the order of names that gives the wanted ones, in their order."""
+    at = [names.index(name) for name in wanted]
+    return itemgetter(*at) if len(at) > 1 else lambda values: [values[i] for i in at]
+
+
+def like_contiguous(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def learn_sharding(t: Tensor) -> None:
+    """DTensor learns our ops when the first one comes: importing it costs a second."""
+    if type(t).__name__ == "DTensor":
+        importlib.import_module("lrkern.ops.sharding")
+
+
+def needs_grad(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def once(name: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients, which raise an error that names the op when they are differentiated again."""
+    if not torch.is_grad_enabled():
+        return grads
+    text = f"lrkern::{name}: double backward is not supported, the gradients of this op have no gradient"
+    present = [g.detach().requires_grad_() for g in grads if g is not None]
+    tagged = torch._C._functions.DelayedError(text.encode(), len(present))(*present)
+    rest = iter((tagged,) if isinstance(tagged, Tensor) else tagged)  # of one tensor it makes one tensor
+    return tuple(None if g is None else next(rest) for g in grads)
+
+
+# ---------------------------------------------------------------------------------------------------- kernels by dispatch key
+
+
+def refuse(name: str, why: str) -> None:
+    """Gives an op without a gradient an Autograd kernel that raises where a gradient would be lost without a word. One
+    that mutates its first argument also counts up that tensor's version, so that autograd sees a saved tensor change."""
+    op, mutates = getattr(torch.ops.lrkern, name).default, schema_of(name).arguments[0].alias_info is not None
+
+    def kernel(*args):
+        if needs_grad(*args):
+            raise RuntimeError(f"lrkern::{name}: {why}")
+        with below_autograd():
+            out = op(*args)
+        if mutates:
+            torch.autograd.graph.increment_version(args[0])
+        return out
+
+    _registrations.impl(name, kernel, "Autograd")
+
+
+def autocast_cast(t: Any, dtype: torch.dtype | None) -> Any:
+    """As F.linear under autocast: floating-point tensors are cast, but not float64."""
+    if dtype is None or not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
+        return t
+    return t.to(dtype)
+
+
+def autocast(name: str, casts: str | Casts) -> None:
+    op, names = getattr(torch.ops.lrkern, name).default, [a.name for a in schema_of(name).arguments]
+    if isinstance(casts, str):
+        cast = [n in casts.split() for n in names]
+        casts = lambda low, *_: [low if c else None for c in cast]
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+
+        def kernel(*args, device=device, keys=torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            dtypes = casts(torch.get_autocast_dtype(device), *args)
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return op(*map(autocast_cast, args, dtypes))
+
+        _registrations.impl(name, kernel, key)
+
+
+def fake(name: str, results: Callable[..., Any]) -> None:
+    """Shapes and dtypes only; the glue checks the rest when the op runs."""
+    arguments = schema_of(name).arguments
+
+    def kernel(*args):
+        devices = sorted({str(a.device) for a in args if isinstance(a, Tensor)})
+        if len(devices) > 1:
+            raise RuntimeError(f"lrkern::{name}: all tensors must be on one device, got {' and '.join(devices)}")
+        defaults = (a.default_value for a in arguments[len(args) :])
+        return results(**dict(zip((a.name for a in arguments), (*args, *defaults), strict=True)))
+
+    kernel.__name__ = kernel.__qualname__ = f"fake_{name}"
+    torch.library.register_fake(f"lrkern::{name}", kernel, lib=_registrations)
