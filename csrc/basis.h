@@ -12,8 +12,6 @@
 // T, R, W, K, Q and C alone: not from threads, and for matmul not from T or the other rows.
 #pragma once
 
-#include <type_traits>
-
 #include "rng.h"
 
 namespace lrk {
@@ -27,19 +25,6 @@ struct BasisStream {
 
   LRK_HD constexpr uint32_t tag() const { return stream_tag(method, distribution); }
 };
-
-// f(the distribution as an integral_constant): how launchers and entry points choose an instance.
-template <class F>
-auto with_distribution(Distribution d, const F& f) {
-  switch (d) {
-    case Distribution::kUniform16: return f(std::integral_constant<Distribution, Distribution::kUniform16>{});
-    case Distribution::kUniform32: return f(std::integral_constant<Distribution, Distribution::kUniform32>{});
-    case Distribution::kSign: return f(std::integral_constant<Distribution, Distribution::kSign>{});
-    case Distribution::kTernary6: return f(std::integral_constant<Distribution, Distribution::kTernary6>{});
-    case Distribution::kTernary4: return f(std::integral_constant<Distribution, Distribution::kTernary4>{});
-    default: return f(std::integral_constant<Distribution, Distribution::kUniform8>{});
-  }
-}
 
 struct BasisFillParams {
   BasisStream u;

@@ -7,110 +7,17 @@
 #include <cstring>
 
 #include "factor.h"
+#include "philox.h"
 
 namespace lrk {
 namespace LRK_ISA {
 namespace {
 
-typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
-
 constexpr int kBatch = 16;  // blocks of rows generated before they are used; their sums are rounded apart from the rest
-constexpr int kTogether = 4;  // planes, and rows of coefficients, held in registers
 
-// Counters first, first + 1, ... in the lanes, and what all rows of such blocks share of the first round.
-struct Group {
-  Wide first;
-  explicit Group(int64_t block) {
-    uint32_t counter[kLanes];
-    for (int i = 0; i < kLanes; ++i) counter[i] = static_cast<uint32_t>(block) + static_cast<uint32_t>(i);
-    first = mul_wide(load_as<vu>(counter), kPhiloxM0);
-  }
-};
-
-// philox4x32 of the group's counters (c0, row, tensor, tag | basis). Only c0 differs between lanes, so that half of the
-// first two rounds is the same for all of them.
-inline void generate(const BasisStream& u, const Group& group, uint32_t basis, int64_t row, vu (&c)[4]) {
-  uint32_t k0 = static_cast<uint32_t>(u.seed), k1 = static_cast<uint32_t>(u.seed >> 32);
-  const uint32_t a = mul_hi(kPhiloxM1, u.tensor) ^ static_cast<uint32_t>(row) ^ k0, b = kPhiloxM1 * u.tensor;
-  const vu mixed = group.first.hi ^ ((u.tag() | basis) ^ k1);
-  k0 += kPhiloxW0, k1 += kPhiloxW1;
-  const Wide second = mul_wide(mixed, kPhiloxM1);
-  c[0] = second.hi ^ (b ^ k0);
-  c[1] = second.lo;
-  c[2] = group.first.lo ^ (mul_hi(kPhiloxM0, a) ^ k1);
-  c[3] = kPhiloxM0 * a - vu{};
-#pragma GCC unroll 8
-  for (int round = 2; round < 10; ++round) {
-    k0 += kPhiloxW0, k1 += kPhiloxW1;
-    const Wide p0 = mul_wide(c[0], kPhiloxM0), p1 = mul_wide(c[2], kPhiloxM1);
-    c[0] = p1.hi ^ c[1] ^ k0;
-    c[1] = p1.lo;
-    c[2] = p0.hi ^ c[3] ^ k1;
-    c[3] = p0.lo;
-  }
+void generate(const BasisStream& u, const Group& group, int64_t basis, int64_t row, vu (&c)[4]) {
+  generate(u.seed, u.tag() | (u.basis0 + static_cast<uint32_t>(basis)), u.tensor, group, row, c);
 }
-
-// A distribution's planes j .. j + kTogether, j a multiple of kTogether, of words w[0..4): elements over `unit`.
-inline vf to_vf(vi v) { return __builtin_convertvector(v, vf); }
-inline vf in_mantissa(vu v, uint32_t mask) { return (vf)((v & mask) | 0x3f800000u); }  // in [1, 2)
-
-template <Distribution D>
-struct Planes;
-template <>
-struct Planes<Distribution::kUniform8> {
-  static constexpr float unit = 2.f;
-  static void at(const vu* w, int j, vf (&v)[kTogether]) {
-    const vu x = w[j / 4];
-    const vu shifted[] = {x << 15, x << 7, x >> 1, x >> 9};
-    for (int p = 0; p < 4; ++p) v[p] = in_mantissa(shifted[p], 0x7f8000u) - (1.5f - 0x1p-9f);
-  }
-};
-template <>
-struct Planes<Distribution::kUniform16> {
-  static constexpr float unit = 2.f;
-  static void at(const vu* w, int j, vf (&v)[kTogether]) {
-    for (int p = 0; p < 4; ++p) {
-      const vu x = w[j / 2 + p / 2];
-      v[p] = in_mantissa(p & 1 ? x >> 9 : x << 7, 0x7fff80u) - (1.5f - 0x1p-17f);
-    }
-  }
-};
-template <>
-struct Planes<Distribution::kUniform32> {
-  static constexpr float unit = 0x1p-24f;
-  static void at(const vu* w, int j, vf (&v)[kTogether]) {
-    for (int p = 0; p < 4; ++p) v[p] = to_vf((vi)(w[j + p] ^ 0x80000000u) >> 7 | 1);
-  }
-};
-template <>
-struct Planes<Distribution::kSign> {
-  static constexpr float unit = 1.f;
-  static void at(const vu* w, int j, vf (&v)[kTogether]) {
-    const vu x = w[j / 32] << (28 - j % 32);
-    for (int p = 0; p < 4; ++p) v[p] = in_mantissa(x << (3 - p), 0x80000000u);
-  }
-};
-template <>
-struct Planes<Distribution::kTernary6> {
-  static constexpr float unit = 1.f;
-  static void at(const vu* w, int j, vf (&v)[kTogether]) {
-    for (int p = 0; p < 4; ++p) {
-      const vu x = w[j / 2 + p / 2], h = p & 1 ? x >> 16 : x & 0xffffu;
-      v[p] = to_vf((vi)(h < 10923u) - (vi)(h >= 54613u));  // a comparison that holds is -1
-    }
-  }
-};
-template <>
-struct Planes<Distribution::kTernary4> {
-  static constexpr float unit = 1.f;
-  static void at(const vu* w, int j, vf (&v)[kTogether]) {
-    const vu x = w[j / 16] >> (2 * (j % 16));
-    for (int p = 0; p < 4; ++p) v[p] = to_vf((vi)(x >> (2 * p) & 1u) - (vi)(x >> (2 * p + 1) & 1u));
-  }
-};
-
-template <Distribution D>
-constexpr int kSpan = kLanes * block_columns(D);  // columns of a group
 
 // ---- columns to planes and back: element (lane, j) of a group is column lane * E + j, and element lane of plane j
 
@@ -161,7 +68,7 @@ void axpy(const vu (*w)[4], int n, const float* coef, int64_t pitch, float* acc,
       vf v[kTogether];
       Planes<D>::at(w[i], j, v);
       for (int t = 0; t < M; ++t) {
-        const vf c = coef[t * pitch + i] - vf{};
+        const vf c = splat(coef[t * pitch + i]);
         for (int p = 0; p < kTogether; ++p) sum[t][p] += c * v[p];
       }
     }
@@ -223,7 +130,7 @@ void run_fill(const BasisFillParams& p) {
         const int64_t begin = std::max(block * E, p.c0), end = std::min((block + kLanes) * E, p.c0 + p.C);
         for (int64_t q = q_begin; q < q_end; ++q) {
           vu w[4];
-          generate(p.u, group, p.u.basis0 + static_cast<uint32_t>((p.q0 + q) / p.R), (p.q0 + q) % p.R, w);
+          generate(p.u, group, (p.q0 + q) / p.R, (p.q0 + q) % p.R, w);
           for (int j = 0; j < E; j += kTogether) {
             vf v[kTogether];
             Planes<D>::at(w, j, v);
@@ -239,7 +146,7 @@ void run_fill(const BasisFillParams& p) {
             const int64_t n = end - begin;
             int64_t i = 0;
             for (; i + kLanes <= n; i += kLanes)
-              store(out + i, load(from + i) * (scale ? load(scale + i) * s : s - vf{}));
+              store(out + i, load(from + i) * (scale ? load(scale + i) * s : splat(s)));
             for (; i < n; ++i) out[i] = from_float<T>(from[i] * (scale ? scale[i] * s : s));
           });
         }
@@ -261,7 +168,7 @@ void combine_group(const BasisStream& u, int64_t g, int64_t begin, int64_t end, 
     const int n = static_cast<int>(std::min<int64_t>(kBatch, end - q));
     for (int i = 0; i < n; ++i) {
       const auto [basis, row] = at(q + i);
-      generate(u, group, u.basis0 + static_cast<uint32_t>(basis), row, w[i]);
+      generate(u, group, basis, row, w[i]);
     }
     axpy<D>(w, n, rows, coef + q, pitch, acc);
   }
@@ -346,8 +253,7 @@ void run_dot(const BasisDotParams& p, float* workspace) {
             vu w[kBatch][4];
             for (int64_t k = s.first[segment]; k < s.first[segment + 1]; k += kBatch) {
               const int n = static_cast<int>(std::min<int64_t>(kBatch, s.first[segment + 1] - k));
-              for (int j = 0; j < n; ++j)
-                generate(u, group, u.basis0 + static_cast<uint32_t>(k + j - s.first[segment]), row, w[j]);
+              for (int j = 0; j < n; ++j) generate(u, group, k + j - s.first[segment], row, w[j]);
               dot<D>(w, n, p.T, planes, kSpan<D>, out + k, K);
             }
           }
@@ -413,7 +319,7 @@ void run_matmul(const BasisMatmulParams& p, float* workspace) {
             const Group group(g * kLanes);
             for (int i = 0; i < n; ++i) {
               const Place at = place(q0 + i);
-              generate(p.u, group, p.u.basis0 + static_cast<uint32_t>(at.basis), at.row, w[i]);
+              generate(p.u, group, at.basis, at.row, w[i]);
             }
             dot<D>(w, n, p.T, x + g * kSpan<D>, pitch, sums + q0, p.Q);
           }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "dispatch.h"
 #include "lora.h"
 #include "tile.h"
 
@@ -23,22 +24,6 @@ constexpr int kWgradCols = 256;  // columns of one task of wgrad
 // factor; reading an element of the factor counts as 4 multiply-adds.
 inline int64_t grain(int64_t rows, int64_t cols, int64_t ranks) {
   return std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, (rows + 4) * cols * ranks));
-}
-
-template <class F>
-void with_float(DType t, const F& f) {
-  if (t == DType::kF32) return f(float{});
-  if (t == DType::kF16) return f(f16{});
-  f(bf16{});
-}
-
-// Calls f(x tag, factor tag): the factors are fp32 or of x's dtype.
-template <class F>
-void with_types(DType x, DType factor, const F& f) {
-  with_float(x, [&](auto xt) {
-    if (factor == DType::kF32) return f(xt, float{});
-    f(xt, xt);
-  });
 }
 
 // Memory of this thread, kept for its next call.

@@ -107,7 +107,7 @@ void expand(const LoraExpandParams& p) {
                         p.bias ? static_cast<const X*>(p.bias) + n : nullptr};
   };
   parallel_for(chunks * tiles, task, [&](int64_t begin, int64_t end) {
-    alignas(64) float tile[kTileRows * kPitch], s_rows[kTileRows * kMaxRank], mask[kChunk];
+    alignas(64) float tile[kTileRows * kPitch], s_rows[kTileRows * kMaxRank];
     float* u_tile = thread_scratch(p.R * kPitch);
     for_each_run(begin, end, tiles, tiles, [&](int64_t chunk, int64_t first, int64_t count) {
       const int64_t n0 = chunk * kChunk, last = std::min<int64_t>((first + count) * kTileRows, p.T);
@@ -138,10 +138,7 @@ void expand(const LoraExpandParams& p) {
           outer_tiles<true>(s.data + r, s.pitch, 1, u.at(r), std::min<int64_t>(p.R - r, kRankBlock), rows, n, tile);
         for (int t = 0; t < rows; ++t) {
           float* sums = tile + t * kPitch;
-          if (p.dropout.threshold) {
-            dropout_row(p.dropout, seed, t0 + t, n0, n, mask);
-            for (int i = 0; i < n; ++i) sums[i] = mask[i] != 0.f ? sums[i] * mask[i] : 0.f;
-          }
+          drop(p.dropout, seed, t0 + t, n0, n, sums);
           X* y = y_at(t0 + t, n0);
           const AddendRow<X> add = addend(t0 + t, n0);
           int i = 0;

@@ -212,11 +212,7 @@ void expand_slot(const MultiLoraExpandParams& p, int64_t k, To* to, int64_t to_p
       }
       for (int t = 0; t < m; ++t) {
         float* row = sums + t * kPitch;
-        if (dropout.threshold) {
-          alignas(64) float mask[kChunk];
-          dropout_row(dropout, seed_of(d), tile.rows[t] * d.K + k, n0, n, mask);
-          for (int c = 0; c < n; ++c) row[c] = mask[c] != 0.f ? row[c] * mask[c] : 0.f;
-        }
+        drop(dropout, seed_of(d), tile.rows[t] * d.K + k, n0, n, row);
         add_row(to_row(t), from_row(t), row, n);
       }
     }

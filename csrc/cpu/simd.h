@@ -23,6 +23,7 @@ constexpr int kLanes = 4;  // SSE2, NEON
 
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 
 template <class V, class T>
@@ -36,6 +37,9 @@ template <class V, class T>
 inline void store_as(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
+
+inline vf splat(float x) { return x - vf{}; }
+inline vu splat(uint32_t x) { return x - vu{}; }
 
 inline vf load(const float* p) { return load_as<vf>(p); }
 inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }

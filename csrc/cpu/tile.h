@@ -5,8 +5,7 @@
 
 #include <type_traits>
 
-#include "rng.h"
-#include "simd.h"
+#include "philox.h"
 
 namespace lrk::LRK_ISA {
 
@@ -18,45 +17,6 @@ constexpr int kBlock = kCols * kLanes;       // columns per outer_tile call; div
 
 constexpr int64_t round_up(int64_t n, int64_t m) { return ceil_div(n, m) * m; }
 
-// Philox4x32-10 of kLanes counters that differ in their first word: first, first + 1, ... Same bits as rng.h's.
-inline void philox_lanes(const Philox& first, uint64_t key, vu (&c)[4]) {
-  uint32_t counter[kLanes];
-  for (uint32_t i = 0; i < kLanes; ++i) counter[i] = first.v[0] + i;
-  c[0] = load_as<vu>(counter);
-  for (int w = 1; w < 4; ++w) c[w] = first.v[w] - vu{};
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const Wide p0 = mul_wide(c[0], kPhiloxM0), p1 = mul_wide(c[2], kPhiloxM1);
-    c[0] = p1.hi ^ c[1] ^ k0;
-    c[1] = p1.lo;
-    c[2] = p0.hi ^ c[3] ^ k1;
-    c[3] = p0.lo;
-    k0 += kPhiloxW0;
-    k1 += kPhiloxW1;
-  }
-}
-
-// Multipliers keep_scale or 0 for columns [col0, col0 + n) of one row, n rounded up to kLanes; col0 is a multiple of
-// kDropoutBlock.
-inline void dropout_row(const Dropout& d, uint64_t seed, int64_t row, int64_t col0, int n, float* m) {
-  constexpr int kSpan = kLanes * kDropoutBlock;
-  for (int done = 0; done < n; done += kSpan) {
-    vu c[4];
-    philox_lanes(dropout_counter(row, (col0 + done) / kDropoutBlock), seed, c);
-    uint16_t h[kSpan];  // in column order: block by block, word 0 first, its low half first
-    for (int i = 0; i < kLanes; i += 4) {
-      v4f words[4];
-      for (int w = 0; w < 4; ++w) __builtin_memcpy(&words[w], reinterpret_cast<char*>(&c[w]) + i * 4, 16);
-      transpose(words);
-      __builtin_memcpy(h + i * kDropoutBlock, words, sizeof words);
-    }
-    for (int j = 0; j < kSpan && done + j < n; j += kLanes) {
-      const vu keep = (vu)(__builtin_convertvector(load_as<vh>(h + j), vu) >= d.threshold);
-      store(m + done + j, (vf)(keep & bit_cast<uint32_t>(d.keep_scale)));
-    }
-  }
-}
-
 // dst = n elements of a row, dropped out as columns col0.. of row `row`; columns from n to the next multiple of kBlock are
 // zero.
 template <class T>
@@ -65,11 +25,7 @@ void load_row(const T* src, int n, const Dropout& d, uint64_t seed, int64_t row,
   for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
   for (; i < n; ++i) dst[i] = to_float(src[i]);
   for (; i % kBlock; ++i) dst[i] = 0.f;
-  if (d.threshold) {
-    float m[kChunk];
-    dropout_row(d, seed, row, col0, n, m);
-    for (int j = 0; j < n; ++j) dst[j] = m[j] != 0.f ? dst[j] * m[j] : 0.f;  // a dropped nan is dropped
-  }
+  drop(d, seed, row, col0, n, dst);
 }
 
 // tile[rows][kPitch] = D(x[row0.., col0..])
@@ -147,7 +103,7 @@ inline void outer_tile(const float* p, int64_t pm, int64_t pk, View q, int64_t K
     vf b[kCols];
     for (int v = 0; v < kCols; ++v) b[v] = load(q.data + k * q.pitch + v * kLanes);
     for (int m = 0; m < M; ++m) {
-      const vf a = p[m * pm + k * pk] - vf{};  // broadcast
+      const vf a = splat(p[m * pm + k * pk]);
       for (int v = 0; v < kCols; ++v) acc[m][v] += a * b[v];
     }
   }

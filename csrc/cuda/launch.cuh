@@ -3,9 +3,7 @@
 // API; under LRK_EMULATE both go to the emulator (tests/emulator/).
 #pragma once
 
-#include <type_traits>
-
-#include "../common.h"
+#include "../dispatch.h"
 
 #if defined(LRK_EMULATE)
 #include "emulator.h"
@@ -111,17 +109,6 @@ int launch(const char* /*name*/, Kernel kernel, dim3 grid, dim3 block, size_t sm
 
 #endif
 
-// Launchers choose a kernel by types: f(x tag, factor tag), and by a flag: f(true_type or false_type).
-template <class F>
-int with_types(DType x, DType factor, const F& f) {
-  const auto pick = [&](auto xt) { return factor == DType::kF32 ? f(xt, float{}) : f(xt, xt); };
-  if (x == DType::kF32) return f(float{}, float{});
-  return x == DType::kF16 ? pick(f16{}) : pick(bf16{});
-}
-template <class F>
-int with_bool(bool b, const F& f) {
-  return b ? f(std::true_type{}) : f(std::false_type{});
-}
 inline Target cuda_target() { return {Device::kCUDA, cuda_arch()}; }
 inline dim3 grid_of(int64_t x, int64_t y, int64_t z = 1) {
   // launch refuses what does not fit; an index past 32 bits must not wrap into something that does

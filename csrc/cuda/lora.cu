@@ -393,11 +393,10 @@ int lora_rescale_cuda(const LoraRescaleParams& p, void* workspace, Stream stream
   const bool vectorize = can_vectorize(p.dy, p.dy_pitch, size) && can_vectorize(p.dz, p.N, size) &&
                          (!p.dc || can_vectorize(p.base, p.base_pitch, size));
   const int64_t segments = ceil_div(p.T, kRescaleRows);
-  const auto run = [&](auto xt) {
+  const int error = with_float(p.dtype, [&](auto xt) {
     return launch("lora_rescale", rescale_kernel<decltype(xt)>, grid_of(segments, ceil_div(p.N, 256)),
                   dim3(kBlockThreads), smem_bytes<float>(kBlockThreads * 8), stream, p, vectorize, planes);
-  };
-  const int error = p.dtype == DType::kF32 ? run(float{}) : p.dtype == DType::kF16 ? run(f16{}) : run(bf16{});
+  });
   if (error || !planes) return error;
   return sum_planes<float>(planes, segments, 1, p.N, 1.f, p.dc, p.N, 1, stream);
 }

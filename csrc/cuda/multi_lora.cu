@@ -428,11 +428,6 @@ __global__ __launch_bounds__(kBlockThreads) void multi_scatter_kernel(MultiLoraS
   }
 }
 
-template <class F>
-int with_float(DType t, const F& f) {
-  return t == DType::kF32 ? f(float{}) : t == DType::kF16 ? f(f16{}) : f(bf16{});
-}
-
 }  // namespace
 
 int multi_lora_gather_cuda(const MultiLoraGatherParams& p, void*, Stream stream) {
