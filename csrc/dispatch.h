@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a value at run time to a type: launchers and entry points choose an instance by calling f with a tag.
+// From a value at run time to a type: launchers and entry points choose an instance by calling f with a tag. constexpr, so
+// that kernels may call it too.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +10,7 @@
 namespace lrk {
 
 template <class F>
-auto with_float(DType t, const F& f) {
+constexpr auto with_float(DType t, const F& f) {
   if (t == DType::kF32) return f(float{});
   return t == DType::kF16 ? f(f16{}) : f(bf16{});
 }

@@ -33,7 +33,7 @@ def code(path: Path) -> str:
 
 
 def own(folder: str, *suffixes: str) -> str:
-    return '"(' + "|".join(re.escape(path.name) for path in tree(CSRC / folder, *suffixes)) + ')"'
+    return rf'"({folder}/)?(' + "|".join(re.escape(path.name) for path in tree(CSRC / folder, *suffixes)) + ')"'
 
 
 # folder: what its files may include, and words their code may not contain.
@@ -65,7 +65,7 @@ def test_c_layers(folder):
     faults = []
     for path in files_of(folder):
         text = code(path)
-        extra = [r"<cut(e|lass)/.*>"] if re.search(r"_sm\d+$", path.stem) else []
+        extra = [r"<cut(e|lass)/.*>"] if re.search(r"(^|_)sm\d+$", path.stem) else []
         for include in re.findall(r'#\s*include\s*([<"][^>"]+[>"])', text):
             if not any(re.fullmatch(pattern, include) for pattern in allowed + extra):
                 faults.append(f"{path.relative_to(ROOT)} includes {include}")

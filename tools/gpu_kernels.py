@@ -118,7 +118,7 @@ def ceilings(device: str) -> dict[str, float]:
 
 @dataclass
 class Timed:
-    """A call that launches one kernel (and, where it has partial sums, sum_planes after it)."""
+    """A call that launches one kernel (and, where it has partial sums, lora_sum after it)."""
 
     kernel: str
     call: Callable[[], object]
@@ -190,7 +190,7 @@ def basis(device: str, dtype: torch.dtype, T: int, N: int, R: int) -> Iterator[T
 
 TIMED = {"lora": lora, "multi_lora": multi_lora, "basis": basis}
 PARTS_OF_OTHERS = {
-    "sum_planes",
+    "lora_sum",
     "multi_lora_sum",
     "multi_lora_finish",
     "multi_lora_wgrad_sum",

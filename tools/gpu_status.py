@@ -128,7 +128,7 @@ def status() -> str:
     lines = ["| kernel | source | compiled for sm_ | emulated | last evidence | share of roofline |", "|" + "---|" * 6]
     everything = all_evidence()
     for k in kernels():
-        own = re.search(r"_sm(\d+)$", k.source.stem)
+        own = re.search(r"(?:^|_)sm(\d+)$", k.source.stem)
         found = [e for e in everything if e.covers(family_of(k.source))]
         archs = [a for a in ARCHS if own is None or a.rstrip("a") == own[1]]
         cells = [k.name, str(k.source.relative_to(ROOT)), ", ".join(archs), "no" if own else "yes",

@@ -159,21 +159,21 @@ def basis_dots(_: str) -> Plan:
 
 
 PLANS = {
-    "shrink_kernel": shrink,
-    "expand_kernel": expand,
-    "wgrad_kernel": wgrad,
-    "shrink_wgrad_kernel": shrink_wgrad,
-    "rescale_kernel": rescale,
-    "sum_planes_kernel": sum_planes,
-    "plan_kernel": multi_plan,
-    "multi_shrink_kernel": multi_shrink,
-    "multi_sum_kernel": multi_stream,
-    "multi_expand_kernel": multi_expand,
-    "multi_finish_kernel": multi_stream,
-    "multi_wgrad_kernel": multi_wgrad,
-    "multi_wgrad_sum_kernel": multi_wgrad_sum,
-    "multi_gather_kernel": multi_gather,
-    "multi_scatter_kernel": multi_wgrad_sum,
+    "lora_shrink_kernel": shrink,
+    "lora_expand_kernel": expand,
+    "lora_wgrad_kernel": wgrad,
+    "lora_shrink_wgrad_kernel": shrink_wgrad,
+    "lora_rescale_kernel": rescale,
+    "lora_sum_kernel": sum_planes,
+    "multi_lora_plan_kernel": multi_plan,
+    "multi_lora_shrink_kernel": multi_shrink,
+    "multi_lora_sum_kernel": multi_stream,
+    "multi_lora_expand_kernel": multi_expand,
+    "multi_lora_finish_kernel": multi_stream,
+    "multi_lora_wgrad_kernel": multi_wgrad,
+    "multi_lora_wgrad_sum_kernel": multi_wgrad_sum,
+    "multi_lora_gather_kernel": multi_gather,
+    "multi_lora_scatter_kernel": multi_wgrad_sum,
     "basis_fill_kernel": basis_fill,
     "basis_combine_kernel": basis_sums,
     "basis_combine_sum_kernel": basis_stream,
@@ -368,7 +368,7 @@ def measure(source: Path, arch: str) -> Unit:
 def jobs_for(archs: list[str]) -> list[tuple[Path, str]]:
     jobs = []
     for source in [*sorted((ROOT / "csrc" / "cuda").rglob("*.cu")), *PROBES]:
-        own = re.search(r"_sm(\d+)$", source.stem)
+        own = re.search(r"(?:^|_)sm(\d+)$", source.stem)
         jobs += [(source, arch) for arch in archs if own is None or arch.rstrip("a") == own[1]]
     return jobs
 

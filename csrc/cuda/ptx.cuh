@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The wrappers through which kernels reach the hardware. Here the body is PTX; under LRK_EMULATE the same names are
 // functions of tests/emulator/, so a kernel has no #ifdef and the very same .cu runs on the CPU.
-// Warp-wide calls (ldmatrix, mma, shfl, vote, sync_warp) are made by all 32 lanes together.
+// Warp-wide calls (ldmatrix, mma, shfl, vote, sync_warp) are made by all 32 lanes together. Some serve no kernel yet; all
+// are checked (tests/emulator/wrappers.cu), on a GPU too.
 #pragma once
 
 #include "../common.h"

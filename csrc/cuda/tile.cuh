@@ -2,7 +2,7 @@
 // Tiles and fragments the low-rank kernels share. A block is 128 threads, four warps. Shared memory holds operands in the
 // direction global memory has them; ldmatrix transposes where mma wants the other one.
 //
-// What a product of an activation X and a factor F multiplies, in terms (planes) of one element type:
+// What a product of an activation X and a factor F multiplies, in terms of one element type:
 //   X, F of one 16-bit type   one term each, mma.sync                        exact products, fp32 sums
 //   bf16 X, fp32 F            X one bf16 term, F = hi + lo in bf16            ~2^-17 of |F|
 //   f16 X, fp32 F             X = hi + lo in bf16 (exact), F = hi + lo        ~2^-17 of |F|
@@ -17,28 +17,26 @@
 
 namespace lrk {
 
-constexpr int kBlockThreads = 128;
+constexpr int kBlockThreads = 128, kWarpThreads = 32, kWarps = kBlockThreads / kWarpThreads;
 
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpThreads; }
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kWarpThreads; }
+__device__ __forceinline__ int64_t grid_thread() { return int64_t{blockIdx.x} * kBlockThreads + threadIdx.x; }
+inline dim3 grid_of_threads(int64_t count) { return grid_of(ceil_div(count, kBlockThreads), 1); }
+
+template <class Elem_, int kXTerms_, int kFTerms_>
+struct Terms {
+  using Elem = Elem_;
+  static constexpr int kXTerms = kXTerms_, kFTerms = kFTerms_;
+};
 template <class X, class F>
-struct Math {
-  using Elem = bf16;
-  static constexpr int kXTerms = 1, kFTerms = 1;
-};
+struct Math;  // no other pair of types has a product
 template <class T>
-struct Math<T, T> {
-  using Elem = T;
-  static constexpr int kXTerms = 1, kFTerms = 1;
-};
+struct Math<T, T> : Terms<T, 1, 1> {};
 template <>
-struct Math<bf16, float> {
-  using Elem = bf16;
-  static constexpr int kXTerms = 1, kFTerms = 2;
-};
+struct Math<bf16, float> : Terms<bf16, 1, 2> {};
 template <>
-struct Math<f16, float> {
-  using Elem = bf16;
-  static constexpr int kXTerms = 2, kFTerms = 2;
-};
+struct Math<f16, float> : Terms<bf16, 2, 2> {};
 
 template <class T>
 struct alignas(16) Vec8 {  // 8 consecutive columns: one 128-bit access at 16 bits, two at 32; one dropout block
@@ -49,35 +47,31 @@ inline bool can_vectorize(const void* p, int64_t pitch, size_t elem) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && pitch * static_cast<int64_t>(elem) % 16 == 0;
 }
 
-// A [kRows, kCols] operand in shared memory, kTerms planes. 16 bytes of padding a row keep ldmatrix free of conflicts.
-template <class Elem, int kRows_, int kCols_, int kTerms_>
+// A [kRows, kCols] operand in shared memory, kTerms of it. 16 bytes of padding a row keep ldmatrix free of conflicts.
+template <class Elem_, int kRows_, int kCols_, int kTerms_>
 struct Tile {
+  using Elem = Elem_;
   static constexpr int kRows = kRows_, kCols = kCols_, kTerms = kTerms_;
   static constexpr int kPitch = kCols + 16 / static_cast<int>(sizeof(Elem));
-  static constexpr int kPlane = kRows * kPitch, kElems = kTerms * kPlane;
+  static constexpr int kTerm = kRows * kPitch, kElems = kTerms * kTerm;  // elements of one term, of all
   static constexpr size_t kBytes = smem_bytes<Elem>(kElems);
   Elem* data;
 };
-
-// The global matrix a tile is cut from: [rows, cols] still to come from its corner on, cols contiguous.
-template <class Src>
-struct Slab {
-  const Src* data;
-  int64_t pitch, rows, cols;
-  bool vectorize;
-};
-
-template <class Src>
-__device__ __forceinline__ Vec8<Src> load_vec(const Slab<Src>& s, int r, int c) {
-  Vec8<Src> v;
-  const Src* p = s.data + r * s.pitch + c;
-  if (r < s.rows && c + 8 <= s.cols && s.vectorize) return *reinterpret_cast<const Vec8<Src>*>(p);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) v.v[j] = r < s.rows && c + j < s.cols ? p[j] : Src{};
-  return v;
+template <class Tile>
+__device__ __forceinline__ Tile take_tile(Smem& smem) {
+  return {smem.take<typename Tile::Elem>(Tile::kElems)};
 }
 
-// The first `left` of 8 columns.
+// The first `left` of 8 columns, zeros behind them.
+template <class Src>
+__device__ __forceinline__ Vec8<Src> load_row(const Src* p, int64_t left, bool vectorize) {
+  const int count = left < 8 ? static_cast<int>(left) : 8;
+  if (vectorize && count == 8) return *reinterpret_cast<const Vec8<Src>*>(p);
+  Vec8<Src> v;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) v.v[j] = j < count ? p[j] : Src{};
+  return v;
+}
 template <class Dst>
 __device__ __forceinline__ void store_row(Dst* p, const Vec8<Dst>& v, int64_t left, bool vectorize) {
   if (vectorize && left >= 8) {
@@ -89,6 +83,31 @@ __device__ __forceinline__ void store_row(Dst* p, const Vec8<Dst>& v, int64_t le
     if (i < left) p[i] = v.v[i];
 }
 
+// The global matrix a tile is cut from: [rows, cols] still to come from its corner on, cols contiguous. As tiles are shorter
+// than kSlab, more than that need not be told apart, and counts stay in one register.
+constexpr int kSlab = 1024;
+template <class Src>
+struct Slab {
+  const Src* data;
+  int64_t pitch;
+  int rows, cols;
+  bool vectorize;
+};
+// What a matrix [rows, cols] has from (row, col) on.
+template <class Src>
+__device__ __forceinline__ Slab<Src> slab(const void* data, int64_t pitch, int64_t row, int64_t col, int64_t rows,
+                                          int64_t cols, bool vectorize) {
+  const auto clamp = [](int64_t n) { return static_cast<int>(n < kSlab ? n : kSlab); };
+  return {static_cast<const Src*>(data) + row * pitch + col, pitch, clamp(rows - row), clamp(cols - col), vectorize};
+}
+template <class Src>
+__device__ __forceinline__ Vec8<Src> load_vec(const Slab<Src>& s, int r, int c) {
+  return load_row(s.data + r * s.pitch + c, r < s.rows ? s.cols - c : 0, s.vectorize);
+}
+
+__device__ __forceinline__ uint64_t seed_of(const Dropout& d, const int64_t* seed) {
+  return d.threshold ? static_cast<uint64_t>(*seed) : 0;
+}
 template <class Src>
 __device__ __forceinline__ void drop(Vec8<Src>& v, const Dropout& d, uint64_t seed, int64_t row, int64_t col) {
   const Philox block = dropout_block(seed, row, col / kDropoutBlock);
@@ -114,7 +133,7 @@ __device__ __forceinline__ void store_vec(const Tile<Elem, kRows, kCols, kTerms>
       lo.v[j] = from_float_fast<Elem>(rest == rest ? rest : 0.f);
     }
     *reinterpret_cast<Vec8<Elem>*>(dst) = hi;
-    *reinterpret_cast<Vec8<Elem>*>(dst + tile.kPlane) = lo;
+    *reinterpret_cast<Vec8<Elem>*>(dst + tile.kTerm) = lo;
   }
 }
 
@@ -160,40 +179,35 @@ struct Operand {
   Tile tile;
 };
 
-__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
-
-template <bool kTranspose>
-__device__ __forceinline__ void ldmatrix_4(uint32_t (&r)[4], const void* row) {
-  if constexpr (kTranspose) {
-    ldmatrix_x4_trans(r, row);
+// The four 8x8 matrices whose corners the lanes name, eight lanes each, as (i, k) of an operand.
+template <class Op>
+__device__ __forceinline__ void load_fragment(uint32_t (&r)[4], const Op& op, int term, int i, int k) {
+  const int row = (Op::kKContig ? i : k) + lane_id() % 8, col = Op::kKContig ? k : i;
+  const auto* at = op.tile.data + term * Op::Tile::kTerm + row * Op::Tile::kPitch + col;
+  if constexpr (Op::kKContig) {
+    ldmatrix_x4(r, at);
   } else {
-    ldmatrix_x4(r, row);
+    ldmatrix_x4_trans(r, at);
   }
 }
-
 // A fragment of mma m16n8k16 at (m, k); matrices in register order: (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8).
 template <class Op>
 __device__ __forceinline__ void fragment_a(uint32_t (&r)[4], const Op& op, int term, int m, int k) {
-  const int lane = lane_id(), mm = m + (lane / 8 & 1) * 8, kk = k + lane / 16 * 8, j = lane % 8;
-  const int row = Op::kKContig ? mm + j : kk + j, col = Op::kKContig ? kk : mm;
-  ldmatrix_4<!Op::kKContig>(r, op.tile.data + term * Op::Tile::kPlane + row * Op::Tile::kPitch + col);
+  load_fragment(r, op, term, m + (lane_id() / 8 & 1) * 8, k + lane_id() / 16 * 8);
 }
-
 // B fragments of two neighbouring n-tiles at (k, n): (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8).
 template <class Op>
 __device__ __forceinline__ void fragment_b(uint32_t (&r)[4], const Op& op, int term, int n, int k) {
-  const int lane = lane_id(), kk = k + (lane / 8 & 1) * 8, nn = n + lane / 16 * 8, j = lane % 8;
-  const int row = Op::kKContig ? nn + j : kk + j, col = Op::kKContig ? kk : nn;
-  ldmatrix_4<!Op::kKContig>(r, op.tile.data + term * Op::Tile::kPlane + row * Op::Tile::kPitch + col);
+  load_fragment(r, op, term, n + lane_id() / 16 * 8, k + (lane_id() / 8 & 1) * 8);
 }
 
-// acc[j] += A[m.., k..k+16) B[k..k+16, n + 8 j ..): a warp's 16 x 8 kTilesN piece, in the fragment layout of mma.sync:
+// acc[j] += A[m.., k..k+16) B[k..k+16, n + 8 j ..): a warp's 16 x 8 kTilesN part, in the fragment layout of mma.sync:
 // lane l holds rows m + l / 4 (elements 0, 1) and that + 8 (2, 3), columns 2 (l % 4) and that + 1 of each n-tile.
 template <int kTilesN, class OpA, class OpB>
 __device__ __forceinline__ void mma_step(float (&acc)[kTilesN][4], const OpA& a, const OpB& b, int m, int n, int k) {
   using TA = typename OpA::Tile;
   using TB = typename OpB::Tile;
-  using Elem = std::remove_pointer_t<decltype(TA::data)>;
+  using Elem = typename TA::Elem;
   if constexpr (sizeof(Elem) == 4) {
     const int row = m + lane_id() / 4, col = n + lane_id() % 4 * 2;
     const auto at = [](const auto& op, int i, int kk) {
@@ -270,7 +284,7 @@ __device__ __forceinline__ void gather_row(float (&out)[8], const float (&acc)[k
   }
 }
 
-// f(row, column, value) for every element of a warp's piece at (m, n).
+// f(row, column, value) for every element of a warp's part at (m, n).
 template <int kTilesN, class F>
 __device__ __forceinline__ void for_each_element(const float (&acc)[kTilesN][4], int64_t m, int64_t n, const F& f) {
 #pragma unroll

@@ -4,12 +4,14 @@
 import functools
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import wrapper_words
 
 import build as emulator
+from tools.sources import closure
 
 VARIANTS = ("plain", "sanitized", "tracked")
 CASES = "tests/emulator/cases.cu"
@@ -196,13 +198,24 @@ def test_every_word_of_the_wrappers_is_checked():
 
 # ---------------------------------------------------------------------------------------------- the real kernels
 
-FAMILIES = sorted({s.family for s in emulator.sources("cuda") if s.family and not s.arch})
+FAMILIES = sorted({s.family for s in emulator.portable("cuda")} - {""})
+
+
+def sources_of(family):
+    return [s.path for s in emulator.portable("policy", "cuda") if s.family in ("", family)]
 
 
 def params_program(family, variant):
     """tests/emulator/<family>_params.cpp: every launcher of the family's contract, on random and on odd params."""
-    own = [s.path for s in emulator.sources() if s.kind in ("policy", "cuda") and s.family in ("", family)]
-    return program(f"{family}_params", variant, f"tests/emulator/{family}_params.cpp", *own)
+    return program(f"{family}_params", variant, f"tests/emulator/{family}_params.cpp", *sources_of(family))
+
+
+def test_every_source_is_read():
+    """By CMake and the emulator: what csrc/sources.cmake does not find nobody compiles, nor a program of no family."""
+    files = {p.relative_to(emulator.ROOT) for s in ("*.cpp", "*.cu") for p in (emulator.ROOT / "csrc").rglob(s)}
+    assert files == {s.path for s in emulator.sources()} | {Path("csrc/host/host.cpp")}
+    programs = (emulator.ROOT / emulator.HERE).glob("*_params.cpp")
+    assert sorted(p.name.removesuffix("_params.cpp") for p in programs) == FAMILIES
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -225,16 +238,20 @@ def test_more_than_2_31_elements(family, variant):
 
 
 def barriers():
-    for path in emulator.portable_kernels():
-        for number, text in enumerate((emulator.ROOT / path).read_text().splitlines(), 1):
-            if re.search(r"\b(sync_threads|sync_warp|sync_named|cp_async_wait(<\d+>)?)\(", text.split("//")[0]):
-                yield pytest.param(path.stem, number, id=f"{path.name}-{number}")
+    """Of each family those of its sources and of the headers that it shares."""
+    call = re.compile(r"(?!__device__).*\b(sync_threads|sync_warp|sync_named|cp_async_wait(<\d+>)?)\(")
+    for family in FAMILIES:
+        for path in closure(sources_of(family)):
+            lines = (emulator.ROOT / path).read_text().splitlines() if path.is_relative_to("csrc") else ()
+            for number, text in enumerate(lines, 1):
+                if call.match(text.split("//")[0]):
+                    yield pytest.param(family, f"{path}:{number}", id=f"{family}-{path.name}-{number}")
 
 
-@pytest.mark.parametrize(("family", "line"), list(barriers()))
-def test_every_barrier_of_the_kernels_is_missed(family, line):
+@pytest.mark.parametrize(("family", "place"), list(barriers()))
+def test_every_barrier_of_the_kernels_is_missed(family, place):
     """Without any one of them the tracked build reports a race: the barrier is needed, and the cases reach it."""
-    done = emulator.execute(params_program(family, "tracked"), 300, 3, 0, LRK_EMU_SKIP_LINE=line)
+    done = emulator.execute(params_program(family, "tracked"), 300, 3, 0, LRK_EMU_SKIP=place)
     assert done.returncode == 1
     assert re.search(r"emulator: (race in|read of) (shared|global) memory", done.stderr)
 

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tools.sources import ROOT, sources, standard
+from tools.sources import ROOT, Source, sources, standard
 
 HERE = Path(__file__).resolve().parent.relative_to(ROOT)  # commands run in ROOT, so that reports name relative paths
 OUT = ROOT / "build" / "emulator"
@@ -131,28 +131,29 @@ def executable(name: str, sources: list[str | Path], variant: str, runtime: tupl
         return link(f"{name}-{variant}", compile_all(units), LINK[variant])
 
 
-def portable_kernels() -> list[Path]:
-    """The .cu files that run anywhere; others have instructions of one architecture."""
-    return [s.path for s in sources("cuda") if not s.arch]
+def portable(*kinds: str) -> list[Source]:
+    """The sources, of these kinds alone where any are given, that run anywhere; others have instructions of one GPU."""
+    return [s for s in sources() if not s.arch and s.kind in (kinds or s.kind)]
 
 
 def extension() -> Path:
     """The glue over emulated kernels: registers torch.ops.lrkern_emulated for CPU tensors."""
     spec = importlib.util.find_spec("torch")
     torch = Path(spec.origin).parent
-    units = [(p, KERNEL["plain"]) for p in portable_kernels()]
+    flags = {
+        "cuda": KERNEL["plain"],
+        "policy": ["-O2"],
+        # Only *_cuda are called; the CPU entry points are there to link.
+        "cpu": ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-DLRK_ISA=baseline", "-DLRK_ISA_ENTRY"],
+        "ops": ["-O2", f"-isystem{torch}/include", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA",
+                "-DLRK_NAMESPACE=lrkern_emulated"],
+    }  # fmt: skip
+    units = [(s.path, flags[s.kind]) for s in portable()]
     units += [(s, RUNTIME["plain"]) for s in EMULATOR]
-    units += [(p.relative_to(ROOT), ["-O2"]) for p in sorted((ROOT / "csrc/policy").glob("*.cpp"))]
-    # Only lora_*_cuda and the like are called; the CPU entry points are there to link.
-    cpu = ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-DLRK_ISA=baseline", "-DLRK_ISA_ENTRY"]
-    units += [(p.relative_to(ROOT), cpu) for p in sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
-    glue = ["-O2", f"-isystem{torch}/include", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA",
-            "-DLRK_NAMESPACE=lrkern_emulated"]  # fmt: skip
-    units += [(p.relative_to(ROOT), glue) for p in sorted((ROOT / "csrc/ops").glob("*.cpp"))]
     # Both this library and _C.so define lrk::*; neither may reach into the other.
-    flags = ["-shared", "-Wl,-Bsymbolic", f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    shared = ["-shared", "-Wl,-Bsymbolic", f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     with locked():
-        return link("lrkern_emulated.so", compile_all(units), flags)
+        return link("lrkern_emulated.so", compile_all(units), shared)
 
 
 def launched() -> set[tuple[str, int, int]]:

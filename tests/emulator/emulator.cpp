@@ -47,15 +47,15 @@ void report(const std::string& text) {
 
 std::atomic<int64_t>* setting(const std::string& name) {
   Settings& s = g_settings;
-  const std::map<std::string, std::atomic<int64_t>*> all = {
-      {"schedule", &s.schedule}, {"threads", &s.threads}, {"max_shared", &s.max_shared}, {"skip_line", &s.skip_line},
-      {"switches", &s.switches}, {"blocks", &s.blocks},   {"launches", &s.launches}};
+  const std::map<std::string, std::atomic<int64_t>*> all = {{"schedule", &s.schedule},     {"threads", &s.threads},
+                                                            {"max_shared", &s.max_shared}, {"switches", &s.switches},
+                                                            {"blocks", &s.blocks},         {"launches", &s.launches}};
   const auto it = all.find(name);
   return it == all.end() ? nullptr : it->second;
 }
 
 const bool g_environment_read = [] {
-  for (const char* name : {"schedule", "threads", "max_shared", "skip_line"}) {
+  for (const char* name : {"schedule", "threads", "max_shared"}) {
     std::string variable = "LRK_EMU_";
     for (const char* c = name; *c; ++c) variable += static_cast<char>(*c >= 'a' && *c <= 'z' ? *c - 32 : *c);
     if (const char* value = std::getenv(variable.c_str())) setting(name)->store(std::atoll(value));
@@ -325,8 +325,14 @@ void Worker::report_deadlock() {
 
 // ---- meeting points ------------------------------------------------------------------------------------------------------
 
+bool skipped(Where at) {
+  static const std::string skip = std::getenv("LRK_EMU_SKIP") ? std::getenv("LRK_EMU_SKIP") : "";
+  static const int line = std::atoi(skip.substr(skip.find(':') + 1).c_str());
+  return at.line == line && skip == format("%s:%d", at.file, at.line);
+}
+
 void barrier(int id, int count, Where at) {
-  if (at.line == g_settings.skip_line) return;
+  if (skipped(at)) return;
   Worker& w = *t_worker;
   Fiber& f = *w.current;
   if (id < 0 || id >= kBarriers || count < 0 || count % 32)

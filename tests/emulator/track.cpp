@@ -233,6 +233,9 @@ extern "C" void __tsan_read_range(const void* p, size_t n) {
 extern "C" void __tsan_write_range(const void* p, size_t n) {
   lrk::emu::hook(p, n, true, false, __builtin_return_address(0));
 }
+// Of launchers, which share what they have asked of a device.
+extern "C" int __tsan_atomic32_load(const volatile int* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+extern "C" void __tsan_atomic32_store(volatile int* p, int v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_init() { lrk::emu::g_tracking = true; }  // run by a constructor in every instrumented object

@@ -7,7 +7,7 @@
 namespace lrk::emu {
 
 void sync_warp(Where at) {
-  if (at.line == g_settings.skip_line) return;
+  if (skipped(at)) return;
   const WarpOp op = [](void* const(&)[32]) {
     if (g_tracking) track_sync_warp(t_worker->current->tid / 32);
   };
@@ -191,7 +191,7 @@ void cp_async(void* smem, const void* gmem, int bytes, Where at) {
 void cp_async_commit() { ++t_worker->current->copy_group; }
 
 void cp_async_wait(int groups_left, Where at) {
-  if (at.line == g_settings.skip_line) return;
+  if (skipped(at)) return;
   Fiber& f = *t_worker->current;
   size_t kept = 0;
   for (PendingCopy& c : f.copies) {

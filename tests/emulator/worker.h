@@ -16,10 +16,11 @@ constexpr int kMaxFibers = 1024, kMaxWarps = kMaxFibers / 32, kMaxPieces = 64, k
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 struct Settings {
-  std::atomic<int64_t> schedule{0}, threads{1}, max_shared{227 * 1024}, skip_line{0};
+  std::atomic<int64_t> schedule{0}, threads{1}, max_shared{227 * 1024};
   std::atomic<int64_t> switches{0}, blocks{0}, launches{0};
 };
 extern Settings g_settings;
+bool skipped(Where at);  // whether LRK_EMU_SKIP names this barrier or wait
 
 struct PendingCopy {
   void* to;

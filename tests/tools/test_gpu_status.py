@@ -71,7 +71,7 @@ def test_with_evidence(evidence):
     row = row_of("lora_shrink")
     assert f"[2026-12-01 NVIDIA H100 80GB HBM3](../bench/evidence/{folder.name}/summary.md)" in row
     assert "tests passed, sanitizers passed (1 of 2 ran)" in row and row.endswith("| bfloat16 71% |")
-    assert row_of("sum_planes").endswith("| - |"), "no figure of its own"
+    assert row_of("lora_sum").endswith("| - |"), "no figure of its own"
 
 
 def test_the_last_evidence_counts(evidence):

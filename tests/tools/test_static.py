@@ -109,12 +109,12 @@ def test_every_kernel_has_a_plan():
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 VARIANTS = {
-    "shrink_kernel": [(ranks, n_contig) for ranks in (16, 64) for n_contig in (False, True)],
-    "expand_kernel": [(False,), (True,)],
-    "wgrad_kernel": [(16,), (64,)],
-    "multi_shrink_kernel": [(16,), (64,)],
-    "multi_expand_kernel": [("float",)],
-    "multi_wgrad_kernel": [(16,), (64,)],
+    "lora_shrink_kernel": [(ranks, n_contig) for ranks in (16, 64) for n_contig in (False, True)],
+    "lora_expand_kernel": [(False,), (True,)],
+    "lora_wgrad_kernel": [(16,), (64,)],
+    "multi_lora_shrink_kernel": [(16,), (64,)],
+    "multi_lora_expand_kernel": [("float",)],
+    "multi_lora_wgrad_kernel": [(16,), (64,)],
 }
 
 
@@ -122,7 +122,7 @@ def planned(function, x):
     """(threads, shared memory) of a kernel's instantiations over activations of type x."""
     plan, variants = static_checks.PLANS[function], VARIANTS.get(function, [()])
     takes = len(inspect.signature(plan).parameters) - len(variants[0])
-    factors = {x} if function == "rescale_kernel" else {x, "float"}
+    factors = {x} if function == "lora_rescale_kernel" else {x, "float"}
     kinds = [(x, f)[2 - takes :] for f in factors]
     plans = [plan(*kind, *variant) for kind in kinds for variant in variants]
     return {(p.threads, p.shared) for p in plans}

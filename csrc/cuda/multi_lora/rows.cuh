@@ -2,19 +2,28 @@
 // Rows and ranks of a block of multi-LoRA, as lists in shared memory, and matrices gathered through them.
 #pragma once
 
+#include "cuda/tile.cuh"
 #include "multi_lora.h"
-#include "tile.cuh"
 
 namespace lrk {
 
 constexpr int32_t kAbsent = -1, kUnknown = -2;  // rows of a list: none there; one that does not exist
 
-// Rows of one group in slot k, read from the plan. A plan of other origin must not lead out of memory: what is out of range
-// counts as no row, as an adapter nobody knows.
-struct RowTile {
-  int64_t k, adapter;  // adapter: kAbsent, kUnknown, or one of A
-  int32_t count;
+// What a block works on: rows of the batch, and pool rows of an adapter's ranks.
+template <int kRanks>
+struct Lists {
+  static constexpr size_t kBytes = smem_bytes<int32_t>(kPlanRows) + smem_bytes<int32_t>(kRanks);
+  int32_t *rows, *ranks;
+  explicit __device__ __forceinline__ Lists(Smem& smem)
+      : rows(smem.take<int32_t>(kPlanRows)), ranks(smem.take<int32_t>(kRanks)) {}
 };
+
+// ---- the plan. One of other origin must not lead out of memory: what is out of range counts as no row, as an adapter
+// nobody knows.
+
+__device__ __forceinline__ const int32_t* order_of(const Adapters& d, int64_t k) {
+  return d.plan + k * plan_layout(d.T, d.A).length;
+}
 __device__ __forceinline__ void fill_rows(const Adapters& d, const int32_t* order, int64_t start, int32_t count,
                                           int32_t* rows) {
   for (int i = static_cast<int>(threadIdx.x); i < kPlanRows; i += kBlockThreads) {
@@ -22,6 +31,12 @@ __device__ __forceinline__ void fill_rows(const Adapters& d, const int32_t* orde
     rows[i] = row >= 0 && row < d.T ? row : kAbsent;
   }
 }
+
+// Rows of one group in slot k.
+struct RowTile {
+  int64_t k, adapter;  // adapter: kAbsent, kUnknown, or one of A
+  int32_t count;
+};
 __device__ __forceinline__ RowTile plan_tile(const Adapters& d, int64_t k, int64_t i, int32_t* rows) {
   const PlanLayout at = plan_layout(d.T, d.A);
   const int32_t *plan = d.plan + k * at.length, group = plan[at.tiles + 2 * i], start = plan[at.tiles + 2 * i + 1];
@@ -31,8 +46,21 @@ __device__ __forceinline__ RowTile plan_tile(const Adapters& d, int64_t k, int64
   return {k, group == 0 ? kAbsent : group > d.A ? kUnknown : group - 1, count};
 }
 
-// ranks[i] = the pool row of rank first + i of the adapter, below `end`, counted through the slices at hand; kAbsent where it
-// has none, kUnknown where adapter or page do not exist.
+// Where an adapter's rows are in the order of slot k.
+struct Span {
+  int64_t begin, end;
+};
+__device__ __forceinline__ Span rows_of(const Adapters& d, int64_t k, int64_t adapter) {
+  const int32_t* begin = order_of(d, k) + plan_layout(d.T, d.A).begin + 1 + adapter;
+  return {begin[0] < 0 ? 0 : begin[0], begin[1] > d.T ? d.T : begin[1]};
+}
+
+// ---- ranks, counted through the slices at hand
+
+LRK_HD int64_t all_ranks(const Adapters& d) { return kPageRanks * d.M * d.slices; }
+
+// ranks[i] = the pool row of rank first + i of the adapter, below `end`; kAbsent where it has none, kUnknown where adapter
+// or page do not exist.
 __device__ __forceinline__ void fill_ranks(const Adapters& d, int64_t adapter, int64_t first, int64_t end, int count,
                                            int32_t* ranks) {
   const unsigned R = static_cast<unsigned>(kPageRanks * d.M);
@@ -48,20 +76,33 @@ __device__ __forceinline__ void fill_ranks(const Adapters& d, int64_t adapter, i
     ranks[i] = row;
   }
 }
-// Whether one of them is there, or with `unknown` one that does not exist.
-__device__ __forceinline__ bool any_rank(const int32_t* ranks, int count, bool unknown = false) {
-  bool any = false;
-  for (int i = 0; i < count; ++i) any = any || (unknown ? ranks[i] == kUnknown : ranks[i] >= 0);
-  return any;
+template <class Is>
+__device__ __forceinline__ bool any(const int32_t* ranks, int count, const Is& is) {
+  bool found = false;
+  for (int i = 0; i < count; ++i) found = found || is(ranks[i]);
+  return found;
+}
+__device__ __forceinline__ bool any_present(const int32_t* ranks, int count) {
+  return any(ranks, count, [](int32_t row) { return row >= 0; });
 }
 __device__ __forceinline__ float not_a_number() { return bit_cast<float>(0x7fc00000u); }
+
+// Where S [T, K, L, R] has the ranks of a row's slot k.
+__device__ __forceinline__ int64_t s_at(const Adapters& d, int64_t row, int64_t k) {
+  return ((row * d.K + k) * d.L + d.first) * kPageRanks * d.M;
+}
+template <class Params>
+__device__ __forceinline__ float scale_of(const Params& p, int64_t row, int64_t k) {
+  return p.scales ? p.scales[row * p.adapters.K + k] : 1.f;
+}
 
 // The probability as a Dropout; its keep_scale is applied to the fp32 result.
 __device__ __forceinline__ Dropout dropout_of(const Adapters& d, int64_t adapter) {
   return d.dropout_p && adapter >= 0 ? make_dropout(d.dropout_p[adapter]) : Dropout{};
 }
 
-// A matrix whose rows a list names, from column 0 on; columns too where `cols_of` is given, to blank out those it lacks.
+// ---- a matrix whose rows a list names, from column 0 on; columns too where `cols_of` is given, to blank out those it lacks
+
 template <class Src>
 struct Gathered {
   const Src* data;
@@ -74,8 +115,7 @@ struct Gathered {
 template <class Src>
 __device__ __forceinline__ Vec8<Src> load_vec(const Gathered<Src>& s, int r, int c) {
   const int32_t row = s.rows[r];
-  const Slab<Src> slab{s.data + (row < 0 ? 0 : row) * s.pitch, 0, row < 0 ? 0 : 1, s.cols, s.vectorize};
-  Vec8<Src> v = load_vec(slab, 0, c);
+  Vec8<Src> v = load_row(s.data + (row < 0 ? 0 : row) * s.pitch + c, row < 0 ? 0 : s.cols - c, s.vectorize);
   if (s.cols_of) {
 #pragma unroll
     for (int j = 0; j < 8; ++j)
