@@ -5,44 +5,46 @@ Version counters tell whether they did. They do not see a write through ``.data`
 they see FSDP gather new values: in a process group nothing is cached. Copies and pickles of a cache are empty ones.
 """
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import functional as F
 from .limits import PAGE
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _in_process_group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+from .ops.dispatch import PLAIN
 
 
-class Seen:
-    """Tensors and what their version counters said, to tell later whether they are the same with the same contents."""
-
-    def __init__(self, *tensors: Tensor):
-        self.tensors, self.state = tensors, self._state(tensors)
-
-    @staticmethod
-    def _state(tensors: tuple[Tensor, ...]) -> list | None:
-        if any(t.is_inference() for t in tensors):
-            return None  # they have no version
-        return [(t.data_ptr() if type(t) in _PLAIN else 0, t._version) for t in tensors]
-
-    def still(self, *tensors: Tensor) -> bool:
-        same = len(self.tensors) == len(tensors) and all(p is q for p, q in zip(self.tensors, tensors, strict=True))
-        return same and self.state is not None and self.state == self._state(tensors)
+def _state(tensors: Sequence[Tensor]) -> list | None:
+    """What changes with their contents; None where nothing tells: in inference mode tensors have no version."""
+    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if in_group or any(t.is_inference() for t in tensors):
+        return None
+    return [(t.data_ptr() if type(t) in PLAIN else 0, t._version) for t in tensors]
 
 
 class _Cache:
+    """Results by name, each of certain tensors and of one more value."""
+
     def __init__(self):
         self.clear()
 
     def clear(self) -> None:
-        raise NotImplementedError
+        self._results: dict[str, tuple] = {}
+
+    def _find(self, name: str, tensors: Sequence[Tensor], value: Any = None) -> Any:
+        of, state, at, result = self._results.get(name, ((), None, None, None))
+        same = state is not None and at == value and len(of) == len(tensors) and all(map(operator.is_, of, tensors))
+        return result if same and state == _state(tensors) else None
+
+    def _keep(self, name: str, tensors: Sequence[Tensor], result: Any, value: Any = None) -> Any:
+        self._results.pop(name, None)
+        if (state := _state(tensors)) is not None:
+            self._results[name] = tensors, state, value, result
+        return result
 
     def __deepcopy__(self, memo) -> "_Cache":
         return type(self)()
@@ -55,31 +57,24 @@ class DoraNorm(_Cache):
     """‖W + scale · B A‖ per row. Under no_grad it is cached until W, A, B or the scale changes; where gradients are
     recorded only ‖W‖ is, until W changes. A recorded forward clears the rest."""
 
-    def clear(self) -> None:
-        self._weight = self._factors = None  # (Seen, result)
-
     def __call__(
         self, weight: Tensor, a: Tensor, b: Tensor, scale: float, dense: Callable[[], Tensor] | None = None
     ) -> Tensor:
         """weight: W, or where it is quantised what changes with it, with ``dense`` to get W [O, I] itself."""
-        dense = dense or (lambda: weight)
+        tensors = weight, a, b
         if torch.compiler.is_compiling():
-            return F.dora_norm(dense(), a, b, scale)
-        if _in_process_group():
-            self.clear()
-            return F.dora_norm(dense(), a, b, scale)
+            return F.dora_norm(weight if dense is None else dense(), a, b, scale)
         if torch.is_grad_enabled():
-            self._factors = None
-        elif self._factors and self._factors[1] == scale and self._factors[0].still(weight, a, b):
-            return self._factors[2]
-        w, cached = dense(), self._weight
-        if not (cached and cached[0].still(weight)):
-            cached = Seen(weight), F.dora.row_norm(w)
-        norm = F.dora_norm(w, a, b, scale, cached[1])
+            self._results.pop("norm", None)
+        elif (norm := self._find("norm", tensors, scale)) is not None:
+            return norm
+        w, of_w = weight if dense is None else dense(), self._find("weight", tensors[:1])
+        of_w = F.dora.row_norm(w) if of_w is None else of_w
+        norm = F.dora_norm(w, a, b, scale, of_w)
         if type(norm) is Tensor:  # nothing stays of a fake run
-            self._weight = cached
+            self._keep("weight", tensors[:1], of_w)
             if not torch.is_grad_enabled():
-                self._factors = Seen(weight, a, b), scale, norm
+                self._keep("norm", tensors, norm, scale)
         return norm
 
 
@@ -87,16 +82,10 @@ class MixedFactors(_Cache):
     """The factors of several adapters as one multi-LoRA pool: A [R, I] and B [O, R] of each adapter ->
     a_pool [P, I], b_pool [P, O], pages [A, 1, M], ranks [A, 1]."""
 
-    def clear(self) -> None:
-        self._cached = None  # (Seen, dtype, result)
-
     def __call__(self, factors: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, ...]:
         tensors = [t for pair in factors for t in pair]
-        if self._cached and self._cached[1] == dtype and self._cached[0].still(*tensors):
-            return self._cached[2]
-        result = self._build(factors, dtype)
-        self._cached = None if _in_process_group() else (Seen(*tensors), dtype, result)
-        return result
+        pool = self._find("pool", tensors, dtype)
+        return self._keep("pool", tensors, self._build(factors, dtype), dtype) if pool is None else pool
 
     @staticmethod
     @torch.no_grad()
@@ -109,10 +98,8 @@ class MixedFactors(_Cache):
             tail = each[0].new_zeros(PAGE, each[0].shape[1])
             return torch.cat([t for rows in each for t in (rows, tail[: -len(rows) % PAGE])]).to(dtype)
 
-        pages, page = [], 0
-        for count in counts:
-            pages.append([[*range(page, page + count), *[0] * (max(counts) - count)]])
-            page += count
+        ends, most = [*accumulate(counts)], max(counts)
+        pages = [[[*range(end - n, end), *[0] * (most - n)]] for end, n in zip(ends, counts, strict=True)]
         to = lambda values: torch.tensor(values, dtype=torch.int32).to(factors[0][0].device)
         a_pool, b_pool = pool([a for a, _ in factors]), pool([b.mT for _, b in factors])
         return a_pool, b_pool, to(pages), to(ranks)[:, None]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frozen linear layer that an adapter stands beside: its product, its gradients, and what autocast does to it."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,10 @@ from torch.autograd import Function
 linear = F.linear  # bench/ puts its own here and in place of ``gradients`` to time an adapter alone
 
 
-def gradients(need: Sequence[bool], dy: Tensor, x: Tensor | None, weight: Tensor) -> list[Tensor | None]:
-    """dx, dW, dbias of x Wᵀ + bias, those that ``need`` asks for."""
+def gradients(need: Sequence[bool], dy: Tensor, x: Tensor | None, weight: Tensor | None) -> list[Tensor | None]:
+    """dx, dW, dbias of x Wᵀ + bias, those that ``need`` asks for; none where the base layer gave y."""
+    if weight is None:
+        return [None, None, None]
     flat = dy.flatten(0, -2)
     dw = flat.mT @ x.flatten(0, -2) if need[1] else None
     return [dy @ weight if need[0] else None, dw, flat.sum(0) if need[2] else None]
@@ -47,14 +48,3 @@ def beside(
         if weight is None:
             x = torch.dropout(x, dropout_p, training)
         return function.apply(y, x, weight, bias, *args)
-
-
-def no_autocast(backward):
-    """As forward ran: ``loss.backward()`` may be called where autocast is on."""
-
-    @functools.wraps(backward)
-    def run(ctx, dy):
-        with torch.autocast(dy.device.type, enabled=False):
-            return backward(ctx, dy)
-
-    return run

@@ -16,10 +16,11 @@ def lora_scaling(alpha: float, r: int, use_rslora: bool = False) -> float:
     return alpha / (math.sqrt(r) if use_rslora else r) if r else 0.0
 
 
-def dropout_seed(x: Tensor) -> Tensor:
-    """A fresh seed from torch's generator of x's device, so that dropout follows manual_seed, checkpointing (which
-    replays the generator's state) and CUDA graphs (two replays differ) as nn.Dropout does."""
-    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+def dropout_of(x: Tensor, p: float, training: bool) -> tuple:
+    """The ops' dropout_p and seed, or nothing where dropout does not act. The seed is drawn from torch's generator of x's
+    device, so that dropout follows manual_seed, checkpointing (which replays the generator's state) and CUDA graphs (two
+    replays differ) as nn.Dropout does."""
+    return (p, torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)) if training and p > 0.0 else ()
 
 
 def lora_linear(
@@ -36,15 +37,11 @@ def lora_linear(
 
     x [..., I]; weight [O, I]; bias [O] or None; a [R, I]; b [O, R]. Dropout acts where training and dropout_p > 0.
     """
-    if training and dropout_p > 0.0:
-        return ops.lora_linear(x, weight, bias, a, b, scale, dropout_p, dropout_seed(x))
-    return ops.lora_linear(x, weight, bias, a, b, scale)
+    return ops.lora_linear(x, weight, bias, a, b, scale, *dropout_of(x, dropout_p, training))
 
 
 def lora_add(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, dropout_p: float = 0.0, training: bool = True
 ) -> Tensor:
     """y + scale · (dropout(x) Aᵀ) Bᵀ, beside a base layer of any kind that gave y [..., O]; ``ops.lora_add``."""
-    if training and dropout_p > 0.0:
-        return ops.lora_add(y, x, a, b, scale, dropout_p, dropout_seed(x))
-    return ops.lora_add(y, x, a, b, scale)
+    return ops.lora_add(y, x, a, b, scale, *dropout_of(x, dropout_p, training))

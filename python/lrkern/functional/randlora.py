@@ -100,9 +100,7 @@ class _Factors:
     """Two GEMMs a panel, for the tokens."""
 
     @classmethod
-    def forward(
-        cls, update: _Update, y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
+    def forward(cls, update: _Update, y, x, weight, bias) -> Tensor:
         out = base.output(y, x, weight, bias)
         cls.add(update, out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]).float())
         return out
@@ -110,32 +108,29 @@ class _Factors:
     @staticmethod
     def add(update: _Update, y: Tensor, x: Tensor) -> None:
         """y [T, O] += scale · x ΔWᵀ, in place; x [T, I] float32."""
-        sums = y if y.dtype == torch.float32 else y.float()
+        sums = y.float()
         for inner, outer in update.factors():
             sums.addmm_(x @ inner.mT, outer, alpha=update.scale)
-        if sums is not y:
-            y.copy_(sums)
+        y.copy_(sums)
 
     @staticmethod
-    def backward(update: _Update, need, dy: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, ...]:
-        """dx, dW, dbias, dlam and dgam, those that ``need`` asks for; the last two together."""
-        need_x, _, _, need_coef = need
-        dx, dw, dbias = (None, None, None) if weight is None else base.gradients(need, dy, x, weight)
+    def backward(update: _Update, need, need_coef: bool, dy, x, weight, dlam, dgam) -> list[Tensor | None]:
+        """dx, dW and dbias, those that are needed; with ``need_coef`` dlam and dgam, which are zeros, are filled."""
+        grads = base.gradients(need, dy, x, weight)
         rows, g = x.reshape(-1, x.shape[-1]).float(), dy.reshape(-1, dy.shape[-1]).float()
-        dlam, dgam = torch.zeros_like(update.lam), torch.zeros_like(update.gam)
-        if need_x:
-            sums = torch.zeros_like(rows) if dx is None else dx.reshape(rows.shape).float()
+        if need[0]:
+            dx = torch.zeros_like(rows) if grads[0] is None else grads[0].reshape(rows.shape).float()
         at_b, at_u = (g, rows) if update.narrow_in else (rows, g)
-        for span, q in update.panels() if need_x or need_coef else ():
+        for span, q in update.panels() if need[0] or need_coef else ():
             b = update.b(q)
             h = at_b @ b.mT if update.narrow_in or need_coef else None  # [T, panel]
             b = None if update.narrow_in else b  # its memory is free for U
             u = update.u(span)
-            if need_x:
-                sums.addmm_(*((h, u) if update.narrow_in else (g @ u.mT, b)), alpha=update.scale)
+            if need[0]:
+                dx.addmm_(*((h, u) if update.narrow_in else (g @ u.mT, b)), alpha=update.scale)
             if need_coef:  # dU takes the place of U
                 update.gradients(torch.mm(h.mT, at_u, out=u), span, dlam, dgam)
-        return sums.to(x.dtype).view(x.shape) if need_x else None, dw, dbias, dlam, dgam
+        return [dx.to(x.dtype).view(x.shape) if need[0] else None, *grads[1:]]
 
 
 class _Vector(_Factors):
@@ -162,33 +157,28 @@ def _stored(x: Tensor, p: Projection, transposed: bool) -> Tensor:
     """x P or x Pᵀ in float32; of a stored P in 16 bit a panel at a time is float32."""
     if isinstance(p, Basis) or p.dtype == torch.float32:
         return matmul(x, p, transposed, wide=True)
-    step = max(1, _PANEL // p.shape[1])
+    panels = p.split(max(1, _PANEL // p.shape[1]))
     if transposed:
-        return torch.cat([x @ rows.float().mT for rows in p.split(step)], -1)
-    y = x.new_zeros(*x.shape[:-1], p.shape[1])
-    for part, rows in zip(x.split(step, -1), p.split(step), strict=True):
-        y += part @ rows.float()
-    return y
+        return torch.cat([x @ panel.float().mT for panel in panels], -1)
+    parts = x.split([len(panel) for panel in panels], -1)
+    return sum(part @ panel.float() for part, panel in zip(parts, panels, strict=True))
 
 
 class _Merged:
     """W + ΔW formed once, in place of W."""
 
     @staticmethod
-    def forward(update: _Update, y: None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(update: _Update, y, x, weight, bias) -> Tensor:
         return base.linear(x, update.delta().add_(weight), bias)
 
     @staticmethod
-    def backward(update: _Update, need, dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, _, _, need_coef = need
-        grads = base.gradients(need, dy, x, update.delta().add_(weight) if need_x else weight)
-        dlam, dgam = torch.zeros_like(update.lam), torch.zeros_like(update.gam)
+    def backward(update: _Update, need, need_coef: bool, dy, x, weight, dlam, dgam) -> list[Tensor | None]:
+        grads = base.gradients(need, dy, x, update.delta().add_(weight) if need[0] else weight)
         if need_coef:
             delta = dy.flatten(0, -2).mT @ x.flatten(0, -2)  # dL/dΔW [O, I]
             for span, q in update.panels():
-                du = update.b(q) @ (delta if update.narrow_in else delta.mT)
-                update.gradients(du, span, dlam, dgam)
-        return *grads, dlam, dgam
+                update.gradients(update.b(q) @ (delta if update.narrow_in else delta.mT), span, dlam, dgam)
+        return grads
 
 
 _WAYS = {"vector": _Vector, "factors": _Factors, "merged": _Merged}
@@ -200,21 +190,21 @@ class _RandLora(Function):
     @staticmethod
     def forward(ctx, y, x, weight, bias, lam, gam, A, B, scale, paper):
         I, O = x.shape[-1], y.shape[-1] if weight is None else weight.shape[0]
-        way = randlora_way(x.shape[:-1].numel(), I, O)
-        if way == "merged" and (weight is None or x.dtype != torch.float32):
-            way = "factors"
-        ctx.way, ctx.rest = way, (scale, paper, I <= O)
+        way, may_merge = randlora_way(x.shape[:-1].numel(), I, O), weight is not None and x.dtype == torch.float32
+        ctx.way = way = way if may_merge or way != "merged" else "factors"
+        ctx.rest = scale, paper, I <= O
         save(ctx, (A, B), x, weight, lam, gam)
         return _WAYS[way].forward(_Update.of(lam, gam, A, B, *ctx.rest), y, x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    @base.no_autocast
     def backward(ctx, dy):
         A, B, x, weight, lam, gam = saved(ctx)
         need_y, *need, need_lam, need_gam = ctx.needs_input_grad[:6]
-        update = _Update.of(lam, gam, A, B, *ctx.rest)
-        *grads, dlam, dgam = _WAYS[ctx.way].backward(update, (*need, need_lam or need_gam), dy, x, weight)
+        with torch.autocast(dy.device.type, enabled=False):  # as forward ran, wherever backward() is called
+            update = _Update.of(lam, gam, A, B, *ctx.rest)
+            dlam, dgam = torch.zeros_like(update.lam), torch.zeros_like(update.gam)
+            grads = _WAYS[ctx.way].backward(update, need, need_lam or need_gam, dy, x, weight, dlam, dgam)
         dlam, dgam = dlam.to(lam.dtype) if need_lam else None, dgam.to(gam.dtype) if need_gam else None
         return dy if need_y else None, *grads, dlam, dgam, None, None, None, None
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import base
-from .projection import Basis, Projection, matmul, rows_of, save, saved, scale_of
+from .projection import Basis, Projection, matmul, save, saved, scale_of
 
 __all__ = ["vera_add", "vera_linear"]
 
@@ -32,35 +32,33 @@ class _Vera(Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    @base.no_autocast
     def backward(ctx, dy):
         A, B, x, weight, d, b, u, w = saved(ctx)
-        need_y, need_x, need_w, need_bias, need_d, need_b = ctx.needs_input_grad[:6]
-        d32, b32, wide, c = d.float(), b.float(), d.dtype == torch.float32, ctx.c
-        dx = dw = dbias = dd = db = None
-        if weight is not None:
-            dx, dw, dbias = base.gradients((need_x, need_w, need_bias), dy, x, weight)
-        if need_x or need_d:
-            dv = matmul(dy, B, True, in_scale=b32, wide=wide)  # [..., r]
+        need_y, *need, need_d, need_b = ctx.needs_input_grad[:6]
+        wide, v, dd, db = d.dtype == torch.float32, ctx.c * d.float(), None, None
+        with torch.autocast(dy.device.type, enabled=False):  # as forward ran, wherever backward() is called
+            dx, dw, dbias = base.gradients(need, dy, x, weight)
+            if need[0] or need_d:
+                dv = matmul(dy, B, True, in_scale=b.float(), wide=wide)  # [..., r]
             if need_d:
-                dd = (c * (dv.float() * u.float()).flatten(0, -2).sum(0)).to(d.dtype)
-            if need_x:
+                dd = (ctx.c * (dv.float() * u.float()).flatten(0, -2).sum(0)).to(d.dtype)
+            if need[0]:
                 shape, dtype = ctx.x
                 dx = dy.new_zeros(shape, dtype=dtype) if dx is None else dx.contiguous()
-                matmul(dv, A, False, in_scale=c * d32, into=dx)
-        if need_b:
-            db = _db(dy, u, c * d32, B, w).to(b.dtype)
+                matmul(dv, A, False, in_scale=v, into=dx)
+            if need_b:
+                db = _db(dy, u, v, B, w).to(b.dtype)
         return dy if need_y else None, dx, dw, dbias, dd, db, None, None, None
 
 
-def _db(dy: Tensor, u: Tensor, d: Tensor, B: Projection, w: Tensor | None) -> Tensor:
-    """Σ_t dy[t] ⊙ w[t], w = (d ⊙ u) B, or without a [T, O] temporary Σ_k B[k] ⊙ (vᵀ dy)[k], v = d ⊙ u."""
+def _db(dy: Tensor, u: Tensor, v: Tensor, B: Projection, w: Tensor | None) -> Tensor:
+    """Σ_t dy[t] ⊙ w[t], w = (v ⊙ u) B, or without a [T, O] temporary Σ_k B[k] ⊙ ((v ⊙ u)ᵀ dy)[k]."""
     dy, u = dy.flatten(0, -2), u.flatten(0, -2)
-    if w is None and len(dy) < rows_of(B):
-        w = matmul(u, B, False, in_scale=d, wide=True)
+    if w is None and len(dy) < len(v):
+        w = matmul(u, B, False, in_scale=v, wide=True)
     if w is not None:
         return (dy.float() * w.flatten(0, -2).float()).sum(0)
-    p = (u.float() * d).mT @ dy.float()  # [r, O]
+    p = (u.float() * v).mT @ dy.float()  # [r, O]
     return p.mul_(B._replace(scale=1.0).fill(p) if isinstance(B, Basis) else B).sum(0)
 
 

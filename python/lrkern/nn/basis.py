@@ -45,8 +45,7 @@ class BasisLinear(AdapterLinear):
     METHOD: ClassVar[str]  # of the random stream
     stream_version = STREAM_VERSION
 
-    def _seed(self, base, r, dropout, seed, distribution, adapter_dtype) -> dict[str, Any]:
-        """Checks and takes what all have; returns dtype and device of the coefficients."""
+    def _adopt(self, base, r, dropout=0.0, seed=None, distribution="uniform8", adapter_dtype=None) -> dict[str, Any]:
         if seed is None:
             seed = _seeds.getrandbits(63)
         self._whole("seed", seed, 0, 2**63 - 1)
@@ -56,7 +55,7 @@ class BasisLinear(AdapterLinear):
                 f"{type(self).__name__}: distribution must be one of {sorted(DISTRIBUTIONS)}, got {distribution!r}"
             )
         self.dropout, self.seed, self.distribution = float(dropout), seed, distribution
-        return self._adopt(base, r, adapter_dtype)
+        return super()._adopt(base, r, adapter_dtype)
 
     def _basis(self, rows: int, cols: int, scale: float, tensor: int) -> Basis:
         """A matrix of the layer's stream whose elements have the standard deviation ``scale``."""
@@ -71,8 +70,8 @@ class BasisLinear(AdapterLinear):
             destination[prefix + name] = torch.tensor(getattr(self, name), dtype=torch.int64, device="cpu")
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        rest, found = dict(state_dict), {}
-        for name in ("stream_version", "seed"):
+        rest, found = dict(state_dict), {"stream_version": STREAM_VERSION, "seed": self.seed}
+        for name in found:
             value = rest.pop(prefix + name, None)
             if value is None:
                 missing += [prefix + name] if strict else []
@@ -80,13 +79,14 @@ class BasisLinear(AdapterLinear):
                 raise RuntimeError(f"{type(self).__name__}: {prefix}{name} must be one whole number, got {value}")
             else:
                 found[name] = int(value)
+        version, seed = found.values()
         # An error that is raised, not collected: the base layer below would be loaded all the same.
-        if (version := found.get("stream_version", STREAM_VERSION)) != STREAM_VERSION:
+        if version != STREAM_VERSION:
             raise RuntimeError(
                 f"{type(self).__name__}: {prefix}stream_version must be {STREAM_VERSION}, the random stream this lrkern "
                 f"generates, got {version}, another lrkern's; the layer is unchanged"
             )
-        if (seed := found.get("seed", self.seed)) < 0:
+        if seed < 0:
             raise RuntimeError(f"{type(self).__name__}: {prefix}seed must not be negative, got {seed}")
         known = len(errors)
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)

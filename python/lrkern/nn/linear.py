@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen linear layer with an adapter: what all kinds of adapters share, and what those of low rank do.
+"""A frozen linear layer with an adapter: what all kinds share, and what those of low rank do.
 
-A new kind is a class with SETTINGS, ``_set_up``, which takes them, and below LowRankLinear ``factors``, else ``_adapted`` and
-``delta_weight``. Files, conversions and serving ask the class and have no list of kinds.
+A new kind is a class with SETTINGS, ``_set_up`` and, below LowRankLinear, ``factors``, else ``_adapted`` and ``delta_weight``.
+Files, conversions and serving ask the class; none has a list of kinds.
 """
 
 import math
@@ -25,10 +25,7 @@ def constant(value: float, *shape: int, **like: Any) -> nn.Parameter:
 
 
 class AdapterLinear(nn.Module):
-    """y = x Wᵀ + bias + what the adapter adds. W stays frozen, the adapter's coefficients train.
-
-    Attributes: base_layer, in_features, out_features, r (rank; 0 is the base layer alone), enabled, merged.
-    """
+    """y = x Wᵀ + bias + what the adapter adds. W stays frozen, the coefficients train; with r = 0 it is the base layer alone."""
 
     SETTINGS: ClassVar[tuple[str, ...]]  # attributes that, given to from_linear, make the same layer again
     KINDS: ClassVar[dict[str, type["AdapterLinear"]]] = {}  # by name the classes that have SETTINGS of their own
@@ -71,6 +68,8 @@ class AdapterLinear(nn.Module):
         return self
 
     def _make(self, base: nn.Linear, *args: Any, **settings: Any) -> None:
+        if unknown := [name for name in settings if name not in (*self.SETTINGS, "adapter_dtype")]:
+            raise TypeError(f"{type(self).__name__}._set_up() got an unexpected keyword argument {unknown[0]!r}")
         nn.Module.__init__(self)
         self._set_up(base, *args, **settings)
 
@@ -79,8 +78,7 @@ class AdapterLinear(nn.Module):
         raise NotImplementedError
 
     def _adopt(self, base: nn.Linear, r: int, adapter_dtype: torch.dtype | None) -> dict[str, Any]:
-        """Freezes the base layer and returns dtype and device of coefficients beside it: adapter_dtype, or where that is
-        None float32 over a 16-bit base, else the base's dtype."""
+        """Takes and freezes the base layer; returns dtype and device of coefficients beside it."""
         self.in_features, self.out_features, self.r = base.in_features, base.out_features, r
         self.base_layer = base.requires_grad_(False)
         self.enabled, self.merged = True, False
@@ -175,8 +173,8 @@ class AdapterLinear(nn.Module):
 class LowRankLinear(AdapterLinear):
     """y = x Wᵀ + bias + scale · (dropout(x) Aᵀ) Bᵀ, with A and B as ``factors`` makes them of the coefficients.
 
-    Forward, delta_weight and merge, a plain LoRA folder (``convert.to_lora``) and serving as factors follow. A subclass whose
-    forward has a shorter way than through the factors overrides ``_adapted``. Subclasses set ``dropout``.
+    Forward, delta_weight, merge, ``convert.to_lora`` and serving follow. ``_set_up`` sets ``dropout``. A subclass that has a
+    shorter way to y than through its factors overrides ``_adapted``.
     """
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
@@ -190,8 +188,5 @@ class LowRankLinear(AdapterLinear):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """scale · B A [out, in] in float32: what ``merge`` adds to W."""
-        return self._low_rank()
-
-    def _low_rank(self) -> Tensor:
         a, b, scale = self.factors()
         return scale * (b.float() @ a.float())

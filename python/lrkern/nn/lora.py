@@ -107,46 +107,40 @@ class FusedLoRALinear(LowRankLinear):
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
         self.use_dora, self.scaling = use_dora, F.lora_scaling(lora_alpha, r, use_rslora)
         if r:
-            INITS[init](self)
+            with torch.no_grad():
+                INITS[init](self)
         if use_dora:
             self.lora_magnitude_vector = Magnitude(self._norm().to(like["dtype"]))
             self._cached_norm = DoraNorm()
-
-    @property
-    def dropout(self) -> float:
-        return self.lora_dropout
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.lora_A.weight, self.lora_B.weight, self.scaling
 
     def _adapted(self, x: Tensor) -> Tensor:
+        base, (a, b, scale), p = self.base_layer, self.factors(), self.lora_dropout
         if not self.use_dora:
-            return super()._adapted(x)
-        base, (a, b, scale) = self.base_layer, self.factors()
+            return F.lora_linear(x, base.weight, base.bias, a, b, scale, p, self.training)
         norm, magnitude = self._cached_norm(base.weight, a, b, scale), self.lora_magnitude_vector.weight
-        args = base.weight, base.bias, a, b, magnitude, scale, self.dropout, self.training
-        return F.dora_linear(x, *args, norm)
+        return F.dora_linear(x, base.weight, base.bias, a, b, magnitude, scale, p, self.training, norm)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """What ``merge`` adds to W [out, in], in float32: scaling · B A, or for DoRA g ⊙ (W + scaling · B A) - W."""
-        if not self.use_dora:
-            return self._low_rank()
-        w = self.base_layer.weight.float()
-        return self._gain() * (w + self._low_rank()) - w
+        w, low_rank = self.base_layer.weight.float(), super().delta_weight()
+        return self._gain() * (w + low_rank) - w if self.use_dora else low_rank
 
     def _norm(self) -> Tensor:
         return F.dora_norm(self.base_layer.weight, *self.factors())
 
-    def _gain(self) -> Tensor:
-        return (self.lora_magnitude_vector.weight / self._norm())[:, None]
+    def _gain(self) -> Tensor | float:
+        return (self.lora_magnitude_vector.weight / self._norm())[:, None] if self.use_dora else 1.0
 
     def _put_in(self, w: Tensor) -> Tensor:
-        self._merged_gain = self._gain() if self.use_dora else 1.0
-        return self._merged_gain * (w + self._low_rank())
+        self._merged_gain = self._gain()
+        return self._merged_gain * (w + super().delta_weight())
 
     def _take_out(self, w: Tensor) -> Tensor:
-        return w / self._merged_gain - self._low_rank()
+        return w / self._merged_gain - super().delta_weight()
 
     def train(self, mode: bool = True) -> "FusedLoRALinear":
         if self.use_dora:
@@ -159,33 +153,27 @@ class FusedLoRALinear(LowRankLinear):
         return text + (", dora" if self.use_dora else "")
 
 
-def _kaiming(layer: FusedLoRALinear) -> None:
-    nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))
-
-
-def _gaussian(layer: FusedLoRALinear) -> None:
-    nn.init.normal_(layer.lora_A.weight, std=1 / layer.r)
-
-
-@torch.no_grad()
 def _from_base(layer: FusedLoRALinear, a: Tensor, b: Tensor) -> None:
     """Sets the factors and takes what they add out of W, so that the layer computes what it did before."""
     layer.lora_A.weight.copy_(a)
     layer.lora_B.weight.copy_(b)
-    layer._write(layer.base_layer.weight.float() - layer._low_rank())
+    layer._write(layer.base_layer.weight.float() - LowRankLinear.delta_weight(layer))
 
 
-@torch.no_grad()
 def _pissa(layer: FusedLoRALinear) -> None:
     u, s, vh = torch.linalg.svd(layer.base_layer.weight.float(), full_matrices=False)
     root = (s[: layer.r] / layer.scaling).sqrt()
     _from_base(layer, root[:, None] * vh[: layer.r], u[:, : layer.r] * root)
 
 
-@torch.no_grad()
 def _olora(layer: FusedLoRALinear) -> None:
     q, r = torch.linalg.qr(layer.base_layer.weight.float())
     _from_base(layer, r[: layer.r], q[:, : layer.r])
 
 
-INITS: dict[str, Init] = {"kaiming": _kaiming, "gaussian": _gaussian, "pissa": _pissa, "olora": _olora}
+INITS: dict[str, Init] = {
+    "kaiming": lambda layer: nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5)),
+    "gaussian": lambda layer: nn.init.normal_(layer.lora_A.weight, std=1 / layer.r),
+    "pissa": _pissa,
+    "olora": _olora,
+}

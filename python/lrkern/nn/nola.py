@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer with a NOLA adapter whose random bases are a seed."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,15 +41,12 @@ class NOLALinear(BasisLinear, LowRankLinear):
         lora_alpha: float = 4.0,
         normalize: bool = True,
         frozen_a: bool = True,
-        dropout: float = 0.0,
-        seed: int | None = None,
-        distribution: str = "uniform8",
-        adapter_dtype: torch.dtype | None = None,
+        **common: Any,
     ) -> None:
         for name, value, high in (("r", r, MAX_RANK), ("k", k, 4096), ("l", l, 4096)):
             self._whole(name, value, 1, high)
         self._finite("lora_alpha", lora_alpha)
-        like = self._seed(base, r, dropout, seed, distribution, adapter_dtype)
+        like = self._adopt(base, r, **common)
         self.k, self.l, self.lora_alpha, self.scaling = k, l, lora_alpha, F.lora_scaling(lora_alpha, r)
         self.normalize, self.frozen_a = normalize, frozen_a
         spread = (base.in_features * (1 if normalize else k)) ** -0.5 if base.in_features else 0.0

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer with a RandLoRA adapter whose bases are a seed."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,24 +32,14 @@ class RandLoRALinear(BasisLinear):
     PEFT_SHARES = ("r", "seed", "distribution", "dropout", "randlora_alpha")
     SETTINGS = ("r", "randlora_alpha", "paper_pairing", "dropout", "seed", "distribution")
 
-    def _set_up(
-        self,
-        base,
-        r: int = 32,
-        randlora_alpha: float = 640.0,
-        paper_pairing: bool = False,
-        dropout: float = 0.0,
-        seed: int | None = None,
-        distribution: str = "uniform8",
-        adapter_dtype: torch.dtype | None = None,
-    ) -> None:
+    def _set_up(self, base, r: int = 32, randlora_alpha: float = 640.0, paper_pairing: bool = False, **common: Any):
         self._whole("r", r, 1, 2**31 - 1)
         narrow = min(base.in_features, base.out_features)
         self.n = -(-narrow // r)
         if self.n > 2**16:
             raise ValueError(f"RandLoRALinear: r must be at least min(in, out) / 65536 = {narrow / 2**16:g}, got r={r}")
         self._finite("randlora_alpha", randlora_alpha)
-        like = self._seed(base, r, dropout, seed, distribution, adapter_dtype)
+        like = self._adopt(base, r, **common)
         self.randlora_alpha, self.scaling = randlora_alpha, F.lora_scaling(randlora_alpha, r)
         self.paper_pairing = paper_pairing
         self.randlora_lambda = constant(0.0, r, self.n, **like)

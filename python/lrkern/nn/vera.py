@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer with a VeRA adapter whose projections are a seed."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,10 +43,7 @@ class VeRALinear(BasisLinear, LowRankLinear):
         max_in: int | None = None,
         max_out: int | None = None,
         save_output: bool = False,
-        dropout: float = 0.0,
-        seed: int | None = None,
-        distribution: str = "uniform8",
-        adapter_dtype: torch.dtype | None = None,
+        **common: Any,
     ) -> None:
         self._whole("r", r, 1, 2**31 - 1)
         self.max_in = base.in_features if max_in is None else max_in
@@ -52,7 +51,7 @@ class VeRALinear(BasisLinear, LowRankLinear):
         self._whole("max_in", self.max_in, base.in_features, 2**31 - 1)
         self._whole("max_out", self.max_out, base.out_features, 2**31 - 1)
         self._finite("d_initial", d_initial)
-        like = self._seed(base, r, dropout, seed, distribution, adapter_dtype)
+        like = self._adopt(base, r, **common)
         self.d_initial, self.save_output = d_initial, save_output
         self.vera_lambda_d = constant(d_initial, r, **like)
         self.vera_lambda_b = constant(0.0, base.out_features, **like)
