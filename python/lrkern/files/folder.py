@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 UNREADABLE = SafetensorError, OSError, ValueError  # what reading a file may raise
 
+Config = Mapping[str, Any]  # of adapter_config.json
+Tensors = Mapping[str, Tensor]  # by their key in the file
+
 PREFIX = "base_model.model."
 LORA = "LORA"  # the peft_type of what FusedLoRALinear computes
 
@@ -50,9 +53,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     return config, tensors
 
 
-def write_adapter(
-    folder: str | Path, config: "peft.PeftConfig | dict[str, Any]", tensors: Mapping[str, Tensor]
-) -> None:
+def write_adapter(folder: str | Path, config: "peft.PeftConfig | dict[str, Any]", tensors: Tensors) -> None:
     """Writes a PEFT folder; a config may be what ``read_adapter`` gave."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ def write_adapter(
             config.save_pretrained(str(folder))
 
 
-def peft_type(config: Mapping[str, Any]) -> Any:
+def peft_type(config: Config) -> Any:
     """Of a config as the file has it, or as PEFT's ``to_dict`` gives it."""
     return getattr(config.get("peft_type"), "value", config.get("peft_type"))
 

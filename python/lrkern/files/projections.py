@@ -19,11 +19,12 @@ from ..functional import Basis
 from ..functional.projection import Projection
 from ..nn.linear import AdapterLinear
 from .check import check_finite, check_shape, refusal, require
-from .folder import PREFIX, features_of, peft_type, read_adapter, write_adapter
+from .folder import PREFIX, Config, Tensors, features_of, peft_type, read_adapter, write_adapter
 
 Shapes = Iterable[tuple[int, int]]  # [I, O] of the adapted linears
 Layers = Mapping[str, tuple[tuple[int, int], Tensor, Tensor]]  # by name: [I, O] and the two tensors that train
 Shape = tuple[int, ...]
+Pair = tuple[Tensor, Tensor]
 
 
 class Method(NamedTuple):
@@ -40,7 +41,7 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {}  # by peft_type
 
 
-def kind_of(config: Mapping[str, Any]) -> str:
+def kind_of(config: Config) -> str:
     kind = peft_type(config)
     require(kind in METHODS, f"peft_type must be {' or '.join(METHODS)}, got {kind!r}")
     return kind
@@ -55,9 +56,7 @@ def uniform(generator: torch.Generator, shape: Shape, a: float, dtype: torch.dty
     return nn.init.kaiming_uniform_(torch.empty(shape, dtype=dtype), a, generator=generator)
 
 
-def draw_projections(
-    config: Mapping[str, Any], shapes: Shapes, drawn_in: torch.dtype = torch.bfloat16
-) -> tuple[Tensor, Tensor]:
+def draw_projections(config: Config, shapes: Shapes, drawn_in: torch.dtype = torch.bfloat16) -> Pair:
     """The pair that PEFT draws for this config over linears of these [I, O], in float32, bit for bit.
 
     PEFT draws RandLoRA's dense projections in bfloat16, or in float16 where accelerate finds no bfloat16 (old macOS, GPUs
@@ -77,12 +76,7 @@ def draw_projections(
     return METHODS[kind].draw(config, *pair_shapes(kind, r, shapes), generator.manual_seed(key), drawn_in)
 
 
-def projections(
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    shapes: Shapes,
-    drawn_in: torch.dtype = torch.bfloat16,
-) -> tuple[Tensor, Tensor]:
+def projections(config: Config, tensors: Tensors, shapes: Shapes, drawn_in: torch.dtype = torch.bfloat16) -> Pair:
     """The pair of a PEFT folder: stored, or drawn again where save_projection is off. A ValueError says why not."""
     kind, shapes = kind_of(config), list(shapes)
     names = _pair_names(METHODS[kind])

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..files.check import refusal
-from ..files.folder import features_of, read_adapter
+from ..files.folder import Config, Tensors, features_of, read_adapter
 from ..files.own import read_layers
 from ..limits import DTYPES, MAX_RANK, PAGE
 from .kinds.kind import KINDS, Adapter, Kind
@@ -148,13 +148,7 @@ class AdapterPool:
 
         self._put(name, read, replace, f"{path}: ")
 
-    def add(
-        self,
-        name: str,
-        config: Mapping[str, Any] | peft.PeftConfig,
-        tensors: Mapping[str, Tensor],
-        replace: bool = False,
-    ) -> None:
+    def add(self, name: str, config: Config | peft.PeftConfig, tensors: Tensors, replace: bool = False) -> None:
         """The same with what the two files hold: a config, and tensors by key as peft.get_peft_model_state_dict gives."""
         config = config.to_dict() if isinstance(config, peft.PeftConfig) else config
         self._put(name, lambda: of_folder(config, tensors, self._linears), replace)
@@ -189,7 +183,7 @@ class AdapterPool:
         with refusal(f"lrkern.serving: adapter {name!r}: {where}", "; the pool is unchanged", errors):
             parts = read()
             kind = next(kind for kind in self._kinds if isinstance(parts, kind.parts))
-            if outside := sorted(kind.names(parts) - self._layers.keys()):
+            if outside := sorted(parts.keys() - self._layers.keys()):
                 raise ValueError(f"{outside[0]} is not among the pool's targets")
             adapter = kind.read(parts)
         with self._changed:

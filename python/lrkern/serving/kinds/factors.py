@@ -3,18 +3,18 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import ops
 from ...files.check import check_shape, require
-from ...files.folder import rank_and_scaling
+from ...files.folder import Config, Tensors, rank_and_scaling
 from ...files.own import classes, either
 from ...limits import PAGE
 from ...nn.linear import LowRankLinear
-from .kind import FAMILIES, Adapter, Kind
+from .kind import FAMILIES, Adapter, Kind, Sizes
 from .read import by_linear, plain
 
 
@@ -116,9 +116,7 @@ _MORE = (
 _NOT_PLAIN = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # of init_lora_weights: the first five change W
 
 
-def _lora(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Mapping[str, tuple[int, int]]
-) -> dict[str, Factors]:
+def _lora(config: Config, tensors: Tensors, linears: Sizes) -> dict[str, Factors]:
     """LoRA and rsLoRA (Hu et al., arXiv 2106.09685; arXiv 2312.03732) as PEFT writes them."""
     plain(config, _MORE)
     init, convert = config.get("init_lora_weights", True), "path_initial_model_for_weight_conversion"

@@ -2,22 +2,24 @@
 """What a kind of adapter is to the pool and to a batch."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...files.check import require
+from ...files.folder import Config, Tensors
 from ...nn.linear import AdapterLinear
 from ..layer import Layer
 
 if TYPE_CHECKING:
     from ..pool import AdapterPool
 
-# By peft_type, how a config and file become the parts of some kind: (config, tensors by their key in the file, [I, O] of every
-# linear of the model by name). It refuses with a ValueError what cannot be served exactly.
-FAMILIES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], Mapping[str, tuple[int, int]]], Any]] = {}
+Sizes = Mapping[str, tuple[int, int]]  # [I, O] of every linear of the model by name
+
+# By peft_type, how a config and file become the parts of some kind: It refuses with a ValueError what cannot be served exactly.
+FAMILIES: dict[str, Callable[[Config, Tensors, Sizes], Any]] = {}
 
 KINDS: list[type["Kind"]] = []  # in the order in which they act on a batch
 
@@ -55,7 +57,7 @@ class Kind:
         there, ``add(y, x, layer)`` gives y with what they add to each request's rows, y itself where it can be written.
     """
 
-    parts: ClassVar[type]  # what files become before they become adapters of this kind
+    parts: ClassVar[type]  # what files become before they become adapters of this kind; keys() are linears
     read: Callable[[Any], Adapter]
     views: Callable[[Layer], tuple[Tensor, ...]]
     batch: Callable[[Rows], Any]
@@ -72,11 +74,6 @@ class Kind:
     def of_layers(cls, layers: Mapping[str, AdapterLinear]) -> Any:
         """The parts of these layers of a file of lrkern's own, or None where they are not of this kind."""
         return None
-
-    @staticmethod
-    def names(parts: Any) -> Collection[str]:
-        """Of the linears that these parts are of."""
-        return parts.keys()
 
     def agree(self, adapter: Adapter, name: str) -> None:
         """Takes what the pool's first adapter of this kind brings for all, and refuses what differs; with the lock held."""

@@ -11,21 +11,19 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
 from ...files.check import require
-from ...files.folder import PREFIX, peft_type
+from ...files.folder import PREFIX, Config, Tensors, peft_type
 from ...limits import DTYPES
 from ...nn.linear import AdapterLinear
-from .kind import FAMILIES, KINDS
-
-Sizes = Mapping[str, tuple[int, int]]  # [I, O] of every linear of the model by name
+from .kind import FAMILIES, KINDS, Sizes
 
 
-def of_folder(config: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Sizes) -> Any:
+def of_folder(config: Config, tensors: Tensors, linears: Sizes) -> Any:
     """The parts of an adapter of PEFT's."""
     kind = peft_type(config)
     require(kind in FAMILIES, f"peft_type must be one of {sorted(FAMILIES)}, got {kind!r}")
     for key, tensor in tensors.items():
-        float_ = tensor.dtype in (*DTYPES, torch.float64)
-        require(float_, f"{key} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+        known = tensor.dtype in (*DTYPES, torch.float64)
+        require(known, f"{key} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
     return FAMILIES[kind](config, tensors, linears)
 
 
@@ -38,7 +36,7 @@ def of_layers(layers: Mapping[str, AdapterLinear], linears: Sizes) -> Any:
     return next(parts for kind in reversed(KINDS) if (parts := kind.of_layers(layers)) is not None)
 
 
-def plain(config: Mapping[str, Any], more: tuple[str, ...]) -> None:
+def plain(config: Config, more: tuple[str, ...]) -> None:
     """Refuses what trains more than the adapter's own tensors."""
     for key in more:
         require(not config.get(key), f"{key} must be off, got {config.get(key)!r}")
@@ -46,9 +44,7 @@ def plain(config: Mapping[str, Any], more: tuple[str, ...]) -> None:
     require(bias == "none", f"bias must be 'none', got {bias!r}")
 
 
-def by_linear(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Sizes, *keys: str
-) -> dict[str, list[Tensor]]:
+def by_linear(config: Config, tensors: Tensors, linears: Sizes, *keys: str) -> dict[str, list[Tensor]]:
     """By linear the tensors of these keys, all there, of the linears that the config names and no other."""
     what, key = " and ".join(keys), re.compile(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(map(re.escape, keys))})")
     found: dict[str, dict[str, Tensor]] = {}

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters that are vectors over one pair of projections, which all of a pool share: VeRA."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...files.check import check_shape, require
+from ...files.folder import Config, Tensors
 from ...files.projections import projections
 from ...functional.projection import Basis, Projection, cols_of, project, rows_of
 from ...limits import PAGE
-from .kind import FAMILIES, Adapter, Kind
+from .kind import FAMILIES, Adapter, Kind, Sizes
 from .read import by_linear, plain
 
 
@@ -28,6 +29,9 @@ class Shared(NamedTuple):
     a: Projection  # [r, largest I]
     b: Projection  # [r, largest O]
     vectors: dict[str, Vectors]  # by linear
+
+    def keys(self) -> Iterable[str]:
+        return self.vectors.keys()
 
 
 Pair = tuple[Projection, Projection]  # A [r, I] and B [r, O]
@@ -53,10 +57,6 @@ class OverPair(Kind):
             return None
         vectors = {name: Vectors(*layer.coefficients().values()) for name, layer in layers.items()}
         return Shared(*pairs.pop(), vectors)
-
-    @staticmethod
-    def names(parts):
-        return parts.vectors.keys()
 
     def read(self, parts: Shared) -> Adapter:
         pool, layers = self.pool, self.pool._layers
@@ -161,7 +161,7 @@ class _Batch:
         return out
 
 
-def _vera(config: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Mapping[str, tuple[int, int]]) -> Shared:
+def _vera(config: Config, tensors: Tensors, linears: Sizes) -> Shared:
     """VeRA (Kopiczko et al., arXiv 2310.11454) as PEFT writes it: with its projections, or drawn again from their key."""
     plain(config, ("modules_to_save",))
     own = {k: t for k, t in tensors.items() if k not in ("base_model.vera_A", "base_model.vera_B")}
