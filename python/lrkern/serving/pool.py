@@ -182,7 +182,7 @@ class AdapterPool:
         errors = ValueError, TypeError, re.error
         with refusal(f"lrkern.serving: adapter {name!r}: {where}", "; the pool is unchanged", errors):
             parts = read()
-            kind = next(kind for kind in self._kinds if isinstance(parts, kind.parts))
+            kind = next(kind for kind in reversed(self._kinds) if isinstance(parts, kind.parts))
             if outside := sorted(parts.keys() - self._layers.keys()):
                 raise ValueError(f"{outside[0]} is not among the pool's targets")
             adapter = kind.read(parts)
@@ -256,7 +256,7 @@ class AdapterPool:
         begun = {(adapter.kind, page) for adapter in busy for page in adapter.pages}
         beside = Counter(
             kind for kind, _ in begun for _ in range(kind.per_page)
-        )  # cells there when all others have left
+        )  # free there when all others have left
         beside.subtract(adapter.kind for adapter in busy for _ in range(adapter.size))
         staying = {a for a in self._resident if not a.users and (a in batch or a in self._reserved)}
         if self._pages([*staying, *absent], beside) > self.pages - len(begun):

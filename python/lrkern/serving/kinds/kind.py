@@ -21,7 +21,7 @@ Sizes = Mapping[str, tuple[int, int]]  # [I, O] of every linear of the model by 
 # By peft_type, how a config and file become the parts of some kind: It refuses with a ValueError what cannot be served exactly.
 FAMILIES: dict[str, Callable[[Config, Tensors, Sizes], Any]] = {}
 
-KINDS: list[type["Kind"]] = []  # in the order in which they act on a batch
+KINDS: list[type["Kind"]] = []  # in the order in which they act on a batch; the last one that takes parts gets them
 
 
 class Adapter:
