@@ -1,19 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter files of the layers over random bases: coefficients, seeds and what makes the layers again, a few kilobytes.
-
-One safetensors file. Tensors: ``<layer>.<coefficients>`` as they are or, quantised, their codes beside
-``<layer>.<coefficients>.scale``. Metadata: ``lrkern``, a JSON object of
-
-    format   FORMAT
-    stream   ops.basis.STREAM_VERSION, which says what a seed means
-    bits     16-bit and wider floats as they are (null), or 8 or 4
-    kinds    list of {class, in_features, out_features, adapter_dtype and the class's SETTINGS but the seed}
-    layers   {name: [index in kinds, seed]}
-
-Quantised, groups of 64 consecutive coefficients share a float32 scale = absmax / m, m = 127 (8 bits) or 7 (4 bits), and each
-is round(c / scale), to even, in -m..m: int8, or two to a byte as code + 8, the even index in the low nibble. The largest
-of a group comes back up to a rounding, every other one within scale / 2.
-"""
+"""lrkern's own adapter files, of a few kilobytes: coefficients, seeds and what makes the layers again (docs/files.md)."""
 
 import json
 from collections.abc import Iterable
@@ -83,7 +69,7 @@ def _dequantize(codes: Tensor, scale: Tensor, n: int, bits: int) -> Tensor:
 def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) -> None:
     """Writes the adapters of a model's NOLALinear, VeRALinear and RandLoRALinear layers as one file, without base weights.
 
-    bits: None keeps the coefficients as they are, 8 or 4 quantises them (see the module's docstring).
+    bits: None keeps the coefficients as they are, 8 or 4 quantises them (docs/files.md).
     """
     require(bits in (None, 8, 4), f"save_adapter: bits must be None, 8 or 4, got {bits!r}")
     layers, got = own_layers(model.named_modules()), type(model).__name__

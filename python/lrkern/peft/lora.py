@@ -31,7 +31,7 @@ class _Adapter(NamedTuple):
 
 
 class FusedLora(Patched, layers=LoraLayer):
-    _kept: ClassVar = {"_lrkern_norm": DoraNorm, "_lrkern_mixed": MixedFactors}
+    _caches: ClassVar = {"_lrkern_norm": DoraNorm, "_lrkern_mixed": MixedFactors}
     _method, _forwards = "LoRA", "peft.tuners.lora."
     _no_linear = (Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, ParamWrapper)
 
@@ -145,8 +145,8 @@ class FusedLora(Patched, layers=LoraLayer):
         if not adapters:
             return y
         dtypes = {x.dtype, y.dtype, *(f.a.dtype for f in adapters.values())}
-        kept: MixedFactors = self.__dict__["_lrkern_mixed"]
-        a_pool, b_pool, *where = kept(
+        cached: MixedFactors = self.__dict__["_lrkern_mixed"]
+        a_pool, b_pool, *where = cached(
             [(f.a, f.b) for f in adapters.values()], dtypes.pop() if len(dtypes) == 1 else torch.float32
         )
         number, times = {name: i for i, name in enumerate(adapters)}, x.shape[:-1].numel() // len(names)
@@ -158,7 +158,7 @@ class FusedLora(Patched, layers=LoraLayer):
         return ops.multi_lora_expand(y, s, b_pool, *where, plan)
 
     def _forget(self) -> None:
-        for key in self._kept:
+        for key in self._caches:
             self.__dict__[key].clear()
 
     def train(self, mode: bool = True):
@@ -172,7 +172,7 @@ class FusedLora(Patched, layers=LoraLayer):
 
 def _reached(name: str) -> property:
     """Whoever reaches for the factors by name may write them through ``.data``, as PEFT's merge and hotswap do, which no
-    version counter sees: what was kept of them goes."""
+    version counter sees: what was cached of them goes."""
 
     def get(self: FusedLora) -> nn.Module:
         self._forget()

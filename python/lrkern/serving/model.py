@@ -85,16 +85,16 @@ class MultiLoraModel(AbstractContextManager):
         must(not self.model.training, "model", "be in eval mode", "training mode")
         if getattr(self._local, "batch", None) is not None:
             raise RuntimeError("lrkern.serving: a forward of this model is under way on this thread")
-        slots = _slots(adapters, scales)
+        requests = _requests(adapters, scales)
         inputs = [*args, *(kwargs[key] for key in _INPUTS if key in kwargs)]
         size = next((len(t) for t in inputs if isinstance(t, Tensor) and t.ndim), None)
-        fits = slots is None or size in (None, len(slots))
-        must(fits, "adapters", f"have one entry for each of the {size} requests", fits or len(slots))
+        fits = requests is None or size in (None, len(requests))
+        must(fits, "adapters", f"have one entry for each of the {size} requests", fits or len(requests))
         with torch.no_grad():
-            if not any(slots or ()):
+            if not any(requests or ()):
                 return call(*args, **kwargs)
-            with self.pool._lease(name for row in slots for name, _ in row) as leased:
-                rows = [[(leased[name], scale) for name, scale in row] for row in slots]
+            with self.pool._lease(name for row in requests for name, _ in row) as leased:
+                rows = [[(leased[name], scale) for name, scale in row] for row in requests]
                 self._local.batch = _Batch(self.pool, rows, times)
                 try:
                     return call(*args, **kwargs)
@@ -116,7 +116,7 @@ class MultiLoraModel(AbstractContextManager):
         return torch.compiler.disable(add)
 
 
-def _slots(adapters: Any, scales: Any) -> list[list[tuple[str, float]]] | None:
+def _requests(adapters: Any, scales: Any) -> list[list[tuple[str, float]]] | None:
     """Per request the names and scales of its adapters."""
     check = lambda holds, argument, what, got: holds or must(False, argument, what, repr(got))
     if adapters is None:

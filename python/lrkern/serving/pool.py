@@ -137,7 +137,7 @@ class AdapterPool:
 
     def load(self, name: str, path: str | Path, replace: bool = False) -> None:
         """Adds under this name a PEFT folder (adapter_config.json and adapter_model.safetensors) or a file of
-        lrkern.nn.basis_file.save_adapter with NOLA or VeRA layers: VeRA layers that share a pair (one seed, r, max_in and
+        lrkern.files.save's with NOLA or VeRA layers: VeRA layers that share a pair (one seed, r, max_in and
         max_out) are vectors, all others factors. ``replace``: in place of the adapter of that name; forwards under way end
         with the old one. A refused call changes nothing."""
 
