@@ -339,3 +339,15 @@ def test_compiled(kind):
     want = step(model, x)
     lrkern.peft.patch(model)
     assert_same(step(torch.compile(model, backend="aot_eager"), x), want)
+
+
+@pytest.mark.parametrize("kind", ["lora", *KINDS])
+def test_no_name_of_ours_hides_one_of_pefts(kind):
+    made = peft.LoraConfig(target_modules=["up"]) if kind == "lora" else config(kind)
+    model = peft.get_peft_model(Net(), made)
+    theirs = set(dir(model.base_model.model.up))
+    lrkern.peft.patch(model)
+    layer = type(model.base_model.model.up)
+    ours = {name for cls in layer.__mro__ if cls.__module__.startswith("lrkern") for name in vars(cls)}
+    meant = {"forward", "train", "_load_from_state_dict", "base_layer", "lora_A", "lora_B", "_abc_impl"}
+    assert {name for name in ours & theirs if not name.startswith("__")} <= meant

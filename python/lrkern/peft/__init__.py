@@ -76,7 +76,7 @@ def unpatch(model: nn.Module) -> None:
         if "_lrkern_base" not in type(m).__dict__:  # such as FSDP2's own subclass of a layer
             raise RuntimeError(f"lrkern.peft.unpatch: {type(m).__name__} was made of a patched layer, undo that first")
     for m in patched:
-        caches = type(m)._lrkern_mixin._caches
+        derived = type(m)._lrkern_mixin._derived
         m.__class__ = type(m)._lrkern_base
-        for key in caches:
+        for key in derived:
             m.__dict__.pop(key, None)

@@ -29,7 +29,7 @@ class Patched:
     after x and what is x's base, and the rest of the call follows.
     """
 
-    _caches: ClassVar[dict[str, Callable[[], Any]]] = {}  # of what is derived of its weights, by attribute
+    _derived: ClassVar[dict[str, Callable[[], Any]]] = {}  # of its weights: caches, by attribute
     _method: ClassVar[str]  # the kind of layer in messages
     _forwards: ClassVar[str]  # the module or package of the forwards that it stands for
     _no_linear: ClassVar[tuple[type, ...]] = ()  # what is of this kind and no linear
@@ -127,7 +127,7 @@ def patch_layer(layer: BaseTunerLayer) -> str | None:
         if why := cannot_patch(layer):
             return why
         kind = _kind_of(layer)
-        layer.__dict__.update({key: make() for key, make in kind._caches.items()})
+        layer.__dict__.update({key: make() for key, make in kind._derived.items()})
         layer.__class__ = patched_class(kind, type(layer))
     return layer._why()
 

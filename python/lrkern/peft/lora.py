@@ -31,7 +31,7 @@ class _Adapter(NamedTuple):
 
 
 class FusedLora(Patched, layers=LoraLayer):
-    _caches: ClassVar = {"_lrkern_norm": DoraNorm, "_lrkern_mixed": MixedFactors}
+    _derived: ClassVar = {"_lrkern_norm": DoraNorm, "_lrkern_mixed": MixedFactors}
     _method, _forwards = "LoRA", "peft.tuners.lora."
     _no_linear = (Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, ParamWrapper)
 
@@ -158,7 +158,7 @@ class FusedLora(Patched, layers=LoraLayer):
         return ops.multi_lora_expand(y, s, b_pool, *where, plan)
 
     def _forget(self) -> None:
-        for key in self._caches:
+        for key in self._derived:
             self.__dict__[key].clear()
 
     def train(self, mode: bool = True):
