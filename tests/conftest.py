@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorder import Recorder
 
 import lrkern.ops
-from lrkern.ops.dispatch import use_library
+from lrkern.ops.dispatch import FAKES, library, use_library
 
 sys.path.append(str(Path(sys.prefix) / "peers"))  # requirements/peers.txt
 import build as emulator
@@ -28,6 +29,8 @@ def dtype(request):
 @functools.cache
 def emulated_ops():
     torch.ops.load_library(str(emulator.extension()))
+    for name, fake in FAKES.items():
+        torch.library.register_fake(f"lrkern_emulated::{name}", fake)
     return torch.ops.lrkern_emulated
 
 
@@ -38,6 +41,7 @@ def enter_device(kind, stack):
             pytest.skip("no CUDA device")
         if not json.loads(lrkern.ops.build_info())["with_cuda"]:
             pytest.skip("this _C.so has no CUDA code")
+        stack.enter_context(use_library(Recorder(library(), "cuda")))
         return "cuda"
     if kind == "emulated":
         if why := emulator.why_not():
@@ -56,6 +60,15 @@ def stack():
 @pytest.fixture(params=["cpu", "cuda", "emulated"])
 def device(request, stack):
     return enter_device(request.param, stack)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A case of a device shows nothing of it where no op of ours was called there."""
+    result = yield
+    if isinstance(library(), Recorder) and not library().seen:
+        pytest.fail(f"no op of lrkern received a {library().kind} tensor", pytrace=False)
+    return result
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be equal on every device kind (cpu, cuda, emulated), bit by bit: random bits, and what poisoned memory leaves."""
+"""What poisoned memory leaves on every device kind (cpu, cuda, emulated), and what sees that a device was used."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
+from recorder import Recorder
 from test_ops import every_sample, get_sample, gradients, run_op
 
 import lrkern.ops
-from lrkern import reference
-from lrkern.ops.dispatch import library
+from lrkern.ops.dispatch import library, use_library
+from lrkern.reference import OPS
+from tests.conftest import pytest_pyfunc_call
 
 
 @contextmanager
@@ -30,17 +33,6 @@ def results(op, sample):
     return out | gradients(op, fn, sample) if op.differentiable else out
 
 
-def test_poison_reaches_the_allocations_of_ops(device):
-    x, a = torch.randn(8, 600, device=device), torch.randn(4, 600, device=device)
-    with poisoned(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        library().lora_shrink(x, a)
-    count = {event.key: event.count for event in profile.key_averages()}
-    assert count["aten::fill_"] == count["aten::empty"] >= 1
-    with poisoned():
-        assert torch.empty(1000, device=device).isnan().all()
-        assert torch.empty(1000, device=device, dtype=torch.uint8).min() == 255  # scratch is bytes: NaN again
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @every_sample
 def test_no_output_or_scratch_is_left_unwritten(op, sample_name, device, dtype):
@@ -52,26 +44,18 @@ def test_no_output_or_scratch_is_left_unwritten(op, sample_name, device, dtype):
         assert torch.equal(clean[name].nan_to_num(7), dirty[name].nan_to_num(7)), name
 
 
-@pytest.mark.parametrize(
-    ("rows", "cols", "p", "seed"),
-    [(1, 8, 0.5, 0), (7, 13, 0.3, 1), (130, 264, 0.1, 2**62 + 12345), (70, 300, 0.9, 2**63 - 1), (512, 65, 2**-16, 77)],
-)
-def test_dropout_bits(rows, cols, p, seed, device, dtype):
-    """Each kernel's mask, read off through identity factors, is the written stream of rng.h."""
-    seed = torch.tensor([seed])
-    keep = (reference.dropout_multiplier(rows, cols, p, seed) != 0).cpu()
-    make = lambda *shape: torch.ones(*shape, dtype=dtype, device=device)
-    eye = lambda n: torch.eye(n, dtype=dtype, device=device)
-    seed = seed.to(device)
-
-    x = make(rows, cols)
-    shrink = lrkern.ops.lora_shrink(x, eye(cols), 1.0, p, seed)
-    assert torch.equal(shrink.cpu() != 0, keep)
-
-    a = make(1, cols).requires_grad_()
-    (dx,) = torch.autograd.grad(lrkern.ops.lora_shrink(x.requires_grad_(), a, 1.0, p, seed), x, make(rows, 1))
-    assert torch.equal(dx.cpu() != 0, keep), "expand"
-
-    a = make(rows, cols).requires_grad_()
-    (da,) = torch.autograd.grad(lrkern.ops.lora_shrink(x, a, 1.0, p, seed), a, eye(rows))
-    assert torch.equal(da.cpu() != 0, keep), "wgrad"
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_a_recorder_sees_on_which_device_an_op_was_called(op, device):
+    """meta stands for a device that a test pretends to use, as CUDA's cases do where their tensors are on the CPU."""
+    sample = op.sample(op.family.direct_sample, "cpu", torch.float32)
+    args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in sample.args]
+    sample = replace(sample, args=tuple(args))
+    with use_library(Recorder(library(), "meta")):
+        getattr(lrkern.ops, op.name)(*sample.args, **sample.kwargs)
+        if op.differentiable:
+            gradients(op, getattr(lrkern.ops, op.name), sample)
+        case = pytest_pyfunc_call(None)
+        next(case)
+        with pytest.raises(StopIteration if device == "meta" else pytest.fail.Exception):
+            case.send(True)

@@ -85,8 +85,8 @@ CASES = [
 @pytest.mark.parametrize(
     ("op", "change", "text"), CASES, ids=[f"{op}-{next(iter(c))}-{i}" for i, (op, c, _) in enumerate(CASES)]
 )
-def test_refuses(op, change, text):
-    kwargs = good(op) | change
+def test_refuses(op, change, text, device):
+    kwargs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in (good(op) | change).items()}
     before = kwargs["y"].clone() if "y" in kwargs else None
     with pytest.raises(RuntimeError, match=rf"lrkern::{op}: {text}"):
         getattr(lrkern.ops, op)(**kwargs)

@@ -206,9 +206,12 @@ DOT = {k: v for k, v in COMBINE.items() if k not in ("coef", "base", "R")} | {"g
         ("basis_matmul_", {"y": torch.ones(2, 8)}, r"y must have shape \[..., C\] = \[1, 8\], got \[2, 8\]"),
     ],
 )
-def test_refusals(op, changed, message):
+def test_refusals(op, changed, message, device):
     good = {"basis_fill": FILL, "basis_combine": COMBINE, "basis_dot": DOT, "basis_matmul": MATMUL,
             "basis_matmul_": MATMUL | {"y": torch.ones(1, 8)}}[op]  # fmt: skip
+    good, changed = (
+        {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kw.items()} for kw in (good, changed)
+    )
     getattr(ops, op)(**good)
     with pytest.raises(RuntimeError, match=f"lrkern::{op}: {message}"):
         getattr(ops, op)(**good | changed)

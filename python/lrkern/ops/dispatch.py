@@ -292,6 +292,9 @@ def autocast(name: str, casts: str | Casts) -> None:
         _registrations.impl(name, kernel, key)
 
 
+FAKES: dict[str, Callable[..., Any]] = {}  # by the name of X, X_fwd or X_bwd
+
+
 def fake(name: str, results: Callable[..., Any]) -> None:
     """Shapes and dtypes only; the glue checks the rest when the op runs."""
     arguments = schema_of(name).arguments
@@ -304,4 +307,5 @@ def fake(name: str, results: Callable[..., Any]) -> None:
         return results(**dict(zip((a.name for a in arguments), (*args, *defaults), strict=True)))
 
     kernel.__name__ = kernel.__qualname__ = f"fake_{name}"
+    FAKES[name] = kernel
     torch.library.register_fake(f"lrkern::{name}", kernel, lib=_registrations)
