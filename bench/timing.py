@@ -119,11 +119,13 @@ def percentiles(times: list[float]) -> dict[str, float]:
     return {"p20_ms": at(0.2), "p50_ms": statistics.median(times), "p80_ms": at(0.8)}
 
 
+SIZES = {"cuda": (1 << 28, 8192), "cpu": (1 << 26, 2048)}  # bytes of a large copy, rows and columns of a large GEMM
+
+
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """(flop/s of a large GEMM, bytes/s of a large copy), measured here and now."""
-    n = 1 << (28 if device == "cuda" else 26)
+    """(flop/s of a large GEMM, bytes/s of a large copy, read plus written), measured here and now."""
+    n, m = SIZES[device]
     source, target = (torch.empty(n, dtype=torch.int8, device=device) for _ in range(2))
-    m = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(m, m, device=device).to(dtype) for _ in range(2))
     steps = {"gemm": [Step(lambda _: a @ b)], "copy": [Step(lambda _: target.copy_(source))]}
     best = {name: times[0] * 1e-3 for name, times in interleaved(steps, 7, device).items()}

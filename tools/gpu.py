@@ -9,14 +9,13 @@ one's share of its roof), bench. Each is a process with a time limit; one that f
     --parts tests   only parts whose name begins so, such as tests or sanitizer:memcheck
     --resume        go on in DIR: what passed there is not run again
     --limit S       end within S seconds; --resume does the rest in the next call
-    --prepare       only builds build/gpu/, to be carried to a machine without nvcc beside python/lrkern/_C.so
+    --prepare       only fills build/gpu/, to be carried to a machine without nvcc or cmake beside python/lrkern/_C.so
 
 DIR gets env.txt, tests.txt, sanitizer.txt, bench.jsonl, summary.md and parts.json. What is worth keeping goes to
 bench/evidence/ by `python tools/gpu_status.py --keep DIR`.
 """
 
 import argparse
-import glob
 import importlib.util
 import json
 import os
@@ -26,19 +25,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools import gpu_status
-from tools.gpu_status import ROOT
-from tools.sources import standard
+from tools import gpu_status, sources
+from tools.families import load
+from tools.sources import INCLUDES, ROOT, tool
 
 PYTHON = sys.executable
 PACKAGE = ROOT / "python" / "lrkern"
-PROBES = ROOT / "build" / "gpu"  # wrappers and planted, prebuilt or built here
+PROBES = sources.KEPT.parent  # wrappers and planted, prebuilt or built here
 OUTPUT_LIMIT = 1_500_000  # bytes one command may leave in a log
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZER_FOUND = 66
@@ -142,13 +141,6 @@ def said(*command: str) -> str:
         return ""
 
 
-def tool(name: str) -> str:
-    """Its path: beside this Python, on PATH, or in a CUDA toolkit; "" where there is none."""
-    homes = [os.environ.get("CUDA_HOME", ""), *sorted(glob.glob("/usr/local/cuda*"), reverse=True)]
-    paths = [Path(PYTHON).parent / name, shutil.which(name), *(Path(home, "bin", name) for home in homes if home)]
-    return next((str(p) for p in paths if p and os.access(p, os.X_OK)), "")
-
-
 def facts(session: Session) -> dict:
     _, text = session.python("-c", FACTS, log="env.log")
     (session.out / "env.log").unlink()
@@ -174,7 +166,7 @@ def env(session: Session, known: dict) -> Outcome:
         "system": " ".join(os.uname()[i] for i in (0, 2, 4)) + f", {os.cpu_count()} cores",
         "rehearsal": str(session.rehearse),
         **{k: known[k] for k in ("python", "torch", "torch cuda")},
-        **{f"source {family}": gpu_status.digest(family) for family in session.families},
+        **{f"source {family}": sources.digest(family) for family in session.families},
     }  # fmt: skip
     (session.out / "env.txt").write_text("".join(f"{k}: {v}\n" for k, v in lines.items()))
     return "passed", f"{gpu}, torch {known['torch']}"
@@ -248,8 +240,8 @@ def probe(session: Session, name: str, log: str) -> str:
         PROBES.mkdir(parents=True, exist_ok=True)
         program.unlink(missing_ok=True)
         targets = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
-        flags = [standard(), "-O2", "--expt-relaxed-constexpr", "-Icsrc", "-Icsrc/cuda", "-cudart", "static"]
-        session.run(nvcc, *flags, *targets, f"tests/emulator/{name}.cu", "-o", program, log=log)
+        flags = ["-O2", "--expt-relaxed-constexpr", "-cudart", "static", *(f"-I{folder}" for folder in INCLUDES)]
+        session.run(nvcc, sources.standard(), *flags, *targets, f"tests/emulator/{name}.cu", "-o", program, log=log)
         session.probes.append(name)
     return str(program) if program.exists() else ""
 
@@ -267,17 +259,13 @@ def ptx(session: Session, known: dict) -> Outcome:
     return plain(code, text, f"{len(re.findall(r' ok$', text, re.M))} wrappers")
 
 
-def pytest_part(
-    files: list[str], select: Callable[[Session], str], full: bool = False
-) -> Callable[[Session, dict], Outcome]:
+def pytest_part(files: Iterable[str], select: str, full: bool = False) -> Callable[[Session, dict], Outcome]:
     """full: with what `make test-full` adds, where all families run."""
 
     def run(session: Session, known: dict) -> Outcome:
         if importlib.util.find_spec("pytest") is None:
             return "skipped", "no pytest"
-        options = ["-p", "no:cacheprovider", "-rsf", "--tb=short", "--maxfail=30", *files]
-        if selected := select(session):
-            options += ["-k", selected]
+        options = ["-p", "no:cacheprovider", "-rsf", "--tb=short", "--maxfail=30", *files, "-k", select]
         more = {"LRK_TEST_FULL": "1"} if full and not (session.only or session.rehearse) else {}
         return pytest_verdict(*session.python("-m", "pytest", *options, log="tests.txt", **more))
 
@@ -294,30 +282,6 @@ def pytest_verdict(code: int | None, text: str) -> Outcome:
         return "failed", f"nothing ran: {note}"
     status, why = plain(code, text)
     return status, note or why
-
-
-def registry_tests(session: Session) -> str:
-    if session.rehearse:
-        return "odd and cpu and float32"
-    if session.only:
-        return f"cuda and ({' or '.join(op for f in session.families for op in gpu_status.ops_of(f))})"
-    return "cuda"
-
-
-# What a family has beyond the registry: grids, invariances, isolation, equal bits of the random stream.
-FAMILY_TESTS = {"multi_lora": "tests/ops/test_multi_lora.py", "basis": "tests/ops/test_rng.py"}
-
-
-def family_tests(session: Session) -> str:
-    return "cpu and (no_adapter or adjoint)" if session.rehearse else "cuda"
-
-
-def every_test(session: Session) -> str:
-    return ""
-
-
-def device_tests(session: Session) -> str:
-    return "cpu and odd" if session.rehearse else "not (cpu or emulated)"
 
 
 # ---------------------------------------------------------------------------------------------- sanitizer
@@ -401,13 +365,13 @@ def json_part(what: str) -> Callable[[Session, dict], Outcome]:
 
 def bench(suite: str) -> Callable[[Session, dict], Outcome]:
     def run(session: Session, known: dict) -> Outcome:
-        names = [op for f in session.families for op in gpu_status.ops_of(f)] if suite == "op" and session.only else []
+        ops = [op for family in session.families for op in gpu_status.ops_of(family)] if suite == "op" else []
         file = session.out / "rows.json"
-        command = ["bench/run.py", suite, *names, "--device", session.device, "--json", file]
+        command = ["bench/run.py", suite, *(ops if session.only else ()), "--device", session.device, "--json", file]
         if session.only or session.rehearse or suite != "op":
             command.append("--quick")
         if session.rehearse:
-            command += ["--case", "T=1 "] if suite != "op" else ["--case", "lora_expand_"]
+            command += ["--case", f"method={ops[0]} " if ops else "T=1 "]
         code, text = session.python(*command, log="bench.log")
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         file.unlink(missing_ok=True)
@@ -429,23 +393,21 @@ Part = tuple[str, int, Callable[[Session, dict], Outcome]]  # name, seconds it m
 
 def parts_of(session: Session) -> list[Part]:
     limit = lambda whole, only: only if session.only else whole
-    beyond = [file for family, file in FAMILY_TESTS.items() if family in session.families]
+    select = lambda real, rehearsed: rehearsed if session.rehearse else real
+    ops = [op for family in session.families for op in gpu_status.ops_of(family)]
+    registry = select(f"cuda and ({' or '.join(ops)})" if session.only else "cuda", "odd and cpu and float32")
+    beyond = {file: few for family in session.families for file, few in load(family).TESTS.items()}
+    families = select("cuda", " or ".join(f"({few})" for few in beyond.values()))
+    device, library = ("test_cuda", "test_devices"), ("test_build", "test_host")
+    device = pytest_part([f"tests/ops/{name}.py" for name in device], select("not (cpu or emulated)", "cpu and odd"))
     return [
         ("env", 60, env),
         ("build", 500, build),
         ("ptx", limit(120, 40), ptx),
-        ("tests:registry", limit(400, 70), pytest_part(["tests/ops/test_ops.py"], registry_tests)),
-        *([("tests:families", limit(580, 90), pytest_part(beyond, family_tests, full=True))] if beyond else []),
-        (
-            "tests:device",
-            limit(300, 50),
-            pytest_part(["tests/ops/test_cuda.py", "tests/ops/test_devices.py"], device_tests),
-        ),
-        (
-            "tests:library",
-            limit(120, 40),
-            pytest_part(["tests/csrc/test_build.py", "tests/csrc/test_host.py"], every_test),
-        ),
+        ("tests:registry", limit(400, 70), pytest_part(["tests/ops/test_ops.py"], registry)),
+        *([("tests:families", limit(580, 90), pytest_part(beyond, families, full=True))] if beyond else []),
+        ("tests:device", limit(300, 50), device),
+        ("tests:library", limit(120, 40), pytest_part([f"tests/csrc/{name}.py" for name in library], "")),
         *((f"sanitizer:{check}", limit(200, 40), sanitizer(check)) for check in TOOLS),
         ("ceilings", limit(60, 20), json_part("ceilings")),
         ("kernels", limit(120, 30), json_part("time")),
@@ -487,7 +449,7 @@ def summary(session: Session, parts: dict[str, dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--only", choices=gpu_status.families(), metavar="FAMILY")
+    parser.add_argument("--only", choices=sources.families(), metavar="FAMILY")
     parser.add_argument("--parts", default="", metavar="P,...")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--limit", type=float, metavar="S")
@@ -500,10 +462,11 @@ def main() -> int:
     if not args.resume:
         for name in (*gpu_status.FILES, "bench.log"):
             (out / name).unlink(missing_ok=True)
-    session = Session(out, [args.only] if args.only else gpu_status.families(), bool(args.only), args.rehearse)
+    session = Session(out, [args.only] if args.only else sources.families(), bool(args.only), args.rehearse)
     session.part, session.deadline = "env", begin + 60
     if args.prepare:
         built = [probe(session, name, "tests.txt") for name in ("wrappers", "planted")]
+        (PROBES / sources.KEPT.name).write_text(sources.printed())
         print("\n".join(filter(None, built)) or f"nothing built, see {out / 'tests.txt'}")
         return not all(built)
     known = facts(session)

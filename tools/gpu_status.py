@@ -9,7 +9,6 @@ Kernels are read from csrc/cuda: each __global__ function under the name its lau
 """
 
 import argparse
-import hashlib
 import json
 import re
 import shutil
@@ -18,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools.sources import sources
-from tools.static_checks import ARCHS, ROOT
+from tools import sources
+from tools.sources import ROOT, Source
+from tools.static_checks import ARCHS
 
 EVIDENCE = ROOT / "bench" / "evidence"
 PAGE = ROOT / "docs" / "gpu.md"
@@ -29,49 +29,29 @@ FILES = ("env.txt", "tests.txt", "sanitizer.txt", "bench.jsonl", "summary.md", "
 
 @dataclass(frozen=True)
 class Kernel:
-    name: str  # "lora_shrink", as launches report it
-    function: str  # "shrink_kernel", as the compiler does
-    source: Path
+    name: str  # as launches report it; its function is name_kernel
+    source: Source
 
 
-def read_kernels(source: Path) -> list[Kernel]:
-    text = re.sub(r"//[^\n]*", "", source.read_text())
-    launched = dict((f, n) for n, f in re.findall(r'\blaunch\(\s*"(\w+)",\s*(\w+)', text))
+def read_kernels(source: Source) -> list[Kernel]:
+    text = re.sub(r"//[^\n]*", "", (ROOT / source.path).read_text())
+    launched = set(re.findall(r'\blaunch\(\s*"(\w+)",\s*\1_kernel\b', text))
     bare = re.sub(r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)", "", text)
-    functions = re.findall(r"__global__\s+(?:static\s+)?void\s+(\w+)\s*\(", bare)
-    if set(functions) != set(launched):
-        raise ValueError(f"{source.name}: defined are {sorted(functions)}, launched are {sorted(launched)}")
-    return [Kernel(launched[f], f, source) for f in functions]
+    names = re.findall(r"__global__\s+(?:static\s+)?void\s+(\w+?)(?:_kernel)?\s*\(", bare)
+    if set(names) != launched:
+        raise ValueError(f"{source.path}: defined are {sorted(names)}, launched under their names {sorted(launched)}")
+    return [Kernel(name, source) for name in names]
 
 
 def kernels() -> list[Kernel]:
-    return [k for source in sorted((ROOT / "csrc/cuda").rglob("*.cu")) for k in read_kernels(source)]
-
-
-def family_of(source: Path) -> str:
-    return next(s.family for s in sources("cuda") if source.resolve() == ROOT / s.path)
-
-
-def families() -> list[str]:
-    return sorted({s.family for s in sources("cuda")} - {""})
+    return [kernel for source in sources.sources("cuda") for kernel in read_kernels(source)]
 
 
 def ops_of(family: str) -> list[str]:
-    """Names of the public ops that csrc/ops/<family>.cpp registers."""
-    text = (ROOT / "csrc/ops" / f"{family}.cpp").read_text()
+    """Names of the public ops that a family's glue registers."""
+    text = "".join((ROOT / s.path).read_text() for s in sources.sources("ops") if s.family == family)
     names = re.findall(r'm\.def\(\s*"(\w+)\(', text)
     return [n for n in names if not n.endswith(("_fwd", "_bwd"))]
-
-
-def digest(family: str) -> str:
-    """Of the sources a family's kernels are compiled from: evidence for an older source says so."""
-    h = hashlib.sha256()
-    folder, others = ROOT / "csrc", {f"{name}.h" for name in families()} - {f"{family}.h"}
-    own = [s for s in (folder / "cuda").rglob("*.cu") if family_of(s) in ("", family)]
-    headers = [path for path in folder.glob("*.h") if path.name not in others]
-    for path in sorted([*own, *headers, *(folder / "cuda").rglob("*.cuh"), folder / "policy" / f"{family}.cpp"]):
-        h.update(path.read_bytes())
-    return h.hexdigest()[:12]
 
 
 # ---------------------------------------------------------------------------------------------- evidence
@@ -115,7 +95,7 @@ def evidence_cell(family: str, found: list[Evidence]) -> str:
     last = found[-1]
     name = f"[{last.env['date'][:10]} {last.env['gpu']}](../bench/evidence/{last.folder.name}/summary.md)"
     text = f"{name}: tests {last.verdict('tests')}, sanitizers {last.verdict('sanitizer')}"
-    return text if last.env[f"source {family}"] == digest(family) else f"{text}; the source has changed since"
+    return text if last.env[f"source {family}"] == sources.digest(family) else f"{text}; the source has changed since"
 
 
 def roofline_cell(kernel: str, found: list[Evidence]) -> str:
@@ -124,15 +104,15 @@ def roofline_cell(kernel: str, found: list[Evidence]) -> str:
 
 
 def status() -> str:
-    # Emulated is every kernel but those of one architecture: tests/emulator/build.py, portable_kernels().
+    # Emulated is every kernel but those of one architecture.
     lines = ["| kernel | source | compiled for sm_ | emulated | last evidence | share of roofline |", "|" + "---|" * 6]
     everything = all_evidence()
     for k in kernels():
-        own = re.search(r"(?:^|_)sm(\d+)$", k.source.stem)
-        found = [e for e in everything if e.covers(family_of(k.source))]
-        archs = [a for a in ARCHS if own is None or a.rstrip("a") == own[1]]
-        cells = [k.name, str(k.source.relative_to(ROOT)), ", ".join(archs), "no" if own else "yes",
-                 evidence_cell(family_of(k.source), found), roofline_cell(k.name, found)]  # fmt: skip
+        family, arch = k.source.family, k.source.arch
+        found = [e for e in everything if e.covers(family)]
+        archs = [a for a in ARCHS if arch in ("", a.rstrip("a"))]
+        cells = [k.name, str(k.source.path), ", ".join(archs), "no" if arch else "yes",
+                 evidence_cell(family, found), roofline_cell(k.name, found)]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -52,7 +52,7 @@ def standard() -> str:
 
 
 def sources(kind: str = "") -> list[Source]:
-    lines = [line.split() for line in printed().splitlines() if not line.startswith("std ")]
+    lines = [line.split() for line in printed().splitlines() if line and not line.startswith("std ")]
     every = [Source(*(word.strip("-") for word in line[:3]), Path(line[3])) for line in lines]
     return [s for s in every if kind in ("", s.kind)]
 
@@ -61,18 +61,22 @@ def families() -> list[str]:
     return sorted({s.family for s in sources() if s.family})
 
 
+def included(path: Path) -> dict[str, Path | None]:
+    """What stands in a file's #include "...", and the file of ours that it is, below ROOT. Branches of #if count."""
+    found: dict[str, Path | None] = {}
+    for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', (ROOT / path).read_text(), re.M):
+        places = [Path(os.path.normpath(folder / name)) for folder in (path.parent, *map(Path, INCLUDES))]
+        found[name] = next((p for p in places if (ROOT / p).is_file()), None)
+    return found
+
+
 def closure(paths: Iterable[Path]) -> list[Path]:
-    """The files and all that they include of ours, through each other, relative to ROOT. Branches of #if count."""
+    """The files and all that they include of ours, through each other."""
     found: set[Path] = set()
-    new = list(paths)
+    new = set(paths)
     while new:
-        path = new.pop()
-        if path in found:
-            continue
-        found.add(path)
-        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', (ROOT / path).read_text(), re.M):
-            places = [Path(os.path.normpath(folder / name)) for folder in (path.parent, *map(Path, INCLUDES))]
-            new += [p for p in places if (ROOT / p).is_file()][:1]
+        found |= new
+        new = {p for path in new for p in included(path).values() if p} - found
     return sorted(found)
 
 
@@ -86,7 +90,7 @@ def digest_of(paths: Iterable[Path], *more: str) -> str:
 
 def digest(family: str) -> str:
     """Of the sources that decide what a family's kernels compute and how they are launched: its .cu and its policy."""
-    return digest_of(s.path for s in sources() if s.family == family and s.kind in ("cuda", "policy"))
+    return digest_of(s.path for s in sources() if s.family in ("", family) and s.kind in ("cuda", "policy"))
 
 
 if __name__ == "__main__":

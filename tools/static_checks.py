@@ -3,14 +3,13 @@
 
 python tools/static_checks.py [80 90a ...] [--jobs 2]
 
-Fails where a file does not compile, a kernel has no plan below, or one does not keep to its plan: no spills and no local
-memory, the tensor-core instruction and the 128-bit loads it is built around, and as many blocks on an SM as planned.
-<family>_smXX.cu files are compiled for their own architecture only. Figures are kept in build/static by a hash of
-sources, flags and compiler, so a second run is quick.
+Fails where a file does not compile, a kernel has no plan in tools/families/, or one does not keep to its plan: no spills
+and no local memory, the tensor-core instruction and the 128-bit loads it is built around, and as many blocks on an SM as
+planned. smXX.cu files are compiled for their own architecture only. Figures are kept in build/static by a hash of what the
+source includes, flags and compiler, so a second run is quick.
 """
 
 import argparse
-import hashlib
 import importlib.util
 import inspect
 import json
@@ -22,176 +21,28 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools.sources import standard
+from tools.families import Plan, kernels
+from tools.sources import INCLUDES, ROOT, Source, digest_of, sources, standard
 
-ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "static"
 ARCHS = ["80", "89", "90a", "100a", "120a"]
-FLAGS = [standard(), "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas", "-Xptxas=-v",
-         "-Icsrc", "-Icsrc/cuda"]  # fmt: skip
-PROBES = [ROOT / "tests/emulator/wrappers.cu"]  # compiled, without a plan
-
-# ---------------------------------------------------------------------------------------------- what each kernel plans
-
-
-@dataclass(frozen=True)
-class Plan:
-    blocks: int  # resident on an SM, at least
-    shared: int = 0  # dynamic bytes of a block
-    tensor: str = ""  # SASS: HMMA (mma.sync), HGMMA (wgmma), UTC*MMA (tcgen05), OMMA, QMMA (block-scaled mma)
-    wide: int = 0  # 128-bit loads from global memory, at least; they serve aligned shapes
-    threads: int = 128
-
-
-SIZE = {"float": 4, "bf16": 2, "f16": 2}
-
-
-def tile(rows: int, cols: int, elem: str, terms: int) -> int:
-    """Bytes of a Tile of tile.cuh: 16 bytes of padding a row, 128-byte pieces."""
-    return -(-terms * rows * (cols + 16 // SIZE[elem]) * SIZE[elem] // 128) * 128
-
-
-def math_of(x: str, f: str) -> tuple[str, int, int, str]:
-    """(element, terms of X, terms of F, tensor instruction) as Math in tile.cuh."""
-    elem = x if f == x else "bf16"
-    return elem, 2 if (x, f) == ("f16", "float") else 1, 2 if f != x else 1, "" if x == "float" else "HMMA"
-
-
-def vectors(rows: int, cols: int, source: str) -> int:
-    """128-bit loads with which each of 128 threads fetches its part of a tile."""
-    return max(1, rows * cols * SIZE[source] // 16 // 128)
-
-
-def shrink(x: str, f: str, ranks: int, n_contig: bool) -> Plan:
-    elem, xt, ft, tensor = math_of(x, f)
-    shared = tile(64, 64, elem, xt) + (tile(ranks, 64, elem, ft) if n_contig else tile(64, ranks, elem, ft))
-    wide = vectors(64, 64, x) + vectors(ranks, 64, f)
-    return Plan(4 if ranks == 16 and SIZE[x] == 2 else 2, shared, tensor, wide)
-
-
-def expand(x: str, f: str, n_contig: bool) -> Plan:
-    elem, _, ft, tensor = math_of(x, f)
-    shared = tile(64, 32, elem, ft) + (tile(32, 128, elem, ft) if n_contig else tile(128, 32, elem, ft))
-    return Plan(2, shared, tensor, vectors(64, 32, f) + vectors(32, 128, f) + vectors(64, 128, x))
-
-
-def wgrad(x: str, f: str, ranks: int) -> Plan:
-    elem, xt, ft, tensor = math_of(x, f)
-    cols = 128 if ranks == 16 else 64
-    shared = tile(64, ranks, elem, ft) + tile(64, cols, elem, xt)
-    return Plan(2, shared, tensor, vectors(64, ranks, f) + vectors(64, cols, x))
-
-
-def shrink_wgrad(x: str, f: str) -> Plan:
-    """Its [64, 256] tile of dY leaves room for a second block only where the tile is one 16-bit term."""
-    elem, xt, ft, tensor = math_of(x, f)
-    shared = tile(64, 256, elem, xt) + tile(256, 16, elem, ft) + tile(64, 16, elem, ft)
-    unrolled = 4 if SIZE[x] == 2 else 2
-    return Plan(2 if x == f != "float" else 1, shared, tensor, vectors(256, 16, f) + vectors(64, 16, f) + unrolled)
-
-
-def rescale(x: str) -> Plan:
-    return Plan(
-        4, 4 * 256 * 4, "", vectors(1, 8, x) + vectors(1, 8, x)
-    )  # streams: 8 columns a lane, four rows at a time
-
-
-def sum_planes(f: str) -> Plan:
-    return Plan(8)  # streams fp32, neighbours in one warp
-
-
-ROWS = -(-64 * 4 // 128) * 128  # a list of 64 rows in shared memory; up to 32 ranks take 128 bytes
-
-
-def multi_shrink(x: str, f: str, ranks: int) -> Plan:
-    elem, xt, ft, tensor = math_of(x, f)
-    lists = ROWS + (ROWS if ranks == 64 else 128)
-    wide = vectors(64, 64, x) + vectors(ranks, 64, f)
-    return Plan(2, tile(64, 64, elem, xt) + tile(ranks, 64, elem, ft) + lists, tensor, wide)
-
-
-def multi_expand(x: str, f: str, to: str) -> Plan:
-    elem, _, ft, tensor = math_of(x, f)
-    shared = tile(64, 32, elem, ft) + tile(32, 128, elem, ft) + ROWS + 128
-    return Plan(2, shared, tensor, vectors(64, 32, f) + vectors(32, 128, f) + vectors(64, 128, to))
-
-
-def multi_wgrad(x: str, f: str, ranks: int) -> Plan:
-    plain = wgrad(x, f, ranks)
-    return replace(plain, shared=plain.shared + ROWS + (ROWS if ranks == 64 else 128))
-
-
-def multi_plan() -> Plan:
-    return Plan(4, 2 * 256 * 4, threads=256)  # one block per slot: few, and no arithmetic
-
-
-def multi_stream(_: str) -> Plan:
-    return Plan(8)
-
-
-def multi_wgrad_sum(f: str) -> Plan:
-    return Plan(8, 128)
-
-
-def multi_gather(f: str) -> Plan:
-    return Plan(8, ROWS + 128)
-
-
-def basis_fill(_: str) -> Plan:
-    return Plan(6)  # little but one piece of a row
-
-
-def basis_sums(_: str) -> Plan:
-    return Plan(4)  # of 4 rows by 16 columns in registers; what they are multiplied by is the same for a whole warp
-
-
-def basis_stream() -> Plan:
-    return Plan(8)
-
-
-def basis_dots(_: str) -> Plan:
-    return Plan(3, wide=8)  # one for each of eight rows at 4 columns a piece, more where it has more
-
-
-PLANS = {
-    "lora_shrink_kernel": shrink,
-    "lora_expand_kernel": expand,
-    "lora_wgrad_kernel": wgrad,
-    "lora_shrink_wgrad_kernel": shrink_wgrad,
-    "lora_rescale_kernel": rescale,
-    "lora_sum_kernel": sum_planes,
-    "multi_lora_plan_kernel": multi_plan,
-    "multi_lora_shrink_kernel": multi_shrink,
-    "multi_lora_sum_kernel": multi_stream,
-    "multi_lora_expand_kernel": multi_expand,
-    "multi_lora_finish_kernel": multi_stream,
-    "multi_lora_wgrad_kernel": multi_wgrad,
-    "multi_lora_wgrad_sum_kernel": multi_wgrad_sum,
-    "multi_lora_gather_kernel": multi_gather,
-    "multi_lora_scatter_kernel": multi_wgrad_sum,
-    "basis_fill_kernel": basis_fill,
-    "basis_combine_kernel": basis_sums,
-    "basis_combine_sum_kernel": basis_stream,
-    "basis_dot_kernel": basis_dots,
-    "basis_dot_sum_kernel": basis_stream,
-    "basis_matmul_x_kernel": basis_stream,
-    "basis_matmul_kernel": basis_sums,
-    "basis_matmul_sum_kernel": basis_stream,
-    "basis_matmul_transposed_kernel": basis_dots,
-}
+FLAGS = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas", "-Xptxas=-v",
+         *(f"-I{folder}" for folder in INCLUDES)]  # fmt: skip
+PROBES = [Source("cuda", "", "", Path("tests/emulator/wrappers.cu"))]  # compiled, without a plan
 
 
 def plan_of(kernel: str) -> Plan | None:
-    """The plan of `name<template arguments>`."""
+    """The plan of `name_kernel<template arguments>`."""
     name, _, rest = kernel.partition("<")
     value = {"true": True, "false": False}
     words = [w.strip() for w in rest.rstrip(">").split(",")] if rest else []
-    return PLANS[name](*(value.get(w, int(w) if w.isdigit() else w) for w in words)) if name in PLANS else None
+    known = kernels().get(name.removesuffix("_kernel"))
+    return known and known.plan(*(value.get(w, int(w) if w.isdigit() else w) for w in words))
 
 
 # ---------------------------------------------------------------------------------------------- what an SM holds
@@ -334,15 +185,9 @@ def tools_version() -> str:
     return ask("nvcc", "--version") + ask(nvdisasm(), "--version") + reader
 
 
-def digest(source: Path, arch: str) -> str:
-    h = hashlib.sha256(json.dumps([FLAGS, arch, tools_version()]).encode())
-    for path in [source, *sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc/cuda").rglob("*.cuh"))]:
-        h.update(path.read_bytes())
-    return h.hexdigest()[:16]
-
-
 def measure(source: Path, arch: str) -> Unit:
-    kept = CACHE / f"{source.stem}-{arch}-{digest(source, arch)}.json"
+    flags, name = [standard(), *FLAGS], "-".join(source.parts[-2:])
+    kept = CACHE / f"{name}-{arch}-{digest_of([source], arch, tools_version(), *flags)}.json"
     if kept.exists():
         unit = json.loads(kept.read_text())
         return Unit(**{**unit, "kernels": [Figures(**k) for k in unit["kernels"]]})
@@ -350,27 +195,23 @@ def measure(source: Path, arch: str) -> Unit:
     with tempfile.TemporaryDirectory() as folder:
         cubin = f"{folder}/out.cubin"
         target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-        command = ["nvcc", *FLAGS, target, "-cubin", str(source), "-o", cubin]
+        command = ["nvcc", *flags, target, "-cubin", str(source), "-o", cubin]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         said, seconds = done.stdout + done.stderr, time.monotonic() - start
         if done.returncode:
-            return Unit(source.name, arch, seconds, said, [])
+            return Unit(str(source), arch, seconds, said, [])
         found = read_ptxas(said)
         count_sass(subprocess.run([nvdisasm(), "-c", cubin], check=True, capture_output=True, text=True).stdout, found)
-    unit = Unit(source.name, arch, seconds, "", list(found.values()))
+    unit = Unit(str(source), arch, seconds, "", list(found.values()))
     CACHE.mkdir(parents=True, exist_ok=True)
-    for old in CACHE.glob(f"{source.stem}-{arch}-*.json"):
+    for old in CACHE.glob(f"{name}-{arch}-*.json"):
         old.unlink()
     kept.write_text(json.dumps(asdict(unit)))
     return unit
 
 
 def jobs_for(archs: list[str]) -> list[tuple[Path, str]]:
-    jobs = []
-    for source in [*sorted((ROOT / "csrc" / "cuda").rglob("*.cu")), *PROBES]:
-        own = re.search(r"(?:^|_)sm(\d+)$", source.stem)
-        jobs += [(source, arch) for arch in archs if own is None or arch.rstrip("a") == own[1]]
-    return jobs
+    return [(s.path, arch) for s in [*sources("cuda"), *PROBES] for arch in archs if s.arch in ("", arch.rstrip("a"))]
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -428,8 +269,8 @@ def main() -> int:
             for figures in unit.kernels:
                 if plan := plan_of(figures.kernel):
                     wrong += faults(figures, plan, unit.arch)
-                elif unit.source not in [p.name for p in PROBES]:
-                    wrong.append(f"{figures.kernel} ({unit.source}) has no plan in {Path(__file__).name}")
+                elif unit.source not in [str(p.path) for p in PROBES]:
+                    wrong.append(f"{figures.kernel} ({unit.source}) has no plan in tools/families/")
     print(table(units, args.archs))
     print(*(f"FAIL {text}" for text in dict.fromkeys(wrong)), sep="\n", end="\n" if wrong else "")
     print(f"static checks: {sum(len(u.kernels) for u in units)} kernels in {len(units)} units,",

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrkern.ops.dispatch import use_library
-from tools import gpu, gpu_kernels, gpu_status
-from tools.gpu_status import ROOT
+from lrkern.ops.dispatch import library, use_library
+from tools import families, gpu, gpu_kernels, gpu_status, sources
+from tools.sources import ROOT
 
 
 def run(*arguments):
@@ -58,11 +58,14 @@ def test_rehearsal_on_the_cpu(tmp_path):
     assert "| lora_shrink | T=" in text and "36 wrappers" in text
 
 
-@pytest.mark.parametrize("family", gpu.FAMILY_TESTS)
+FAMILIES = pytest.mark.parametrize("family", sources.families())
+
+
+@pytest.mark.parametrize("family", [f for f in sources.families() if families.load(f).TESTS])
 def test_rehearsal_of_a_familys_own_tests(tmp_path, family):
     done = run("--out", tmp_path, "--rehearse", "--only", family, "--parts", "tests:families")
     assert done.returncode == 0, done.stdout + (tmp_path / "tests.txt").read_text()
-    assert Path(gpu.ROOT, gpu.FAMILY_TESTS[family]).exists()
+    assert all((ROOT / file).exists() for file in families.load(family).TESTS)
     assert json.loads((tmp_path / "parts.json").read_text())["tests:families"]["status"] == "passed"
 
 
@@ -98,6 +101,7 @@ def test_the_programs_for_the_device_build(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "out"), "--prepare"])
     assert gpu.main() == 0
     assert all((tmp_path / name).exists() for name in ("wrappers", "planted"))
+    assert (tmp_path / sources.KEPT.name).read_text() == sources.printed()
 
 
 def test_a_part_that_fails_or_breaks_does_not_cost_the_rest(tmp_path, monkeypatch, capsys):
@@ -223,8 +227,10 @@ def test_a_planted_error_is_recognised():
 
 
 def test_every_kernel_is_timed():
-    names = {t.kernel for f in gpu_status.families() for t in gpu_kernels.TIMED[f]("cpu", torch.float32, 8, 64, 4)}
-    assert names | gpu_kernels.PARTS_OF_OTHERS == {k.name for k in gpu_status.kernels()}
+    """But for those that are timed with another."""
+    sizes = library(), "cpu", torch.float32, 8, 64, 4
+    names = [timed.kernel for family in sources.families() for timed in families.load(family).timed(*sizes)]
+    assert sorted(names) == sorted(name for name, kernel in families.kernels().items() if not kernel.part)
 
 
 @pytest.fixture
@@ -237,19 +243,20 @@ def emulator(stack):
     return build
 
 
-@pytest.mark.parametrize("family", gpu_status.families())
+@FAMILIES
 def test_the_sanitizers_cases_reach_every_kernel(family, emulator):
     emulator.launched()
     for _, call in gpu_kernels.samples([family], "cpu", [torch.bfloat16]):
         call()
     seen = {name for name, _, _ in emulator.launched()}
-    assert seen >= {k.name for k in gpu_status.kernels() if gpu_status.family_of(k.source) == family}
+    assert seen >= {k.name for k in gpu_status.kernels() if k.source.family == family}
 
 
-@pytest.mark.parametrize("family", gpu_status.families())
+@FAMILIES
 def test_each_timed_call_launches_its_kernel(family, emulator):
-    for timed in gpu_kernels.TIMED[family]("cpu", torch.bfloat16, 70, 600, 16):
+    parts = {name for name, kernel in families.kernels().items() if kernel.part}
+    for timed in families.load(family).timed(library(), "cpu", torch.bfloat16, 70, 600, 16):
         emulator.launched()
         timed.call()
         seen = {name for name, _, _ in emulator.launched()}
-        assert timed.kernel in seen and seen <= {timed.kernel} | gpu_kernels.PARTS_OF_OTHERS, (timed.kernel, seen)
+        assert timed.kernel in seen and seen <= {timed.kernel} | parts, (timed.kernel, seen)

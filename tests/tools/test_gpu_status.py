@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from tools import gpu_status
-from tools.gpu_status import ROOT
+from tools import gpu_status, sources
+from tools.sources import ROOT, Source
 
 # ---------------------------------------------------------------------------------------------- the status table
 
@@ -18,15 +18,17 @@ def test_docs_are_current():
 
 
 def test_kernels_cannot_be_forgotten(tmp_path):
-    source = tmp_path / "new.cu"
-    body = "template <class T>\n__global__ __launch_bounds__(128, k<T, 2>) void one_kernel(int n) {}\n"
-    launch = 'int f() { return launch("new_one",\n  one_kernel<float>, grid, block, 0, stream, 1); }\n'
+    source, unit = tmp_path / "new.cu", Source("cuda", "new", "", tmp_path / "new.cu")
+    body = "template <class T>\n__global__ __launch_bounds__(128, k<T, 2>) void new_one_kernel(int n) {}\n"
+    launch = 'int f() { return launch("new_one",\n  new_one_kernel<float>, grid, block, 0, stream, 1); }\n'
     source.write_text(body + launch)
-    (kernel,) = gpu_status.read_kernels(source)
-    assert (kernel.name, kernel.function) == ("new_one", "one_kernel")
+    assert [k.name for k in gpu_status.read_kernels(unit)] == ["new_one"]
     source.write_text(body + launch + "__global__ void __launch_bounds__(64) other_kernel(int n);\n")
-    with pytest.raises(ValueError, match="other_kernel"):
-        gpu_status.read_kernels(source)
+    with pytest.raises(ValueError, match="other"):
+        gpu_status.read_kernels(unit)
+    source.write_text(body + launch.replace('new_one"', 'another"'))  # a launch names the function
+    with pytest.raises(ValueError, match="new_one"):
+        gpu_status.read_kernels(unit)
 
 
 def test_the_kernels_are_those_of_the_sources():
@@ -43,7 +45,7 @@ def evidence(tmp_path, monkeypatch):
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
         env = {"date": date, "commit": "0123456789abcdef", "gpu": "NVIDIA H100 80GB HBM3"}
-        env["source lora"] = source or gpu_status.digest("lora")
+        env["source lora"] = source or sources.digest("lora")
         (out / "env.txt").write_text("".join(f"{k}: {v}\n" for k, v in env.items()))
         states = {"tests:registry": tests, "sanitizer:memcheck": "passed", "sanitizer:racecheck": "refused"}
         parts = {name: {"status": s, "seconds": 1.0, "note": ""} for name, s in states.items()}

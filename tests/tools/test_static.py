@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """tools/static_checks.py: what it reads out of the compiler's words, that it can fail, and that its plans are the kernels'."""
 
-import inspect
 import shutil
 from dataclasses import replace
 
@@ -11,8 +10,9 @@ import torch
 import build as emulator
 import lrkern.ops
 from lrkern.ops.dispatch import use_library
-from tools import gpu_kernels, gpu_status, static_checks
-from tools.static_checks import Figures, Plan, count_sass, faults, occupancy, plan_of, read_ptxas
+from tools import families, gpu_kernels, gpu_status, sources, static_checks
+from tools.families import Plan
+from tools.static_checks import Figures, count_sass, faults, occupancy, plan_of, read_ptxas
 
 # ---- recorded: nvcc 13.0 and nvdisasm 13.5
 
@@ -103,29 +103,11 @@ def test_occupancy(arch, registers, shared, threads, blocks):
 
 
 def test_every_kernel_has_a_plan():
-    assert {k.function for k in gpu_status.kernels()} == set(static_checks.PLANS)
+    assert {k.name for k in gpu_status.kernels()} == set(families.kernels())
     assert plan_of("unheard_of_kernel<float>") is None
 
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
-VARIANTS = {
-    "lora_shrink_kernel": [(ranks, n_contig) for ranks in (16, 64) for n_contig in (False, True)],
-    "lora_expand_kernel": [(False,), (True,)],
-    "lora_wgrad_kernel": [(16,), (64,)],
-    "multi_lora_shrink_kernel": [(16,), (64,)],
-    "multi_lora_expand_kernel": [("float",)],
-    "multi_lora_wgrad_kernel": [(16,), (64,)],
-}
-
-
-def planned(function, x):
-    """(threads, shared memory) of a kernel's instantiations over activations of type x."""
-    plan, variants = static_checks.PLANS[function], VARIANTS.get(function, [()])
-    takes = len(inspect.signature(plan).parameters) - len(variants[0])
-    factors = {x} if function == "lora_rescale_kernel" else {x, "float"}
-    kinds = [(x, f)[2 - takes :] for f in factors]
-    plans = [plan(*kind, *variant) for kind in kinds for variant in variants]
-    return {(p.threads, p.shared) for p in plans}
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=TYPES.get)
@@ -135,7 +117,7 @@ def test_plans_name_the_shared_memory_and_threads_of_the_launches(dtype, stack):
         pytest.skip(why)
     stack.enter_context(use_library(emulator.ops()))
     emulator.launched()
-    for _, run in gpu_kernels.samples(gpu_status.families(), "cpu", [dtype]):
+    for _, run in gpu_kernels.samples(sources.families(), "cpu", [dtype]):
         run()
     s, b = (
         torch.ones(4, 11, requires_grad=True),
@@ -143,10 +125,11 @@ def test_plans_name_the_shared_memory_and_threads_of_the_launches(dtype, stack):
     )  # few columns, fp32 factors: dS by a pass of its own
     lrkern.ops.linear_expand(torch.ones(4, 8).to(dtype), torch.ones(40, 8).to(dtype), None, s, b).sum().backward()
     launched = emulator.launched()
-    for kernel in gpu_status.kernels():
-        seen = {(threads, shared) for name, threads, shared in launched if name == kernel.name}
-        of_any_type = set().union(*(planned(kernel.function, x) for x in TYPES.values()))  # y may have another than x
-        assert planned(kernel.function, TYPES[dtype]) <= seen <= of_any_type, kernel.name
+    for name, kernel in families.kernels().items():
+        seen = {launch[1:] for launch in launched if launch[0] == name}
+        planned = {x: {(p.threads, p.shared) for p in kernel.plans(x)} for x in TYPES.values()}
+        of_any_type = set().union(*planned.values())  # y may have another than x
+        assert planned[TYPES[dtype]] <= seen <= of_any_type, name
 
 
 # ---- with the compiler

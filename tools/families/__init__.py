@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tools know of a family of kernels: families/<family>.py, where torch is imported by the calls alone. It has
+
+KERNELS                             every kernel by the name it is launched under, which is its function's but for _kernel
+timed(op, device, dtype, T, N, R)   calls of the ops `op` at a layer's size, one for each kernel that is no part
+TESTS                               test files beside the registry's, and what a rehearsal runs of each
+"""
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from tools import sources
+
+
+@dataclass(frozen=True)
+class Plan:
+    blocks: int  # resident on an SM, at least
+    shared: int = 0  # dynamic bytes of a block
+    tensor: str = ""  # SASS: HMMA (mma.sync), HGMMA (wgmma), UTC*MMA (tcgen05), OMMA, QMMA (block-scaled mma)
+    wide: int = 0  # 128-bit loads from global memory, at least; they serve aligned shapes
+    threads: int = 128
+
+
+@dataclass(frozen=True)
+class Kernel:
+    plan: Callable[..., Plan]  # of its template arguments
+    types: str = ""  # the first of them: "x" of activations, "f" of factors, x's or fp32; "xf" both
+    rest: Iterable[tuple] = ((),)  # what may follow
+    part: bool = False  # launched before or after another kernel, inside its time
+
+    def plans(self, x: str) -> set[Plan]:
+        """Of its instantiations over activations of type x."""
+        pairs = {"": [()], "x": [(x,)], "f": [(x,), ("float",)], "xf": [(x, x), (x, "float")]}[self.types]
+        return {self.plan(*types, *rest) for types in pairs for rest in self.rest}
+
+
+@dataclass
+class Timed:
+    """A call that launches one kernel, and its parts."""
+
+    kernel: str
+    call: Callable[[], object]
+    moved: list[Any]  # tensors, each read or written once
+    flop: int
+
+
+def load(family: str) -> ModuleType:
+    return importlib.import_module(f"tools.families.{family}")
+
+
+@cache
+def kernels() -> dict[str, Kernel]:
+    return {name: kernel for family in sources.families() for name, kernel in load(family).KERNELS.items()}
+
+
+# ---- of tile.cuh, in which every family's products are made
+
+SIZE = {"float": 4, "bf16": 2, "f16": 2}
+
+
+def tile(rows: int, cols: int, elem: str, terms: int) -> int:
+    """Bytes of a Tile: 16 bytes of padding a row, 128-byte pieces."""
+    return -(-terms * rows * (cols + 16 // SIZE[elem]) * SIZE[elem] // 128) * 128
+
+
+def math_of(x: str, f: str) -> tuple[str, int, int, str]:
+    """(element, terms of X, terms of F, tensor instruction) as Math."""
+    elem = x if f == x else "bf16"
+    return elem, 2 if (x, f) == ("f16", "float") else 1, 2 if f != x else 1, "" if x == "float" else "HMMA"
+
+
+def vectors(rows: int, cols: int, source: str) -> int:
+    """128-bit loads with which each of 128 threads fetches its part of a tile."""
+    return max(1, rows * cols * SIZE[source] // 16 // 128)
+
+
+def streams(blocks: int, **plan: int) -> Callable[..., Plan]:
+    """Of a kernel without products, whatever its types."""
+    return lambda *_: Plan(blocks, **plan)
+
+
+def wgrad(x: str, f: str, ranks: int) -> Plan:
+    elem, xt, ft, tensor = math_of(x, f)
+    cols = 128 if ranks == 16 else 64
+    shared = tile(64, ranks, elem, ft) + tile(64, cols, elem, xt)
+    return Plan(2, shared, tensor, vectors(64, ranks, f) + vectors(64, cols, x))

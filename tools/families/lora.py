@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA's kernels: plans of csrc/cuda/lora/, and calls that launch them."""
+
+from collections.abc import Iterator
+from itertools import product
+
+from tools.families import SIZE, Kernel, Plan, Timed, math_of, streams, tile, vectors, wgrad
+
+TESTS: dict[str, str] = {}
+
+
+def shrink(x: str, f: str, ranks: int, n_contig: bool) -> Plan:
+    elem, xt, ft, tensor = math_of(x, f)
+    shared = tile(64, 64, elem, xt) + (tile(ranks, 64, elem, ft) if n_contig else tile(64, ranks, elem, ft))
+    wide = vectors(64, 64, x) + vectors(ranks, 64, f)
+    return Plan(4 if ranks == 16 and SIZE[x] == 2 else 2, shared, tensor, wide)
+
+
+def expand(x: str, f: str, n_contig: bool) -> Plan:
+    elem, _, ft, tensor = math_of(x, f)
+    shared = tile(64, 32, elem, ft) + (tile(32, 128, elem, ft) if n_contig else tile(128, 32, elem, ft))
+    return Plan(2, shared, tensor, vectors(64, 32, f) + vectors(32, 128, f) + vectors(64, 128, x))
+
+
+def shrink_wgrad(x: str, f: str) -> Plan:
+    """Its [64, 256] tile of dY leaves room for a second block only where the tile is one 16-bit term."""
+    elem, xt, ft, tensor = math_of(x, f)
+    shared = tile(64, 256, elem, xt) + tile(256, 16, elem, ft) + tile(64, 16, elem, ft)
+    unrolled = 4 if SIZE[x] == 2 else 2
+    return Plan(2 if x == f != "float" else 1, shared, tensor, vectors(256, 16, f) + vectors(64, 16, f) + unrolled)
+
+
+def rescale(x: str) -> Plan:
+    return Plan(4, 4 * 256 * 4, wide=2 * vectors(1, 8, x))  # streams: 8 columns a lane, four rows at a time
+
+
+KERNELS = {
+    "lora_shrink": Kernel(shrink, "xf", list(product((16, 64), (False, True)))),
+    "lora_expand": Kernel(expand, "xf", [(False,), (True,)]),
+    "lora_wgrad": Kernel(wgrad, "xf", [(16,), (64,)]),
+    "lora_shrink_wgrad": Kernel(shrink_wgrad, "xf"),
+    "lora_rescale": Kernel(rescale, "x"),
+    "lora_sum": Kernel(streams(8), "f", part=True),  # fp32, neighbours in one warp
+}
+
+
+def timed(op, device: str, dtype, T: int, N: int, R: int) -> Iterator[Timed]:
+    import torch
+
+    draw = lambda *shape: torch.randn(*shape, device=device).to(dtype)
+    x, a, b, s, flop = draw(T, N), draw(R, N), draw(N, R), draw(T, R), 2 * T * N * R
+    yield Timed("lora_shrink", lambda: op.lora_shrink(x, a), [x, a, s], flop)
+    yield Timed("lora_expand", lambda: op.lora_expand_(x, s, b, 1e-4), [x, x, s, b], flop)
+    da = False, True  # that gradient alone
+    yield Timed("lora_wgrad", lambda: op.lora_shrink_bwd(s, x, a, 1.0, 0.0, None, *da), [x, s, a], flop)
+    ds_db = False, False, False, True, True
+    call = lambda: op.linear_expand_bwd(x, None, None, s, b, 1.0, *ds_db)
+    yield Timed("lora_shrink_wgrad", call, [x, s, b, s, b], 2 * flop)
+    # A base layer of no weight: the gradient of base_scale alone.
+    thin, w, c, z = draw(T, 8), draw(N, 8), torch.randn(N, device=device), draw(T, N)
+    layer = x, thin, w, draw(R, 8), b, s, 1.0, 0.0, None, c, z
+    dc = False, False, False, False, False, True
+    yield Timed("lora_rescale", lambda: op.lora_linear_bwd(*layer, *dc), [x, z], 2 * T * N)
