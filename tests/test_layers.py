@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.sources import standard
+from tools.sources import included, standard
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -19,8 +19,17 @@ C_SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
 MAX_LINES = 600
 
 STANDARD = r"<[a-z_0-9]+>"  # <cstdint>; anything with a slash or a dot is somebody's library
-CONTRACTS = "|".join(re.escape(path.name) for path in sorted(CSRC.glob("*.h")))
-SHARED = rf'"(\.\./)?({CONTRACTS})"'
+TORCH = r"<torch/(csrc/stable|headeronly|csrc/inductor/aoti_torch/c)/.*>"
+
+# folder: what its files may include beside csrc/*.h and its own headers, and words their code may not contain.
+RULES = {
+    ".": ([STANDARD], r"\btorch\b|cuda_runtime|\bPy[A-Z]"),
+    "policy": ([STANDARD], r"\btorch\b|\bcuda[A-Z]\w*|pybind"),
+    "cpu": ([STANDARD, "<immintrin.h>", "<arm_neon.h>"], r"\btorch\b|\bcuda[A-Z]\w*|pybind"),
+    "cuda": ([STANDARD, r"<cuda\w*\.hp*>", r'"emulat\w+\.h"'], r"\btorch\b|\bat::|\bc10::"),
+    "ops": ([STANDARD, TORCH], r"\bat::|\bc10::|pybind|<<<|__global__|cutlass|\bdim3\b"),
+    "host": ([STANDARD, r"<pybind11/.*>"], r"\btorch::|\bat::|<<<|_cpu\(|_cuda\("),
+}
 
 
 def tree(folder: Path, *suffixes: str) -> list[Path]:
@@ -32,31 +41,16 @@ def code(path: Path) -> str:
     return re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.S)
 
 
-def own(folder: str, *suffixes: str) -> str:
-    return rf'"({folder}/)?(' + "|".join(re.escape(path.name) for path in tree(CSRC / folder, *suffixes)) + ')"'
-
-
-# folder: what its files may include, and words their code may not contain.
-RULES = {
-    ".": ([STANDARD, SHARED], r"\btorch\b|cuda_runtime|\bPy[A-Z]"),
-    "policy": ([STANDARD, SHARED], r"\btorch\b|\bcuda[A-Z]\w*|pybind"),
-    "cpu": ([STANDARD, SHARED, own("cpu", ".h"), "<immintrin.h>", "<arm_neon.h>"], r"\btorch\b|\bcuda[A-Z]\w*|pybind"),
-    "cuda": (
-        [STANDARD, SHARED, own("cuda", ".cuh", ".h"), r"<cuda\w*\.hp*>", r'"emulat\w+\.h"'],
-        r"\btorch\b|\bat::|\bc10::",
-    ),
-    "ops": (
-        [STANDARD, SHARED, own("ops", ".h"), r"<torch/(csrc/stable|headeronly|csrc/inductor/aoti_torch/c)/.*>"],
-        r"\bat::|\bc10::|pybind|<<<|__global__|cutlass|\bdim3\b",
-    ),
-    "host": ([STANDARD, SHARED, r"<pybind11/.*>"], r"\btorch::|\bat::|<<<|_cpu\(|_cuda\("),
-}
-
-
 def files_of(folder: str) -> list[Path]:
     if folder == ".":
         return sorted(path for path in CSRC.iterdir() if path.suffix in C_SUFFIXES)
     return tree(CSRC / folder, *C_SUFFIXES)
+
+
+def of_the_house(path: Path, header: Path | None) -> bool:
+    """Is it a shared header, one of the includer's layer, or one of its family's folder there?"""
+    layer = path.relative_to(ROOT).parts[:2]
+    return header is not None and header.parts[:-1] in (("csrc",), layer, path.relative_to(ROOT).parts[:-1])
 
 
 @pytest.mark.parametrize("folder", RULES)
@@ -64,13 +58,14 @@ def test_c_layers(folder):
     allowed, forbidden = RULES[folder]
     faults = []
     for path in files_of(folder):
-        text = code(path)
+        name, text = path.relative_to(ROOT), code(path)
         extra = [r"<cut(e|lass)/.*>"] if re.search(r"(^|_)sm\d+$", path.stem) else []
-        for include in re.findall(r'#\s*include\s*([<"][^>"]+[>"])', text):
+        ours = {f'"{said}"' for said, header in included(name).items() if of_the_house(path, header)}
+        for include in set(re.findall(r'#\s*include\s*([<"][^>"]+[>"])', text)) - ours:
             if not any(re.fullmatch(pattern, include) for pattern in allowed + extra):
-                faults.append(f"{path.relative_to(ROOT)} includes {include}")
+                faults.append(f"{name} includes {include}")
         body = re.sub(r"#\s*include[^\n]*", "", text)
-        faults += [f"{path.relative_to(ROOT)} knows {word}" for word in set(re.findall(forbidden, body))]
+        faults += [f"{name} knows {word}" for word in set(re.findall(forbidden, body))]
     assert not faults, "\n".join(faults)
 
 
@@ -102,11 +97,32 @@ def test_each_shared_header_compiles_alone(header):
 # ---- Python
 
 
-def imports(path: Path) -> set[str]:
-    """Absolute dotted names of what a module of the package imports: `from . import nn` in ops.py is lrkern.nn."""
+# Each room imports those below it and no other. reference and testing stand apart: nothing that users call leans on them.
+FLOORS = ("limits", "ops", "functional", "caches", "nn", "peft", "files", "convert", "serving")
+APART = {"reference", "testing"}
+FACES = {"__init__", "__main__", "_moved"}  # of the package; they may know every room
+REEXPORTS = {"lrkern.peft": {"files"}}  # lrkern.peft.save_adapter and load_adapter are public there
+
+
+def module(name: str) -> list[Path]:
+    """The files of lrkern.<name>, a module or a folder."""
+    return [path for path in (PYTHON / f"{name}.py",) if path.exists()] + tree(PYTHON / name, ".py")
+
+
+def dotted(path: Path) -> str:
+    """The name a file of the package is imported by."""
+    return ".".join(path.relative_to(PYTHON.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {dotted(path): path for path in tree(PYTHON, ".py")}
+
+
+def imports(path: Path, nodes: list[ast.AST] | None = None) -> set[str]:
+    """Absolute dotted names of what a module of the package imports (in these statements): `from . import nn` in ops.py is
+    lrkern.nn."""
     package = [*path.relative_to(PYTHON.parent).parts[:-1]]
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text())) if nodes is None else nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -116,22 +132,39 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def module(name: str) -> list[Path]:
-    """The files of lrkern.<name>, a module or a folder."""
-    return [path for path in (PYTHON / f"{name}.py",) if path.exists()] + tree(PYTHON / name, ".py")
+def ours(names: set[str]) -> set[str]:
+    """The modules of the package among imported names: lrkern.ops.dispatch of lrkern.ops.dispatch.library."""
+    return {m for name in names if (m := name if name in MODULES else name.rpartition(".")[0]) in MODULES}
+
+
+def room(name: str) -> str:
+    return name.partition(".")[2].partition(".")[0]
+
+
+def test_every_room_has_its_floor():
+    assert {room(name) for name in MODULES} - {""} == {*FLOORS, *APART, *FACES} - {"__init__"}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_rooms_import_what_is_below_them(floor):
+    known, faults = {*FLOORS[: FLOORS.index(floor) + 1]}, {}
+    for path in module(floor):
+        if above := {room(i) for i in ours(imports(path))} - known - REEXPORTS.get(dotted(path), set()):
+            faults[path.name] = above
+    assert not faults, f"{floor} knows {known}, imported are {faults}"
+
+
+def test_no_module_imports_itself_through_others():
+    """Where they are loaded: imports inside functions may wait for one another."""
+    left = {name: ours(imports(path, ast.parse(path.read_text()).body)) - {name} for name, path in MODULES.items()}
+    while ends := {name for name in left if not left[name] or not any(name in below for below in left.values())}:
+        left = {name: below - ends for name, below in left.items() if name not in ends}
+    assert not left, f"a circle: {left}"
 
 
 def test_only_ops_calls_torch_ops_lrkern():
     users = [path.name for path in tree(PYTHON, ".py") if "torch.ops" in path.read_text() and path.parent.name != "ops"]
     assert not users, f"torch.ops belongs to lrkern.ops, seen in {users}"
-
-
-@pytest.mark.parametrize("name", ["functional", "nn"])
-def test_upper_layers_know_only_ops(name):
-    for path in module(name):
-        below = {i for i in imports(path) if i.startswith("lrkern")}
-        known = tuple(f"lrkern.{layer}" for layer in ("limits", "ops", "functional", "caches", "nn"))
-        assert all(i.startswith(known) for i in below), f"{path.name} imports {below}"
 
 
 def test_reference_is_independent():
