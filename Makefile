@@ -14,6 +14,7 @@ export PYTHON TORCH TORCH_INDEX
 
 SETUP := tools/setup.sh
 PY := .venv/bin/python
+TEST := $(PY) -m pytest -n 2 --dist worksteal
 CFILES := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
@@ -35,15 +36,15 @@ demo: ## fine-tune a real model with lrkern beside stock PEFT (ARGS=--quick: und
 
 test: ## all tests
 	@$(SETUP) demo test peers
-	@$(PY) -m pytest $(ARGS)
+	@$(TEST) $(ARGS)
 
 test-quick: ## all but the slow ones
 	@$(SETUP) demo test peers
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(TEST) -m "not slow" $(ARGS)
 
 test-full: ## more samples, longer fuzzing
 	@$(SETUP) demo test peers
-	@LRK_TEST_FULL=1 $(PY) -m pytest $(ARGS)
+	@LRK_TEST_FULL=1 $(TEST) $(ARGS)
 
 bench: ## measure (ARGS="lora --help" for shapes and baselines)
 	@$(SETUP) demo

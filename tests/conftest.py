@@ -2,6 +2,7 @@
 """Device kinds: cpu, cuda (skipped with the reason where there is none) and emulated, the CUDA kernels on the CPU."""
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import two_processes
 from recorder import Recorder
 
 import lrkern.ops
@@ -19,6 +21,31 @@ sys.path.append(str(Path(sys.prefix) / "peers"))  # requirements/peers.txt
 import build as emulator
 
 FULL = bool(os.environ.get("LRK_TEST_FULL"))
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+torch.set_num_threads(1)  # several pytest workers share the cores, and most tensors here are tiny
+
+
+@functools.cache
+def no_cuda() -> str:
+    """Why no test runs on a CUDA device, or ""."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return "" if json.loads(lrkern.ops.build_info())["with_cuda"] else "this _C.so has no CUDA code"
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if params.get("device") == "cuda" and no_cuda():
+            item.add_marker(pytest.mark.skip(reason=no_cuda()))
+        if params.get("device") == "emulated" and params.get("dtype") not in (None, torch.bfloat16):
+            item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):
+        # Each of two workers is given one half and steals from the other's end: long tests first, some for each.
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        rest = [item for item in items if not item.get_closest_marker("slow")]
+        items[:] = slow[::2] + rest[: len(rest) // 2] + slow[1::2] + rest[len(rest) // 2 :]
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
@@ -37,10 +64,8 @@ def emulated_ops():
 def enter_device(kind, stack):
     """The torch device of the samples. For `emulated` the wrappers call the emulated library's ops on CPU tensors."""
     if kind == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        if not json.loads(lrkern.ops.build_info())["with_cuda"]:
-            pytest.skip("this _C.so has no CUDA code")
+        if why := no_cuda():
+            pytest.skip(why)
         stack.enter_context(use_library(Recorder(library(), "cuda")))
         return "cuda"
     if kind == "emulated":
@@ -74,3 +99,22 @@ def pytest_pyfunc_call(pyfuncitem):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def in_two_processes(tmp_path_factory):
+    """two_processes.run, once for all pytest workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    @functools.cache
+    def results(workers: str) -> dict[str, str | None]:
+        with open(folder / f"{workers}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = folder / f"{workers}.json"
+            if not done.exists():
+                done.write_text(json.dumps(two_processes.run(workers, tmp_path_factory.mktemp("gloo"))))
+            return json.loads(done.read_text())
+
+    return results

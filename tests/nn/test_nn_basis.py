@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-import two_processes
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -387,15 +386,11 @@ def test_inductor(cls, settings):
         assert_close(got, want.double(), 1e-5)
 
 
-@pytest.fixture(scope="module")
-def checked(tmp_path_factory):
-    return two_processes.run("basis_workers.py", tmp_path_factory.mktemp("gloo"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nola", "vera", "randlora"])
-def test_ddp(checked, name):
-    assert checked[name] is None, checked[name]
+def test_ddp(in_two_processes, name):
+    results = in_two_processes("basis_workers.py")
+    assert results[name] is None, results[name]
 
 
 # ---------------------------------------------------------------------------------------------------- memory

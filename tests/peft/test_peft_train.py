@@ -73,11 +73,6 @@ def test_trainer_with_gradient_checkpointing(tmp_path, config):  # row 11
 # ---- 12, 13, 14: two processes --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def checked(tmp_path_factory):
-    return two_processes.run(WORKERS, tmp_path_factory.mktemp("gloo"))
-
-
 CHECKS = [
     node.name
     for node in ast.parse((two_processes.HERE / WORKERS).read_text()).body
@@ -87,8 +82,9 @@ CHECKS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
-def test_two_processes(checked, check):  # rows 12 to 14
-    assert checked[check] is None, checked[check]
+def test_two_processes(in_two_processes, check):  # rows 12 to 14
+    results = in_two_processes(WORKERS)
+    assert results[check] is None, results[check]
 
 
 # ---- 15: torch.compile ----------------------------------------------------------------------------------------------

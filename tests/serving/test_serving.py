@@ -9,7 +9,6 @@ import threading
 
 import pytest
 import torch
-import two_processes
 from torch import nn
 
 from minilm import adapted, batch, bert, lora_config, one_thread, peft, transformers  # isort: skip  # noqa: F401
@@ -506,16 +505,12 @@ CHECKS = (
 )
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    results = two_processes.run("serving_workers.py", tmp_path_factory.mktemp("gloo"))
-    assert set(results) == set(CHECKS)
-    return results
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
-def test_tensor_parallel(sharded, check):
-    assert sharded[check] is None, sharded[check]
+def test_tensor_parallel(in_two_processes, check):
+    results = in_two_processes("serving_workers.py")
+    assert set(results) == set(CHECKS)
+    assert results[check] is None, results[check]
 
 
 # ---- families -------------------------------------------------------------------------------------------------------
