@@ -44,9 +44,7 @@ class OverPair(Kind):
 
     def __init__(self, pool):
         super().__init__(pool)
-        self.room = PAGE * min(
-            layer.local[0] for layer in pool._layers.values()
-        )  # elements of a page of the narrowest A
+        self.room = PAGE * min(layer.local[0] for layer in pool._layers.values())  # of a page of the narrowest A
         self.pair: Pair | None = None  # what the first such adapter brought: once there is, it stays
         self.pairs: list[Pair]  # of it what each layer takes
 
