@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 
 import lrkern.ops
+from lrkern.reference import OPS
 
-SMALL = (0, 1, 2, 3, 5, 8, 16, 17, 31, 64, 65)
-LARGE = (127, 256, 257, 512, 513, 600)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests import families
+from tests.families import FLOATS, SMALL, Layer, strided
+
 OTHERS = (torch.float64, torch.int64, torch.int32, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn)
-LETTERS = {"x": "TI", "a": "RI", "b": "OR", "s": "TR", "ds": "TR", "y": "TO", "dy": "TO", "base": "TO", "weight": "OI",
-           "bias": "O", "base_scale": "O"}  # fmt: skip
-FACTORS = ("a", "b", "s", "ds", "base_scale")
-TRAINABLE = {*LETTERS, "a_pool", "b_pool", "coef", "g"}
 
 
 def schemas():
@@ -32,53 +30,22 @@ def schemas():
     return sorted(found, key=lambda s: s.name)
 
 
-def strided(rng: random.Random, shape: list[int], dtype: torch.dtype, rows: bool) -> Tensor:
-    """Random values under random strides; `rows`: its last dimension stays contiguous and its rows at one pitch."""
-    fill = lambda *s: (torch.randn(s) if dtype.is_floating_point else torch.ones(s)).to(dtype)
-    kind = rng.choice(("plain", "plain", "pitch", "offset") if rows else ("plain", "pitch", "offset", "turned", "wide"))
-    if not shape or kind == "plain":
-        return fill(*shape)
-    if kind in ("pitch", "offset"):
-        more = rng.randint(1, 9)
-        t = fill(*shape[:-1], shape[-1] + more)
-        return t[..., : shape[-1]] if kind == "pitch" else t[..., more:]
-    if kind == "turned":
-        return fill(*reversed(shape)).permute(*reversed(range(len(shape))))
-    return fill(*[n if rng.random() < 0.5 else 1 for n in shape]).expand(shape)
+def base_of(schema) -> str:
+    """X, of X, X_fwd and X_bwd."""
+    return schema.name.removeprefix("lrkern::").removesuffix("_fwd").removesuffix("_bwd")
 
 
 def draw(rng: random.Random, schema) -> tuple[dict, bool]:
     """(arguments by name, is it a good call)."""
-    size = lambda: rng.choice(LARGE if rng.random() < 0.04 else SMALL)
-    lead = [size(), *rng.choices((0, 1, 2, 3), k=rng.choice((0, 0, 1, 2)))]
-    dims = {"I": size(), "O": size(), "R": rng.choice((0, 1, 2, 4, 8, 16, 17, 33, 70))}
-    dtype = rng.choice(FLOATS)
-    factor = rng.choice((dtype, torch.float32))
-    p = rng.choice((0.0, 0.0, 0.3, 1.0))
-    without = {a.name for a in schema.arguments if a.name in ("bias", "base_scale", "base") and rng.random() < 0.5}
-    if schema.name == "lrkern::linear_expand" and rng.random() < 0.3:
-        without |= {"x", "weight"}
-    multi = draw_multi(rng, schema, lead, dims, factor, p) if "multi_lora" in schema.name else {}
-    if "basis" in schema.name:
-        multi = draw_basis(rng, lead, dims, dtype)
+    values = families.load(OPS[base_of(schema)].family.name).draw(rng, schema, Layer.draw(rng))
     args = {}
     for a in schema.arguments:
-        if a.name in multi:
-            args[a.name] = multi[a.name]
-        elif a.name in LETTERS:
-            shape = [n for letter in LETTERS[a.name] for n in (lead if letter == "T" else [dims[letter]])]
-            rows = a.alias_info is not None
-            args[a.name] = strided(rng, shape, factor if a.name in FACTORS else dtype, rows)
-        elif a.name == "seed":
-            args[a.name] = torch.tensor([rng.getrandbits(63)]) if p or rng.random() < 0.3 else None
+        if a.name in values:
+            args[a.name] = values[a.name]
         elif str(a.type) == "bool":
             args[a.name] = rng.random() < 0.7
-        elif a.name == "dropout_p":
-            args[a.name] = p
         else:
             args[a.name] = rng.choice((1.0, 0.5, -2.0, 0.0))
-        if a.name in without and "Optional" in str(a.type):
-            args[a.name] = None
     good = not is_part(schema)  # parts have rules of their own for what comes together
     if rng.random() < 0.5:
         good = False
@@ -88,46 +55,6 @@ def draw(rng: random.Random, schema) -> tuple[dict, bool]:
             else:
                 args[name] = something_else(rng, args[name])
     return args, good
-
-
-def draw_multi(rng: random.Random, schema, lead: list[int], dims: dict, factor: torch.dtype, p: float) -> dict:
-    """Adapters, pools and a plan that go together, by argument name."""
-    T, A, K = torch.Size(lead).numel(), rng.choice((0, 1, 2, 5)), rng.choice((1, 1, 2, 3))
-    L, M = 1 if "linear" in schema.name else rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 5))
-    fill = lambda *shape, dtype=factor: torch.randn(shape).to(dtype)
-    index = torch.tensor(rng.choices(range(-1, A), k=T * K), dtype=torch.int32).reshape(T, K)
-    P = 16 * (A * L * M + rng.choice((0, 0, 1)))
-    pages = torch.tensor(rng.sample(range(P // 16), A * L * M), dtype=torch.int32).reshape(A, L, M)
-    ranks = torch.tensor(rng.choices(range(16 * M + 1), k=A * L), dtype=torch.int32).reshape(A, L)
-    table = {"index": index, "adapters": A, "pages": pages, "ranks": ranks}
-    I = max(1, dims["I"]) if "embedding" in schema.name else dims["I"]
-    s, ids = fill(*lead, K, L, 16 * M), torch.randint(max(1, I), lead)
-    return table | {
-        "ids": ids,
-        "plan": lrkern.ops.multi_lora_plan(index, A), "a_pool": fill(P, I), "b_pool": fill(P, dims["O"]), "s": s,
-        "ds": s, "slice": rng.randrange(L), "scales": fill(T, K, dtype=torch.float32) if rng.random() < 0.7 else None,
-        "dropout_p": torch.tensor(rng.choices((0.0, 0.3, 1.0), k=A)) if p else None,
-        "seed": torch.tensor([rng.getrandbits(63)]) if p else None,
-    }  # fmt: skip
-
-
-def draw_basis(rng: random.Random, lead: list[int], dims: dict, dtype: torch.dtype) -> dict:
-    """A stream, its sizes, and tensors that go with them, by argument name."""
-    Q, C, R, transposed = dims["O"], dims["I"], rng.choice((1, 2, 7)), rng.random() < 0.5
-    n, m = (C, Q) if transposed else (Q, C)
-    segments = [(rng.choice(SMALL), rng.choice(SMALL), rng.choice((1.0, -0.5))) for _ in range(rng.choice((1, 2, 4)))]
-    widths, counts, scales = map(list, zip(*segments, strict=True))
-    vector = lambda size: torch.randn(size) if rng.random() < 0.5 else None
-    fill = lambda *shape: torch.randn(shape)
-    return {
-        "like": fill(1).to(dtype), "seed": rng.getrandbits(63), "method": rng.randrange(64), "tensor": rng.getrandbits(31),
-        "distribution": rng.randint(2, 7), "first": rng.choice((0, 3, 2**15)), "R": R, "Q": Q, "C": C, "q0": rng.randrange(99),
-        "c0": rng.choice((0, 5, 2**30)), "transposed": transposed, "fp32": rng.random() < 0.5, "scale": 0.5,
-        "widths": widths, "counts": counts, "scales": scales, "coef": fill(*lead, sum(counts)),
-        "base": fill(R, sum(widths)) if rng.random() < 0.5 else None, "g": fill(*lead, R, sum(widths)),
-        "x": strided(rng, [*lead, n], dtype, True), "y": fill(*lead, m).to(rng.choice(FLOATS)), "in_scale": vector(n),
-        "out_scale": vector(m), "row_scale": vector(Q), "col_scale": vector(C),
-    }  # fmt: skip
 
 
 def is_part(schema) -> bool:
@@ -186,16 +113,17 @@ def call(rng: random.Random, schema, note) -> bool:
     before = {n: args[n].clone() for n in written if plain(args[n])}
     wrapper = getattr(lrkern.ops, name, None)
     train = wrapper is not None and not written and rng.random() < 0.3
+    trainable = OPS[name].differentiable if train else ()
     try:
         if train:
             for k, v in args.items():
-                if k in TRAINABLE and isinstance(v, Tensor) and v.is_floating_point() and rng.random() < 0.7:
+                if k in trainable and isinstance(v, Tensor) and v.is_floating_point() and rng.random() < 0.7:
                     v.requires_grad_()
         with torch.set_grad_enabled(train):
             out = (wrapper if wrapper and rng.random() < 0.7 else getattr(torch.ops.lrkern, name))(**args)
         if train and out.requires_grad and out.device.type == "cpu":
             out.float().sum().backward()
-            leaves = [(k, v) for k, v in args.items() if k in TRAINABLE and v is not None and v.requires_grad]
+            leaves = [(k, v) for k, v in args.items() if k in trainable and v is not None and v.requires_grad]
             missing = [k for k, v in leaves if v.grad is None or v.grad.shape != v.shape]
             assert not missing, f"no gradient of {missing}: {text}"
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -207,9 +135,11 @@ def call(rng: random.Random, schema, note) -> bool:
             same = torch.equal(was.float().nan_to_num(7), args[n].detach().float().nan_to_num(7))
             assert same, f"refused, yet {n} was written: {text}"
         return True
-    if good and isinstance(out, Tensor) and "multi_lora" not in name and "basis" not in name:
-        shape = list((args.get("x") if args.get("x") is not None else args["s"]).shape[:-1])
-        assert list(out.shape)[:-1] == shape, f"{list(out.shape)}: {text}"
+    if good and isinstance(out, Tensor):
+        foretold = getattr(torch.ops.lrkern, name)(
+            **{k: v.to("meta") if isinstance(v, Tensor) else v for k, v in args.items()}
+        )
+        assert (out.shape, out.dtype) == (foretold.shape, foretold.dtype), f"{list(out.shape)} {out.dtype}: {text}"
     return False
 
 
