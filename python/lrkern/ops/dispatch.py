@@ -7,7 +7,8 @@ for each gradient: so the schemas say what is saved. ``Op`` adds what they do no
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,16 @@ def library() -> Any:
     return _library
 
 
-class use_library:
+@contextmanager
+def use_library(stand_in: Any) -> Iterator[None]:
     """The one seam below the wrappers: inside, they and their backward call the ops of ``stand_in`` (the emulated kernels, a
     recorder, ops without their GEMM)."""
-
-    def __init__(self, stand_in: Any):
-        self.stand_in = stand_in
-
-    def __enter__(self) -> None:
-        global _library
-        self.before, _library = _library, self.stand_in
-
-    def __exit__(self, *_: object) -> None:
-        global _library
-        _library = self.before
+    global _library
+    before, _library = _library, stand_in
+    try:
+        yield
+    finally:
+        _library = before
 
 
 def build_info() -> str:
@@ -66,13 +63,11 @@ class Op:
 
     results: of X's arguments by name, what X_fwd returns, or X where there is none: shapes and dtypes only.
     trains: the arguments that X_bwd gives gradients of, in its order. passes: one whose gradient is that of the result.
-    saved_for: what is saved only where another argument takes a gradient, and which.
+    saved_for: what is saved only where another argument takes a gradient, and which. function: in place of X_bwd.
     weigh: an argument, and the gradient that X_bwd takes as a function of the result's and that argument.
-    function: the autograd.Function of an op without X_bwd.
-    refuses: arguments without a gradient among others that have one, and how that is said.
-    instead: the op to use for gradients, where this one writes in place.
-    casts: the arguments that autocast casts to its dtype, or a function of that dtype and the arguments to a dtype for each.
-    shards: DTensor's rules of X, X_fwd and X_bwd by suffix, see sharding.py.
+    refuses: arguments without a gradient beside others with one; refusal: how that is said. instead: of an op in place, the
+    one to use for gradients. casts: what autocast casts to its dtype, or a function of that dtype and the arguments to the
+    dtype of each. shards: DTensor's rules of X, X_fwd and X_bwd by suffix, see sharding.py.
     """
 
     def __init__(
@@ -201,11 +196,7 @@ class Op:
             "weight": lambda: (dy.shape[-1], given["x"].shape[-1]),
             "bias": lambda: dy.shape[-1:],
         }
-
-        def like(name: str) -> Tensor:
-            t = given.get(name)
-            return dy.new_empty(sizes[name]()) if t is None else like_contiguous(t)
-
+        like = lambda n: dy.new_empty(sizes[n]()) if given.get(n) is None else like_contiguous(given[n])
         wanted = zip(self.gradients, needed or [True], strict=True)
         grads = tuple(like(self.names[i]) if need else None for i, need in wanted)
         return grads if needed else grads[0]
@@ -235,10 +226,6 @@ def learn_sharding(t: Tensor) -> None:
         importlib.import_module("lrkern.ops.sharding")
 
 
-def needs_grad(*tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
-
-
 def once(name: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """The gradients, which raise an error that names the op when they are differentiated again."""
     if not torch.is_grad_enabled():
@@ -259,7 +246,7 @@ def refuse(name: str, why: str) -> None:
     op, mutates = getattr(torch.ops.lrkern, name).default, schema_of(name).arguments[0].alias_info is not None
 
     def kernel(*args):
-        if needs_grad(*args):
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
             raise RuntimeError(f"lrkern::{name}: {why}")
         with below_autograd():
             out = op(*args)

@@ -2,18 +2,18 @@
 """Multi-LoRA. Pools, pages, ranks, plan, slots and slices: see ops/multi_lora.py. Here every (slot, adapter) is one small matmul."""
 
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from .lora import add
-from .registry import Draw, Family, Sample, register
+from .registry import Family, Sample, register
 from .rng import dropout
 
 
 def multi_lora_plan(index, adapters):
+    """rows sorted by adapter"""
     index = (index if index.dim() == 2 else index.unsqueeze(1)).long().clamp(-1)
     plans = []
     for group in (index + 1).unbind(1):  # 0: none, 1 + a: adapter a
@@ -43,6 +43,7 @@ def factor(pool, pages, ranks, a, l):
 
 
 def multi_lora_shrink(x, a_pool, pages, ranks, plan, scales=None, dropout_p=None, seed=None):
+    """S[t, k] = scales[t, k] D(x[t]) A[index[t, k]]^T"""
     flat, K = x.flatten(0, -2).to(a_pool.dtype), plan.shape[0]
     T = len(flat)
     s = a_pool.new_zeros(T, K, pages.shape[1], 16 * pages.shape[2])
@@ -58,11 +59,13 @@ def multi_lora_shrink(x, a_pool, pages, ranks, plan, scales=None, dropout_p=None
 
 
 def multi_lora_embedding(ids, a_pool, pages, ranks, plan, scales=None):
+    """S[t, k] = scales[t, k] A[index[t, k]][:, ids[t]]"""
     x = torch.nn.functional.one_hot(ids, a_pool.shape[1]).to(a_pool.dtype)
     return multi_lora_shrink(x, a_pool, pages, ranks, plan, scales)
 
 
 def multi_lora_expand(y, s, b_pool, pages, ranks, plan, slice=0):
+    """y[t] + sum over k of S[t, k] B[index[t, k]]^T"""
     flat = y.flatten(0, -2)
     s, delta = s.reshape(len(flat), *s.shape[-3:]), b_pool.new_zeros(flat.shape)
     for k, a, rows in rows_of(plan, len(flat)):
@@ -72,58 +75,15 @@ def multi_lora_expand(y, s, b_pool, pages, ranks, plan, slice=0):
 
 
 def multi_lora_expand_(y, s, b_pool, pages, ranks, plan, slice=0):
+    """y[t] += sum over k of S[t, k] B[index[t, k]]^T, in place"""
     y.copy_(multi_lora_expand(y, s, b_pool, pages, ranks, plan, slice))
 
 
 def multi_lora_linear(x, weight, bias, a_pool, b_pool, pages, ranks, plan, scales=None, dropout_p=None, seed=None):
+    """x W^T + bias + sum over k of scales[t, k] (D(x[t]) A[index[t, k]]^T) B[index[t, k]]^T"""
     y = torch.nn.functional.linear(x, weight, bias)
     s = multi_lora_shrink(x, a_pool, pages, ranks, plan, scales, dropout_p, seed)
     return multi_lora_expand(y, s, b_pool, pages, ranks, plan)
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    _: KW_ONLY
-    lead: tuple[int, ...]  # leading dimensions of x
-    I: int
-    O: int
-    ranks: list[list[int]]  # [A][L]
-    index: str | list[list[int]]  # [T][K], or how it is drawn: adapter_index
-    fp32: bool = False  # pools, over activations of any dtype
-    scales: bool = True
-    dropout_p: list[float] | None = None
-    pitch: int = 0  # of x's rows, and y has one; 0: contiguous
-
-
-CASES = (
-    Case("one_token", lead=(1,), I=64, O=48, ranks=[[4]], index=[[0]]),
-    Case("odd", lead=(7,), I=67, O=35, ranks=[[5], [1], [3]], index=[[2], [0], [-1], [2], [1], [2], [0]]),
-    Case("fp32_factors", lead=(40,), I=264, O=520, ranks=[[16], [8]], index="mixed", fp32=True),
-    Case("chunks", lead=(70,), I=1031, O=520, ranks=[[16], [64], [0], [17]], index="mixed", scales=False),
-    Case("tiles", lead=(3, 60), I=136, O=264, ranks=[[8], [33]], index="skewed"),
-    Case("rank_512_fp32", lead=(5,), I=96, O=88, ranks=[[512], [2]], index="mixed", fp32=True),
-    Case("slots", lead=(33,), I=72, O=80, ranks=[[8], [20], [0], [16]], index="slots"),
-    Case("slots_fp32", lead=(2, 9), I=40, O=24, ranks=[[3], [16]], index="slots", fp32=True),
-    Case("slices", lead=(19,), I=56, O=40, ranks=[[8, 0, 16], [4, 30, 1]], index="mixed", pitch=72),
-    Case("dropout", lead=(65,), I=200, O=72, ranks=[[8], [16], [4]], index="mixed", dropout_p=[0.25, 0.0, 1.0]),
-    Case(
-        "dropout_slots_fp32_pitch",
-        lead=(3, 7),
-        I=61,
-        O=41,
-        ranks=[[9], [5]],
-        index="slots",
-        fp32=True,
-        dropout_p=[0.5, 0.1],
-        pitch=64,
-    ),
-    Case("odd_pitch", lead=(11,), I=33, O=41, ranks=[[3], [2]], index="mixed", fp32=True, scales=False, pitch=45),
-    Case("none", lead=(6,), I=16, O=24, ranks=[[4]], index="none"),
-    Case("rank_0", lead=(3, 2), I=16, O=24, ranks=[[0], [0]], index="mixed"),
-    Case("no_tokens", lead=(0,), I=16, O=24, ranks=[[4]], index="mixed"),
-    Case("no_adapters", lead=(4,), I=16, O=24, ranks=[], index="none"),
-)
 
 
 def adapter_index(how: str, T: int, A: int, generator: torch.Generator) -> Tensor:
@@ -150,84 +110,85 @@ def pages_of(ranks: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
     return pages, 16 * total
 
 
-def large(T: int, I: int, O: int, R: int, fp32: bool) -> Case:
-    """16 adapters, one slot, rows in any order."""
-    return Case("large", lead=(T,), I=I, O=O, ranks=[[R]] * 16, index="every", fp32=fp32, scales=False)
+class Layer:
+    """lead: leading dimensions of x. ranks: [A][L]. index: [T][K], or how it is drawn (adapter_index). fp32: pools, over
+    activations of any dtype. pitch: of x's rows, and y has one; 0: contiguous."""
 
-
-register = partial(
-    register, family=Family(name="multi_lora", cases=CASES, large=large, seed=200, direct_sample="fp32_factors")
-)
-
-
-class Tensors:
-    def __init__(self, case: Case, draw: Draw):
-        f, T = torch.float32 if case.fp32 else draw.dtype, torch.Size(case.lead).numel()
-        self.x = draw(*case.lead, case.I, pitch=case.pitch)
-        self.weight, self.bias = draw(case.O, case.I, std=case.I**-0.5), draw(case.O)
-        ranks = torch.tensor(case.ranks, dtype=torch.int32).reshape(len(case.ranks), -1 if case.ranks else 1)
+    def __init__(self, draw, lead, I, O, ranks, index, fp32=False, scales=True, dropout_p=None, pitch=0):
+        self.draw, self.lead, self.I, self.O, self.A, self.pitch = draw, lead, I, O, len(ranks), pitch
+        f, T = torch.float32 if fp32 else draw.dtype, torch.Size(lead).numel()
+        self.x, self.weight, self.bias = draw(*lead, I, pitch=pitch), draw(O, I, std=I**-0.5), draw(O)
+        ranks = torch.tensor(ranks, dtype=torch.int32).reshape(self.A, -1 if ranks else 1)
         pages, P = pages_of(ranks, draw.generator)
-        if isinstance(case.index, str):
-            index = adapter_index(case.index, T, len(ranks), draw.generator)
-        else:
-            index = torch.tensor(case.index, dtype=torch.int32)
-        self.a_pool, self.b_pool = draw(P, case.I, dtype=f, std=case.I**-0.5), draw(P, case.O, dtype=f)
-        self.scales = draw(T, index.shape[1], dtype=torch.float32) if case.scales else None
-        plan, p = multi_lora_plan(index, len(ranks)), case.dropout_p
-        self.dropout = (torch.tensor(p, device=draw.device), draw.seed()) if p else (None, None)
+        if isinstance(index, str):
+            index = adapter_index(index, T, self.A, draw.generator)
+        index = torch.as_tensor(index, dtype=torch.int32)
+        self.a_pool, self.b_pool = draw(P, I, dtype=f, std=I**-0.5), draw(P, O, dtype=f)
+        self.scales = draw(T, index.shape[1], dtype=torch.float32) if scales else None
+        self.dropout = (torch.tensor(dropout_p, device=draw.device), draw.seed()) if dropout_p else (None, None)
+        plan = multi_lora_plan(index, self.A)
         self.index, *self.table = (t.to(draw.device) for t in (index, pages, ranks, plan))
 
 
-@register(multi_lora_plan, formula="rows sorted by adapter")
-def plan_samples(case: Case, draw: Draw) -> Iterator[Sample]:
-    t = Tensors(case, draw)
-    yield Sample(case.name, (t.index, len(case.ranks)))
+CASES = {
+    "one_token": dict(lead=(1,), I=64, O=48, ranks=[[4]], index=[[0]]),
+    "odd": dict(lead=(7,), I=67, O=35, ranks=[[5], [1], [3]], index=[[2], [0], [-1], [2], [1], [2], [0]]),
+    "fp32_factors": dict(lead=(40,), I=264, O=520, ranks=[[16], [8]], index="mixed", fp32=True),
+    "chunks": dict(lead=(70,), I=1031, O=520, ranks=[[16], [64], [0], [17]], index="mixed", scales=False),
+    "tiles": dict(lead=(3, 60), I=136, O=264, ranks=[[8], [33]], index="skewed"),
+    "rank_512_fp32": dict(lead=(5,), I=96, O=88, ranks=[[512], [2]], index="mixed", fp32=True),
+    "slots": dict(lead=(33,), I=72, O=80, ranks=[[8], [20], [0], [16]], index="slots"),
+    "slots_fp32": dict(lead=(2, 9), I=40, O=24, ranks=[[3], [16]], index="slots", fp32=True),
+    "slices": dict(lead=(19,), I=56, O=40, ranks=[[8, 0, 16], [4, 30, 1]], index="mixed", pitch=72),
+    "dropout": dict(lead=(65,), I=200, O=72, ranks=[[8], [16], [4]], index="mixed", dropout_p=[0.25, 0.0, 1.0]),
+    "dropout_slots_fp32_pitch": dict(
+        lead=(3, 7), I=61, O=41, ranks=[[9], [5]], index="slots", fp32=True, dropout_p=[0.5, 0.1], pitch=64
+    ),
+    "odd_pitch": dict(lead=(11,), I=33, O=41, ranks=[[3], [2]], index="mixed", fp32=True, scales=False, pitch=45),
+    "none": dict(lead=(6,), I=16, O=24, ranks=[[4]], index="none"),
+    "rank_0": dict(lead=(3, 2), I=16, O=24, ranks=[[0], [0]], index="mixed"),
+    "no_tokens": dict(lead=(0,), I=16, O=24, ranks=[[4]], index="mixed"),
+    "no_adapters": dict(lead=(4,), I=16, O=24, ranks=[], index="none"),
+}
 
 
-@register(
-    multi_lora_shrink,
-    formula="S[t, k] = scales[t, k] D(x[t]) A[index[t, k]]^T",
-    differentiable="x a_pool",
-    casts="x",
-    products="TIR",
-)
-def shrink_samples(case: Case, draw: Draw) -> Iterator[Sample]:
-    t = Tensors(case, draw)
-    yield Sample(case.name, (t.x, t.a_pool, *t.table, t.scales, *t.dropout))
+def large(T: int, I: int, O: int, R: int, fp32: bool) -> dict:
+    """16 adapters, one slot, rows in any order."""
+    return dict(lead=(T,), I=I, O=O, ranks=[[R]] * 16, index="every", fp32=fp32, scales=False)
 
 
-@register(multi_lora_embedding, formula="S[t, k] = scales[t, k] A[index[t, k]][:, ids[t]]", differentiable="a_pool")
-def embedding_samples(case: Case, draw: Draw) -> Iterator[Sample]:
-    t = Tensors(case, draw)
-    ids = torch.randint(case.I, case.lead, generator=draw.generator).to(draw.device)
-    yield Sample(case.name, (ids, t.a_pool, *t.table, t.scales))
+FAMILY = Family(name="multi_lora", layer=Layer, cases=CASES, large=large, seed=200, direct_sample="fp32_factors")
+register = partial(register, family=FAMILY)
 
 
-@register(
-    multi_lora_expand,
-    formula="y[t] + sum over k of S[t, k] B[index[t, k]]^T",
-    differentiable="y s b_pool",
-    products="TOR",
-)
-@register(
-    multi_lora_expand_, formula="y[t] += sum over k of S[t, k] B[index[t, k]]^T, in place", mutates="y", products="TOR"
-)
-def expand_samples(case: Case, draw: Draw) -> Iterator[Sample]:
-    t = Tensors(case, draw)
+@register(multi_lora_plan)
+def plan_samples(name: str, t: Layer) -> Iterator[Sample]:
+    yield Sample(name, (t.index, t.A))
+
+
+@register(multi_lora_shrink, differentiable="x a_pool", casts="x", products="TIR")
+def shrink_samples(name: str, t: Layer) -> Iterator[Sample]:
+    yield Sample(name, (t.x, t.a_pool, *t.table, t.scales, *t.dropout))
+
+
+@register(multi_lora_embedding, differentiable="a_pool")
+def embedding_samples(name: str, t: Layer) -> Iterator[Sample]:
+    ids = torch.randint(t.I, t.lead, generator=t.draw.generator).to(t.draw.device)
+    yield Sample(name, (ids, t.a_pool, *t.table, t.scales))
+
+
+@register(multi_lora_expand, differentiable="y s b_pool", products="TOR")
+@register(multi_lora_expand_, mutates="y", products="TOR")
+def expand_samples(name: str, t: Layer) -> Iterator[Sample]:
     (_, L, M), K = t.table[0].shape, len(t.table[2])
-    y = draw(*case.lead, case.O, pitch=case.O + 13 if case.pitch else 0)
-    s = draw(*case.lead, K, L, 16 * M, dtype=t.b_pool.dtype)
-    yield Sample(case.name, (y, s, t.b_pool, *t.table), {"slice": L - 1})
+    y = t.draw(*t.lead, t.O, pitch=t.O + 13 if t.pitch else 0)
+    s = t.draw(*t.lead, K, L, 16 * M, dtype=t.b_pool.dtype)
+    yield Sample(name, (y, s, t.b_pool, *t.table), {"slice": L - 1})
 
 
 @register(
-    multi_lora_linear,
-    formula="x W^T + bias + sum over k of scales[t, k] (D(x[t]) A[index[t, k]]^T) B[index[t, k]]^T",
-    differentiable="x weight bias a_pool b_pool",
-    casts="x weight bias",
-    products="TIO TIR TOR",
+    multi_lora_linear, differentiable="x weight bias a_pool b_pool", casts="x weight bias", products="TIO TIR TOR"
 )
-def linear_samples(case: Case, draw: Draw) -> Iterator[Sample]:
-    t = Tensors(case, draw)
+def linear_samples(name: str, t: Layer) -> Iterator[Sample]:
     if t.table[0].shape[1] == 1:  # one slice
-        yield Sample(case.name, (t.x, t.weight, t.bias, t.a_pool, t.b_pool, *t.table, t.scales, *t.dropout))
+        yield Sample(name, (t.x, t.weight, t.bias, t.a_pool, t.b_pool, *t.table, t.scales, *t.dropout))

@@ -6,7 +6,7 @@ expression that the tolerance (testing.py) compares with. A family is a module o
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -44,11 +44,14 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What the ops of a module share. A case has a name, and the samples made of it have names that begin so."""
+    """What the ops of a module share: ``layer`` makes, of a Draw and the keywords of a case, the tensors that samples are made of."""
 
     name: str
-    cases: Sequence[Any]
-    large: Callable[[int, int, int, int, bool], Any]  # (T, I, O, R, fp32 factors) -> the case of a layer of that size
+    layer: Callable[..., Any]
+    cases: dict[str, dict[str, Any]]  # by name, with which the names of its samples begin
+    large: Callable[
+        [int, int, int, int, bool], dict[str, Any]
+    ]  # (T, I, O, R, fp32 factors) -> the case of such a layer
     seed: int  # of the first case's tensors; the others count up
     direct_sample: str  # has every argument that may take a gradient
 
@@ -61,13 +64,17 @@ class Op:
     name: str
     family: Family
     truth: Callable[..., Any]
-    samples_of: Callable[[Any, Draw], Iterator[Sample]]
-    formula: str
+    samples_of: Callable[[str, Any], Iterator[Sample]]
     differentiable: tuple[str, ...] = ()
     twice_differentiable: bool = False
     mutates: str | None = None
     casts: tuple[str, ...] = ()
     products: tuple[str, ...] = ()
+
+    @property
+    def formula(self) -> str:
+        """The docstring of the truth."""
+        return self.truth.__doc__
 
     @cached_property
     def parameters(self) -> tuple[str, ...]:
@@ -75,16 +82,17 @@ class Op:
 
     def samples(self, device: str | torch.device, dtype: torch.dtype, of: str | None = None) -> Iterator[Sample]:
         """All of them, or those of cases that the name of a sample may come from."""
-        for i, case in enumerate(self.family.cases):
-            if of is None or of.startswith(case.name):
-                yield from self.samples_of(case, Draw(device, dtype, self.family.seed + i))
+        for i, (name, case) in enumerate(self.family.cases.items()):
+            if of is None or of.startswith(name):
+                yield from self.samples_of(name, self.family.layer(Draw(device, dtype, self.family.seed + i), **case))
 
     def sample(self, name: str, device: str | torch.device, dtype: torch.dtype) -> Sample:
         return next(s for s in self.samples(device, dtype, name) if s.name == name)
 
     def large(self, *sizes: Any, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> Sample:
         """Of the family's large case, without dropout or other options."""
-        return list(self.samples_of(self.family.large(*sizes), Draw(device, dtype, seed)))[-1]
+        layer = self.family.layer(Draw(device, dtype, seed), **self.family.large(*sizes))
+        return list(self.samples_of("large", layer))[-1]
 
     def named(self, sample: Sample) -> dict[str, Any]:
         """The arguments by name."""
@@ -102,15 +110,13 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def register(truth: Callable[..., Any], family: Family, formula: str, mutates: str | None = None, **facts: Any):
-    """Above the function that makes an op's samples of a case. Names in facts are separated by spaces."""
+def register(truth: Callable[..., Any], family: Family, mutates: str | None = None, **facts: Any):
+    """Above the function that makes an op's samples of a layer. Names in facts are separated by spaces."""
     facts = {k: tuple(v.split()) if isinstance(v, str) else v for k, v in facts.items()}
+    name = truth.__name__
 
-    def add_samples(samples_of: Callable[[Any, Draw], Iterator[Sample]]):
-        name = truth.__name__
-        OPS[name] = Op(
-            name=name, family=family, truth=truth, samples_of=samples_of, formula=formula, mutates=mutates, **facts
-        )
+    def add_samples(samples_of: Callable[[str, Any], Iterator[Sample]]):
+        OPS[name] = Op(name=name, family=family, truth=truth, samples_of=samples_of, mutates=mutates, **facts)
         return samples_of
 
     return add_samples

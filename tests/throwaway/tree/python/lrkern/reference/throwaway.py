@@ -2,7 +2,6 @@
 """The throwaway family: its op, and its samples."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,31 +10,31 @@ from .registry import Draw, Family, Sample, register
 
 
 def throwaway(x, gain):
+    """y = g x"""
     return (x * gain).to(x)
 
 
-@dataclass(frozen=True)
-class Case:
-    name: str
-    lead: tuple[int, ...]
-    N: int
-    pitch: int = 0
+class Layer:
+    def __init__(self, draw: Draw, lead: tuple[int, ...], N: int, pitch: int = 0):
+        self.x, self.gain = draw(*lead, N, pitch=pitch), draw(N, dtype=torch.float32)
 
 
-def large(T: int, I: int, O: int, R: int, fp32: bool) -> Case:
-    return Case("large", (T,), I)
+CASES = {
+    "one_token": dict(lead=(1,), N=5),
+    "odd": dict(lead=(3, 7), N=33),
+    "pitch": dict(lead=(70,), N=130, pitch=140),
+    "no_tokens": dict(lead=(0,), N=4),
+}
 
 
-CASES = (
-    Case("one_token", (1,), 5),
-    Case("odd", (3, 7), 33),
-    Case("pitch", (70,), 130, 140),
-    Case("no_tokens", (0,), 4),
-)
-FAMILY = Family(name="throwaway", cases=CASES, large=large, seed=900, direct_sample="odd")
+def large(T: int, I: int, O: int, R: int, fp32: bool) -> dict:
+    return dict(lead=(T,), N=I)
+
+
+FAMILY = Family(name="throwaway", layer=Layer, cases=CASES, large=large, seed=900, direct_sample="odd")
 register = partial(register, family=FAMILY)
 
 
-@register(throwaway, formula="y = g x", differentiable="x", casts="x")
-def throwaway_samples(case: Case, draw: Draw) -> Iterator[Sample]:
-    yield Sample(case.name, (draw(*case.lead, case.N, pitch=case.pitch), draw(case.N, dtype=torch.float32)))
+@register(throwaway, differentiable="x", casts="x")
+def throwaway_samples(name: str, t: Layer) -> Iterator[Sample]:
+    yield Sample(name, (t.x, t.gain))
