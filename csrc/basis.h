@@ -96,19 +96,14 @@ struct BasisMatmulConfig {
 };
 BasisMatmulConfig choose_basis_matmul(int64_t T, int64_t Q, int64_t C, bool transposed, Target target);
 
-size_t basis_fill_workspace(const BasisFillParams& p, Target target);
-size_t basis_combine_workspace(const BasisCombineParams& p, Target target);
-size_t basis_dot_workspace(const BasisDotParams& p, Target target);
-size_t basis_matmul_workspace(const BasisMatmulParams& p, Target target);
+// RandLoRA's x (Λ A Γ)^T B^T for T tokens of fp32: by vectors, in the registers of matmul; by the factors, two GEMMs over
+// panels of Q rows; or merged into the base weight. lrkern.functional.randlora_way says the same in Python.
+enum class RandLoraWay { kVector, kFactors, kMerged };
+RandLoraWay choose_randlora(int64_t T, int64_t I, int64_t O);
 
-void basis_fill_cpu(const BasisFillParams& p, void* workspace);
-void basis_combine_cpu(const BasisCombineParams& p, void* workspace);
-void basis_dot_cpu(const BasisDotParams& p, void* workspace);
-void basis_matmul_cpu(const BasisMatmulParams& p, void* workspace);
-
-int basis_fill_cuda(const BasisFillParams& p, void* workspace, Stream stream);
-int basis_combine_cuda(const BasisCombineParams& p, void* workspace, Stream stream);
-int basis_dot_cuda(const BasisDotParams& p, void* workspace, Stream stream);
-int basis_matmul_cuda(const BasisMatmulParams& p, void* workspace, Stream stream);
+LRK_KERNEL(basis_fill, BasisFillParams)
+LRK_KERNEL(basis_combine, BasisCombineParams)
+LRK_KERNEL(basis_dot, BasisDotParams)
+LRK_KERNEL(basis_matmul, BasisMatmulParams)
 
 }  // namespace lrk

@@ -3,9 +3,9 @@
 // Plain C++20, no torch, no CUDA headers; host and device run the same definitions.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 #if defined(__CUDACC__)
 #define LRK_HD __host__ __device__ __forceinline__
@@ -31,6 +31,13 @@ struct Target {
 constexpr Target kCpu{Device::kCPU, 0};
 int32_t cuda_arch();  // of the current device; csrc/cuda provides it
 
+// What a contract promises of a kernel: the scratch memory its caller allocates, uninitialised, on the device of x; the CPU's
+// entry point; CUDA's, which returns a cudaError_t value.
+#define LRK_KERNEL(name, Params)                           \
+  size_t name##_workspace(const Params& p, Target target); \
+  void name##_cpu(const Params& p, void* workspace);       \
+  int name##_cuda(const Params& p, void* workspace, Stream stream);
+
 constexpr size_t size_of(DType t) { return t == DType::kF32 ? 4 : 2; }
 constexpr const char* name_of(DType t) {
   return t == DType::kF32 ? "float32" : t == DType::kF16 ? "float16" : "bfloat16";
@@ -44,28 +51,7 @@ struct alignas(2) bf16 {
   uint16_t bits;
 };
 
-template <class T>
-constexpr DType dtype_of();
-template <>
-constexpr DType dtype_of<float>() {
-  return DType::kF32;
-}
-template <>
-constexpr DType dtype_of<f16>() {
-  return DType::kF16;
-}
-template <>
-constexpr DType dtype_of<bf16>() {
-  return DType::kBF16;
-}
-
-template <class To, class From>
-LRK_HD To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
-  To to;
-  memcpy(&to, &from, sizeof(To));
-  return to;
-}
+using std::bit_cast;
 
 LRK_HD float to_float(float x) { return x; }
 LRK_HD float to_float(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }

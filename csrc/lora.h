@@ -22,6 +22,10 @@ constexpr int kCpuChunk = 512, kCudaChunk = 256;  // columns of N summed at a ti
 // CUDA: tokens of a tile, and ranks of a block: the few where all of R are among them. shrink_wgrad keeps dB
 // [kCudaFewRanks, kCudaChunk] in registers, so that R may not be more.
 constexpr int kCudaTokens = 64, kCudaFewRanks = 16, kCudaRanks = 64;
+constexpr int kCudaBlocks = 128;  // fewer leave a GPU idle
+
+// CPU: tokens of a tile (48 KB of fp32); ranks of a task of shrink, and ranks that expand sums at a time.
+constexpr int kCpuTokens = 24, kCpuRanks = 64;
 
 // Tokens of a split of wgrad: `least`, or more where T is long, so that there are at most 16 partial sums and scratch
 // memory does not grow with T. A function of T alone.
@@ -117,6 +121,23 @@ struct ShrinkConfig {
 };
 ShrinkConfig choose_lora_shrink(int64_t T, int64_t N, int32_t R, Target target);
 
+// shrink on the CPU: `ranks` of a task, fewer where there is one tile, so that threads share the rows of a factor.
+struct CpuTasks {
+  int64_t ranks, count, grain;  // a thread takes `grain` tasks at once
+};
+CpuTasks choose_lora_cpu_shrink(int64_t T, int64_t N, int64_t R);
+
+// Tasks of `tokens` x `cols` elements against `ranks` ranks of a factor that a thread takes at once: some 3 us of work.
+// Reading an element of the factor counts as 4 multiply-adds.
+constexpr int64_t cpu_grain(int64_t tokens, int64_t cols, int64_t ranks) {
+  const int64_t work = (tokens + 4) * cols * ranks, grain = (int64_t{1} << 16) / (work > 1 ? work : 1);
+  return grain > 1 ? grain : 1;
+}
+
+// shrink_wgrad on the CPU: one pass has a task for each chunk of N; too few for the threads there are make it two passes,
+// which give the same bits.
+constexpr bool one_cpu_pass(int64_t N, int64_t threads) { return ceil_div(N, kCpuChunk) >= 2 * threads; }
+
 // Scratch of shrink_wgrad on CUDA, in floats: partial sums of dS [chunks][T][R], and from `db` on those of dB
 // [splits][R][N], or none where there is one split.
 struct ShrinkWgradLayout {
@@ -124,24 +145,10 @@ struct ShrinkWgradLayout {
 };
 ShrinkWgradLayout shrink_wgrad_layout(const LoraShrinkWgradParams& p);
 
-// Scratch the caller allocates, uninitialised, on the device of x.
-size_t lora_shrink_workspace(const LoraShrinkParams& p, Target target);
-size_t lora_expand_workspace(const LoraExpandParams& p, Target target);
-size_t lora_wgrad_workspace(const LoraWgradParams& p, Target target);
-size_t lora_shrink_wgrad_workspace(const LoraShrinkWgradParams& p, Target target);
-size_t lora_rescale_workspace(const LoraRescaleParams& p, Target target);
-
-void lora_shrink_cpu(const LoraShrinkParams& p, void* workspace);
-void lora_expand_cpu(const LoraExpandParams& p, void* workspace);
-void lora_wgrad_cpu(const LoraWgradParams& p, void* workspace);
-void lora_shrink_wgrad_cpu(const LoraShrinkWgradParams& p, void* workspace);
-void lora_rescale_cpu(const LoraRescaleParams& p, void* workspace);
-
-// Return a cudaError_t value.
-int lora_shrink_cuda(const LoraShrinkParams& p, void* workspace, Stream stream);
-int lora_expand_cuda(const LoraExpandParams& p, void* workspace, Stream stream);
-int lora_wgrad_cuda(const LoraWgradParams& p, void* workspace, Stream stream);
-int lora_shrink_wgrad_cuda(const LoraShrinkWgradParams& p, void* workspace, Stream stream);
-int lora_rescale_cuda(const LoraRescaleParams& p, void* workspace, Stream stream);
+LRK_KERNEL(lora_shrink, LoraShrinkParams)
+LRK_KERNEL(lora_expand, LoraExpandParams)
+LRK_KERNEL(lora_wgrad, LoraWgradParams)
+LRK_KERNEL(lora_shrink_wgrad, LoraShrinkWgradParams)
+LRK_KERNEL(lora_rescale, LoraRescaleParams)
 
 }  // namespace lrk

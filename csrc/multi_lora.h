@@ -101,28 +101,19 @@ struct MultiLoraScatterParams {
   DType factor_dtype;
 };
 
+constexpr int kCpuSplitRows = kCpuSplit / kCpuTokens * kCpuTokens;  // of a split of wgrad on the CPU: whole tiles
+
+// shrink on the CPU: ranks of a page that a task takes, fewer where rows are few, so that threads share an adapter.
+constexpr int cpu_page_ranks(int64_t rows) { return rows <= kCpuTokens ? kPageRanks / 2 : kPageRanks; }
+
 // shrink on CUDA: as choose_lora_shrink, one block per chunk of N where rows are few.
 ShrinkConfig choose_multi_lora_shrink(int64_t T, int64_t K, int64_t N, Target target);
 
-size_t multi_lora_plan_workspace(const MultiLoraPlanParams& p, Target target);
-size_t multi_lora_shrink_workspace(const MultiLoraShrinkParams& p, Target target);
-size_t multi_lora_expand_workspace(const MultiLoraExpandParams& p, Target target);
-size_t multi_lora_wgrad_workspace(const MultiLoraWgradParams& p, Target target);
-size_t multi_lora_gather_workspace(const MultiLoraGatherParams& p, Target target);
-size_t multi_lora_scatter_workspace(const MultiLoraScatterParams& p, Target target);
-
-void multi_lora_plan_cpu(const MultiLoraPlanParams& p, void* workspace);
-void multi_lora_shrink_cpu(const MultiLoraShrinkParams& p, void* workspace);
-void multi_lora_expand_cpu(const MultiLoraExpandParams& p, void* workspace);
-void multi_lora_wgrad_cpu(const MultiLoraWgradParams& p, void* workspace);
-void multi_lora_gather_cpu(const MultiLoraGatherParams& p, void* workspace);
-void multi_lora_scatter_cpu(const MultiLoraScatterParams& p, void* workspace);
-
-int multi_lora_plan_cuda(const MultiLoraPlanParams& p, void* workspace, Stream stream);
-int multi_lora_shrink_cuda(const MultiLoraShrinkParams& p, void* workspace, Stream stream);
-int multi_lora_expand_cuda(const MultiLoraExpandParams& p, void* workspace, Stream stream);
-int multi_lora_wgrad_cuda(const MultiLoraWgradParams& p, void* workspace, Stream stream);
-int multi_lora_gather_cuda(const MultiLoraGatherParams& p, void* workspace, Stream stream);
-int multi_lora_scatter_cuda(const MultiLoraScatterParams& p, void* workspace, Stream stream);
+LRK_KERNEL(multi_lora_plan, MultiLoraPlanParams)
+LRK_KERNEL(multi_lora_shrink, MultiLoraShrinkParams)
+LRK_KERNEL(multi_lora_expand, MultiLoraExpandParams)
+LRK_KERNEL(multi_lora_wgrad, MultiLoraWgradParams)
+LRK_KERNEL(multi_lora_gather, MultiLoraGatherParams)
+LRK_KERNEL(multi_lora_scatter, MultiLoraScatterParams)
 
 }  // namespace lrk

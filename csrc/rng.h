@@ -6,7 +6,7 @@
 //
 // A block is 128 bits = 128 / b consecutive columns of one row at b bits per element; element j of the block takes bits
 // [j b, (j + 1) b), word 0 lowest. No leading dimension enters and a row starts on a fresh block, so a slice, a tile or a
-// thread sees the same values on any device and in any order.
+// thread sees the same values on any device and in any order. cpu/philox.h has the same bits in vectors.
 #pragma once
 
 #include "common.h"
@@ -77,16 +77,18 @@ LRK_HD Philox basis_block(uint64_t seed, uint32_t tag, uint32_t tensor, uint32_t
 }
 
 // Element j of a block, exact in fp32. kUniform8 is exact in bf16 too, kUniform16 a sum of two bf16.
-template <Distribution D>
+template <Distribution Dist>
 LRK_HD float basis_value(const Philox& block, int j) {
-  constexpr int b = bits_of(D), per_word = 32 / b;
+  constexpr int b = bits_of(Dist), per_word = 32 / b;
   const uint32_t h = block.v[j / per_word] >> (j % per_word * b);
-  if (D == Distribution::kUniform8) return static_cast<float>(static_cast<int>(2 * (h & 0xffu)) - 255) * 0x1p-8f;
-  if (D == Distribution::kUniform16) return static_cast<float>(static_cast<int>(2 * (h & 0xffffu)) - 65535) * 0x1p-16f;
-  if (D == Distribution::kUniform32)
+  if (Dist == Distribution::kUniform8) return static_cast<float>(static_cast<int>(2 * (h & 0xffu)) - 255) * 0x1p-8f;
+  if (Dist == Distribution::kUniform16)
+    return static_cast<float>(static_cast<int>(2 * (h & 0xffffu)) - 65535) * 0x1p-16f;
+  if (Dist == Distribution::kUniform32)
     return static_cast<float>(static_cast<int>(2 * (h >> 8)) - ((1 << 24) - 1)) * 0x1p-24f;
-  if (D == Distribution::kSign) return bit_cast<float>(0x3f800000u | h << 31);
-  if (D == Distribution::kTernary4) return static_cast<float>(static_cast<int>(h & 1u) - static_cast<int>(h >> 1 & 1u));
+  if (Dist == Distribution::kSign) return bit_cast<float>(0x3f800000u | h << 31);
+  if (Dist == Distribution::kTernary4)
+    return static_cast<float>(static_cast<int>(h & 1u) - static_cast<int>(h >> 1 & 1u));
   return (h & 0xffffu) < 10923u ? -1.f : (h & 0xffffu) >= 54613u ? 1.f : 0.f;
 }
 

@@ -46,7 +46,7 @@ def names_of(family: str) -> set[str]:
     """Ops and types of a family of kernels."""
     glue = "".join(code(ROOT / s.path) for s in sources.sources("ops") if s.family == family)
     types = re.findall(r"\b(?:struct|enum class|enum)\s+(\w+)", code(ROOT / "csrc" / f"{family}.h"))
-    return {*re.findall(r'm\.def\(\s*"(\w+)\(', glue), *types}
+    return {*re.findall(r"LRK_OP\((\w+),", glue), *types}
 
 
 def classes_of(name: str) -> set[str]:

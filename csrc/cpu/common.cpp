@@ -2,6 +2,7 @@
 #include "common.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 
 namespace lrk {
@@ -13,14 +14,13 @@ namespace {
 
 CpuIsa detect_isa() {
   CpuIsa best = CpuIsa::kBaseline;
-#if defined(LRK_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+#if defined(LRK_HAVE_AVX)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     best = CpuIsa::kAvx2;
-#endif
-#if defined(LRK_HAVE_AVX512)
-  if (best == CpuIsa::kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    best = CpuIsa::kAvx512;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      best = CpuIsa::kAvx512;
+  }
 #endif
   if (const char* wanted = std::getenv("LRKERN_CPU_ISA")) {
     for (CpuIsa isa : {CpuIsa::kBaseline, CpuIsa::kAvx2, CpuIsa::kAvx512})

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the low-rank families do with a factor on the CPU: view or pack a piece of it as a tile, draw it into the cache;
+// What the low-rank families do with a factor on the CPU: view or pack a part of it as a tile, draw it into the cache;
 // and how they choose types, share tasks and keep scratch memory.
 #pragma once
 
@@ -14,17 +14,8 @@ namespace lrk::LRK_ISA {
 
 static_assert(kChunk == kCpuChunk, "workspace sizes follow lora.h");
 
-constexpr int kTileRows = 24;   // tokens per fp32 tile: 48 KB
-constexpr int kRankBlock = 64;  // shrink: ranks per task, so that one token with a large rank still has tasks to share;
-                                // expand: ranks summed at a time
-constexpr int kFewRows = 16;    // tokens that do not pay for reading a factor
+constexpr int kFewRows = 16;     // tokens that do not pay for reading a factor
 constexpr int kWgradCols = 256;  // columns of one task of wgrad
-
-// Tasks that a thread takes at once: some 3 us of work. A task is `rows` x `cols` elements against `ranks` ranks of a
-// factor; reading an element of the factor counts as 4 multiply-adds.
-inline int64_t grain(int64_t rows, int64_t cols, int64_t ranks) {
-  return std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, (rows + 4) * cols * ranks));
-}
 
 // Memory of this thread, kept for its next call.
 inline float* thread_scratch(size_t floats) {
@@ -71,7 +62,7 @@ View factor_tile(const Factor& u, int64_t r0, int ranks, int64_t n0, int n, floa
   return {tile, kPitch};
 }
 
-// Draws that piece of U into the cache, for few tokens: there is no arithmetic to hide the wait behind, but all lines can
+// Draws that part of U into the cache, for few tokens: there is no arithmetic to hide the wait behind, but all lines can
 // be under way at once.
 template <class F>
 void fetch_factor(const Factor& u, int64_t r0, int ranks, int64_t n0, int64_t n) {
@@ -81,23 +72,30 @@ void fetch_factor(const Factor& u, int64_t r0, int ranks, int64_t n0, int64_t n)
 
 }  // namespace lrk::LRK_ISA
 
-// Entry point name_cpu, made in the baseline copy of a family only: runs the copy of `name` for this machine.
-#if defined(LRK_HAVE_AVX2)
-#define LRK_IF_AVX2(...) __VA_ARGS__
-#else
-#define LRK_IF_AVX2(...)
-#endif
-#if defined(LRK_HAVE_AVX512)
-#define LRK_IF_AVX512(...) __VA_ARGS__
-#else
-#define LRK_IF_AVX512(...)
-#endif
-#define LRK_CPU_ENTRY(name, Params)                                                 \
-  LRK_IF_AVX2(namespace avx2 { void name(const Params& p, float* workspace); })     \
-  LRK_IF_AVX512(namespace avx512 { void name(const Params& p, float* workspace); }) \
-  void name##_cpu(const Params& p, void* workspace) {                               \
-    float* ws = static_cast<float*>(workspace);                                     \
-    LRK_IF_AVX512(if (cpu_isa() == CpuIsa::kAvx512) return avx512::name(p, ws);)    \
-    LRK_IF_AVX2(if (cpu_isa() == CpuIsa::kAvx2) return avx2::name(p, ws);)          \
-    baseline::name(p, ws);                                                          \
+// A kernel of the contract: LRK_CPU_ENTRY(lora_shrink, LoraShrinkParams, <what it does with p and workspace>), and, in the
+// baseline copy of a family, the entry point name_cpu, which runs the copy for this machine.
+#if !defined(LRK_ISA_ENTRY)
+#define LRK_CPU_DISPATCH(name, Params)
+#elif defined(LRK_HAVE_AVX)
+#define LRK_CPU_DISPATCH(name, Params)                                            \
+  namespace avx2 {                                                                \
+  void name(const Params& p, float* workspace);                                   \
+  }                                                                               \
+  namespace avx512 {                                                              \
+  void name(const Params& p, float* workspace);                                   \
+  }                                                                               \
+  void name##_cpu(const Params& p, void* workspace) {                             \
+    const CpuIsa isa = cpu_isa();                                                 \
+    (isa == CpuIsa::kAvx512 ? avx512::name                                        \
+     : isa == CpuIsa::kAvx2 ? avx2::name                                          \
+                            : baseline::name)(p, static_cast<float*>(workspace)); \
   }
+#else
+#define LRK_CPU_DISPATCH(name, Params) \
+  void name##_cpu(const Params& p, void* workspace) { baseline::name(p, static_cast<float*>(workspace)); }
+#endif
+#define LRK_CPU_ENTRY(name, Params, ...)                                         \
+  namespace LRK_ISA {                                                            \
+  void name(const Params& p, [[maybe_unused]] float* workspace) { __VA_ARGS__; } \
+  }                                                                              \
+  LRK_CPU_DISPATCH(name, Params)

@@ -37,34 +37,32 @@ void shrink(const LoraShrinkParams& p) {
   const X* x = static_cast<const X*>(p.x);
   F* s = static_cast<F*>(p.s);
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
-  const int64_t tiles = ceil_div(p.T, kTileRows),
-                block = tiles > 1 ? kRankBlock : 8;  // few tokens: so that threads share a factor's rows
-  const int64_t rank_blocks = ceil_div(p.R, block);
-  const int64_t task = grain(std::min<int64_t>(p.T, kTileRows), p.N, std::min<int64_t>(p.R, block));
-  parallel_for(rank_blocks * tiles, task, [&](int64_t begin, int64_t end) {
-    alignas(64) float tile[kTileRows * kPitch], u_tile[kRankBlock * kPitch], acc[kRun * kTileRows * kRankBlock];
+  const CpuTasks tasks = choose_lora_cpu_shrink(p.T, p.N, p.R);
+  const int64_t tiles = ceil_div(p.T, kCpuTokens), block = tasks.ranks;
+  parallel_for(tasks.count, tasks.grain, [&](int64_t begin, int64_t end) {
+    alignas(64) float tile[kCpuTokens * kPitch], u_tile[kCpuRanks * kPitch], acc[kRun * kCpuTokens * kCpuRanks];
     for_each_run(begin, end, tiles, kRun, [&](int64_t rank_block, int64_t first, int64_t count) {
-      const int64_t r0 = rank_block * block, t0 = first * kTileRows;
-      const int64_t rows = std::min<int64_t>(count * kTileRows, p.T - t0);
+      const int64_t r0 = rank_block * block, t0 = first * kCpuTokens;
+      const int64_t rows = std::min<int64_t>(count * kCpuTokens, p.T - t0);
       const int ranks = static_cast<int>(std::min<int64_t>(block, p.R - r0));
-      std::fill_n(acc, rows * kRankBlock, 0.f);
+      std::fill_n(acc, rows * kCpuRanks, 0.f);
       if (rows <= kFewRows) fetch_factor<F>(p.u, r0, ranks, 0, p.N);
       for (int64_t n0 = 0; n0 < p.N; n0 += kChunk) {
         const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - n0));
         const View u = factor_tile<F>(p.u, r0, ranks, n0, n, u_tile);
-        for (int64_t t = 0; t < rows; t += kTileRows) {
-          const int m = static_cast<int>(std::min<int64_t>(kTileRows, rows - t));
+        for (int64_t t = 0; t < rows; t += kCpuTokens) {
+          const int m = static_cast<int>(std::min<int64_t>(kCpuTokens, rows - t));
           load_tile(x, p.x_pitch, t0 + t, m, n0, n, p.dropout, seed, tile);
-          const bool wraps = t + kTileRows >= rows;  // then the first tile of the next chunk
-          const int64_t next = wraps ? 0 : t + kTileRows, next_n0 = wraps ? n0 + kChunk : n0;
-          dot_tiles({tile, kPitch}, m, u, ranks, n, acc + t * kRankBlock, kRankBlock,
+          const bool wraps = t + kCpuTokens >= rows;  // then the first tile of the next chunk
+          const int64_t next = wraps ? 0 : t + kCpuTokens, next_n0 = wraps ? n0 + kChunk : n0;
+          dot_tiles({tile, kPitch}, m, u, ranks, n, acc + t * kCpuRanks, kCpuRanks,
                     Ahead::of(x + (t0 + next) * p.x_pitch + next_n0, p.x_pitch,
-                              next_n0 < p.N ? std::min<int64_t>(kTileRows, rows - next) : 0,
+                              next_n0 < p.N ? std::min<int64_t>(kCpuTokens, rows - next) : 0,
                               std::min<int64_t>(kChunk, p.N - next_n0)));
         }
       }
       for (int64_t t = 0; t < rows; ++t)
-        for (int r = 0; r < ranks; ++r) s[(t0 + t) * p.R + r0 + r] = from_float<F>(p.scale * acc[t * kRankBlock + r]);
+        for (int r = 0; r < ranks; ++r) s[(t0 + t) * p.R + r0 + r] = from_float<F>(p.scale * acc[t * kCpuRanks + r]);
     });
   });
 }
@@ -98,8 +96,8 @@ struct AddendRow {
 template <class X, class F>
 void expand(const LoraExpandParams& p) {
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
-  const int64_t tiles = ceil_div(p.T, kTileRows), chunks = ceil_div(p.N, kChunk);
-  const int64_t task = grain(std::min<int64_t>(p.T, kTileRows), std::min<int64_t>(p.N, kChunk), p.R);
+  const int64_t tiles = ceil_div(p.T, kCpuTokens), chunks = ceil_div(p.N, kChunk);
+  const int64_t task = cpu_grain(std::min<int64_t>(p.T, kCpuTokens), std::min<int64_t>(p.N, kChunk), p.R);
   const auto y_at = [&](int64_t t, int64_t n) { return static_cast<X*>(p.y) + t * p.y_pitch + n; };
   const auto addend = [&](int64_t t, int64_t n) {
     return AddendRow<X>{p.base ? static_cast<const X*>(p.base) + t * p.base_pitch + n : nullptr,
@@ -107,17 +105,17 @@ void expand(const LoraExpandParams& p) {
                         p.bias ? static_cast<const X*>(p.bias) + n : nullptr};
   };
   parallel_for(chunks * tiles, task, [&](int64_t begin, int64_t end) {
-    alignas(64) float tile[kTileRows * kPitch], s_rows[kTileRows * kMaxRank];
+    alignas(64) float tile[kCpuTokens * kPitch], s_rows[kCpuTokens * kMaxRank];
     float* u_tile = thread_scratch(p.R * kPitch);
     for_each_run(begin, end, tiles, tiles, [&](int64_t chunk, int64_t first, int64_t count) {
-      const int64_t n0 = chunk * kChunk, last = std::min<int64_t>((first + count) * kTileRows, p.T);
+      const int64_t n0 = chunk * kChunk, last = std::min<int64_t>((first + count) * kCpuTokens, p.T);
       const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - n0));
-      if (last - first * kTileRows <= kFewRows) fetch_factor<F>(p.u, 0, p.R, n0, n);
+      if (last - first * kCpuTokens <= kFewRows) fetch_factor<F>(p.u, 0, p.R, n0, n);
       const View u = factor_tile<F>(p.u, 0, p.R, n0, n, u_tile);
-      for (int64_t t0 = first * kTileRows; t0 < last; t0 += kTileRows) {
-        const int rows = static_cast<int>(std::min<int64_t>(kTileRows, last - t0));
+      for (int64_t t0 = first * kCpuTokens; t0 < last; t0 += kCpuTokens) {
+        const int rows = static_cast<int>(std::min<int64_t>(kCpuTokens, last - t0));
         const View s = s_tile<F>(p.s, p.R, t0, rows, 0, p.R, s_rows);
-        if (p.R <= kRankBlock && n % kBlock == 0 && !p.dropout.threshold) {  // sums go from registers to y
+        if (p.R <= kCpuRanks && n % kBlock == 0 && !p.dropout.threshold) {  // sums go from registers to y
           for (int m0 = 0; m0 < rows; m0 += kRows)
             with_count<kRows>(std::min(rows - m0, kRows), [&](auto M) {
               for (int i = 0; i < n; i += kBlock) {
@@ -133,9 +131,11 @@ void expand(const LoraExpandParams& p) {
             });
           continue;
         }
-        outer_tiles<false>(s.data, s.pitch, 1, u, std::min<int64_t>(p.R, kRankBlock), rows, n, tile);
-        for (int64_t r = kRankBlock; r < p.R; r += kRankBlock)
-          outer_tiles<true>(s.data + r, s.pitch, 1, u.at(r), std::min<int64_t>(p.R - r, kRankBlock), rows, n, tile);
+        int64_t r = 0;
+        do {
+          const int64_t ranks = std::min<int64_t>(p.R - r, kCpuRanks);
+          outer_tiles(r > 0, s.data + r, s.pitch, 1, u.at(r), ranks, rows, n, tile);
+        } while ((r += kCpuRanks) < p.R);
         for (int t = 0; t < rows; ++t) {
           float* sums = tile + t * kPitch;
           drop(p.dropout, seed, t0 + t, n0, n, sums);
@@ -151,19 +151,19 @@ void expand(const LoraExpandParams& p) {
 }
 
 template <class X>
-void rescale(const LoraRescaleParams& p, float* planes) {
+void rescale(const LoraRescaleParams& p, float* partial) {
   const X *dy = static_cast<const X*>(p.dy), *base = static_cast<const X*>(p.base);
   X* dz = static_cast<X*>(p.dz);
-  const int64_t chunks = ceil_div(p.N, kChunk), segments = ceil_div(p.T, kRescaleRows);
-  parallel_for(chunks * segments, grain(std::min<int64_t>(p.T, kRescaleRows), std::min<int64_t>(p.N, kChunk), 1),
+  const int64_t chunks = ceil_div(p.N, kChunk), splits = ceil_div(p.T, kRescaleRows);
+  parallel_for(chunks * splits, cpu_grain(std::min<int64_t>(p.T, kRescaleRows), std::min<int64_t>(p.N, kChunk), 1),
                [&](int64_t begin, int64_t end) {
                  alignas(64) float sum[kChunk];
                  for (int64_t task = begin; task < end; ++task) {
-                   const int64_t segment = task / chunks, col = task % chunks * kChunk;
+                   const int64_t split = task / chunks, col = task % chunks * kChunk;
                    const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - col));
-                   const int64_t last = std::min<int64_t>(p.T, (segment + 1) * kRescaleRows);
+                   const int64_t last = std::min<int64_t>(p.T, (split + 1) * kRescaleRows);
                    std::fill_n(sum, n, 0.f);
-                   for (int64_t t = segment * kRescaleRows; t < last; ++t) {
+                   for (int64_t t = split * kRescaleRows; t < last; ++t) {
                      const X* d = dy + t * p.dy_pitch + col;
                      if (p.dc) {
                        const X* b = base + t * p.base_pitch + col;
@@ -178,37 +178,33 @@ void rescale(const LoraRescaleParams& p, float* planes) {
                      for (; i + kLanes <= n; i += kLanes) store(z + i, load(c + i) * load(d + i));
                      for (; i < n; ++i) z[i] = from_float<X>(c[i] * to_float(d[i]));
                    }
-                   if (p.dc) std::copy_n(sum, n, planes + segment * p.N + col);
+                   if (p.dc) std::copy_n(sum, n, partial + split * p.N + col);
                  }
                });
   if (!p.dc) return;
   std::fill_n(p.dc, p.N, 0.f);
-  for (int64_t k = 0; k < segments; ++k)
-    for (int64_t i = 0; i < p.N; ++i) p.dc[i] += planes[k * p.N + i];
+  for (int64_t k = 0; k < splits; ++k)
+    for (int64_t i = 0; i < p.N; ++i) p.dc[i] += partial[k * p.N + i];
 }
 
-// wgrad of ranks [r0, r0 + ranks) and columns [n0, n0 + n): the sum of each segment of T in order, then their sum. Where
+// wgrad of ranks [r0, r0 + ranks) and columns [n0, n0 + n): the sum of each split of T in order, then their sum. Where
 // `u` is given, the tiles of x that it reads also go to ds [T][R], as shrink's sum over these columns.
 template <class X, class F>
 void wgrad_block(const LoraWgradParams& p, int64_t r0, int ranks, int64_t n0, int n, float* sums, const View* u,
                  float* ds) {
-  alignas(64) float tile[kTileRows * kPitch], s_rows[kTileRows * kMaxRank];
+  alignas(64) float tile[kCpuTokens * kPitch], s_rows[kCpuTokens * kMaxRank];
   float *sum = sums, *total = sums + ranks * kPitch;  // [ranks][kPitch]
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
-  const int64_t segment = split_tokens(p.T, kCpuSplit);
-  for (int64_t start = 0; start < p.T; start += segment) {
-    const int64_t last = std::min<int64_t>(p.T, start + segment);
-    for (int64_t t0 = start; t0 < last; t0 += kTileRows) {
-      const int rows = static_cast<int>(std::min<int64_t>(kTileRows, last - t0));
+  const int64_t tokens = split_tokens(p.T, kCpuSplit);
+  for (int64_t start = 0; start < p.T; start += tokens) {
+    const int64_t last = std::min<int64_t>(p.T, start + tokens);
+    for (int64_t t0 = start; t0 < last; t0 += kCpuTokens) {
+      const int rows = static_cast<int>(std::min<int64_t>(kCpuTokens, last - t0));
       load_tile(static_cast<const X*>(p.x), p.x_pitch, t0, rows, n0, n, p.dropout, seed, tile);
       const View s = s_tile<F>(p.s, p.R, t0, rows, r0, ranks, s_rows), x{tile, kPitch};
       const Ahead next = Ahead::of(static_cast<const X*>(p.x) + (t0 + rows) * p.x_pitch + n0, p.x_pitch,
-                                   std::min<int64_t>(kTileRows, p.T - t0 - rows), n);
-      if (t0 == start) {
-        outer_tiles<false>(s.data, 1, s.pitch, x, rows, ranks, n, sum, next);
-      } else {
-        outer_tiles<true>(s.data, 1, s.pitch, x, rows, ranks, n, sum, next);
-      }
+                                   std::min<int64_t>(kCpuTokens, p.T - t0 - rows), n);
+      outer_tiles(t0 > start, s.data, 1, s.pitch, x, rows, ranks, n, sum, next);
       if (!u) continue;
       std::fill_n(ds + t0 * p.R, rows * static_cast<int64_t>(p.R), 0.f);
       dot_tiles(x, rows, *u, ranks, n, ds + t0 * p.R, p.R);
@@ -222,13 +218,13 @@ void wgrad_block(const LoraWgradParams& p, int64_t r0, int ranks, int64_t n0, in
 
 template <class X, class F>
 void wgrad(const LoraWgradParams& p) {
-  const int64_t blocks = ceil_div(p.N, kWgradCols), rank_blocks = ceil_div(p.R, kRankBlock);
-  const int64_t task = grain(p.T, std::min<int64_t>(p.N, kWgradCols), std::min<int64_t>(p.R, kRankBlock));
+  const int64_t blocks = ceil_div(p.N, kWgradCols), rank_blocks = ceil_div(p.R, kCpuRanks);
+  const int64_t task = cpu_grain(p.T, std::min<int64_t>(p.N, kWgradCols), std::min<int64_t>(p.R, kCpuRanks));
   parallel_for(blocks * rank_blocks, task, [&](int64_t begin, int64_t end) {
-    float* sums = thread_scratch(2 * kRankBlock * kPitch);
+    float* sums = thread_scratch(2 * kCpuRanks * kPitch);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t n0 = i / rank_blocks * kWgradCols, r0 = i % rank_blocks * kRankBlock;
-      wgrad_block<X, F>(p, r0, static_cast<int>(std::min<int64_t>(kRankBlock, p.R - r0)), n0,
+      const int64_t n0 = i / rank_blocks * kWgradCols, r0 = i % rank_blocks * kCpuRanks;
+      wgrad_block<X, F>(p, r0, static_cast<int>(std::min<int64_t>(kCpuRanks, p.R - r0)), n0,
                         static_cast<int>(std::min<int64_t>(kWgradCols, p.N - n0)), sums, nullptr, nullptr);
     }
   });
@@ -239,12 +235,12 @@ template <class X, class F>
 void shrink_wgrad(const LoraShrinkWgradParams& both, float* partial) {
   const LoraShrinkParams& p = both.shrink;
   const int64_t chunks = ceil_div(p.N, kChunk), count = p.T * p.R;
-  if (chunks < 2 * parallel_threads()) {  // too few tasks: two passes, which give the same bits
+  if (!one_cpu_pass(p.N, parallel_threads())) {
     shrink<X, F>(p);
     wgrad<X, F>(both.wgrad);
     return;
   }
-  parallel_for(chunks, grain(p.T, std::min<int64_t>(p.N, kChunk), p.R), [&](int64_t begin, int64_t end) {
+  parallel_for(chunks, cpu_grain(p.T, std::min<int64_t>(p.N, kChunk), p.R), [&](int64_t begin, int64_t end) {
     float *sums = thread_scratch(3 * p.R * kPitch), *u_tile = sums + 2 * p.R * kPitch;
     for (int64_t c = begin; c < end; ++c) {
       const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - c * kChunk));
@@ -263,33 +259,17 @@ void shrink_wgrad(const LoraShrinkWgradParams& both, float* partial) {
 }
 
 }  // namespace
-
-void lora_shrink(const LoraShrinkParams& p, float*) {
-  with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { shrink<decltype(x), decltype(f)>(p); });
-}
-void lora_expand(const LoraExpandParams& p, float*) {
-  with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { expand<decltype(x), decltype(f)>(p); });
-}
-void lora_wgrad(const LoraWgradParams& p, float*) {
-  with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { wgrad<decltype(x), decltype(f)>(p); });
-}
-void lora_shrink_wgrad(const LoraShrinkWgradParams& p, float* workspace) {
-  with_types(p.shrink.dtype, p.shrink.factor_dtype,
-             [&](auto x, auto f) { shrink_wgrad<decltype(x), decltype(f)>(p, workspace); });
-}
-
-void lora_rescale(const LoraRescaleParams& p, float* workspace) {
-  with_float(p.dtype, [&](auto x) { rescale<decltype(x)>(p, workspace); });
-}
-
 }  // namespace LRK_ISA
 
-#if defined(LRK_ISA_ENTRY)
-LRK_CPU_ENTRY(lora_shrink, LoraShrinkParams)
-LRK_CPU_ENTRY(lora_expand, LoraExpandParams)
-LRK_CPU_ENTRY(lora_wgrad, LoraWgradParams)
-LRK_CPU_ENTRY(lora_shrink_wgrad, LoraShrinkWgradParams)
-LRK_CPU_ENTRY(lora_rescale, LoraRescaleParams)
-#endif
+LRK_CPU_ENTRY(lora_shrink, LoraShrinkParams,
+              with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { shrink<decltype(x), decltype(f)>(p); }))
+LRK_CPU_ENTRY(lora_expand, LoraExpandParams,
+              with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { expand<decltype(x), decltype(f)>(p); }))
+LRK_CPU_ENTRY(lora_wgrad, LoraWgradParams,
+              with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { wgrad<decltype(x), decltype(f)>(p); }))
+LRK_CPU_ENTRY(lora_shrink_wgrad, LoraShrinkWgradParams,
+              with_types(p.shrink.dtype, p.shrink.factor_dtype,
+                         [&](auto x, auto f) { shrink_wgrad<decltype(x), decltype(f)>(p, workspace); }))
+LRK_CPU_ENTRY(lora_rescale, LoraRescaleParams, with_float(p.dtype, [&](auto x) { rescale<decltype(x)>(p, workspace); }))
 
 }  // namespace lrk

@@ -12,17 +12,18 @@ namespace LRK_ISA {
 namespace {
 
 // Up to kPageRanks ranks that lie in one page: rows row.. of the pool are ranks rank.. of a slice.
-struct Piece {
+struct RankRun {
   int64_t row, rank;
   int32_t slice, ranks;
 
   Factor factor(const void* pool, int64_t N, size_t size) const {
-    return {static_cast<const char*>(pool) + row * N * static_cast<int64_t>(size), N, 1};
+    return {
+        .data = static_cast<const char*>(pool) + row * N * static_cast<int64_t>(size), .stride_r = N, .stride_n = 1};
   }
 };
 
-// The pieces of an adapter, in order of slices and ranks, `most` ranks each.
-void pieces_of(const Adapters& d, int64_t adapter, int most, std::vector<Piece>& out) {
+// The runs of an adapter, in order of slices and ranks, `most` ranks each.
+void runs_of(const Adapters& d, int64_t adapter, int most, std::vector<RankRun>& out) {
   out.clear();
   for (int32_t l = d.first; l < d.first + d.slices; ++l) {
     const int32_t* pages = d.pages + (adapter * d.L + l) * d.M;
@@ -61,11 +62,21 @@ uint64_t seed_of(const Adapters& d) { return d.dropout_p ? static_cast<uint64_t>
 int64_t ranks_of(const Adapters& d) { return kPageRanks * d.M; }
 
 // Where S has rank r of the slot and slice of a row.
-int64_t s_offset(const Adapters& d, int64_t row, int64_t k, const Piece& p) {
+int64_t s_offset(const Adapters& d, int64_t row, int64_t k, const RankRun& p) {
   return ((row * d.K + k) * d.L + p.slice) * ranks_of(d) + p.rank;
 }
 
-// A tile of rows against the pieces [begin, end) of its adapter, kRankBlock ranks at most.
+// tile[count][kPitch] = D(x) of rows first .. of a tile, columns n0 ..
+template <class X>
+void load_rows(const Adapters& d, const RowTile& rows, int first, int count, const X* x, int64_t pitch, int64_t n0,
+               int n, const Dropout& dropout, float* tile) {
+  for (int r = 0; r < count; ++r) {
+    const int64_t row = rows.rows[first + r];
+    load_row(x + row * pitch + n0, n, dropout, seed_of(d), row * d.K + rows.k, n0, tile + r * kPitch);
+  }
+}
+
+// A tile of rows against the runs [begin, end) of its adapter, kCpuRanks ranks at most.
 struct ShrinkTask {
   RowTile tile;
   size_t begin, end;
@@ -80,70 +91,66 @@ void shrink(const MultiLoraShrinkParams& p) {
   for (int64_t i = 0; i < T * d.K; ++i)  // of the slices at hand
     std::memset(static_cast<void*>(s + i * slot + d.first * ranks_of(d)), 0, d.slices * ranks_of(d) * sizeof(F));
 
-  const int most = T * d.K <= kTileRows ? kPageRanks / 2 : kPageRanks;  // few rows: so that threads share an adapter
+  const int most = cpu_page_ranks(T * d.K);
   std::vector<ShrinkTask> tasks;
-  std::vector<Piece> pieces, one;
+  std::vector<RankRun> runs, one;
   for (int64_t k = 0; k < d.K; ++k)
     for (const RowTile& tile : tiles_of(d, k)) {
       if (tile.adapter < 0) continue;
-      pieces_of(d, tile.adapter, most, one);
-      const size_t at = pieces.size(), block = most < kPageRanks ? 1 : kRankBlock / kPageRanks;
-      pieces.insert(pieces.end(), one.begin(), one.end());
-      for (size_t i = at; i < pieces.size(); i += block) tasks.push_back({tile, i, std::min(i + block, pieces.size())});
+      runs_of(d, tile.adapter, most, one);
+      const size_t at = runs.size(), block = most < kPageRanks ? 1 : kCpuRanks / kPageRanks;
+      runs.insert(runs.end(), one.begin(), one.end());
+      for (size_t i = at; i < runs.size(); i += block) tasks.push_back({tile, i, std::min(i + block, runs.size())});
     }
   if (tasks.empty()) return;
-  const int64_t share = grain(T * d.K / static_cast<int64_t>(tasks.size()), p.N, most);
+  const int64_t share = cpu_grain(T * d.K / static_cast<int64_t>(tasks.size()), p.N, most);
   parallel_for(static_cast<int64_t>(tasks.size()), share, [&](int64_t first, int64_t last) {
-    alignas(64) float tile[kTileRows * kPitch], u_tile[kRankBlock * kPitch], acc[kPlanRows * kRankBlock];
+    alignas(64) float tile[kCpuTokens * kPitch], u_tile[kCpuRanks * kPitch], acc[kPlanRows * kCpuRanks];
     for (int64_t i = first; i < last; ++i) {
       const ShrinkTask& task = tasks[i];
       const RowTile& rows = task.tile;
       const Dropout dropout = dropout_of(d, rows.adapter);
       const int count = static_cast<int>(task.end - task.begin);
-      std::fill_n(acc, int64_t{rows.count} * kRankBlock, 0.f);
+      std::fill_n(acc, int64_t{rows.count} * kCpuRanks, 0.f);
       if (rows.count <= kFewRows)
         for (size_t j = task.begin; j < task.end; ++j)
-          fetch_factor<F>(pieces[j].factor(p.pool, p.N, sizeof(F)), 0, pieces[j].ranks, 0, p.N);
+          fetch_factor<F>(runs[j].factor(p.pool, p.N, sizeof(F)), 0, runs[j].ranks, 0, p.N);
       for (int64_t n0 = 0; n0 < p.N; n0 += kChunk) {
         const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - n0));
-        View u[kRankBlock / kPageRanks];
+        View u[kCpuRanks / kPageRanks];
         for (int j = 0; j < count; ++j) {
-          const Piece& piece = pieces[task.begin + j];
-          u[j] = factor_tile<F>(piece.factor(p.pool, p.N, sizeof(F)), 0, piece.ranks, n0, n,
-                                u_tile + j * kPageRanks * kPitch);
+          const RankRun& run = runs[task.begin + j];
+          u[j] =
+              factor_tile<F>(run.factor(p.pool, p.N, sizeof(F)), 0, run.ranks, n0, n, u_tile + j * kPageRanks * kPitch);
         }
-        for (int t = 0; t < rows.count; t += kTileRows) {
-          const int m = std::min(kTileRows, rows.count - t);
-          for (int r = 0; r < m; ++r) {
-            const int64_t row = rows.rows[t + r];
-            load_row(x + row * p.x_pitch + n0, n, dropout, seed_of(d), row * d.K + rows.k, n0, tile + r * kPitch);
-          }
+        for (int t = 0; t < rows.count; t += kCpuTokens) {
+          const int m = std::min(kCpuTokens, rows.count - t);
+          load_rows(d, rows, t, m, x, p.x_pitch, n0, n, dropout, tile);
           for (int j = 0; j < count; ++j)
-            dot_tiles({tile, kPitch}, m, u[j], pieces[task.begin + j].ranks, n, acc + t * kRankBlock + j * kPageRanks,
-                      kRankBlock);
+            dot_tiles({tile, kPitch}, m, u[j], runs[task.begin + j].ranks, n, acc + t * kCpuRanks + j * kPageRanks,
+                      kCpuRanks);
         }
       }
       for (int t = 0; t < rows.count; ++t) {
         const int64_t row = rows.rows[t];
         const float scale = p.scales ? p.scales[row * d.K + rows.k] : 1.f;
         for (int j = 0; j < count; ++j) {
-          const Piece& piece = pieces[task.begin + j];
-          F* out = s + s_offset(d, row, rows.k, piece);
-          for (int r = 0; r < piece.ranks; ++r)
-            out[r] = from_float<F>(scale * acc[t * kRankBlock + j * kPageRanks + r]);
+          const RankRun& run = runs[task.begin + j];
+          F* out = s + s_offset(d, row, rows.k, run);
+          for (int r = 0; r < run.ranks; ++r) out[r] = from_float<F>(scale * acc[t * kCpuRanks + j * kPageRanks + r]);
         }
       }
     }
   });
 }
 
-// out[r][0..ranks) = the piece's ranks of S in rows[r], fp32 at pitch `pitch`.
+// out[r][0..ranks) = the run's ranks of S in rows[r], fp32 at pitch `pitch`.
 template <class F>
-void gather_s(const Adapters& d, const void* s, const RowTile& tile, int first, int count, const Piece& piece,
+void gather_s(const Adapters& d, const void* s, const RowTile& tile, int first, int count, const RankRun& run,
               float* out, int64_t pitch) {
   for (int t = 0; t < count; ++t) {
-    const F* src = static_cast<const F*>(s) + s_offset(d, tile.rows[first + t], tile.k, piece);
-    for (int r = 0; r < piece.ranks; ++r) out[t * pitch + r] = to_float(src[r]);
+    const F* src = static_cast<const F*>(s) + s_offset(d, tile.rows[first + t], tile.k, run);
+    for (int r = 0; r < run.ranks; ++r) out[t * pitch + r] = to_float(src[r]);
   }
 }
 
@@ -166,32 +173,32 @@ void expand_slot(const MultiLoraExpandParams& p, int64_t k, To* to, int64_t to_p
                 std::find_if(tiles.begin(), tiles.end(), [](const RowTile& t) { return t.adapter >= 0; }));
   if (tiles.empty()) return;
   const int64_t count = static_cast<int64_t>(tiles.size()), chunks = ceil_div(p.N, kChunk);
-  const int64_t share = grain(d.T / count, std::min<int64_t>(p.N, kChunk), kPageRanks);
+  const int64_t share = cpu_grain(d.T / count, std::min<int64_t>(p.N, kChunk), kPageRanks);
   parallel_for(chunks * count, share, [&](int64_t begin, int64_t end) {
     alignas(64) float sums[kPlanRows * kPitch], u_tile[kPageRanks * kPitch], s_rows[kPlanRows * kPageRanks];
-    std::vector<Piece> pieces;
+    std::vector<RankRun> runs;
     for (int64_t i = begin; i < end; ++i) {
       const RowTile& tile = tiles[i % count];
       const int64_t n0 = i / count * kChunk;
       const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - n0)), m = tile.count;
-      pieces.clear();
-      if (tile.adapter >= 0) pieces_of(d, tile.adapter, kPageRanks, pieces);
+      runs.clear();
+      if (tile.adapter >= 0) runs_of(d, tile.adapter, kPageRanks, runs);
       const Dropout dropout = tile.adapter >= 0 ? dropout_of(d, tile.adapter) : Dropout{};
       const auto to_row = [&](int t) { return to + tile.rows[t] * to_pitch + n0; };
       const auto from_row = [&](int t) { return from ? from + tile.rows[t] * from_pitch + n0 : nullptr; };
-      const auto view = [&](const Piece& piece) {
-        const Factor u = piece.factor(p.pool, p.N, sizeof(F));
-        if (m <= kFewRows) fetch_factor<F>(u, 0, piece.ranks, n0, n);
-        gather_s<F>(d, p.s, tile, 0, m, piece, s_rows, kPageRanks);
-        return factor_tile<F>(u, 0, piece.ranks, n0, n, u_tile);
+      const auto view = [&](const RankRun& run) {
+        const Factor u = run.factor(p.pool, p.N, sizeof(F));
+        if (m <= kFewRows) fetch_factor<F>(u, 0, run.ranks, n0, n);
+        gather_s<F>(d, p.s, tile, 0, m, run, s_rows, kPageRanks);
+        return factor_tile<F>(u, 0, run.ranks, n0, n, u_tile);
       };
-      if (pieces.size() == 1 && n % kBlock == 0 && !dropout.threshold) {  // sums go from registers to their rows
-        const View u = view(pieces[0]);
+      if (runs.size() == 1 && n % kBlock == 0 && !dropout.threshold) {  // sums go from registers to their rows
+        const View u = view(runs[0]);
         for (int m0 = 0; m0 < m; m0 += kRows)
           with_count<kRows>(std::min(m - m0, kRows), [&](auto M) {
             for (int c = 0; c < n; c += kBlock) {
               Ahead none;
-              outer_tile<M.value>(s_rows + m0 * kPageRanks, kPageRanks, 1, u.at(0, c), pieces[0].ranks, none,
+              outer_tile<M.value>(s_rows + m0 * kPageRanks, kPageRanks, 1, u.at(0, c), runs[0].ranks, none,
                                   [&](int r, int v, vf sum) {
                                     const int col = c + v * kLanes;
                                     const From* add = from_row(m0 + r);
@@ -201,14 +208,10 @@ void expand_slot(const MultiLoraExpandParams& p, int64_t k, To* to, int64_t to_p
           });
         continue;
       }
-      if (pieces.empty()) std::fill_n(sums, int64_t{m} * kPitch, 0.f);
-      for (size_t j = 0; j < pieces.size(); ++j) {
-        const View u = view(pieces[j]);
-        if (j) {
-          outer_tiles<true>(s_rows, kPageRanks, 1, u, pieces[j].ranks, m, n, sums);
-        } else {
-          outer_tiles<false>(s_rows, kPageRanks, 1, u, pieces[j].ranks, m, n, sums);
-        }
+      if (runs.empty()) std::fill_n(sums, int64_t{m} * kPitch, 0.f);
+      for (size_t j = 0; j < runs.size(); ++j) {
+        const View u = view(runs[j]);
+        outer_tiles(j > 0, s_rows, kPageRanks, 1, u, runs[j].ranks, m, n, sums);
       }
       for (int t = 0; t < m; ++t) {
         float* row = sums + t * kPitch;
@@ -235,7 +238,7 @@ void expand(const MultiLoraExpandParams& p, float* acc) {
   });
 }
 
-// All rows of an adapter against its pieces [begin, end), kRankBlock ranks at most.
+// All rows of an adapter against its runs [begin, end), kCpuRanks ranks at most.
 struct WgradTask {
   int64_t adapter;
   size_t begin, end;
@@ -250,23 +253,22 @@ void wgrad(const MultiLoraWgradParams& p) {
     return RowTile{plan + begin[0], begin[1] - begin[0], adapter, k};
   };
   std::vector<WgradTask> tasks;
-  std::vector<Piece> pieces, one;
+  std::vector<RankRun> runs, one;
   for (int64_t a = 0; a < d.A; ++a) {
     bool used = false;
     for (int64_t k = 0; k < d.K; ++k) used = used || rows_of(a, k).count;
     if (!used) continue;
-    pieces_of(d, a, kPageRanks, one);
-    const size_t from = pieces.size(), block = kRankBlock / kPageRanks;
-    pieces.insert(pieces.end(), one.begin(), one.end());
-    for (size_t i = from; i < pieces.size(); i += block) tasks.push_back({a, i, std::min(i + block, pieces.size())});
+    runs_of(d, a, kPageRanks, one);
+    const size_t from = runs.size(), block = kCpuRanks / kPageRanks;
+    runs.insert(runs.end(), one.begin(), one.end());
+    for (size_t i = from; i < runs.size(); i += block) tasks.push_back({a, i, std::min(i + block, runs.size())});
   }
   if (tasks.empty()) return;
   const int64_t blocks = ceil_div(p.N, kWgradCols), count = static_cast<int64_t>(tasks.size());
-  constexpr int kSegment = 10;  // tiles per partial sum
-  const int64_t share = grain(d.T * d.K / count, std::min<int64_t>(p.N, kWgradCols), kPageRanks);
+  const int64_t share = cpu_grain(d.T * d.K / count, std::min<int64_t>(p.N, kWgradCols), kPageRanks);
   parallel_for(blocks * count, share, [&](int64_t first, int64_t last) {
-    alignas(64) float tile[kTileRows * kPitch], s_rows[kTileRows * kRankBlock];
-    float *sum = thread_scratch(2 * kRankBlock * kPitch), *total = sum + kRankBlock * kPitch;  // [ranks][kPitch]
+    alignas(64) float tile[kCpuTokens * kPitch], s_rows[kCpuTokens * kCpuRanks];
+    float *sum = thread_scratch(2 * kCpuRanks * kPitch), *total = sum + kCpuRanks * kPitch;  // [ranks][kPitch]
     for (int64_t i = first; i < last; ++i) {
       const WgradTask& task = tasks[i / blocks];
       const int64_t n0 = i % blocks * kWgradCols;
@@ -274,35 +276,27 @@ void wgrad(const MultiLoraWgradParams& p) {
       const int ranks = static_cast<int>(task.end - task.begin) * kPageRanks;
       const Dropout dropout = dropout_of(d, task.adapter);
       std::fill_n(total, ranks * kPitch, 0.f);
-      std::fill_n(s_rows, kTileRows * kRankBlock, 0.f);  // ranks a page lacks
+      std::fill_n(s_rows, kCpuTokens * kCpuRanks, 0.f);  // ranks a page lacks
       int tiles = 0;
-      const auto add_segment = [&] {
+      const auto add_split = [&] {
         for (int64_t e = 0; e < int64_t{ranks} * kPitch; ++e) total[e] += sum[e];
         tiles = 0;
       };
       for (int64_t k = 0; k < d.K; ++k) {
         const RowTile rows = rows_of(task.adapter, k);
-        for (int t = 0; t < rows.count; t += kTileRows) {
-          const int m = std::min(kTileRows, rows.count - t);
-          for (int r = 0; r < m; ++r) {
-            const int64_t row = rows.rows[t + r];
-            load_row(static_cast<const X*>(p.x) + row * p.x_pitch + n0, n, dropout, seed_of(d), row * d.K + k, n0,
-                     tile + r * kPitch);
-          }
+        for (int t = 0; t < rows.count; t += kCpuTokens) {
+          const int m = std::min(kCpuTokens, rows.count - t);
+          load_rows(d, rows, t, m, static_cast<const X*>(p.x), p.x_pitch, n0, n, dropout, tile);
           for (size_t j = task.begin; j < task.end; ++j)
-            gather_s<F>(d, p.s, rows, t, m, pieces[j], s_rows + (j - task.begin) * kPageRanks, kRankBlock);
-          if (tiles) {
-            outer_tiles<true>(s_rows, 1, kRankBlock, {tile, kPitch}, m, ranks, n, sum);
-          } else {
-            outer_tiles<false>(s_rows, 1, kRankBlock, {tile, kPitch}, m, ranks, n, sum);
-          }
-          if (++tiles == kSegment) add_segment();
+            gather_s<F>(d, p.s, rows, t, m, runs[j], s_rows + (j - task.begin) * kPageRanks, kCpuRanks);
+          outer_tiles(tiles > 0, s_rows, 1, kCpuRanks, {tile, kPitch}, m, ranks, n, sum);
+          if (++tiles == kCpuSplitRows / kCpuTokens) add_split();
         }
       }
-      if (tiles) add_segment();
+      if (tiles) add_split();
       for (size_t j = task.begin; j < task.end; ++j)
-        for (int r = 0; r < pieces[j].ranks; ++r) {
-          F* g = static_cast<F*>(p.g) + (pieces[j].row + r) * p.N + n0;
+        for (int r = 0; r < runs[j].ranks; ++r) {
+          F* g = static_cast<F*>(p.g) + (runs[j].row + r) * p.N + n0;
           const float* from = total + ((j - task.begin) * kPageRanks + r) * kPitch;
           for (int c = 0; c < n; ++c) g[c] = from_float<F>(from[c]);
         }
@@ -319,18 +313,18 @@ void gather(const MultiLoraGatherParams& p) {
   for (int64_t k = 0; k < d.K; ++k) {
     const std::vector<RowTile> tiles = tiles_of(d, k);
     parallel_for(static_cast<int64_t>(tiles.size()), 8, [&](int64_t begin, int64_t end) {
-      std::vector<Piece> pieces;
+      std::vector<RankRun> runs;
       for (int64_t i = begin; i < end; ++i) {
         const RowTile& tile = tiles[i];
         if (tile.adapter < 0) continue;
-        pieces_of(d, tile.adapter, kPageRanks, pieces);
+        runs_of(d, tile.adapter, kPageRanks, runs);
         for (int t = 0; t < tile.count; ++t) {
           const int64_t row = tile.rows[t], id = p.ids[row];
           const float scale = p.scales ? p.scales[row * d.K + k] : 1.f;
-          for (const Piece& piece : pieces) {
-            const F* from = static_cast<const F*>(p.pool) + piece.row * p.N + id;
-            F* to = s + s_offset(d, row, k, piece);
-            for (int r = 0; r < piece.ranks; ++r) to[r] = from_float<F>(scale * to_float(from[r * p.N]));
+          for (const RankRun& run : runs) {
+            const F* from = static_cast<const F*>(p.pool) + run.row * p.N + id;
+            F* to = s + s_offset(d, row, k, run);
+            for (int r = 0; r < run.ranks; ++r) to[r] = from_float<F>(scale * to_float(from[r * p.N]));
           }
         }
       }
@@ -341,30 +335,28 @@ void gather(const MultiLoraGatherParams& p) {
 template <class F>
 void scatter(const MultiLoraScatterParams& p) {
   const Adapters& d = p.adapters;
-  std::vector<Piece> pieces;
+  std::vector<RankRun> runs;
   std::vector<RowTile> tiles;
   for (int64_t k = 0; k < d.K; ++k) {
     tiles = tiles_of(d, k);
-    // A thread has whole pieces of adapters: no two of them add to one row of g.
+    // A thread has whole runs of adapters: no two of them add to one row of g.
     for (const RowTile& tile : tiles) {
       if (tile.adapter < 0) continue;
-      pieces_of(d, tile.adapter, kPageRanks, pieces);
-      parallel_for(static_cast<int64_t>(pieces.size()), 4, [&](int64_t begin, int64_t end) {
+      runs_of(d, tile.adapter, kPageRanks, runs);
+      parallel_for(static_cast<int64_t>(runs.size()), 4, [&](int64_t begin, int64_t end) {
         for (int64_t j = begin; j < end; ++j)
           for (int t = 0; t < tile.count; ++t) {
             const int64_t row = tile.rows[t];
-            const F* from = static_cast<const F*>(p.s) + s_offset(d, row, k, pieces[j]);
-            float* to = p.g + pieces[j].row * p.N + p.ids[row];
-            for (int r = 0; r < pieces[j].ranks; ++r) to[r * p.N] += to_float(from[r]);
+            const F* from = static_cast<const F*>(p.s) + s_offset(d, row, k, runs[j]);
+            float* to = p.g + runs[j].row * p.N + p.ids[row];
+            for (int r = 0; r < runs[j].ranks; ++r) to[r * p.N] += to_float(from[r]);
           }
       });
     }
   }
 }
 
-}  // namespace
-
-void multi_lora_plan(const MultiLoraPlanParams& p, float*) {
+void plan(const MultiLoraPlanParams& p) {
   const PlanLayout at = plan_layout(p.T, p.A);
   for (int64_t k = 0; k < p.K; ++k) {
     int32_t *order = p.plan + k * at.length, *begin = order + at.begin, *tile = order + at.tiles;
@@ -389,32 +381,21 @@ void multi_lora_plan(const MultiLoraPlanParams& p, float*) {
     }
   }
 }
-void multi_lora_shrink(const MultiLoraShrinkParams& p, float*) {
-  with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { shrink<decltype(x), decltype(f)>(p); });
-}
-void multi_lora_expand(const MultiLoraExpandParams& p, float* workspace) {
-  with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { expand<decltype(x), decltype(f)>(p, workspace); });
-}
-void multi_lora_wgrad(const MultiLoraWgradParams& p, float*) {
-  with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { wgrad<decltype(x), decltype(f)>(p); });
-}
 
-void multi_lora_gather(const MultiLoraGatherParams& p, float*) {
-  with_float(p.factor_dtype, [&](auto f) { gather<decltype(f)>(p); });
-}
-void multi_lora_scatter(const MultiLoraScatterParams& p, float*) {
-  with_float(p.factor_dtype, [&](auto f) { scatter<decltype(f)>(p); });
-}
-
+}  // namespace
 }  // namespace LRK_ISA
 
-#if defined(LRK_ISA_ENTRY)
-LRK_CPU_ENTRY(multi_lora_plan, MultiLoraPlanParams)
-LRK_CPU_ENTRY(multi_lora_shrink, MultiLoraShrinkParams)
-LRK_CPU_ENTRY(multi_lora_expand, MultiLoraExpandParams)
-LRK_CPU_ENTRY(multi_lora_wgrad, MultiLoraWgradParams)
-LRK_CPU_ENTRY(multi_lora_gather, MultiLoraGatherParams)
-LRK_CPU_ENTRY(multi_lora_scatter, MultiLoraScatterParams)
-#endif
+LRK_CPU_ENTRY(multi_lora_plan, MultiLoraPlanParams, plan(p))
+LRK_CPU_ENTRY(multi_lora_shrink, MultiLoraShrinkParams,
+              with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { shrink<decltype(x), decltype(f)>(p); }))
+LRK_CPU_ENTRY(multi_lora_expand, MultiLoraExpandParams, with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) {
+                expand<decltype(x), decltype(f)>(p, workspace);
+              }))
+LRK_CPU_ENTRY(multi_lora_wgrad, MultiLoraWgradParams,
+              with_types(p.dtype, p.factor_dtype, [&](auto x, auto f) { wgrad<decltype(x), decltype(f)>(p); }))
+LRK_CPU_ENTRY(multi_lora_gather, MultiLoraGatherParams,
+              with_float(p.factor_dtype, [&](auto f) { gather<decltype(f)>(p); }))
+LRK_CPU_ENTRY(multi_lora_scatter, MultiLoraScatterParams,
+              with_float(p.factor_dtype, [&](auto f) { scatter<decltype(f)>(p); }))
 
 }  // namespace lrk

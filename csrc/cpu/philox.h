@@ -80,7 +80,7 @@ constexpr int kTogether = 4;  // planes that are made at a time
 inline vf to_vf(vi v) { return __builtin_convertvector(v, vf); }
 inline vf in_mantissa(vu v, uint32_t mask) { return (vf)((v & mask) | 0x3f800000u); }  // in [1, 2)
 
-template <Distribution D>
+template <Distribution Dist>
 struct Planes;
 template <>
 struct Planes<Distribution::kUniform8> {
@@ -135,7 +135,7 @@ struct Planes<Distribution::kTernary4> {
   }
 };
 
-template <Distribution D>
-constexpr int kSpan = kLanes * block_columns(D);  // columns of a group
+template <Distribution Dist>
+constexpr int kSpan = kLanes * block_columns(Dist);  // columns of a group
 
 }  // namespace lrk::LRK_ISA

@@ -69,63 +69,42 @@ inline void store(f16* p, vf v) {
 }
 #endif
 
+// p and q in groups of g lanes: the lower half of each group plus its upper half, those of p before those of q.
+template <int g, int... L>
+inline vf fold(vf p, vf q, std::integer_sequence<int, L...>) {
+  constexpr int h = kLanes / 2;
+  return __builtin_shufflevector(p, q, (L / h * kLanes + L % h / (g / 2) * g + L % (g / 2))...) +
+         __builtin_shufflevector(p, q, (L / h * kLanes + L % h / (g / 2) * g + L % (g / 2) + g / 2)...);
+}
+template <int g>
+inline vf fold(vf p, vf q) {
+  return fold<g>(p, q, std::make_integer_sequence<int, kLanes>{});
+}
+
 // Sums of the lanes of four vectors. Halves first, in a fixed order: lane i + lane i + kLanes / 2, and so on.
 typedef float v4f __attribute__((vector_size(16)));
 inline v4f sum_lanes(vf a, vf b, vf c, vf d) {
-#define LRK_FOLD(p, q, lo, hi) (__builtin_shufflevector(p, q, lo) + __builtin_shufflevector(p, q, hi))
-#define LRK_LIST(...) __VA_ARGS__
-#if defined(__AVX512F__)
-#define LRK_LO LRK_LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
-#define LRK_HI LRK_LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
-  const vf ab = LRK_FOLD(a, b, LRK_LO, LRK_HI), cd = LRK_FOLD(c, d, LRK_LO, LRK_HI);  // 8 lanes each
-#undef LRK_LO
-#undef LRK_HI
-#define LRK_LO LRK_LIST(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
-#define LRK_HI LRK_LIST(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
-  vf v = LRK_FOLD(ab, cd, LRK_LO, LRK_HI);  // a, b, c, d with 4 lanes each
-#undef LRK_LO
-#undef LRK_HI
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-  return __builtin_shufflevector(v, v, 0, 4, 8, 12);
-#elif defined(__AVX2__)
-  const vf ab = LRK_FOLD(a, b, LRK_LIST(0, 1, 2, 3, 8, 9, 10, 11), LRK_LIST(4, 5, 6, 7, 12, 13, 14, 15));
-  const vf cd = LRK_FOLD(c, d, LRK_LIST(0, 1, 2, 3, 8, 9, 10, 11), LRK_LIST(4, 5, 6, 7, 12, 13, 14, 15));
-  vf v = LRK_FOLD(ab, cd, LRK_LIST(0, 1, 4, 5, 8, 9, 12, 13), LRK_LIST(2, 3, 6, 7, 10, 11, 14, 15));
-  v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
-  return __builtin_shufflevector(v, v, 0, 2, 4, 6);
-#else
-  const vf ab = LRK_FOLD(a, b, LRK_LIST(0, 1, 4, 5), LRK_LIST(2, 3, 6, 7));
-  const vf cd = LRK_FOLD(c, d, LRK_LIST(0, 1, 4, 5), LRK_LIST(2, 3, 6, 7));
-  return LRK_FOLD(ab, cd, LRK_LIST(0, 2, 4, 6), LRK_LIST(1, 3, 5, 7));
-#endif
-#undef LRK_FOLD
-#undef LRK_LIST
+  vf v = fold<kLanes / 2>(fold<kLanes>(a, b), fold<kLanes>(c, d));
+  if constexpr (kLanes >= 16) v = fold<kLanes / 4>(v, v);
+  if constexpr (kLanes >= 8) v = fold<2>(v, v);
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3);
 }
 
-inline void transpose(v4f (&r)[4]) {
-  const v4f a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-  const v4f c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-  r[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
-  r[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-  r[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
-  r[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
-}
-
-// kLanes x kLanes: in step h, the off-diagonal h x h blocks of every 2h x 2h block change places.
-template <int h, int... L>
-inline void transpose_step(vf (&r)[kLanes], std::integer_sequence<int, L...>) {
-  for (int i = 0; i < kLanes; ++i) {
+// n x n: in step h, the off-diagonal h x h blocks of every 2h x 2h block change places.
+template <int h, class V, int... L>
+inline void transpose_step(V* r, std::integer_sequence<int, L...>) {
+  constexpr int n = sizeof...(L);
+  for (int i = 0; i < n; ++i) {
     if (i & h) continue;
-    const vf a = r[i], b = r[i | h];
-    r[i] = __builtin_shufflevector(a, b, ((L & h) ? kLanes + L - h : L)...);
-    r[i | h] = __builtin_shufflevector(a, b, ((L & h) ? kLanes + L : L + h)...);
+    const V a = r[i], b = r[i | h];
+    r[i] = __builtin_shufflevector(a, b, ((L & h) ? n + L - h : L)...);
+    r[i | h] = __builtin_shufflevector(a, b, ((L & h) ? n + L : L + h)...);
   }
 }
-template <int h = kLanes / 2>
-inline void transpose(vf (&r)[kLanes]) {
-  transpose_step<h>(r, std::make_integer_sequence<int, kLanes>{});
-  if constexpr (h > 1) transpose<h / 2>(r);
+template <class V, int n, int h = n / 2>
+inline void transpose(V (&r)[n]) {
+  transpose_step<h>(r, std::make_integer_sequence<int, n>{});
+  if constexpr (h > 1) transpose<V, n, h / 2>(r);
 }
 
 // High and low words of a * m, lane by lane. SIMD multiplies 32 x 32 bits in the even lanes only: twice, then interleave.

@@ -3,12 +3,14 @@
 // words. For tests and for people; nothing in ops or nn imports it. No tensors, no launches.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
-#include "basis.h"
-#include "lora.h"
+#include "choice.h"
+#include "rng.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -76,63 +78,43 @@ float float_from_bits(uint16_t bits) {
 
 // ---- policy/
 
-DType dtype_named(const std::string& name) {
-  for (DType t : {DType::kF32, DType::kF16, DType::kBF16})
-    if (name == name_of(t)) return t;
-  throw py::value_error("lrkern._host.explain: dtype must be float32, float16 or bfloat16, got " + name);
-}
-Device device_named(const std::string& name) {
-  check(name == "cpu" || name == "cuda", "explain: device must be cpu or cuda, got " + name);
-  return name == "cpu" ? Device::kCPU : Device::kCUDA;
-}
-
-py::dict explain_lora_backward(int64_t T, int64_t O, int32_t R, const std::string& dtype, const std::string& device) {
-  const BackwardConfig c = choose_lora_backward({T, O, R, dtype_named(dtype)}, {device_named(device), 80});
-  const std::string saved = std::to_string(c.saved_bytes), paid = std::to_string(c.paid_bytes);
-  const std::string why =
-      c.fused ? "dS and dB in one pass over dY: it is read once less (" + saved +
-                    " bytes), for partial sums of dS written and read (" + paid + " bytes)"
-      : c.paid_bytes < c.saved_bytes
-          ? "dS and dB in two passes over dY: rank " + std::to_string(R) + " is over what the fused kernel holds"
-          : "dS and dB in two passes over dY: partial sums of dS (" + paid +
-                " bytes) would cost no less than the read of dY saved (" + saved + " bytes)";
-  return py::dict("fused"_a = c.fused, "saved_bytes"_a = c.saved_bytes, "paid_bytes"_a = c.paid_bytes, "why"_a = why);
-}
-
-py::dict explain_lora_shrink(int64_t T, int64_t N, int32_t R) {
-  const ShrinkConfig c = choose_lora_shrink(T, N, R, {Device::kCUDA, 80});
-  const std::string chunks = std::to_string(c.chunks) + (c.chunks == 1 ? " chunk" : " chunks");
-  const std::string why =
-      c.split ? chunks +
-                    " of N in blocks of their own, added in order by a second kernel: the rows alone leave the GPU idle"
-              : "each block walks the " + chunks + " of N of its rows";
-  return py::dict("split"_a = c.split, "chunks"_a = c.chunks, "why"_a = why);
-}
-
-py::dict explain_basis_matmul(int64_t T, int64_t Q, int64_t C, bool transposed, const std::string& device) {
-  const BasisMatmulConfig c = choose_basis_matmul(T, Q, C, transposed, {device_named(device), 80});
-  const std::string piece = std::to_string(c.rows) + " x " + std::to_string(c.cols);
-  const std::string why =
-      c.scratch
-          ? "U is generated once, " + piece + " at a time in scratch memory, for a plain GEMM: many tokens share it"
-          : "U stays in registers: for so few tokens writing it and reading it back costs more";
-  return py::dict("scratch"_a = c.scratch, "rows"_a = c.rows, "cols"_a = c.cols, "why"_a = why);
-}
-
-py::object explain(const std::string& choice, const py::kwargs& shape) {
-  if (choice == "lora_backward") {
-    return py::cpp_function(explain_lora_backward, py::name("explain lora_backward"), "T"_a, "O"_a, "R"_a,
-                            "dtype"_a = "float32", "device"_a = "cuda")(**shape);
+py::dict explain(const std::string& name, const py::kwargs& shape) {
+  if (!choices().count(name)) {
+    std::string names;
+    for (const auto& [known, choice] : choices()) names += (names.empty() ? "" : ", ") + known;
+    throw py::value_error("lrkern._host.explain: choice must be one of " + names + ", got " + name);
   }
-  if (choice == "lora_shrink") {
-    return py::cpp_function(explain_lora_shrink, py::name("explain lora_shrink"), "T"_a, "N"_a, "R"_a)(**shape);
+  const Choice& choice = choices().at(name);
+  Question question;
+  for (const auto& [argument, fallback] : choice.arguments) {
+    if (shape.contains(argument.c_str())) {
+      question.values[argument] = shape[argument.c_str()].cast<Value>();
+    } else if (fallback) {
+      question.values[argument] = *fallback;
+    } else {
+      throw py::type_error("lrkern._host.explain: " + name + " needs " + argument);
+    }
   }
-  if (choice == "basis_matmul") {
-    return py::cpp_function(explain_basis_matmul, py::name("explain basis_matmul"), "T"_a, "Q"_a, "C"_a,
-                            "transposed"_a = false, "device"_a = "cuda")(**shape);
-  }
-  throw py::value_error("lrkern._host.explain: choice must be lora_backward, lora_shrink or basis_matmul, got " +
-                        choice);
+  for (const auto& [argument, value] : shape)
+    if (!question.values.count(argument.cast<std::string>()))
+      throw py::type_error("lrkern._host.explain: " + name + " has no argument " + argument.cast<std::string>());
+  const Answer answer = choice.answer(question);
+  py::dict found("why"_a = answer.why);
+  for (const auto& [fact, value] : answer.facts) found[fact] = value;
+  return found;
+}
+
+py::dict all_limits() {
+  py::dict all = py::cast(limits());
+  all["dtypes"] = py::make_tuple(name_of(DType::kF32), name_of(DType::kF16), name_of(DType::kBF16));
+  return all;
+}
+
+py::dict all_choices() {
+  py::dict all;
+  for (const auto& [name, c] : choices())
+    all[py::str(name)] = py::dict("rule"_a = c.rule, "numbers"_a = c.numbers, "arguments"_a = c.arguments);
+  return all;
 }
 
 PYBIND11_MODULE(_host, m) {
@@ -147,7 +129,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("f16_to_float", py::vectorize(float_from_bits<f16>), "bits of float16 -> float32.");
   m.def("bf16_to_float", py::vectorize(float_from_bits<bf16>), "bits of bfloat16 -> float32.");
   m.def("explain", explain, "choice"_a,
-        "Which way a kernel would take for a shape, and why: explain('lora_backward', T=4096, O=4096, R=16).");
+        "What a choice gives for a shape, and why: explain('lora_backward', T=4096, O=4096, R=16).");
+  m.def("choices", all_choices, "{name: its rule, where its numbers come from, its arguments with their defaults}.");
+  m.def("limits", all_limits, "What the kernels take, by name.");
 }
 
 }  // namespace

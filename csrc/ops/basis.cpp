@@ -2,15 +2,9 @@
 // Glue of the random bases: schemas, checks, allocation, dispatch. Math and letters: csrc/basis.h, docs/rng.md, docs/ops.md.
 #include "basis.h"
 
-#include "linear.h"
+#include <algorithm>
 
-extern "C" {
-AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat1,
-                                        AtenTensorHandle mat2, double beta, double alpha);
-__attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
-                                                               AtenTensorHandle mat1, AtenTensorHandle mat2,
-                                                               double beta, double alpha);
-}
+#include "tensor.h"
 
 namespace lrk::ops {
 namespace {
@@ -21,21 +15,21 @@ using Ints = std::vector<int64_t>;
 struct StreamArgs {
   int64_t seed, method, distribution, tensor, first;
 };
-void check_range(const char* op, const char* arg, int64_t value, int64_t low, int64_t end) {
-  if (value < low || value >= end) fail(op, arg, " must lie in [", low, ", ", end, "), got ", value);
-}
 
 // `bases` of rows R from `first` on, `tensors` tensors, columns below `columns`: refused where a counter would wrap.
 BasisStream check_stream(const char* op, const StreamArgs& s, int64_t R, int64_t bases, int64_t tensors,
                          int64_t columns) {
   if (s.seed < 0) fail(op, "seed must lie in [0, 2^63), got ", s.seed);
-  check_range(op, "method", s.method, 0, 64);
-  check_range(op, "distribution", s.distribution, static_cast<int64_t>(Distribution::kUniform8),
-              static_cast<int64_t>(Distribution::kTernary4) + 1);
-  const BasisStream u{static_cast<uint64_t>(s.seed), static_cast<uint32_t>(s.tensor), static_cast<uint32_t>(s.first),
-                      static_cast<Method>(s.method), static_cast<Distribution>(s.distribution)};
-  check_range(op, "tensor", s.tensor, 0, kMaxTensors - tensors + 1);
-  check_range(op, "first", s.first, 0, kMaxBases + 1);
+  in_range(op, "method", s.method, 0, 64);
+  in_range(op, "distribution", s.distribution, static_cast<int64_t>(Distribution::kUniform8),
+           static_cast<int64_t>(Distribution::kTernary4) + 1);
+  in_range(op, "tensor", s.tensor, 0, kMaxTensors - tensors + 1);
+  in_range(op, "first", s.first, 0, kMaxBases + 1);
+  const BasisStream u{.seed = static_cast<uint64_t>(s.seed),
+                      .tensor = static_cast<uint32_t>(s.tensor),
+                      .basis0 = static_cast<uint32_t>(s.first),
+                      .method = static_cast<Method>(s.method),
+                      .distribution = static_cast<Distribution>(s.distribution)};
   if (bases > kMaxBases - s.first)
     fail(op, "first must leave all bases below 2^16, got ", bases, " bases from ", s.first, " on");
   if (R > kMaxRows) fail(op, "rows must be at most 2^32, got ", R);
@@ -44,37 +38,43 @@ BasisStream check_stream(const char* op, const StreamArgs& s, int64_t R, int64_t
   return u;
 }
 
-const float* scale_data(const char* op, const char* arg, const OptTensor& t, int64_t n, const Tensor& like,
-                        const char* like_arg) {
+const float* scale_data(const char* name, const OptTensor& t, int64_t n, const Arg& like) {
   if (!t) return nullptr;
-  check_strided(op, arg, *t);
-  check_dtype(op, arg, *t, ScalarType::Float);
-  check_device(op, arg, *t, like, like_arg);
-  check_shape(op, arg, *t, "[N]", {n});
-  if (!t->is_contiguous()) fail(op, arg, " must be contiguous, got strides");
-  return static_cast<const float*>(t->const_data_ptr());
+  return Arg{like.op, name, *t}.holds<float>(like).shape("[N]", {n}).contiguous().data<float>();
 }
 
-void fill(const char* op, const Tensor& out, DType dtype, const BasisStream& u, int64_t R, int64_t q0, int64_t c0,
-          int64_t Q, int64_t C, const float* row_scale, const float* col_scale, float scale) {
-  if (!Q || !C) return;
-  const BasisFillParams p{u, out.mutable_data_ptr(), row_scale, col_scale, R, q0, c0, Q, C, scale, dtype};
-  run(op, out, p, basis_fill_workspace, basis_fill_cpu, LRK_LAUNCHER(basis_fill_cuda));
+// Rows [q0, q0 + Q) and columns [c0, c0 + C) of U, into `out`.
+void fill(const char* op, const Tensor& out, BasisFillParams p) {
+  if (!p.Q || !p.C) return;
+  p.out = out.mutable_data_ptr();
+  run(op, out, p, LRK_RUN(basis_fill));
 }
 
-Tensor basis_fill(const Tensor& like, const OptTensor& row_scale, const OptTensor& col_scale, int64_t seed,
+Tensor basis_fill(const Tensor& like_, const OptTensor& row_scale, const OptTensor& col_scale, int64_t seed,
                   int64_t method, int64_t distribution, int64_t tensor, int64_t first, int64_t R, int64_t q0,
                   int64_t c0, int64_t Q, int64_t C, double scale) {
   constexpr const char* op = "basis_fill";
-  const DType dtype = check_x(op, "like", like);
-  check_range(op, "R", R, 1, kMaxRows + 1);
+  const Arg like{op, "like", like_};
+  like.floats();
+  in_range(op, "R", R, 1, kMaxRows + 1);
   for (const auto& [name, n] : {std::pair<const char*, int64_t>{"q0", q0}, {"c0", c0}, {"Q", Q}, {"C", C}})
-    check_range(op, name, n, 0, int64_t{1} << 48);
+    in_range(op, name, n, 0, int64_t{1} << 48);
   const BasisStream u =
       check_stream(op, {seed, method, distribution, tensor, first}, R, ceil_div(q0 + Q, R), 1, c0 + C);
-  Tensor out = torch::stable::new_empty(like, Sizes{Q, C});
-  fill(op, out, dtype, u, R, q0, c0, Q, C, scale_data(op, "row_scale", row_scale, Q, like, "like"),
-       scale_data(op, "col_scale", col_scale, C, like, "like"), check_finite(op, "scale", scale));
+  const float k = finite(op, "scale", scale), *cols = scale_data("col_scale", col_scale, C, like);
+  Tensor out = torch::stable::new_empty(like_, Sizes{Q, C});
+  fill(op, out,
+       {.u = u,
+        .out = nullptr,
+        .row_scale = scale_data("row_scale", row_scale, Q, like),
+        .col_scale = cols,
+        .R = R,
+        .q0 = q0,
+        .c0 = c0,
+        .Q = Q,
+        .C = C,
+        .scale = k,
+        .dtype = like.dtype()});
   return out;
 }
 
@@ -86,87 +86,68 @@ BasisSegments check_segments(const char* op, const Ints& widths, const Ints& cou
       scales.size() != widths.size())
     fail(op, "widths, counts and scales must have one entry for each of 1 to ", kMaxSegments, " segments, got ",
          widths.size(), ", ", counts.size(), " and ", scales.size());
-  BasisSegments s{};
-  s.count = static_cast<int32_t>(widths.size());
+  BasisSegments s{.count = static_cast<int32_t>(widths.size()), .begin = {}, .first = {}, .scale = {}};
   for (size_t i = 0; i < widths.size(); ++i) {
-    check_range(op, "widths", widths[i], 0, int64_t{1} << 40);
-    check_range(op, "counts", counts[i], 0, kMaxBases + 1);
-    s.begin[i + 1] = s.begin[i] + widths[i];
-    s.first[i + 1] = s.first[i] + counts[i];
-    s.scale[i] = check_finite(op, "scales", scales[i]);
+    s.begin[i + 1] = s.begin[i] + in_range(op, "widths", widths[i], 0, int64_t{1} << 40);
+    s.first[i + 1] = s.first[i] + in_range(op, "counts", counts[i], 0, kMaxBases + 1);
+    s.scale[i] = finite(op, "scales", scales[i]);
   }
   return s;
 }
-template <class T>
-T largest(const std::vector<T>& v) {
-  return *std::max_element(v.begin(), v.end());
-}
-Tensor check_f32(const char* op, const char* arg, const Tensor& t) {
-  check_strided(op, arg, t);
-  check_dtype(op, arg, t, ScalarType::Float);
-  return as_contiguous(t);
-}
+int64_t largest(const Ints& v) { return *std::max_element(v.begin(), v.end()); }
 
-Tensor basis_combine(const Tensor& coef, const OptTensor& base, int64_t seed, int64_t method, int64_t distribution,
+Tensor basis_combine(const Tensor& coef_, const OptTensor& base, int64_t seed, int64_t method, int64_t distribution,
                      int64_t tensor, int64_t R, Ints widths, Ints counts, std::vector<double> scales) {
   constexpr const char* op = "basis_combine";
   const BasisSegments s = check_segments(op, widths, counts, scales);
-  check_range(op, "R", R, 0, kMaxRows + 1);
+  in_range(op, "R", R, 0, kMaxRows + 1);
   const BasisStream u =
       check_stream(op, {seed, method, distribution, tensor, 0}, R, largest(counts), s.count, largest(widths));
-  const Tensor c = check_f32(op, "coef", coef);
+  const Arg coef{op, "coef", coef_};
+  const Tensor c = as_contiguous(coef.strided().is(ScalarType::Float).tensor);
   const int64_t K = s.first[s.count], W = s.begin[s.count];
-  if (coef.dim() < 1 || coef.size(coef.dim() - 1) != K)
-    fail(op, "coef must have shape [..., K] = [..., ", K, "], got ", shape_of(coef));
+  if (c.dim() < 1 || coef.last() != K)
+    coef.refuse("have shape [..., K] = [..., ", K, "], got ", text_of(sizes_of(coef_)));
   OptTensor b;
   if (base) {
-    check_device(op, "base", *base, coef, "coef");
-    b = check_f32(op, "base", *base);
-    check_shape(op, "base", *base, "[R, W]", {R, W});
+    const Arg arg{op, "base", *base};
+    b = as_contiguous(arg.on(coef).strided().is(ScalarType::Float).shape("[R, W]", {R, W}).tensor);
   }
-  Sizes sizes = sizes_of(coef);
-  int64_t T = 1;
-  for (size_t i = 0; i + 1 < sizes.size(); ++i) T *= sizes[i];
-  sizes.back() = R;
-  sizes.push_back(W);
-  Tensor out = torch::stable::new_empty(coef, sizes);
+  Tensor out = torch::stable::new_empty(coef_, with_last(coef_, {R, W}));
   if (!out.numel()) return out;
-  const BasisCombineParams p{u,
-                             s,
-                             static_cast<const float*>(c.const_data_ptr()),
-                             b ? static_cast<const float*>(b->const_data_ptr()) : nullptr,
-                             static_cast<float*>(out.mutable_data_ptr()),
-                             T,
-                             R};
-  run(op, out, p, basis_combine_workspace, basis_combine_cpu, LRK_LAUNCHER(basis_combine_cuda));
+  const BasisCombineParams p{.u = u,
+                             .segments = s,
+                             .coef = static_cast<const float*>(c.const_data_ptr()),
+                             .base = b ? static_cast<const float*>(b->const_data_ptr()) : nullptr,
+                             .out = static_cast<float*>(out.mutable_data_ptr()),
+                             .T = out.numel() / (R * W),
+                             .R = R};
+  run(op, out, p, LRK_RUN(basis_combine));
   return out;
 }
 
-Tensor basis_dot(const Tensor& g, int64_t seed, int64_t method, int64_t distribution, int64_t tensor, Ints widths,
+Tensor basis_dot(const Tensor& g_, int64_t seed, int64_t method, int64_t distribution, int64_t tensor, Ints widths,
                  Ints counts, std::vector<double> scales) {
   constexpr const char* op = "basis_dot";
   const BasisSegments s = check_segments(op, widths, counts, scales);
-  const Tensor gc = check_f32(op, "g", g);
+  const Arg g{op, "g", g_};
+  const Tensor gc = as_contiguous(g.strided().is(ScalarType::Float).tensor);
   const int64_t K = s.first[s.count], W = s.begin[s.count];
-  if (g.dim() < 2 || g.size(g.dim() - 1) != W)
-    fail(op, "g must have shape [..., R, W] = [..., *, ", W, "], got ", shape_of(g));
-  Sizes sizes = sizes_of(g);
-  const int64_t R = sizes[sizes.size() - 2];
-  int64_t T = 1;
-  for (size_t i = 0; i + 2 < sizes.size(); ++i) T *= sizes[i];
+  if (g_.dim() < 2 || g.last() != W)
+    g.refuse("have shape [..., R, W] = [..., *, ", W, "], got ", text_of(sizes_of(g_)));
+  const int64_t R = g_.size(g_.dim() - 2);
   const BasisStream u =
       check_stream(op, {seed, method, distribution, tensor, 0}, R, largest(counts), s.count, largest(widths));
-  sizes.pop_back();
-  sizes.back() = K;
-  Tensor out = torch::stable::new_empty(g, sizes);
+  Tensor out = torch::stable::new_empty(g_, with_last(g_, {K}, 2));
   if (!out.numel()) return out;
-  if (!g.numel()) {
-    torch::stable::zero_(out);
-    return out;
-  }
-  const BasisDotParams p{
-      u, s, static_cast<const float*>(gc.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()), T, R};
-  run(op, out, p, basis_dot_workspace, basis_dot_cpu, LRK_LAUNCHER(basis_dot_cuda));
+  if (!g_.numel()) return torch::stable::zero_(out);
+  const BasisDotParams p{.u = u,
+                         .segments = s,
+                         .g = static_cast<const float*>(gc.const_data_ptr()),
+                         .out = static_cast<float*>(out.mutable_data_ptr()),
+                         .T = out.numel() / K,
+                         .R = R};
+  run(op, out, p, LRK_RUN(basis_dot));
   return out;
 }
 
@@ -177,100 +158,114 @@ Tensor narrow(Tensor t, int64_t dim, int64_t start, int64_t length) {
 }
 
 void addmm(const char* op, const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+  auto call = aoti_torch_cpu_addmm_out;
 #if !defined(LRK_EMULATE)
-  if (!out.is_cpu()) {
-    if (!aoti_torch_cuda_addmm_out) fail(op, "this torch has no addmm for cuda");
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), add ? 1.0 : 0.0, 1.0));
-    return;
-  }
+  if (!out.is_cpu()) call = aoti_torch_cuda_addmm_out;
 #endif
-  (void)op;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), add ? 1.0 : 0.0, 1.0));
+  if (!call) fail(op, "this torch has no addmm for cuda");
+  STABLE_TORCH_ERROR_CODE_CHECK(call(out.get(), out.get(), a.get(), b.get(), add ? 1.0 : 0.0, 1.0));
 }
 
-// U, with both scales in it, a piece at a time in scratch memory, and ATen's GEMM: in the dtype of x and out, or fp32.
+// U, with both scales in it, in strips in scratch memory, and ATen's GEMM: in the dtype of x and out, or fp32.
 void matmul_by_gemm(const char* op, const BasisMatmulParams& p, const BasisMatmulConfig& config, const Tensor& x,
                     const Tensor& out) {
-  const bool wide = p.x_dtype != p.out_dtype;
+  const bool wide = p.x_dtype != p.out_dtype, wide_out = wide && p.out_dtype != DType::kF32;
   const Tensor flat = torch::stable::reshape(x, Sizes{p.T, x.size(x.dim() - 1)});
   const Tensor a = wide ? torch::stable::to(flat, ScalarType::Float) : flat;
   Tensor scratch = torch::stable::new_empty(a, Sizes{config.rows, config.cols});
-  const DType dtype = wide ? DType::kF32 : p.x_dtype;
-  const bool wide_out = wide && p.out_dtype != DType::kF32;
   const float *row_scale = p.transposed ? p.out_scale : p.in_scale,
               *col_scale = p.transposed ? p.in_scale : p.out_scale;
   const int64_t all = p.transposed ? p.Q : p.C, step = p.transposed ? config.rows : config.cols;
   for (int64_t i = 0; i < all; i += step) {
     const int64_t n = std::min(step, all - i), q = p.transposed ? i : 0, c = p.transposed ? 0 : i;
     const int64_t Q = p.transposed ? n : p.Q, C = p.transposed ? p.C : n;
-    Tensor piece = torch::stable::reshape(narrow(torch::stable::flatten(scratch, 0, 1), 0, 0, Q * C), Sizes{Q, C});
-    fill(op, piece, dtype, p.u, p.R, q, c, Q, C, row_scale ? row_scale + q : nullptr,
-         col_scale ? col_scale + c : nullptr, 1.f);
-    if (p.transposed) piece = torch::stable::transpose(piece, 0, 1);
-    Tensor target = narrow(out, 1, i, n);
-    if (!wide_out) {
-      addmm(op, target, a, piece, p.add);
-    } else {
-      Tensor sum = torch::stable::to(target, ScalarType::Float);
-      addmm(op, sum, a, piece, p.add);
-      torch::stable::copy_(target, sum);
-    }
+    Tensor strip = torch::stable::reshape(narrow(torch::stable::flatten(scratch, 0, 1), 0, 0, Q * C), Sizes{Q, C});
+    fill(op, strip,
+         {.u = p.u,
+          .out = nullptr,
+          .row_scale = row_scale ? row_scale + q : nullptr,
+          .col_scale = col_scale ? col_scale + c : nullptr,
+          .R = p.R,
+          .q0 = q,
+          .c0 = c,
+          .Q = Q,
+          .C = C,
+          .scale = 1.f,
+          .dtype = wide ? DType::kF32 : p.x_dtype});
+    if (p.transposed) strip = torch::stable::transpose(strip, 0, 1);
+    Tensor target = narrow(out, 1, i, n), sum = wide_out ? torch::stable::to(target, ScalarType::Float) : target;
+    addmm(op, sum, a, strip, p.add);
+    if (wide_out) torch::stable::copy_(target, sum);
   }
 }
 
+struct Stack {
+  int64_t R, Q, C;
+  bool transposed;
+
+  int64_t in() const { return transposed ? C : Q; }
+  int64_t out() const { return transposed ? Q : C; }
+};
+
+void check_stack(const Arg& x, const Stack& s) {
+  in_range(x.op, "R", s.R, 1, kMaxRows + 1);
+  in_range(x.op, "Q", s.Q, 0, int64_t{1} << 48);
+  in_range(x.op, "C", s.C, 0, int64_t{1} << 48);
+  if (x.tensor.dim() < 1 || x.last() != s.in())
+    x.refuse("have shape [..., ", s.transposed ? 'C' : 'Q', "] = [..., ", s.in(), "], got ",
+             text_of(sizes_of(x.tensor)));
+}
+
 // x [..., N] times the stack, into out, whose rows the caller made.
-void matmul(const char* op, const Tensor& x, const Tensor& out, const OptTensor& in_scale, const OptTensor& out_scale,
-            const StreamArgs& stream, int64_t R, int64_t Q, int64_t C, bool transposed, bool add) {
-  BasisMatmulParams p{};
-  p.x_dtype = check_x(op, "x", x);
-  p.out_dtype = check_x(op, "y", out);
-  const Rows rows = rows_of(op, "x", x), y = rows_of(op, "y", out);
-  p.u = check_stream(op, stream, R, ceil_div(Q, R), 1, C);
-  p.in_scale = scale_data(op, "in_scale", in_scale, transposed ? C : Q, x, "x");
-  p.out_scale = scale_data(op, "out_scale", out_scale, transposed ? Q : C, x, "x");
-  p.x = rows.tensor.const_data_ptr();
-  p.out = y.tensor.mutable_data_ptr();
-  p.T = rows.T, p.R = R, p.Q = Q, p.C = C, p.x_pitch = rows.pitch, p.out_pitch = y.pitch;
-  p.transposed = transposed, p.add = add;
+void matmul(const Arg& x, const Tensor& out, const OptTensor& in_scale, const OptTensor& out_scale,
+            const StreamArgs& stream, const Stack& s, bool add) {
+  x.floats();
+  const Rows rows = x.rows(), y = rows_of(x.op, out);
+  const BasisStream u = check_stream(x.op, stream, s.R, ceil_div(s.Q, s.R), 1, s.C);
+  const float* in = scale_data("in_scale", in_scale, s.in(), x);
+  const BasisMatmulParams p{.u = u,
+                            .x = rows.data(),
+                            .out = y.mutable_data(),
+                            .in_scale = in,
+                            .out_scale = scale_data("out_scale", out_scale, s.out(), x),
+                            .T = rows.T,
+                            .R = s.R,
+                            .Q = s.Q,
+                            .C = s.C,
+                            .x_pitch = rows.pitch,
+                            .out_pitch = y.pitch,
+                            .transposed = s.transposed,
+                            .add = add,
+                            .x_dtype = rows.dtype,
+                            .out_dtype = y.dtype};
   if (!out.numel()) return;
-  const BasisMatmulConfig config = choose_basis_matmul(p.T, Q, C, transposed, target_of(op, x));
-  if (config.scratch && Q && C)
-    return matmul_by_gemm(op, p, config, rows.tensor, torch::stable::view(y.tensor, Sizes{y.T, y.N}));
-  run(op, x, p, basis_matmul_workspace, basis_matmul_cpu, LRK_LAUNCHER(basis_matmul_cuda));
+  const BasisMatmulConfig config = choose_basis_matmul(p.T, s.Q, s.C, s.transposed, DeviceScope(x.op, x.tensor).target);
+  if (config.scratch && s.Q && s.C)
+    return matmul_by_gemm(x.op, p, config, rows.tensor, torch::stable::view(y.tensor, Sizes{y.T, y.N}));
+  run(x.op, x.tensor, p, LRK_RUN(basis_matmul));
 }
 
-void check_matmul(const char* op, const Tensor& x, int64_t R, int64_t Q, int64_t C, bool transposed) {
-  check_range(op, "R", R, 1, kMaxRows + 1);
-  check_range(op, "Q", Q, 0, int64_t{1} << 48);
-  check_range(op, "C", C, 0, int64_t{1} << 48);
-  const int64_t N = transposed ? C : Q;
-  if (x.dim() < 1 || x.size(x.dim() - 1) != N)
-    fail(op, "x must have shape [..., ", transposed ? 'C' : 'Q', "] = [..., ", N, "], got ", shape_of(x));
-}
-
-Tensor basis_matmul(const Tensor& x, const OptTensor& in_scale, const OptTensor& out_scale, int64_t seed,
+Tensor basis_matmul(const Tensor& x_, const OptTensor& in_scale, const OptTensor& out_scale, int64_t seed,
                     int64_t method, int64_t distribution, int64_t tensor, int64_t first, int64_t R, int64_t Q,
                     int64_t C, bool transposed, bool fp32) {
-  constexpr const char* op = "basis_matmul";
-  check_matmul(op, x, R, Q, C, transposed);
-  check_x(op, "x", x);
-  const Sizes sizes = with_last(x, transposed ? Q : C);
-  Tensor out = fp32 ? torch::stable::new_empty(x, sizes, ScalarType::Float) : torch::stable::new_empty(x, sizes);
-  matmul(op, x, out, in_scale, out_scale, {seed, method, distribution, tensor, first}, R, Q, C, transposed, false);
+  const Arg x{"basis_matmul", "x", x_};
+  const Stack stack{R, Q, C, transposed};
+  check_stack(x, stack);
+  x.floats();
+  Tensor out = torch::stable::new_empty(x_, with_last(x_, stack.out()), fp32 ? ScalarType::Float : x.type());
+  matmul(x, out, in_scale, out_scale, {seed, method, distribution, tensor, first}, stack, false);
   return out;
 }
 
-void basis_matmul_(Tensor y, const Tensor& x, const OptTensor& in_scale, const OptTensor& out_scale, int64_t seed,
+void basis_matmul_(Tensor y_, const Tensor& x_, const OptTensor& in_scale, const OptTensor& out_scale, int64_t seed,
                    int64_t method, int64_t distribution, int64_t tensor, int64_t first, int64_t R, int64_t Q, int64_t C,
                    bool transposed) {
-  constexpr const char* op = "basis_matmul_";
-  check_matmul(op, x, R, Q, C, transposed);
-  check_x(op, "y", y);
-  check_device(op, "y", y, x, "x");
-  check_shape(op, "y", y, transposed ? "[..., Q]" : "[..., C]", with_last(x, transposed ? Q : C));
-  if (!y.is_contiguous()) fail(op, "y must be contiguous, since it is written in place, got strides");
-  matmul(op, x, y, in_scale, out_scale, {seed, method, distribution, tensor, first}, R, Q, C, transposed, true);
+  const Arg x{"basis_matmul_", "x", x_}, y{x.op, "y", y_};
+  const Stack stack{R, Q, C, transposed};
+  check_stack(x, stack);
+  y.floats().on(x).shape(transposed ? "[..., Q]" : "[..., C]", with_last(x_, stack.out()));
+  if (!y_.is_contiguous()) y.refuse("be contiguous, since it is written in place, got strides");
+  matmul(x, y_, in_scale, out_scale, {seed, method, distribution, tensor, first}, stack, true);
 }
 
 }  // namespace
@@ -278,22 +273,12 @@ void basis_matmul_(Tensor y, const Tensor& x, const OptTensor& in_scale, const O
 
 #define LRK_STREAM "int seed, int method, int distribution, int tensor"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(LRK_NAMESPACE, m) {
-  m.def("basis_fill(Tensor like, Tensor? row_scale, Tensor? col_scale, " LRK_STREAM
-        ", int first, int R, int q0, int c0, int Q, int C, float scale=1.0) -> Tensor");
-  m.def("basis_combine(Tensor coef, Tensor? base, " LRK_STREAM
-        ", int R, int[] widths, int[] counts, float[] scales) -> Tensor");
-  m.def("basis_dot(Tensor g, " LRK_STREAM ", int[] widths, int[] counts, float[] scales) -> Tensor");
-  m.def("basis_matmul(Tensor x, Tensor? in_scale, Tensor? out_scale, " LRK_STREAM
-        ", int first, int R, int Q, int C, bool transposed, bool fp32=False) -> Tensor");
-  m.def("basis_matmul_(Tensor(a!) y, Tensor x, Tensor? in_scale, Tensor? out_scale, " LRK_STREAM
-        ", int first, int R, int Q, int C, bool transposed) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(LRK_NAMESPACE, CompositeExplicitAutograd, m) {
-  m.impl("basis_fill", TORCH_BOX(&lrk::ops::basis_fill));
-  m.impl("basis_combine", TORCH_BOX(&lrk::ops::basis_combine));
-  m.impl("basis_dot", TORCH_BOX(&lrk::ops::basis_dot));
-  m.impl("basis_matmul", TORCH_BOX(&lrk::ops::basis_matmul));
-  m.impl("basis_matmul_", TORCH_BOX(&lrk::ops::basis_matmul_));
-}
+LRK_OP(basis_fill, "(Tensor like, Tensor? row_scale, Tensor? col_scale, " LRK_STREAM
+                   ", int first, int R, int q0, int c0, int Q, int C, float scale=1.0) -> Tensor")
+LRK_OP(basis_combine,
+       "(Tensor coef, Tensor? base, " LRK_STREAM ", int R, int[] widths, int[] counts, float[] scales) -> Tensor")
+LRK_OP(basis_dot, "(Tensor g, " LRK_STREAM ", int[] widths, int[] counts, float[] scales) -> Tensor")
+LRK_OP(basis_matmul, "(Tensor x, Tensor? in_scale, Tensor? out_scale, " LRK_STREAM
+                     ", int first, int R, int Q, int C, bool transposed, bool fp32=False) -> Tensor")
+LRK_OP(basis_matmul_, "(Tensor(a!) y, Tensor x, Tensor? in_scale, Tensor? out_scale, " LRK_STREAM
+                      ", int first, int R, int Q, int C, bool transposed) -> ()")

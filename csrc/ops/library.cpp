@@ -36,7 +36,4 @@ std::string build_info() {
 }  // namespace
 }  // namespace lrk::ops
 
-STABLE_TORCH_LIBRARY_FRAGMENT(LRK_NAMESPACE, m) { m.def("build_info() -> str"); }
-STABLE_TORCH_LIBRARY_IMPL(LRK_NAMESPACE, CompositeExplicitAutograd, m) {
-  m.impl("build_info", TORCH_BOX(&lrk::ops::build_info));
-}
+LRK_OP(build_info, "() -> str")

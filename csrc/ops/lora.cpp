@@ -2,137 +2,148 @@
 // Glue of the LoRA family: schemas, checks, allocation, dispatch. Math and letters: csrc/lora.h, docs/ops.md.
 #include "lora.h"
 
-#include "linear.h"
+#include "base.h"
 
 namespace lrk::ops {
 namespace {
 
-// A Factor over A [R, I] (n contiguous) or over B [O, R] read as [R, O] (r contiguous).
-struct SmallMatrix {
+// A [R, I] or B [O, R], checked, as U of lora.h.
+struct SmallFactor {
   Tensor tensor;
   DType dtype;
-  int64_t R, N;
+  int32_t R;
+  int64_t N;
   Factor factor;
 };
-SmallMatrix factor_of_a(const Tensor& a, DType dtype) {
-  Tensor t = as_contiguous(a);
-  return {t, dtype, t.size(0), t.size(1), Factor{t.const_data_ptr(), t.size(1), 1}};
+SmallFactor checked(const Arg& arg, bool is_a) {
+  const Tensor t = as_contiguous(arg.tensor);
+  const int64_t rows = t.size(0), cols = t.size(1), R = is_a ? rows : cols;
+  if (R > kMaxRank) arg.refuse("have a rank of at most ", kMaxRank, ", got ", R);
+  return {t, arg.dtype(), static_cast<int32_t>(R), is_a ? cols : rows,
+          Factor{.data = t.const_data_ptr(), .stride_r = is_a ? cols : 1, .stride_n = is_a ? 1 : cols}};
 }
-SmallMatrix factor_of_b(const Tensor& b, DType dtype) {
-  Tensor t = as_contiguous(b);
-  return {t, dtype, t.size(1), t.size(0), Factor{t.const_data_ptr(), 1, t.size(1)}};
+SmallFactor factor_a(const Arg& a, const Arg& x) {
+  return checked(a.factor_of(x).shape("[R, I]", {-1, x.last()}), true);
+}
+SmallFactor factor_b(const Arg& b, const Arg& like, int64_t O, int64_t R) {
+  return checked(b.factor_of(like).shape("[O, R]", {O, R}), false);
 }
 
-void check_rank(const char* op, const char* arg, int64_t R) {
-  if (R > kMaxRank) fail(op, arg, " must have a rank of at most ", kMaxRank, ", got ", R);
+// a and b of one dtype, fp32 or that of the activations beside them.
+struct Pair {
+  SmallFactor a, b;
+};
+Pair check_pair(const Arg& x, const Tensor& a, const Arg& like, const Tensor& b, int64_t O) {
+  const Arg a_arg{x.op, "a", a}, b_arg{x.op, "b", b};
+  Pair pair{factor_a(a_arg, x), factor_b(b_arg, like, O, a.size(0))};
+  b_arg.typed_as(a_arg);
+  return pair;
+}
+
+// S [..., R], of the dtype of the factor u, beside the [..., N] tensor it belongs to.
+Tensor check_s(const Arg& s, const Arg& like, const Arg& u, int64_t R) {
+  return as_contiguous(s.strided().on(like).shape("[..., R]", with_last(like.tensor, R)).typed_as(u).tensor);
 }
 
 struct DropoutArgs {
   Dropout dropout;
-  OptTensor seed;  // keeps the memory alive
-  const int64_t* seed_ptr = nullptr;
+  const int64_t* seed = nullptr;
 };
-DropoutArgs check_dropout(const char* op, double p, const OptTensor& seed, const Tensor& x) {
-  DropoutArgs d;
-  if (!(p >= 0.0 && p <= 1.0)) fail(op, "dropout_p must lie in [0, 1], got ", p);
-  d.dropout = make_dropout(p);
-  if (!d.dropout.threshold) return d;
-  d.seed_ptr = check_seed(op, seed, x);
-  d.seed = seed;
-  return d;
+DropoutArgs check_dropout(const Arg& x, double p, const OptTensor& seed) {
+  if (!(p >= 0.0 && p <= 1.0)) fail(x.op, "dropout_p must lie in [0, 1], got ", p);
+  const Dropout d = make_dropout(p);
+  return {d, d.threshold ? seed_data(seed, x) : nullptr};
 }
 
 // ---- one kernel each; `s` is [T, R] contiguous
 
-Tensor shrink(const char* op, const Rows& x, DType x_dtype, const SmallMatrix& u, float scale, const DropoutArgs& d) {
+LoraShrinkParams shrink_params(const Rows& x, const SmallFactor& u, const Tensor& s, float scale,
+                               const DropoutArgs& d) {
+  return {.x = x.data(),
+          .u = u.factor,
+          .s = s.mutable_data_ptr(),
+          .T = x.T,
+          .N = x.N,
+          .x_pitch = x.pitch,
+          .R = u.R,
+          .dtype = x.dtype,
+          .factor_dtype = u.dtype,
+          .scale = scale,
+          .dropout = d.dropout,
+          .seed = d.seed};
+}
+
+Tensor shrink(const Rows& x, const SmallFactor& u, float scale, const DropoutArgs& d) {
   Tensor s = torch::stable::new_empty(x.tensor, with_last(x.tensor, u.R), u.tensor.scalar_type());
   if (!s.numel()) return s;
   if (!x.N) return torch::stable::zero_(s);
-  const LoraShrinkParams p{x.tensor.const_data_ptr(),
-                           u.factor,
-                           s.mutable_data_ptr(),
-                           x.T,
-                           x.N,
-                           x.pitch,
-                           static_cast<int32_t>(u.R),
-                           x_dtype,
-                           u.dtype,
-                           scale,
-                           d.dropout,
-                           d.seed_ptr};
-  run(op, x.tensor, p, lora_shrink_workspace, lora_shrink_cpu, LRK_LAUNCHER(lora_shrink_cuda));
+  run(x.op, x.tensor, shrink_params(x, u, s, scale, d), LRK_RUN(lora_shrink));
   return s;
 }
 
 // What the low-rank product is added to: c * base + bias, each of them optional.
 struct Addend {
-  OptTensor base, base_scale, bias;
+  std::optional<Rows> base = {};
+  OptTensor base_scale = {}, bias = {};
 };
 
 // y = c * base + bias + scale * D(S U); y may be base itself.
-void expand(const char* op, const Rows& y, DType y_dtype, const Addend& add, const Tensor& s, const SmallMatrix& u,
-            float scale, const DropoutArgs& d) {
-  const bool in_place = add.base && add.base->const_data_ptr() == y.tensor.const_data_ptr();
+void expand(const Rows& y, const Addend& add, const Tensor& s, const SmallFactor& u, float scale,
+            const DropoutArgs& d) {
+  const bool in_place = add.base && add.base->data() == y.data();
   if (!y.T || !y.N || (in_place && !u.R && !add.base_scale)) return;
-  const Rows base = add.base ? rows_of(op, "y", *add.base) : Rows{y.tensor, 0, 0, 0};
-  const LoraExpandParams p{y.tensor.mutable_data_ptr(),
-                           add.base ? base.tensor.const_data_ptr() : nullptr,
-                           add.base_scale ? static_cast<const float*>(add.base_scale->const_data_ptr()) : nullptr,
-                           add.bias ? add.bias->const_data_ptr() : nullptr,
-                           s.const_data_ptr(),
-                           u.factor,
-                           y.T,
-                           y.N,
-                           y.pitch,
-                           base.pitch,
-                           static_cast<int32_t>(u.R),
-                           y_dtype,
-                           u.dtype,
-                           scale,
-                           d.dropout,
-                           d.seed_ptr};
-  run(op, y.tensor, p, lora_expand_workspace, lora_expand_cpu, LRK_LAUNCHER(lora_expand_cuda));
-}
-
-void expand_in_place(const char* op, const Rows& y, DType dtype, const Tensor& s, const SmallMatrix& u, float scale,
-                     const DropoutArgs& d) {
-  expand(op, y, dtype, {y.tensor, std::nullopt, std::nullopt}, s, u, scale, d);
+  const LoraExpandParams p{
+      .y = y.mutable_data(),
+      .base = add.base ? add.base->data() : nullptr,
+      .base_scale = add.base_scale ? static_cast<const float*>(add.base_scale->const_data_ptr()) : nullptr,
+      .bias = add.bias ? add.bias->const_data_ptr() : nullptr,
+      .s = s.const_data_ptr(),
+      .u = u.factor,
+      .T = y.T,
+      .N = y.N,
+      .y_pitch = y.pitch,
+      .base_pitch = add.base ? add.base->pitch : 0,
+      .R = u.R,
+      .dtype = y.dtype,
+      .factor_dtype = u.dtype,
+      .scale = scale,
+      .dropout = d.dropout,
+      .seed = d.seed};
+  run(y.op, y.tensor, p, LRK_RUN(lora_expand));
 }
 
 // dX = D(dS A), of x's shape.
-Tensor shrink_dx(const char* op, const Tensor& x, DType dtype, const Tensor& ds, const SmallMatrix& a, float scale,
-                 const DropoutArgs& d) {
-  Tensor dx = torch::stable::new_empty(x, sizes_of(x));
-  expand(op, rows_of(op, "dx", dx), dtype, {}, ds, a, scale, d);
+Tensor shrink_dx(const Arg& x, const Tensor& ds, const SmallFactor& a, float scale, const DropoutArgs& d) {
+  Tensor dx = new_like(x.tensor);
+  expand(rows_of(x.op, dx), {}, ds, a, scale, d);
   return dx;
 }
 
-LoraWgradParams wgrad_params(const Rows& x, DType x_dtype, const Tensor& s, int64_t R, const Tensor& g, bool g_is_b,
-                             DType dtype, float scale, const DropoutArgs& d) {
-  return {s.const_data_ptr(),
-          x.tensor.const_data_ptr(),
-          g.mutable_data_ptr(),
-          g_is_b ? 1 : x.N,
-          g_is_b ? R : 1,
-          x.T,
-          x.N,
-          x.pitch,
-          static_cast<int32_t>(R),
-          x_dtype,
-          dtype,
-          scale,
-          d.dropout,
-          d.seed_ptr};
+// G has the layout of the factor it is the gradient of.
+LoraWgradParams wgrad_params(const Rows& x, const Tensor& s, const SmallFactor& u, const Tensor& g, float scale,
+                             const DropoutArgs& d) {
+  return {.s = s.const_data_ptr(),
+          .x = x.data(),
+          .g = g.mutable_data_ptr(),
+          .g_stride_r = u.factor.stride_r,
+          .g_stride_n = u.factor.stride_n,
+          .T = x.T,
+          .N = x.N,
+          .x_pitch = x.pitch,
+          .R = u.R,
+          .dtype = x.dtype,
+          .factor_dtype = u.dtype,
+          .scale = scale,
+          .dropout = d.dropout,
+          .seed = d.seed};
 }
 
-// G = scale * S^T D(x), laid out as A [R, I] or as B [O, R].
-Tensor wgrad(const char* op, const Rows& x, DType x_dtype, const Tensor& s, const SmallMatrix& like, bool g_is_b,
-             float scale, const DropoutArgs& d) {
-  Tensor g = torch::stable::new_empty(like.tensor, sizes_of(like.tensor));
+// G = scale * S^T D(x).
+Tensor wgrad(const Rows& x, const Tensor& s, const SmallFactor& u, float scale, const DropoutArgs& d) {
+  Tensor g = new_like(u.tensor);
   if (!g.numel()) return g;
   if (!x.T) return torch::stable::zero_(g);
-  const LoraWgradParams p = wgrad_params(x, x_dtype, s, like.R, g, g_is_b, like.dtype, scale, d);
-  run(op, x.tensor, p, lora_wgrad_workspace, lora_wgrad_cpu, LRK_LAUNCHER(lora_wgrad_cuda));
+  run(x.op, x.tensor, wgrad_params(x, s, u, g, scale, d), LRK_RUN(lora_wgrad));
   return g;
 }
 
@@ -140,288 +151,222 @@ Tensor wgrad(const char* op, const Rows& x, DType x_dtype, const Tensor& s, cons
 struct ExpandGrads {
   Tensor ds, db;
 };
-ExpandGrads expand_grads(const char* op, const Rows& dy, DType dy_dtype, const Tensor& s, const SmallMatrix& b,
-                         float scale, float scale_b, bool need_ds, bool need_db) {
-  const DropoutArgs none;
-  const Target target = target_of(op, dy.tensor);
-  const bool fused = need_ds && need_db && dy.T && dy.N && b.R &&
-                     choose_lora_backward({dy.T, dy.N, static_cast<int32_t>(b.R), dy_dtype}, target).fused;
-  if (!fused) {
-    return {need_ds ? shrink(op, dy, dy_dtype, b, scale, none) : nothing(),
-            need_db ? wgrad(op, dy, dy_dtype, s, b, true, scale_b, none) : nothing()};
+ExpandGrads expand_grads(const Rows& dy, const Tensor& s, const SmallFactor& b, float scale, float scale_b,
+                         bool need_ds, bool need_db) {
+  const Target target = DeviceScope(dy.op, dy.tensor).target;
+  const bool both = need_ds && need_db && dy.T && dy.N && b.R;
+  if (!both || !choose_lora_backward({.T = dy.T, .O = dy.N, .R = b.R, .dtype = dy.dtype}, target).fused) {
+    return {need_ds ? shrink(dy, b, scale, {}) : nothing(), need_db ? wgrad(dy, s, b, scale_b, {}) : nothing()};
   }
-  Tensor ds = torch::stable::new_empty(s, with_last(dy.tensor, b.R));
-  Tensor db = torch::stable::new_empty(b.tensor, sizes_of(b.tensor));
-  LoraShrinkWgradParams p;
-  p.shrink = {dy.tensor.const_data_ptr(),
-              b.factor,
-              ds.mutable_data_ptr(),
-              dy.T,
-              dy.N,
-              dy.pitch,
-              static_cast<int32_t>(b.R),
-              dy_dtype,
-              b.dtype,
-              scale,
-              Dropout{},
-              nullptr};
-  p.wgrad = wgrad_params(dy, dy_dtype, s, b.R, db, true, b.dtype, scale_b, none);
-  run(op, dy.tensor, p, lora_shrink_wgrad_workspace, lora_shrink_wgrad_cpu, LRK_LAUNCHER(lora_shrink_wgrad_cuda));
+  Tensor ds = torch::stable::new_empty(s, with_last(dy.tensor, b.R)), db = new_like(b.tensor);
+  const LoraShrinkWgradParams p{.shrink = shrink_params(dy, b, ds, scale, {}),
+                                .wgrad = wgrad_params(dy, s, b, db, scale_b, {})};
+  run(dy.op, dy.tensor, p, LRK_RUN(lora_shrink_wgrad));
   return {ds, db};
 }
 
-// dZ = c * dY and dc = sum over T of dY * base.
+// dZ = c * dY and dc = sum over T of dY * base, which is asked for where base is given.
 struct RescaleGrads {
   Tensor dz, dc;
 };
-RescaleGrads rescale(const char* op, const Rows& dy, DType dtype, const OptTensor& base, const Tensor& c, bool need_dz,
-                     bool need_dc) {
+RescaleGrads rescale(const Rows& dy, const std::optional<Rows>& base, const Tensor& c, bool need_dz) {
   RescaleGrads g{nothing(), nothing()};
-  if (need_dz) g.dz = torch::stable::new_empty(dy.tensor, sizes_of(dy.tensor));
-  if (need_dc) g.dc = torch::stable::new_empty(c, {dy.N});
+  if (need_dz) g.dz = new_like(dy.tensor);
+  if (base) g.dc = torch::stable::new_empty(c, {dy.N});
   if (!dy.T || !dy.N) {
-    if (need_dc) torch::stable::zero_(g.dc);
+    if (base) torch::stable::zero_(g.dc);
     return g;
   }
-  const Rows base_rows = need_dc ? rows_of(op, "base", *base) : Rows{dy.tensor, 0, 0, 0};
-  const LoraRescaleParams p{dy.tensor.const_data_ptr(),
-                            need_dc ? base_rows.tensor.const_data_ptr() : nullptr,
-                            static_cast<const float*>(c.const_data_ptr()),
-                            need_dz ? g.dz.mutable_data_ptr() : nullptr,
-                            need_dc ? static_cast<float*>(g.dc.mutable_data_ptr()) : nullptr,
-                            dy.T,
-                            dy.N,
-                            dy.pitch,
-                            base_rows.pitch,
-                            dtype};
-  run(op, dy.tensor, p, lora_rescale_workspace, lora_rescale_cpu, LRK_LAUNCHER(lora_rescale_cuda));
+  const LoraRescaleParams p{.dy = dy.data(),
+                            .base = base ? base->data() : nullptr,
+                            .base_scale = static_cast<const float*>(c.const_data_ptr()),
+                            .dz = need_dz ? g.dz.mutable_data_ptr() : nullptr,
+                            .dc = base ? static_cast<float*>(g.dc.mutable_data_ptr()) : nullptr,
+                            .T = dy.T,
+                            .N = dy.N,
+                            .dy_pitch = dy.pitch,
+                            .base_pitch = base ? base->pitch : 0,
+                            .dtype = dy.dtype};
+  run(dy.op, dy.tensor, p, LRK_RUN(lora_rescale));
   return g;
 }
 
 // c [O], of x's dtype or fp32, as contiguous fp32.
-Tensor check_base_scale(const char* op, const Tensor& c, const Tensor& x, int64_t O) {
-  check_factor(op, "base_scale", c, x, "x");
-  check_shape(op, "base_scale", c, "[O]", {O});
+Tensor check_base_scale(const Tensor& c, const Arg& x, int64_t O) {
+  Arg{x.op, "base_scale", c}.factor_of(x).shape("[O]", {O});
   return as_contiguous(torch::stable::to(c, ScalarType::Float));
 }
 
 // ---- ops
 
-SmallMatrix check_a(const char* op, const Tensor& a, const Tensor& x) {
-  const DType dtype = check_factor(op, "a", a, x, "x");
-  check_shape(op, "a", a, "[R, I]", {-1, x.size(x.dim() - 1)});
-  check_rank(op, "a", a.size(0));
-  return factor_of_a(a, dtype);
+Tensor lora_shrink(const Tensor& x_, const Tensor& a, double scale, double dropout_p, const OptTensor& seed) {
+  const Arg x{"lora_shrink", "x", x_};
+  const Rows rows = x.floats().rows();
+  const SmallFactor u = factor_a({x.op, "a", a}, x);
+  const DropoutArgs d = check_dropout(x, dropout_p, seed);
+  return shrink(rows, u, finite(x.op, "scale", scale), d);
 }
 
-SmallMatrix check_b(const char* op, const Tensor& b, int64_t O, int64_t R, const Tensor& x, const char* x_arg) {
-  const DType dtype = check_factor(op, "b", b, x, x_arg);
-  check_shape(op, "b", b, "[O, R]", {O, R});
-  check_rank(op, "b", b.size(1));
-  return factor_of_b(b, dtype);
-}
-
-// S [..., R] beside the [..., N] tensor it belongs to.
-Tensor check_s(const char* op, const char* arg, const Tensor& s, const Tensor& like, const char* like_arg,
-               const SmallMatrix& u, const char* u_arg) {
-  check_strided(op, arg, s);
-  check_device(op, arg, s, like, like_arg);
-  check_shape(op, arg, s, "[..., R]", with_last(like, u.R));
-  if (s.scalar_type() != u.tensor.scalar_type())
-    fail(op, arg, " must be ", name_of(u.tensor.scalar_type()), " (the dtype of ", u_arg, "), got ",
-         name_of(s.scalar_type()));
-  return as_contiguous(s);
-}
-
-Tensor lora_shrink(const Tensor& x, const Tensor& a, double scale, double dropout_p, const OptTensor& seed) {
-  constexpr const char* op = "lora_shrink";
-  const DType dtype = check_x(op, "x", x);
-  const Rows rows = rows_of(op, "x", x);
-  const SmallMatrix u = check_a(op, a, x);
-  return shrink(op, rows, dtype, u, check_finite(op, "scale", scale), check_dropout(op, dropout_p, seed, x));
-}
-
-std::tuple<Tensor, Tensor> lora_shrink_bwd(const Tensor& ds, const Tensor& x, const Tensor& a, double scale,
+std::tuple<Tensor, Tensor> lora_shrink_bwd(const Tensor& ds, const Tensor& x_, const Tensor& a_, double scale,
                                            double dropout_p, const OptTensor& seed, bool need_dx, bool need_da) {
-  constexpr const char* op = "lora_shrink_bwd";
-  const DType dtype = check_x(op, "x", x);
-  const Rows rows = rows_of(op, "x", x);
-  const SmallMatrix u = check_a(op, a, x);
-  const Tensor s = check_s(op, "ds", ds, x, "x", u, "a");
-  const float k = check_finite(op, "scale", scale);
-  const DropoutArgs d = check_dropout(op, dropout_p, seed, x);
-  Tensor dx = nothing(), da = nothing();
-  if (need_da) da = wgrad(op, rows, dtype, s, u, false, k, d);
-  if (need_dx) dx = shrink_dx(op, x, dtype, s, u, k, d);
-  return {dx, da};
+  const Arg x{"lora_shrink_bwd", "x", x_}, a{x.op, "a", a_};
+  const Rows rows = x.floats().rows();
+  const SmallFactor u = factor_a(a, x);
+  const Tensor s = check_s({x.op, "ds", ds}, x, a, u.R);
+  const float k = finite(x.op, "scale", scale);
+  const DropoutArgs d = check_dropout(x, dropout_p, seed);
+  return {need_dx ? shrink_dx(x, s, u, k, d) : nothing(), need_da ? wgrad(rows, s, u, k, d) : nothing()};
 }
 
-void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
-  constexpr const char* op = "lora_expand_";
-  const DType dtype = check_x(op, "y", y);
-  const Rows rows = rows_of(op, "y", y);
-  if (y.numel() && rows.tensor.const_data_ptr() != y.const_data_ptr())
-    fail(op, "y must be rows of contiguous elements at one pitch, since it is written in place, got other strides");
-  const SmallMatrix u = check_b(op, b, rows.N, -1, y, "y");
-  expand_in_place(op, rows, dtype, check_s(op, "s", s, y, "y", u, "b"), u, check_finite(op, "scale", scale), {});
+void lora_expand_(Tensor y_, const Tensor& s, const Tensor& b_, double scale) {
+  const Arg y{"lora_expand_", "y", y_}, b{y.op, "b", b_};
+  const Rows rows = y.floats().rows_in_place();
+  const SmallFactor u = factor_b(b, y, rows.N, -1);
+  const float k = finite(y.op, "scale", scale);
+  expand(rows, {.base = rows}, check_s({y.op, "s", s}, y, b, u.R), u, k, {});
 }
 
-Tensor linear_expand(const OptTensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& s,
-                     const Tensor& b, double scale) {
+Tensor linear_expand(const OptTensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& s_,
+                     const Tensor& b_, double scale) {
   constexpr const char* op = "linear_expand";
   if (x.has_value() != weight.has_value()) fail(op, "x and weight must come together, got only ", x ? "x" : "weight");
-  const Tensor& like = x ? *x : bias ? *bias : s;
-  const char* like_arg = x ? "x" : bias ? "bias" : "s";
-  const DType dtype = check_x(op, like_arg, like);
-  if (s.dim() < 1) fail(op, "s must have at least one dimension, got a scalar");
-  const float k = check_finite(op, "scale", scale);
-  Tensor y = s;
-  SmallMatrix u;
-  Addend add;
+  const Arg s{op, "s", s_}, b{op, "b", b_}, like = x ? Arg{op, "x", *x} : bias ? Arg{op, "bias", *bias} : s;
+  like.floats();
+  if (s_.dim() < 1) s.refuse("have at least one dimension, got a scalar");
+  const float k = finite(op, "scale", scale);
   if (x) {
-    rows_of(op, "x", *x);
-    check_base(op, *x, *weight, bias);
-    u = check_b(op, b, weight->size(0), -1, *x, "x");
-    check_s(op, "s", s, *x, "x", u, "b");
-    y = as_contiguous(aten_linear(*x, *weight, bias));
-    add.base = y;
-  } else {
-    if (bias) check_shape(op, "bias", *bias, "[O]", {b.dim() == 2 ? b.size(0) : -1});
-    u = check_b(op, b, -1, s.size(s.dim() - 1), like, like_arg);
-    check_s(op, "s", s, s, "s", u, "b");
-    check_device(op, "s", s, like, like_arg);
-    y = torch::stable::new_empty(like, with_last(s, b.size(0)));
-    if (bias) add.bias = as_contiguous(*bias);
+    like.rows();
+    const AtenLinear product(*weight);
+    product.check(like, bias);
+    const SmallFactor u = factor_b(b, like, product.out_features(), -1);
+    const Tensor sc = check_s(s, like, b, u.R), y = product.forward(*x, bias);
+    const Rows rows = rows_of(op, y);
+    expand(rows, {.base = rows}, sc, u, k, {});
+    return y;
   }
-  expand(op, rows_of(op, "y", y), dtype, add, as_contiguous(s), u, k, {});
+  if (bias) like.shape("[O]", {b_.dim() == 2 ? b_.size(0) : -1});
+  const SmallFactor u = factor_b(b, like, -1, s.last());
+  const Tensor sc = check_s(s, s, b, u.R);
+  s.on(like);
+  Tensor y = torch::stable::new_empty(like.tensor, with_last(s_, u.N));
+  expand(rows_of(op, y), {.bias = bias ? OptTensor(as_contiguous(*bias)) : std::nullopt}, sc, u, k, {});
   return y;
 }
 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Five linear_expand_bwd(const Tensor& dy, const OptTensor& x, const OptTensor& weight, const Tensor& s, const Tensor& b,
-                       double scale, bool need_dx, bool need_dw, bool need_dbias, bool need_ds, bool need_db) {
-  constexpr const char* op = "linear_expand_bwd";
-  const DType dtype = check_x(op, "dy", dy);
-  const Rows rows = rows_of(op, "dy", dy);
-  const SmallMatrix u = check_b(op, b, rows.N, -1, dy, "dy");
-  const Tensor sc = check_s(op, "s", s, dy, "dy", u, "b");
-  const float k = check_finite(op, "scale", scale);
-  if (need_dx && !weight) fail(op, "weight is needed for the gradient of x, got None");
-  if (need_dw && !x) fail(op, "x is needed for the gradient of weight, got None");
-  if (need_dx) check_shape(op, "weight", *weight, "[O, I]", {rows.N, -1});
-  const ExpandGrads g = expand_grads(op, rows, dtype, sc, u, k, k, need_ds, need_db);
-  return {need_dx ? base_dx(rows, *weight) : nothing(), need_dw ? base_dw(rows, rows_of(op, "x", *x)) : nothing(),
-          need_dbias ? base_dbias(rows) : nothing(), g.ds, g.db};
-}
-
-// a and b of one dtype, fp32 or that of the activations beside them.
-void check_pair(const char* op, const Tensor& a, const Tensor& b) {
-  if (a.scalar_type() != b.scalar_type())
-    fail(op, "b must be ", name_of(a.scalar_type()), " (the dtype of a), got ", name_of(b.scalar_type()));
+Five linear_expand_bwd(const Tensor& dy_, const OptTensor& x, const OptTensor& weight, const Tensor& s,
+                       const Tensor& b_, double scale, bool need_dx, bool need_dw, bool need_dbias, bool need_ds,
+                       bool need_db) {
+  const Arg dy{"linear_expand_bwd", "dy", dy_}, b{dy.op, "b", b_};
+  const Rows rows = dy.floats().rows();
+  const SmallFactor u = factor_b(b, dy, rows.N, -1);
+  const Tensor sc = check_s({dy.op, "s", s}, dy, b, u.R);
+  const float k = finite(dy.op, "scale", scale);
+  if (need_dx && !weight) fail(dy.op, "weight is needed for the gradient of x, got None");
+  if (need_dw && !x) fail(dy.op, "x is needed for the gradient of weight, got None");
+  if (need_dx) Arg{dy.op, "weight", *weight}.shape("[O, I]", {rows.N, -1});
+  const AtenLinear product(weight ? *weight : dy_);  // dw and dbias do not read it
+  const ExpandGrads g = expand_grads(rows, sc, u, k, k, need_ds, need_db);
+  return {need_dx ? product.dx(rows) : nothing(), need_dw ? product.dw(rows, Arg{dy.op, "x", *x}.rows()) : nothing(),
+          need_dbias ? product.dbias(rows) : nothing(), g.ds, g.db};
 }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 // (y, s, the base product where base_scale asks for it in backward)
-Three lora_forward(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a,
-                   const Tensor& b, double scale, double dropout_p, const OptTensor& seed,
+Three lora_forward(const char* op, const Tensor& x_, const BaseProduct& product, const OptTensor& bias,
+                   const Tensor& a_, const Tensor& b_, double scale, double dropout_p, const OptTensor& seed,
                    const OptTensor& base_scale) {
-  const DType dtype = check_x(op, "x", x);
-  const Rows rows = rows_of(op, "x", x);
-  check_base(op, x, weight, bias);
-  const SmallMatrix ua = check_a(op, a, x), ub = check_b(op, b, weight.size(0), a.size(0), x, "x");
-  check_pair(op, a, b);
-  const float k = check_finite(op, "scale", scale);
-  const DropoutArgs d = check_dropout(op, dropout_p, seed, x);
+  const Arg x{op, "x", x_};
+  const Rows rows = x.floats().rows();
+  product.check(x, bias);
+  const int64_t O = product.out_features();
+  const auto [a, b] = check_pair(x, a_, x, b_, O);
+  const float k = finite(op, "scale", scale);
+  const DropoutArgs d = check_dropout(x, dropout_p, seed);
   if (!base_scale) {
-    Tensor y = as_contiguous(aten_linear(x, weight, bias));
-    const Tensor s = shrink(op, rows, dtype, ua, k, d);
-    expand_in_place(op, rows_of(op, "y", y), dtype, s, ub, 1.f, {});
+    const Tensor y = product.forward(x_, bias), s = shrink(rows, a, k, d);
+    const Rows out = rows_of(op, y);
+    expand(out, {.base = out}, s, b, 1.f, {});
     return {y, s, nothing()};
   }
-  Addend add{std::nullopt, check_base_scale(op, *base_scale, x, weight.size(0)), std::nullopt};
-  if (bias) add.bias = as_contiguous(*bias);
-  add.base = as_contiguous(aten_linear(x, weight, std::nullopt));
-  const Tensor s = shrink(op, rows, dtype, ua, k, d);
-  Tensor y = torch::stable::new_empty(x, with_last(x, weight.size(0)));
-  expand(op, rows_of(op, "y", y), dtype, add, s, ub, 1.f, {});
-  return {y, s, *add.base};
+  const Tensor c = check_base_scale(*base_scale, x, O), base = product.forward(x_, std::nullopt);
+  const Tensor s = shrink(rows, a, k, d), y = torch::stable::new_empty(x_, with_last(x_, O));
+  expand(rows_of(op, y), {rows_of(op, base), c, bias ? OptTensor(as_contiguous(*bias)) : std::nullopt}, s, b, 1.f, {});
+  return {y, s, base};
 }
 
 Three lora_linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a, const Tensor& b,
                       double scale, double dropout_p, const OptTensor& seed, const OptTensor& base_scale) {
-  return lora_forward("lora_linear_fwd", x, weight, bias, a, b, scale, dropout_p, seed, base_scale);
+  return lora_forward("lora_linear_fwd", x, AtenLinear(weight), bias, a, b, scale, dropout_p, seed, base_scale);
 }
 
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a, const Tensor& b,
                    double scale, double dropout_p, const OptTensor& seed, const OptTensor& base_scale) {
-  return std::get<0>(lora_forward("lora_linear", x, weight, bias, a, b, scale, dropout_p, seed, base_scale));
+  return std::get<0>(
+      lora_forward("lora_linear", x, AtenLinear(weight), bias, a, b, scale, dropout_p, seed, base_scale));
 }
 
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // s is what the forward made: scale * D(x) A^T. dS = scale * dY B, so that dA = dS^T D(x) and dx += D(dS A).
-Six lora_linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& a, const Tensor& b,
+Six lora_linear_bwd(const Tensor& dy_, const Tensor& x_, const Tensor& weight, const Tensor& a_, const Tensor& b_,
                     const Tensor& s, double scale, double dropout_p, const OptTensor& seed, const OptTensor& base_scale,
                     const OptTensor& base, bool need_dx, bool need_dw, bool need_dbias, bool need_da, bool need_db,
                     bool need_dbase_scale) {
   constexpr const char* op = "lora_linear_bwd";
-  const DType dtype = check_x(op, "x", x);
-  check_x(op, "dy", dy);
-  const Rows dy_rows = rows_of(op, "dy", dy), x_rows = rows_of(op, "x", x);
-  check_base(op, x, weight, std::nullopt);
-  check_device(op, "dy", dy, x, "x");
-  check_dtype(op, "dy", dy, x.scalar_type());
-  check_shape(op, "dy", dy, "[..., O]", with_last(x, weight.size(0)));
-  const SmallMatrix ua = check_a(op, a, x), ub = check_b(op, b, weight.size(0), a.size(0), x, "x");
-  check_pair(op, a, b);
-  const Tensor sc = check_s(op, "s", s, x, "x", ua, "a");
-  const float k = check_finite(op, "scale", scale);
-  const DropoutArgs d = check_dropout(op, dropout_p, seed, x);
+  const Arg x{op, "x", x_}, dy{op, "dy", dy_};
+  x.floats(), dy.floats();
+  const Rows dy_rows = dy.rows(), x_rows = x.rows();
+  const AtenLinear product(weight);
+  product.check(x, std::nullopt);
+  const int64_t O = product.out_features();
+  const Sizes y_sizes = with_last(x_, O);
+  dy.on(x).is(x.type()).shape("[..., O]", y_sizes);
+  const auto [a, b] = check_pair(x, a_, x, b_, O);
+  const Tensor sc = check_s({op, "s", s}, x, {op, "a", a_}, a.R);
+  const float k = finite(op, "scale", scale);
+  const DropoutArgs d = check_dropout(x, dropout_p, seed);
   Rows dz = dy_rows;  // the gradient of the base product
-  Tensor dc = nothing();
+  Tensor dc = nothing(), dx = nothing();
   if (base_scale) {
+    std::optional<Rows> base_rows;
     if (need_dbase_scale) {
       if (!base) fail(op, "base must be what lora_linear_fwd returned where dbase_scale is needed, got None");
-      check_strided(op, "base", *base);
-      check_device(op, "base", *base, x, "x");
-      check_dtype(op, "base", *base, x.scalar_type());
-      check_shape(op, "base", *base, "[..., O]", with_last(x, weight.size(0)));
+      base_rows = Arg{op, "base", *base}.strided().on(x).is(x.type()).shape("[..., O]", y_sizes).rows();
     }
-    const Tensor c = check_base_scale(op, *base_scale, x, weight.size(0));
-    const bool need_dz = need_dx || need_dw;
-    const RescaleGrads g = rescale(op, dy_rows, dtype, base, c, need_dz, need_dbase_scale);
-    if (need_dz) dz = rows_of(op, "dz", g.dz);
+    const RescaleGrads g = rescale(dy_rows, base_rows, check_base_scale(*base_scale, x, O), need_dx || need_dw);
+    if (need_dx || need_dw) dz = rows_of(op, g.dz);
     if (need_dbase_scale) dc = torch::stable::to(g.dc, base_scale->scalar_type());
   }
-  const ExpandGrads g = expand_grads(op, dy_rows, dtype, sc, ub, k, 1.f, need_dx || need_da, need_db);
-  Tensor dx = nothing();
+  const ExpandGrads g = expand_grads(dy_rows, sc, b, k, 1.f, need_dx || need_da, need_db);
   if (need_dx) {
-    dx = base_dx(dz, weight);
-    expand_in_place(op, rows_of(op, "dx", dx), dtype, g.ds, ua, 1.f, d);
+    dx = product.dx(dz);
+    const Rows out = rows_of(op, dx);
+    expand(out, {.base = out}, g.ds, a, 1.f, d);
   }
   return {dx,
-          need_dw ? base_dw(dz, x_rows) : nothing(),
-          need_dbias ? base_dbias(dy_rows) : nothing(),
-          need_da ? wgrad(op, x_rows, dtype, g.ds, ua, false, 1.f, d) : nothing(),
+          need_dw ? product.dw(dz, x_rows) : nothing(),
+          need_dbias ? product.dbias(dy_rows) : nothing(),
+          need_da ? wgrad(x_rows, g.ds, a, 1.f, d) : nothing(),
           g.db,
           dc};
 }
 
 // ---- beside a base layer of any kind, whose result y is
 
-std::tuple<Tensor, Tensor> add_forward(const char* op, const Tensor& y, const Tensor& x, const Tensor& a,
-                                       const Tensor& b, double scale, double dropout_p, const OptTensor& seed) {
-  const DType dtype = check_x(op, "x", x), y_dtype = check_x(op, "y", y);
-  const Rows rows = rows_of(op, "x", x);
-  check_device(op, "y", y, x, "x");
-  const SmallMatrix ua = check_a(op, a, x), ub = check_b(op, b, -1, a.size(0), y, "y");
-  check_pair(op, a, b);
-  check_shape(op, "y", y, "[..., O]", with_last(x, ub.N));
-  const Tensor s = shrink(op, rows, dtype, ua, check_finite(op, "scale", scale), check_dropout(op, dropout_p, seed, x));
-  Tensor out = torch::stable::new_empty(y, sizes_of(y));
-  expand(op, rows_of(op, "y", out), y_dtype, {y, std::nullopt, std::nullopt}, s, ub, 1.f, {});
+std::tuple<Tensor, Tensor> add_forward(const char* op, const Tensor& y_, const Tensor& x_, const Tensor& a_,
+                                       const Tensor& b_, double scale, double dropout_p, const OptTensor& seed) {
+  const Arg x{op, "x", x_}, y{op, "y", y_};
+  x.floats(), y.floats();
+  const Rows rows = x.rows();
+  y.on(x);
+  const auto [a, b] = check_pair(x, a_, y, b_, -1);
+  y.shape("[..., O]", with_last(x_, b.N));
+  const DropoutArgs d = check_dropout(x, dropout_p, seed);
+  const Tensor s = shrink(rows, a, finite(op, "scale", scale), d), out = new_like(y_);
+  expand(rows_of(op, out), {.base = y.rows()}, s, b, 1.f, {});
   return {out, s};
 }
 
@@ -436,70 +381,52 @@ Tensor lora_add(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor&
 }
 
 // The gradient of y is dy itself.
-Three lora_add_bwd(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& s, double scale,
-                   double dropout_p, const OptTensor& seed, bool need_dx, bool need_da, bool need_db) {
-  constexpr const char* op = "lora_add_bwd";
-  const DType dtype = check_x(op, "x", x), dy_dtype = check_x(op, "dy", dy);
-  const Rows dy_rows = rows_of(op, "dy", dy), x_rows = rows_of(op, "x", x);
-  check_device(op, "dy", dy, x, "x");
-  const SmallMatrix ua = check_a(op, a, x), ub = check_b(op, b, dy_rows.N, a.size(0), dy, "dy");
-  check_pair(op, a, b);
-  const Tensor sc = check_s(op, "s", s, x, "x", ua, "a");
-  check_shape(op, "dy", dy, "[..., O]", with_last(x, ub.N));
-  const float k = check_finite(op, "scale", scale);
-  const DropoutArgs d = check_dropout(op, dropout_p, seed, x);
-  const ExpandGrads g = expand_grads(op, dy_rows, dy_dtype, sc, ub, k, 1.f, need_dx || need_da, need_db);
-  return {need_dx ? shrink_dx(op, x, dtype, g.ds, ua, 1.f, d) : nothing(),
-          need_da ? wgrad(op, x_rows, dtype, g.ds, ua, false, 1.f, d) : nothing(), g.db};
+Three lora_add_bwd(const Tensor& dy_, const Tensor& x_, const Tensor& a_, const Tensor& b_, const Tensor& s,
+                   double scale, double dropout_p, const OptTensor& seed, bool need_dx, bool need_da, bool need_db) {
+  const Arg x{"lora_add_bwd", "x", x_}, dy{x.op, "dy", dy_};
+  x.floats(), dy.floats();
+  const Rows dy_rows = dy.rows(), x_rows = x.rows();
+  dy.on(x);
+  const auto [a, b] = check_pair(x, a_, dy, b_, dy_rows.N);
+  const Tensor sc = check_s({x.op, "s", s}, x, {x.op, "a", a_}, a.R);
+  dy.shape("[..., O]", with_last(x_, b.N));
+  const float k = finite(x.op, "scale", scale);
+  const DropoutArgs d = check_dropout(x, dropout_p, seed);
+  const ExpandGrads g = expand_grads(dy_rows, sc, b, k, 1.f, need_dx || need_da, need_db);
+  return {need_dx ? shrink_dx(x, g.ds, a, 1.f, d) : nothing(), need_da ? wgrad(x_rows, g.ds, a, 1.f, d) : nothing(),
+          g.db};
 }
 
 }  // namespace
 }  // namespace lrk::ops
 
-STABLE_TORCH_LIBRARY_FRAGMENT(LRK_NAMESPACE, m) {
-  m.def("lora_shrink(Tensor x, Tensor a, float scale=1.0, float dropout_p=0.0, Tensor? seed=None) -> Tensor");
-  m.def(
-      "lora_shrink_bwd(Tensor ds, Tensor x, Tensor a, float scale, float dropout_p, Tensor? seed, bool need_dx, "
-      "bool need_da) -> (Tensor dx, Tensor da)");
-  m.def("lora_expand_(Tensor(a!) y, Tensor s, Tensor b, float scale=1.0) -> ()");
-  m.def("linear_expand(Tensor? x, Tensor? weight, Tensor? bias, Tensor s, Tensor b, float scale=1.0) -> Tensor");
-  m.def(
-      "linear_expand_bwd(Tensor dy, Tensor? x, Tensor? weight, Tensor s, Tensor b, float scale, bool need_dx, "
-      "bool need_dw, bool need_dbias, bool need_ds, bool need_db) "
-      "-> (Tensor dx, Tensor dw, Tensor dbias, Tensor ds, Tensor db)");
-  m.def(
-      "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale=1.0, float dropout_p=0.0, "
-      "Tensor? seed=None, Tensor? base_scale=None) -> Tensor");
-  m.def(
-      "lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale=1.0, "
-      "float dropout_p=0.0, Tensor? seed=None, Tensor? base_scale=None) -> (Tensor y, Tensor s, Tensor base)");
-  m.def(
-      "lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor s, float scale, "
-      "float dropout_p, Tensor? seed, Tensor? base_scale, Tensor? base, bool need_dx, bool need_dw, bool need_dbias, "
-      "bool need_da, bool need_db, bool need_dbase_scale) "
-      "-> (Tensor dx, Tensor dw, Tensor dbias, Tensor da, Tensor db, Tensor dbase_scale)");
-  m.def(
-      "lora_add(Tensor y, Tensor x, Tensor a, Tensor b, float scale=1.0, float dropout_p=0.0, Tensor? seed=None) "
-      "-> Tensor");
-  m.def(
-      "lora_add_fwd(Tensor y, Tensor x, Tensor a, Tensor b, float scale=1.0, float dropout_p=0.0, "
-      "Tensor? seed=None) -> (Tensor out, Tensor s)");
-  m.def(
-      "lora_add_bwd(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, float scale, float dropout_p, Tensor? seed, "
-      "bool need_dx, bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)");
-}
-
-// For every backend: the checks refuse what is not a dense cpu or cuda tensor in words of ours.
-STABLE_TORCH_LIBRARY_IMPL(LRK_NAMESPACE, CompositeExplicitAutograd, m) {
-  m.impl("lora_shrink", TORCH_BOX(&lrk::ops::lora_shrink));
-  m.impl("lora_shrink_bwd", TORCH_BOX(&lrk::ops::lora_shrink_bwd));
-  m.impl("lora_expand_", TORCH_BOX(&lrk::ops::lora_expand_));
-  m.impl("linear_expand", TORCH_BOX(&lrk::ops::linear_expand));
-  m.impl("linear_expand_bwd", TORCH_BOX(&lrk::ops::linear_expand_bwd));
-  m.impl("lora_linear", TORCH_BOX(&lrk::ops::lora_linear));
-  m.impl("lora_linear_fwd", TORCH_BOX(&lrk::ops::lora_linear_fwd));
-  m.impl("lora_linear_bwd", TORCH_BOX(&lrk::ops::lora_linear_bwd));
-  m.impl("lora_add", TORCH_BOX(&lrk::ops::lora_add));
-  m.impl("lora_add_fwd", TORCH_BOX(&lrk::ops::lora_add_fwd));
-  m.impl("lora_add_bwd", TORCH_BOX(&lrk::ops::lora_add_bwd));
-}
+LRK_OP(lora_shrink, "(Tensor x, Tensor a, float scale=1.0, float dropout_p=0.0, Tensor? seed=None) -> Tensor")
+LRK_OP(lora_shrink_bwd,
+       "(Tensor ds, Tensor x, Tensor a, float scale, float dropout_p, Tensor? seed, bool need_dx, "
+       "bool need_da) -> (Tensor dx, Tensor da)")
+LRK_OP(lora_expand_, "(Tensor(a!) y, Tensor s, Tensor b, float scale=1.0) -> ()")
+LRK_OP(linear_expand, "(Tensor? x, Tensor? weight, Tensor? bias, Tensor s, Tensor b, float scale=1.0) -> Tensor")
+LRK_OP(linear_expand_bwd,
+       "(Tensor dy, Tensor? x, Tensor? weight, Tensor s, Tensor b, float scale, bool need_dx, "
+       "bool need_dw, bool need_dbias, bool need_ds, bool need_db) "
+       "-> (Tensor dx, Tensor dw, Tensor dbias, Tensor ds, Tensor db)")
+LRK_OP(lora_linear,
+       "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale=1.0, float dropout_p=0.0, "
+       "Tensor? seed=None, Tensor? base_scale=None) -> Tensor")
+LRK_OP(lora_linear_fwd,
+       "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale=1.0, "
+       "float dropout_p=0.0, Tensor? seed=None, Tensor? base_scale=None) -> (Tensor y, Tensor s, Tensor base)")
+LRK_OP(lora_linear_bwd,
+       "(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor s, float scale, "
+       "float dropout_p, Tensor? seed, Tensor? base_scale, Tensor? base, bool need_dx, bool need_dw, bool need_dbias, "
+       "bool need_da, bool need_db, bool need_dbase_scale) "
+       "-> (Tensor dx, Tensor dw, Tensor dbias, Tensor da, Tensor db, Tensor dbase_scale)")
+LRK_OP(lora_add,
+       "(Tensor y, Tensor x, Tensor a, Tensor b, float scale=1.0, float dropout_p=0.0, Tensor? seed=None) "
+       "-> Tensor")
+LRK_OP(lora_add_fwd,
+       "(Tensor y, Tensor x, Tensor a, Tensor b, float scale=1.0, float dropout_p=0.0, "
+       "Tensor? seed=None) -> (Tensor out, Tensor s)")
+LRK_OP(lora_add_bwd,
+       "(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, float scale, float dropout_p, Tensor? seed, "
+       "bool need_dx, bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)")

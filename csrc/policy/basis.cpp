@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "choice.h"
+
 namespace lrk {
 
 // CUDA: splits are to give a GPU some thousand warps (dot: of 8 rows of G and 4 bases each; the others: of 32 times 16
@@ -33,11 +35,17 @@ BasisMatmulLayout basis_matmul_layout(const BasisMatmulParams& p, Target target)
   return {ceil_div(p.T, kBasisSums) * kBasisSums * p.Q, width, p.Q ? choose_basis_matmul_splits(p.Q, p.C, target) : 0};
 }
 
+constexpr int64_t kFewTokens = 16;  // whose sums stay in registers
+
+RandLoraWay choose_randlora(int64_t T, int64_t I, int64_t O) {
+  if (T <= kFewTokens) return RandLoraWay::kVector;
+  return T * (I + O) > I * O ? RandLoraWay::kMerged : RandLoraWay::kFactors;
+}
+
 BasisMatmulConfig choose_basis_matmul(int64_t T, int64_t Q, int64_t C, bool transposed, Target target) {
-  constexpr int64_t kTokens = 16;
   const int64_t elements =
       target.device == Device::kCPU ? int64_t{1} << 20 : int64_t{1} << 23;  // 4 MB; 16 MB in 16 bits
-  BasisMatmulConfig c{T > kTokens, Q, C};
+  BasisMatmulConfig c{T > kFewTokens, Q, C};
   const int64_t fixed = std::max<int64_t>(1, transposed ? C : Q);
   const int64_t most = std::max<int64_t>(128, elements / fixed / 128 * 128);
   (transposed ? c.rows : c.cols) = std::min(transposed ? Q : C, most);
@@ -70,5 +78,65 @@ size_t basis_matmul_workspace(const BasisMatmulParams& p, Target target) {
                 sums = p.transposed ? p.Q : choose_basis_matmul_splits(p.Q, p.C, target) * width;
   return p.T * (x + sums) * sizeof(float);
 }
+
+namespace {
+
+Answer explain_matmul(const Question& q) {
+  const bool transposed = q.flag("transposed");
+  const BasisMatmulConfig c = choose_basis_matmul(q["T"], q["Q"], q["C"], transposed, q.target());
+  const int64_t splits = c.scratch || transposed ? 1 : choose_basis_matmul_splits(q["Q"], q["C"], q.target());
+  return {{{"scratch", c.scratch}, {"rows", c.rows}, {"cols", c.cols}, {"splits", splits}},
+          c.scratch ? text("U is generated once, ", c.rows, " x ", c.cols,
+                           " at a time in scratch memory, for a plain GEMM: many tokens share it")
+                    : "U stays in registers: for so few tokens writing it and reading it back costs more"};
+}
+
+Answer splits_answer(int64_t splits) {
+  return {{{"splits", splits}},
+          splits > 1 ? "partial sums, added in order: the outputs alone leave the machine idle"
+                     : "one sum: there are outputs enough"};
+}
+Answer explain_combine(const Question& q) {
+  return splits_answer(choose_basis_combine_splits(q["R"], q["W"], q["K"], q.target()));
+}
+Answer explain_dot(const Question& q) { return splits_answer(choose_basis_dot_splits(q["T"], q["K"], q.target())); }
+
+Answer explain_randlora(const Question& q) {
+  const int64_t T = q["T"], I = q["I"], O = q["O"], Q = std::min(I, O);
+  const RandLoraWay way = choose_randlora(T, I, O);
+  if (way == RandLoraWay::kVector)
+    return {{{"way", "vector"}}, "few tokens: no row of U is formed, B stays in registers"};
+  return {{{"way", way == RandLoraWay::kMerged ? "merged" : "factors"}},
+          text(2 * T * Q * (I + O), " flop by factors, ", 2 * Q * I * O, " merged")};
+}
+
+const Registered registered[] = {
+    {"basis_matmul",
+     {.rule =
+          "U in registers for up to 16 tokens, else in scratch memory for a GEMM; x U of few columns in splits of Q",
+      .numbers =
+          "counts: scratch of 4 MB (CUDA: 2^23 elements) fits the nearest large cache, 2^20 columns are some thousand "
+          "warps, at least 8 rows a split; not measured",
+      .arguments = {{"T", {}}, {"Q", {}}, {"C", {}}, {"transposed", false}},
+      .answer = explain_matmul}},
+    {"basis_combine",
+     {.rule = "CUDA: splits of K where the result has fewer than 2^20 elements",
+      .numbers = "counts: some thousand warps; 16 bases or more a split, at most 32 splits; not measured",
+      .arguments = {{"R", {}}, {"W", {}}, {"K", {}}},
+      .answer = explain_combine}},
+    {"basis_dot",
+     {.rule = "splits of rows and columns, more where T K is small",
+      .numbers =
+          "counts: 4096 warps, at most 128 splits on CUDA; 16 MB of partial sums, at most 32 on the CPU; not measured",
+      .arguments = {{"T", {}}, {"K", {}}},
+      .answer = explain_dot}},
+    {"randlora",
+     {.rule = "vector for T <= 16, merged for T > I O / (I + O), else factors",
+      .numbers = "a count of flop: 2 T Q (I + O) by factors, 2 Q I O merged, Q = min(I, O)",
+      .arguments = {{"T", {}}, {"I", {}}, {"O", {}}},
+      .answer = explain_randlora}},
+};
+
+}  // namespace
 
 }  // namespace lrk

@@ -2,6 +2,10 @@
 // LoRA: choices between kernels, and the scratch memory they need: pure arithmetic on shapes, the same on every machine.
 #include "lora.h"
 
+#include <algorithm>
+
+#include "choice.h"
+
 namespace lrk {
 
 namespace {
@@ -25,7 +29,12 @@ BackwardConfig choose_lora_backward(const BackwardShape& s, Target target) {
 ShrinkConfig choose_lora_shrink(int64_t T, int64_t N, int32_t R, Target) {
   const int64_t blocks = ceil_div(T, kCudaTokens) * ceil_div(R, R <= kCudaFewRanks ? kCudaFewRanks : kCudaRanks);
   const int32_t chunks = static_cast<int32_t>(ceil_div(N, kCudaChunk));
-  return {blocks < 128 && chunks > 1, chunks};
+  return {blocks < kCudaBlocks && chunks > 1, chunks};
+}
+
+CpuTasks choose_lora_cpu_shrink(int64_t T, int64_t N, int64_t R) {
+  const int64_t tiles = ceil_div(T, kCpuTokens), ranks = tiles > 1 ? kCpuRanks : 8;
+  return {ranks, ceil_div(R, ranks) * tiles, cpu_grain(std::min<int64_t>(T, kCpuTokens), N, std::min(R, ranks))};
 }
 
 ShrinkWgradLayout shrink_wgrad_layout(const LoraShrinkWgradParams& p) {
@@ -55,5 +64,70 @@ size_t lora_shrink_wgrad_workspace(const LoraShrinkWgradParams& p, Target target
 size_t lora_rescale_workspace(const LoraRescaleParams& p, Target) {
   return p.dc ? ceil_div(p.T, kRescaleRows) * p.N * sizeof(float) : 0;
 }
+
+namespace {
+
+Answer explain_backward(const Question& q) {
+  const int64_t R = q["R"], chunks = ceil_div(q["O"], kCpuChunk);
+  BackwardConfig c = choose_lora_backward({q["T"], q["O"], static_cast<int32_t>(R), q.dtype()}, q.target());
+  std::string why = text("partial sums of dS (", c.paid_bytes, " bytes) would cost no less than the read of dY saved (",
+                         c.saved_bytes, " bytes)");
+  if (c.fused && q.cpu() && !one_cpu_pass(q["O"], q["threads"])) {
+    c.fused = false;
+    why = text(chunks, " chunks of O are too few tasks for ", q["threads"], " threads");
+  } else if (!c.fused && c.paid_bytes < c.saved_bytes) {
+    why = text("rank ", R, " is over what the fused kernel holds");
+  }
+  if (c.fused)
+    why = text("it is read once less (", c.saved_bytes, " bytes), for partial sums of dS written and read (",
+               c.paid_bytes, " bytes)");
+  return {{{"fused", c.fused}, {"saved_bytes", c.saved_bytes}, {"paid_bytes", c.paid_bytes}},
+          text("dS and dB in ", c.fused ? "one pass" : "two passes", " over dY: ", why)};
+}
+
+Answer explain_shrink(const Question& q) {
+  if (q.cpu()) {
+    const CpuTasks c = choose_lora_cpu_shrink(q["T"], q["N"], q["R"]);
+    return {{{"ranks", c.ranks}, {"tasks", c.count}, {"grain", c.grain}},
+            text(c.count, " tasks of ", c.ranks, " ranks, of which a thread takes ", c.grain, " at once")};
+  }
+  const ShrinkConfig c = choose_lora_shrink(q["T"], q["N"], static_cast<int32_t>(q["R"]), q.target());
+  return {
+      {{"split", c.split}, {"chunks", c.chunks}},
+      c.split
+          ? "chunks of N in blocks of their own, added in order by a second kernel: the rows alone leave the GPU idle"
+          : "each block walks the chunks of N of its rows"};
+}
+
+Answer explain_wgrad(const Question& q) {
+  const int64_t tokens = split_tokens(q["T"], q.cpu() ? kCpuSplit : kCudaSplit), splits = ceil_div(q["T"], tokens);
+  return {{{"tokens", tokens}, {"splits", splits}},
+          text(splits, " sums over ", tokens, " tokens each, added in order")};
+}
+
+const Registered registered[] = {
+    {"max_rank", kMaxRank},
+    {"lora_backward",
+     {.rule =
+          "dS and dB in one pass over dY where that moves fewer bytes and dB fits: up to 16 ranks on CUDA; on the CPU "
+          "two chunks of O for each thread",
+      .numbers = "a count of bytes: dY read once less, against fp32 partial sums of dS written and read",
+      .arguments = {{"T", {}}, {"O", {}}, {"R", {}}, {"dtype", "float32"}, {"threads", int64_t{1}}},
+      .answer = explain_backward}},
+    {"lora_shrink",
+     {.rule =
+          "CUDA: chunks of N in blocks of their own where rows and ranks make fewer than 128 blocks. CPU: 8 ranks a "
+          "task for up to 24 tokens, else 64",
+      .numbers = "counts: 128 is about the SMs of an H100 (132), 8 ranks make 8 tasks of rank 64; not measured",
+      .arguments = {{"T", {}}, {"N", {}}, {"R", {}}},
+      .answer = explain_shrink}},
+    {"lora_wgrad",
+     {.rule = "splits of 256 tokens on the CPU and 512 on CUDA, longer where there would be more than 16",
+      .numbers = "counts: partial sums take at most 16 times the result, 512 tokens are 8 tiles; not measured",
+      .arguments = {{"T", {}}},
+      .answer = explain_wgrad}},
+};
+
+}  // namespace
 
 }  // namespace lrk

@@ -2,11 +2,13 @@
 // Multi-LoRA: choices and scratch memory.
 #include "multi_lora.h"
 
+#include "choice.h"
+
 namespace lrk {
 
 ShrinkConfig choose_multi_lora_shrink(int64_t T, int64_t K, int64_t N, Target) {
   const int32_t chunks = static_cast<int32_t>(ceil_div(N, kCudaChunk));
-  return {T * K < 128 * kPlanRows && chunks > 1, chunks};
+  return {T * K < kCudaBlocks * kPlanRows && chunks > 1, chunks};
 }
 
 // Rows of each group.
@@ -35,5 +37,53 @@ size_t multi_lora_wgrad_workspace(const MultiLoraWgradParams& p, Target target) 
 
 size_t multi_lora_gather_workspace(const MultiLoraGatherParams&, Target) { return 0; }
 size_t multi_lora_scatter_workspace(const MultiLoraScatterParams&, Target) { return 0; }
+
+namespace {
+
+Answer explain_plan(const Question& q) {
+  const PlanLayout at = plan_layout(q["T"], q["A"]);
+  return {{{"length", at.length}, {"tiles", at.G}}, text("order, begin and up to ", at.G, " tiles")};
+}
+
+Answer explain_shrink(const Question& q) {
+  const int64_t rows = q["T"] * q["K"], ranks = cpu_page_ranks(rows);
+  if (q.cpu()) return {{{"ranks", ranks}}, text("tasks of ", ranks, " ranks of a page, for ", rows, " rows")};
+  const ShrinkConfig c = choose_multi_lora_shrink(q["T"], q["K"], q["N"], q.target());
+  return {{{"split", c.split}, {"chunks", c.chunks}},
+          c.split ? "chunks of N in blocks of their own, added in order by a second kernel"
+                  : "each block walks the chunks of N of its rows"};
+}
+
+Answer explain_wgrad(const Question& q) {
+  const int64_t rows = q.cpu() ? kCpuSplitRows : split_tokens(q["T"], kCudaSplit),
+                splits = q["K"] * ceil_div(q["T"], rows);
+  return {{{"rows", rows}, {"splits", splits}},
+          text("up to ", splits, " sums over ", rows, " rows each, added in order")};
+}
+
+const Registered registered[] = {
+    {"page", kPageRanks},
+    {"plan_rows", kPlanRows},
+    {"multi_lora_plan",
+     {.rule = "rows sorted by adapter, in tiles of at most 64 rows of one adapter",
+      .numbers = "64 rows are a tile of the CUDA kernels",
+      .arguments = {{"T", {}}, {"A", {}}},
+      .answer = explain_plan}},
+    {"multi_lora_shrink",
+     {.rule =
+          "CUDA: chunks of N in blocks of their own for fewer than 128 tiles of rows. CPU: 8 ranks a task for up to 24 "
+          "rows, else a page",
+      .numbers = "counts, as lora_shrink's; not measured",
+      .arguments = {{"T", {}}, {"N", {}}, {"K", int64_t{1}}},
+      .answer = explain_shrink}},
+    {"multi_lora_wgrad",
+     {.rule =
+          "splits of an adapter's rows: 240 on the CPU; on CUDA in each slot 512, more where there would be over 16",
+      .numbers = "counts, as lora_wgrad's; 240 are whole tiles of 24; not measured",
+      .arguments = {{"T", {}}, {"K", int64_t{1}}},
+      .answer = explain_wgrad}},
+};
+
+}  // namespace
 
 }  // namespace lrk

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m lrkern info [--json]`: what is installed, what this machine has, and which kernel each op takes here."""
+"""`python -m lrkern info [--json]`: what is installed, what this machine has, which kernel each op takes here and by what."""
 
 import argparse
 import importlib.metadata
@@ -33,12 +33,13 @@ def installed(name: str) -> str | None:
         return None
 
 
-def host_status() -> str:
+def host() -> tuple[str, dict[str, Any]]:
+    """(the state of lrkern._host, the choices it knows)."""
     try:
         from lrkern import _host  # bound to one Python: a py3-none wheel has none
     except ImportError as error:
-        return f"not available ({error})"
-    return f"built for {sys.implementation.cache_tag}, {_host.build_info()['version']}"
+        return f"not available ({error})", {}
+    return f"built for {sys.implementation.cache_tag}, {_host.build_info()['version']}", _host.choices()
 
 
 def device() -> dict[str, Any]:
@@ -86,6 +87,7 @@ def collect() -> dict[str, Any]:
     highest = f"the best this CPU has: {build['cpu_isa']}"
     if limit := os.environ.get("LRKERN_CPU_ISA"):
         highest = f"LRKERN_CPU_ISA={limit} allows no more than {build['cpu_isa']}"
+    host_module, choices = host()
     cpu = {"implementation": f"CPU kernel, {build['cpu_isa']}", "why": highest}
     return {
         "lrkern": lrkern.__version__,
@@ -96,12 +98,13 @@ def collect() -> dict[str, Any]:
         "transformers": installed("transformers"),
         "library": str(lrkern.ops.LIBRARY),
         "compiler": build["compiler"],
-        "host_module": host_status(),
+        "host_module": host_module,
         "cuda_architectures": build["cuda_archs"].split(),
         "gpu": gpu,
         "cpu_isa": build["cpu_isa"],
         "threads": torch.get_num_threads(),
         "ops": {name: {"formula": op.formula, "cpu": cpu, "cuda": cuda} for name, op in OPS.items()},
+        "choices": choices,
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
@@ -134,6 +137,12 @@ def show(info: dict[str, Any]) -> None:
         print(f"  {name:<16}{op['formula']}")
         for kind in ("cpu", "cuda"):
             print(f"  {'':<16}on {kind + ':':<6}{op[kind]['implementation']} ({op[kind]['why']})")
+    print("\nchoices, each for a shape: lrkern._host.explain(name, T=..., ...)")
+    for name, choice in info["choices"].items():
+        arguments = ", ".join(k if v is None else f"{k}={v}" for k, v in choice["arguments"].items())
+        print(f"  {name}({arguments})", f"    {choice['rule']}", f"    {choice['numbers']}", sep="\n")
+    if not info["choices"]:
+        print(f"  _host is {info['host_module']}")
 
 
 def main() -> None:

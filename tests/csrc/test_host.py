@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from lrkern import functional, limits
+
 host = pytest.importorskip(
     "lrkern._host", reason="lrkern._host is not built for this Python (LRK_HOST=OFF, or a wheel)"
 )
@@ -165,6 +167,51 @@ def test_explain_says_what_and_why():
     assert many["rows"] == 4096
     assert many["rows"] * many["cols"] * 4 <= 4 << 20
     assert "scratch memory" in many["why"]
+    busy = host.explain("lora_backward", T=4096, O=4096, R=4, device="cpu", threads=64)
+    assert not busy["fused"] and "too few tasks for 64 threads" in busy["why"]
+    assert host.explain("lora_backward", T=4096, O=4096, R=4, device="cpu", threads=4)["fused"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", host.choices())
+def test_every_choice_answers(name, device):
+    choice = host.choices()[name]
+    assert choice["rule"] and choice["numbers"]
+    assert {"device", "arch"} <= set(choice["arguments"])
+    asked = [argument for argument, default in choice["arguments"].items() if default is None]
+    assert asked
+    for size in (1, 16, 100, 4096):
+        answer = host.explain(name, **dict.fromkeys(asked, size), device=device)
+        assert answer["why"] and len(answer) > 1
+
+
+def test_choices_by_the_shape():
+    """Facts beside the rules of the contracts."""
+    assert host.explain("lora_wgrad", T=600)["splits"] == 2
+    assert host.explain("lora_wgrad", T=600, device="cpu")["splits"] == 3
+    assert host.explain("lora_shrink", T=8, N=64, R=64, device="cpu")["tasks"] == 8
+    assert host.explain("lora_shrink", T=48, N=64, R=64, device="cpu")["tasks"] == 2
+    assert host.explain("multi_lora_shrink", T=8, N=8192)["split"]
+    assert host.explain("multi_lora_wgrad", T=600, K=2)["splits"] == 4
+    assert host.explain("basis_combine", R=1, W=64, K=1024)["splits"] == 32
+    assert host.explain("basis_dot", T=1, K=4)["splits"] == 128
+    assert host.explain("basis_matmul", T=1, Q=4096, C=64)["splits"] == 64
+    assert host.explain("basis_matmul", T=1, Q=4096, C=64, transposed=True)["splits"] == 1
+
+
+def test_randlora_chooses_as_python_does():
+    for T in (1, 16, 17, 100, 511, 512, 513, 2048):
+        for I in (1, 64, 1000, 1024):
+            for O in (1, 64, 1024, 4096):
+                assert host.explain("randlora", T=T, I=I, O=O)["way"] == functional.randlora_way(T, I, O)
+
+
+def test_limits_are_those_of_python():
+    kept = {"page": limits.PAGE, "plan_rows": limits.PLAN_ROWS, "max_rank": limits.MAX_RANK}
+    assert host.limits() == kept | {"dtypes": tuple(str(t).removeprefix("torch.") for t in limits.DTYPES)}
+    for T in (0, 1, 63, 64, 65, 1000):
+        for A in (0, 1, 7, 2000):
+            assert host.explain("multi_lora_plan", T=T, A=A)["length"] == limits.plan_length(T, A)
 
 
 @pytest.mark.parametrize(
@@ -172,11 +219,14 @@ def test_explain_says_what_and_why():
     [
         (("gemm",), ValueError, "choice must be"),
         (("lora_backward", 1, 2), TypeError, "explain"),
+        (("lora_backward",), TypeError, "lora_backward needs"),
     ],
 )
 def test_explain_refuses(arguments, kind, message):
     with pytest.raises(kind, match=message):
         host.explain(*arguments)
+    with pytest.raises(TypeError, match="randlora has no argument R"):
+        host.explain("randlora", T=1, I=1, O=1, R=1)
     with pytest.raises(ValueError, match="dtype must be"):
         host.explain("lora_backward", T=1, O=1, R=1, dtype="int8")
     with pytest.raises(ValueError, match="device must be"):

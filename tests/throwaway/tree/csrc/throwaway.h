@@ -14,8 +14,6 @@ struct ThrowawayParams {
   DType dtype;
 };
 
-size_t throwaway_workspace(const ThrowawayParams&, Target);
-void throwaway_cpu(const ThrowawayParams&, void* workspace);
-int throwaway_cuda(const ThrowawayParams&, void* workspace, Stream);
+LRK_KERNEL(throwaway, ThrowawayParams)
 
 }  // namespace lrk

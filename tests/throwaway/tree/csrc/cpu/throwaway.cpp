@@ -6,23 +6,22 @@
 
 namespace lrk {
 namespace LRK_ISA {
+namespace {
 
-void throwaway(const ThrowawayParams& p, float*) {
-  with_float(p.dtype, [&]<class X>(X) {
-    parallel_for(p.T, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const X* x = static_cast<const X*>(p.x) + t * p.pitch;
-        X* y = static_cast<X*>(p.y) + t * p.N;
-        for (int64_t n = 0; n < p.N; ++n) y[n] = from_float<X>(p.gain[n] * to_float(x[n]));
-      }
-    });
+template <class X>
+void scale(const ThrowawayParams& p) {
+  parallel_for(p.T, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const X* x = static_cast<const X*>(p.x) + t * p.pitch;
+      X* y = static_cast<X*>(p.y) + t * p.N;
+      for (int64_t n = 0; n < p.N; ++n) y[n] = from_float<X>(p.gain[n] * to_float(x[n]));
+    }
   });
 }
 
+}  // namespace
 }  // namespace LRK_ISA
 
-#if defined(LRK_ISA_ENTRY)
-LRK_CPU_ENTRY(throwaway, ThrowawayParams)
-#endif
+LRK_CPU_ENTRY(throwaway, ThrowawayParams, with_float(p.dtype, [&](auto x) { scale<decltype(x)>(p); }))
 
 }  // namespace lrk

@@ -20,7 +20,7 @@ Tensor scaled(const Arg& x, const Arg& gain) {
                       .N = rows.N,
                       .pitch = rows.pitch,
                       .dtype = rows.dtype},
-      LRK_KERNEL(throwaway));
+      LRK_RUN(throwaway));
   return y;
 }
 
@@ -37,12 +37,5 @@ Tensor throwaway_bwd(const Tensor& dy, const Tensor& gain) {
 }  // namespace
 }  // namespace lrk::ops
 
-STABLE_TORCH_LIBRARY_FRAGMENT(LRK_NAMESPACE, m) {
-  m.def("throwaway(Tensor x, Tensor gain) -> Tensor");
-  m.def("throwaway_bwd(Tensor dy, Tensor gain) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(LRK_NAMESPACE, CompositeExplicitAutograd, m) {
-  m.impl("throwaway", TORCH_BOX(&lrk::ops::throwaway));
-  m.impl("throwaway_bwd", TORCH_BOX(&lrk::ops::throwaway_bwd));
-}
+LRK_OP(throwaway, "(Tensor x, Tensor gain) -> Tensor")
+LRK_OP(throwaway_bwd, "(Tensor dy, Tensor gain) -> Tensor")
