@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is derived of an adapter's weights, cached as long as they stay as they are.
 
-Version counters tell whether they did. They do not see a write through ``.data``: ``clear`` is for whoever makes one. Nor do
-they see FSDP gather new values: in a process group nothing is cached. Copies and pickles of a cache are empty ones.
+Version counters tell. They do not see a write through ``.data``, for which there is ``clear``, nor FSDP gathering new
+values: in a process group nothing is cached. Copies and pickles of a cache are empty ones.
 """
 
 import operator

@@ -23,9 +23,7 @@ def gradients(need: Sequence[bool], dy: Tensor, x: Tensor | None, weight: Tensor
 
 def output(y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias, or a copy of the y that a base layer gave: contiguous, for an adapter to add to in place."""
-    if y is None:
-        return linear(x, weight, bias).contiguous()
-    return y.clone(memory_format=torch.contiguous_format)
+    return linear(x, weight, bias).contiguous() if y is None else y.clone(memory_format=torch.contiguous_format)
 
 
 def cast(x: Tensor, *base: Tensor | None) -> tuple[Any, ...]:
@@ -37,10 +35,10 @@ def cast(x: Tensor, *base: Tensor | None) -> tuple[Any, ...]:
 
 
 def beside(
-    function: type[Function], y: Tensor | None, x: Tensor, weight, bias, dropout_p: float, training: bool, *args: Any
+    function: type[Function], y, x: Tensor, weight, bias, dropout_p: float, training: bool, *args: Any
 ) -> Tensor:
-    """function(y, x, weight, bias, *args), out of autocast: an adapter beside x Wᵀ + bias, or beside a base layer of any kind that
-    gave y, with dropout on the adapter's x alone."""
+    """function(y, x, weight, bias, *args), out of autocast: an adapter beside x Wᵀ + bias, or beside a base layer of any
+    kind that gave y, with dropout on the adapter's x alone."""
     x, weight, bias = cast(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         if weight is not None and training and dropout_p > 0.0:

@@ -40,9 +40,11 @@ def rows_of(p: Projection) -> int:
     return p.shape[0] if isinstance(p, Tensor) else p.rows
 
 
-def matmul(
-    x: Tensor, p: Projection, transposed: bool, in_scale=None, out_scale=None, into: Tensor | None = None, wide=False
-) -> Tensor:
+def cols_of(p: Projection) -> int:
+    return p.shape[1] if isinstance(p, Tensor) else p.cols
+
+
+def matmul(x: Tensor, p: Projection, transposed: bool, in_scale=None, out_scale=None, into=None, wide=False) -> Tensor:
     """out_scale ⊙ ((in_scale ⊙ x) P), or Pᵀ, without the scale of a Basis; added into ``into`` where that is given."""
     if isinstance(p, Basis):
         args = (x, in_scale, out_scale, *p.stream, 0, p.R, p.rows, p.cols, transposed)
@@ -66,17 +68,12 @@ def scale_of(p: Projection) -> float:
     return p.scale if isinstance(p, Basis) else 1.0
 
 
-def cols_of(p: Projection) -> int:
-    return p.shape[1] if isinstance(p, Tensor) else p.cols
-
-
-def save(ctx, pair: tuple[Projection, ...], *tensors: Tensor | None) -> None:
+def save(ctx, *operands: Projection | None) -> None:
     """Keeps them for backward."""
-    ctx.bases = [None if isinstance(p, Tensor) else p for p in pair]
-    ctx.save_for_backward(*(p if isinstance(p, Tensor) else None for p in pair), *tensors)
+    ctx.bases = [p if isinstance(p, Basis) else None for p in operands]
+    ctx.save_for_backward(*(None if isinstance(p, Basis) else p for p in operands))
 
 
 def saved(ctx) -> list:
-    """What ``save`` kept: the pair, then the tensors."""
-    tensors = ctx.saved_tensors
-    return [basis or t for basis, t in zip(ctx.bases, tensors, strict=False)] + [*tensors[len(ctx.bases) :]]
+    """What ``save`` kept."""
+    return [basis or t for basis, t in zip(ctx.bases, ctx.saved_tensors, strict=True)]

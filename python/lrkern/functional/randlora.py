@@ -47,13 +47,13 @@ class _Update(NamedTuple):
         a = A.fill(lam) if isinstance(A, Basis) else A.float()
         return cls(lam, gam.float(), a, B, scale, paper, narrow_in)
 
-    def panels(self) -> Iterator[tuple[slice, slice]]:
-        """Those k or j, and the rows q of U and B that they make."""
+    def panels(self) -> Iterator[tuple[slice, Tensor]]:
+        """Those k or j, and the rows of B that meet theirs of U."""
         inner, outer = self.lam.shape if self.paper else self.lam.mT.shape
-        step = max(1, _PANEL // max(1, inner * self.a.shape[1]))
+        step, B = max(1, _PANEL // max(1, inner * self.a.shape[1])), self.B
         for i in range(0, outer, step):
-            end = min(i + step, outer)
-            yield slice(i, end), slice(i * inner, end * inner)
+            q, n = i * inner, min(step, outer - i) * inner
+            yield slice(i, i + step), B.fill(self.lam, q, n) if isinstance(B, Basis) else B[q : q + n].float()
 
     def u(self, span: slice) -> Tensor:
         """Rows of U: row k n + j is lam[k, j] a[k] gam[j] as the reference flattens it, row j r + k as the paper's Eq. 4."""
@@ -63,16 +63,10 @@ class _Update(NamedTuple):
             u = (self.a[span, None] * self.gam).mul_(self.lam[span, :, None])
         return u.flatten(0, 1)
 
-    def b(self, q: slice) -> Tensor:
-        if isinstance(self.B, Basis):
-            return self.B.fill(self.lam, q.start, q.stop - q.start)
-        return self.B[q].float()
-
     def factors(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Panels of In and Out."""
-        for span, q in self.panels():
-            u, b = self.u(span), self.b(q)
-            yield (u, b) if self.narrow_in else (b, u)
+        for span, b in self.panels():
+            yield (self.u(span), b) if self.narrow_in else (b, self.u(span))
 
     def delta(self) -> Tensor:
         """scale · ΔW [O, I] float32."""
@@ -121,8 +115,7 @@ class _Factors:
         if need[0]:
             dx = torch.zeros_like(rows) if grads[0] is None else grads[0].reshape(rows.shape).float()
         at_b, at_u = (g, rows) if update.narrow_in else (rows, g)
-        for span, q in update.panels() if need[0] or need_coef else ():
-            b = update.b(q)
+        for span, b in update.panels() if need[0] or need_coef else ():
             h = at_b @ b.mT if update.narrow_in or need_coef else None  # [T, panel]
             b = None if update.narrow_in else b  # its memory is free for U
             u = update.u(span)
@@ -176,8 +169,8 @@ class _Merged:
         grads = base.gradients(need, dy, x, update.delta().add_(weight) if need[0] else weight)
         if need_coef:
             delta = dy.flatten(0, -2).mT @ x.flatten(0, -2)  # dL/dΔW [O, I]
-            for span, q in update.panels():
-                update.gradients(update.b(q) @ (delta if update.narrow_in else delta.mT), span, dlam, dgam)
+            for span, b in update.panels():
+                update.gradients(b @ (delta if update.narrow_in else delta.mT), span, dlam, dgam)
         return grads
 
 
@@ -191,9 +184,9 @@ class _RandLora(Function):
     def forward(ctx, y, x, weight, bias, lam, gam, A, B, scale, paper):
         I, O = x.shape[-1], y.shape[-1] if weight is None else weight.shape[0]
         way, may_merge = randlora_way(x.shape[:-1].numel(), I, O), weight is not None and x.dtype == torch.float32
-        ctx.way = way = way if may_merge or way != "merged" else "factors"
-        ctx.rest = scale, paper, I <= O
-        save(ctx, (A, B), x, weight, lam, gam)
+        way = way if may_merge or way != "merged" else "factors"
+        ctx.way, ctx.rest = way, (scale, paper, I <= O)
+        save(ctx, A, B, x, weight, lam, gam)
         return _WAYS[way].forward(_Update.of(lam, gam, A, B, *ctx.rest), y, x, weight, bias)
 
     @staticmethod

@@ -19,14 +19,13 @@ class _Vera(Function):
         d32, b32, c = d.float().contiguous(), b.float().contiguous(), scale_of(A) * scale_of(B)
         wide = d.dtype == torch.float32
         u = matmul(x, A, True, wide=wide)
-        out = base.output(y, x, weight, bias)
-        w = None
+        out, w = base.output(y, x, weight, bias), None
         if save_output:
             w = matmul(u, B, False, in_scale=c * d32, wide=wide)
             out.addcmul_(w, b.to(w.dtype))
         else:
             matmul(u, B, False, c * d32, b32, into=out)
-        save(ctx, (A, B), x if ctx.needs_input_grad[2] else None, weight, d, b, u, w)
+        save(ctx, A, B, x if ctx.needs_input_grad[2] else None, weight, d, b, u, w)
         ctx.x, ctx.c = (x.shape, x.dtype), c
         return out
 
@@ -43,8 +42,7 @@ class _Vera(Function):
             if need_d:
                 dd = (ctx.c * (dv.float() * u.float()).flatten(0, -2).sum(0)).to(d.dtype)
             if need[0]:
-                shape, dtype = ctx.x
-                dx = dy.new_zeros(shape, dtype=dtype) if dx is None else dx.contiguous()
+                dx = dy.new_zeros(ctx.x[0], dtype=ctx.x[1]) if dx is None else dx.contiguous()
                 matmul(dv, A, False, in_scale=v, into=dx)
             if need_b:
                 db = _db(dy, u, v, B, w).to(b.dtype)
@@ -76,9 +74,9 @@ def vera_linear(
 ) -> Tensor:
     """y = x Wᵀ + bias + b ⊙ ((d ⊙ (dropout(x) Aᵀ)) B): VeRA (Kopiczko et al., arXiv 2310.11454).
 
-    x [..., I]; weight [O, I]; d [r] and b [O] train, float32 or x's dtype; A [r, I] and B [r, O], the transpose of the
-    paper's, are a ``Basis`` or frozen tensors. Saves x Aᵀ [T, r], and x where
-    weight trains; db costs a GEMM that ``save_output`` saves by keeping [T, O].
+    x [..., I]; weight [O, I]; d [r] and b [O] train, float32 or x's dtype; A [r, I] and B [r, O], the transpose of the paper's, are a
+    ``Basis`` or frozen tensors. Saves x Aᵀ [T, r], and x where weight trains; db costs a GEMM that ``save_output`` saves by
+    keeping [T, O].
     """
     return base.beside(_Vera, None, x, weight, bias, dropout_p, training, d, b, A, B, save_output)
 

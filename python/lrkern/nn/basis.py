@@ -24,10 +24,9 @@ class BasisLinear(AdapterLinear):
     """y = x Wᵀ + bias + dropout(x) ΔWᵀ with ΔW made of a few trained coefficients and random matrices that exist only as a
     seed: they are regenerated in forward and backward, on any device the same bits.
 
-    W stays frozen; the coefficients train. Nothing random is stored: the state_dict has base_layer.weight,
-    base_layer.bias, the coefficients, and ``seed`` and ``stream_version`` as int64 scalars. Loading takes the seed over, and
-    refuses another stream version than this lrkern generates. torch's generator is used by nn.Linear's own
-    initialisation (not by from_linear) and by dropout, for nothing else.
+    Nothing random is stored: the state_dict has base_layer.weight, base_layer.bias, the coefficients, and ``seed`` and
+    ``stream_version`` as int64 scalars. Loading takes the seed over, and refuses another stream version than this lrkern
+    generates. Only nn.Linear's own initialisation (not from_linear) and dropout use torch's generator.
 
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear.

@@ -82,13 +82,13 @@ class AdapterLinear(nn.Module):
         self.in_features, self.out_features, self.r = base.in_features, base.out_features, r
         self.base_layer = base.requires_grad_(False)
         self.enabled, self.merged = True, False
-        dtype = base.weight.dtype
-        low = dtype in (torch.float16, torch.bfloat16)
-        return {"dtype": adapter_dtype or (torch.float32 if low else dtype), "device": base.weight.device}
+        low = base.weight.dtype in (torch.float16, torch.bfloat16)
+        return {"dtype": adapter_dtype or (torch.float32 if low else base.weight.dtype), "device": base.weight.device}
 
-    def _whole(self, name: str, value: Any, low: int, high: int) -> None:
+    def _whole(self, name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
         if type(value) is not int or not low <= value <= high:
             raise ValueError(f"{type(self).__name__}: {name} must be a whole number in {low}..{high}, got {value!r}")
+        return value
 
     def _finite(self, name: str, value: Any) -> None:
         if not isinstance(value, int | float) or not math.isfinite(value):
@@ -131,22 +131,20 @@ class AdapterLinear(nn.Module):
         """W += delta_weight(), rounded once to W's dtype; forward is the base layer from then on. Refuses a non-finite
         result and leaves W as it was."""
         if self.r and not self.merged:
-            self._write(self._put_in(self.base_layer.weight.float()))
+            self._write(self._merged_weight(self.base_layer.weight.float()))
         self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Takes from W what ``merge`` added: W up to the rounding of its dtype."""
         if self.r and self.merged:
-            self._write(self._take_out(self.base_layer.weight.float()))
+            self._write(self._unmerged_weight(self.base_layer.weight.float()))
         self.merged = False
 
-    def _put_in(self, w: Tensor) -> Tensor:
-        """The merged weight, of W in float32."""
+    def _merged_weight(self, w: Tensor) -> Tensor:
         return w + self.delta_weight()
 
-    def _take_out(self, w: Tensor) -> Tensor:
-        """W of the merged weight."""
+    def _unmerged_weight(self, w: Tensor) -> Tensor:
         return w - self.delta_weight()
 
     def _write(self, new: Tensor) -> None:

@@ -135,11 +135,11 @@ class FusedLoRALinear(LowRankLinear):
     def _gain(self) -> Tensor | float:
         return (self.lora_magnitude_vector.weight / self._norm())[:, None] if self.use_dora else 1.0
 
-    def _put_in(self, w: Tensor) -> Tensor:
+    def _merged_weight(self, w: Tensor) -> Tensor:
         self._merged_gain = self._gain()
         return self._merged_gain * (w + super().delta_weight())
 
-    def _take_out(self, w: Tensor) -> Tensor:
+    def _unmerged_weight(self, w: Tensor) -> Tensor:
         return w / self._merged_gain - super().delta_weight()
 
     def train(self, mode: bool = True) -> "FusedLoRALinear":

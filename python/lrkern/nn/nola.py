@@ -54,14 +54,15 @@ class NOLALinear(BasisLinear, LowRankLinear):
         self.nola_beta = constant(0.0, l, **like)
 
     def _adapted(self, x: Tensor) -> Tensor:
-        base, options = self.base_layer, (self.normalize, self.frozen_a, self.distribution)
-        coef = self.nola_alpha, self.nola_beta, self.seed, self.r
-        act = {"dropout_p": self.dropout, "training": self.training}
-        return F.nola_linear(x, base.weight, base.bias, *coef, self.scaling, *options, **act)
+        base, (coef, options) = self.base_layer, self._made_of()
+        return F.nola_linear(x, base.weight, base.bias, *coef, self.scaling, *options, 0, self.dropout, self.training)
+
+    def _made_of(self) -> tuple[tuple, tuple]:
+        return (self.nola_alpha, self.nola_beta, self.seed, self.r), (self.normalize, self.frozen_a, self.distribution)
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """A [r, in] and scaling · B [out, r] of the generated bases in float32: as a LoRA adapter of scaling 1."""
-        sizes, options = (self.in_features, self.out_features), (self.normalize, self.frozen_a, self.distribution)
-        a, b = F.nola_factors(self.nola_alpha, self.nola_beta, self.seed, self.r, *sizes, *options)
+        coef, options = self._made_of()
+        a, b = F.nola_factors(*coef, self.in_features, self.out_features, *options)
         return a, self.scaling * b, 1.0

@@ -33,7 +33,7 @@ class RandLoRALinear(BasisLinear):
     SETTINGS = ("r", "randlora_alpha", "paper_pairing", "dropout", "seed", "distribution")
 
     def _set_up(self, base, r: int = 32, randlora_alpha: float = 640.0, paper_pairing: bool = False, **common: Any):
-        self._whole("r", r, 1, 2**31 - 1)
+        self._whole("r", r, 1)
         narrow = min(base.in_features, base.out_features)
         self.n = -(-narrow // r)
         if self.n > 2**16:

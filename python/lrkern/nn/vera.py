@@ -45,11 +45,9 @@ class VeRALinear(BasisLinear, LowRankLinear):
         save_output: bool = False,
         **common: Any,
     ) -> None:
-        self._whole("r", r, 1, 2**31 - 1)
-        self.max_in = base.in_features if max_in is None else max_in
-        self.max_out = base.out_features if max_out is None else max_out
-        self._whole("max_in", self.max_in, base.in_features, 2**31 - 1)
-        self._whole("max_out", self.max_out, base.out_features, 2**31 - 1)
+        self._whole("r", r, 1)
+        self.max_in = self._whole("max_in", base.in_features if max_in is None else max_in, base.in_features)
+        self.max_out = self._whole("max_out", base.out_features if max_out is None else max_out, base.out_features)
         self._finite("d_initial", d_initial)
         like = self._adopt(base, r, **common)
         self.d_initial, self.save_output = d_initial, save_output
@@ -58,14 +56,12 @@ class VeRALinear(BasisLinear, LowRankLinear):
 
     def projections(self) -> tuple[F.Basis, F.Basis]:
         """A [r, in] and Bᵀ [r, out]."""
-        return self._pair(self.in_features, self.out_features)
+        a, b = self.shared_pair()
+        return a._replace(cols=self.in_features), b._replace(cols=self.out_features)
 
     def shared_pair(self) -> tuple[F.Basis, F.Basis]:
-        return self._pair(self.max_in, self.max_out)
-
-    def _pair(self, I: int, O: int) -> tuple[F.Basis, F.Basis]:
-        bound = lambda fan_in: (2 / max(fan_in, 1)) ** 0.5
-        return self._basis(self.r, I, bound(self.max_in), 0), self._basis(self.r, O, bound(self.r), 1)
+        bound_a, bound_b = ((2 / max(fan_in, 1)) ** 0.5 for fan_in in (self.max_in, self.r))
+        return self._basis(self.r, self.max_in, bound_a, 0), self._basis(self.r, self.max_out, bound_b, 1)
 
     def _adapted(self, x: Tensor) -> Tensor:
         base, vectors = self.base_layer, (self.vera_lambda_d, self.vera_lambda_b)
