@@ -11,11 +11,17 @@ from torch import Tensor
 
 import lrkern.ops
 from lrkern import reference, testing
+from tests.conftest import enter_device
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.skipif(not json.loads(lrkern.ops.build_info())["with_cuda"], reason="this _C.so has no CUDA code"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def on_cuda(stack):
+    enter_device("cuda", stack)
 
 
 @pytest.fixture
