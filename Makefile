@@ -15,6 +15,7 @@ export PYTHON TORCH TORCH_INDEX
 SETUP := tools/setup.sh
 PY := .venv/bin/python
 TEST := $(PY) -m pytest -n 2 --dist worksteal
+EMULATE := $(PY) tests/emulator/build.py
 CFILES := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
@@ -36,14 +37,17 @@ demo: ## fine-tune a real model with lrkern beside stock PEFT (ARGS=--quick: und
 
 test: ## all tests
 	@$(SETUP) demo test peers
+	@$(EMULATE) all
 	@$(TEST) $(ARGS)
 
 test-quick: ## all but the slow ones
 	@$(SETUP) demo test peers
+	@$(EMULATE) extension
 	@$(TEST) -m "not slow" $(ARGS)
 
-test-full: ## more samples, longer fuzzing
+test-full: ## more samples, longer fuzzing, a family of kernels thrown away
 	@$(SETUP) demo test peers
+	@$(EMULATE) all
 	@LRK_TEST_FULL=1 $(TEST) $(ARGS)
 
 bench: ## measure (ARGS="lora --help" for shapes and baselines)

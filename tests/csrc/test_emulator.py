@@ -198,16 +198,13 @@ def test_every_word_of_the_wrappers_is_checked():
 
 # ---------------------------------------------------------------------------------------------- the real kernels
 
-FAMILIES = sorted({s.family for s in emulator.portable("cuda")} - {""})
+FAMILIES = emulator.families()
 
 
-def sources_of(family):
-    return [s.path for s in emulator.portable("policy", "cuda") if s.family in ("", family)]
-
-
+@functools.cache
 def params_program(family, variant):
-    """tests/emulator/<family>_params.cpp: every launcher of the family's contract, on random and on odd params."""
-    return program(f"{family}_params", variant, f"tests/emulator/{family}_params.cpp", *sources_of(family))
+    needs(variant)
+    return emulator.params_program(family, variant)
 
 
 def test_every_source_is_read():
@@ -220,7 +217,12 @@ def test_every_source_is_read():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("variant", "cases", "schedules"), [("plain", 200, (0, 1, 2, 3)), ("sanitized", 80, (1,)), ("tracked", 80, (0,))]
+    ("variant", "cases", "schedules"),
+    [
+        ("plain", 200, (0, 1, 2, 3)),
+        pytest.param("sanitized", 80, (1,), marks=pytest.mark.slow),
+        pytest.param("tracked", 80, (0,), marks=pytest.mark.slow),
+    ],
 )
 def test_launchers(family, variant, cases, schedules):
     done = emulator.execute(params_program(family, variant), cases, 1, *schedules)
@@ -228,6 +230,7 @@ def test_launchers(family, variant, cases, schedules):
     assert f"{cases} cases, 0 failed" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("variant", ["plain", "sanitized"])
 def test_more_than_2_31_elements(family, variant):
@@ -241,13 +244,14 @@ def barriers():
     """Of each family those of its sources and of the headers that it shares."""
     call = re.compile(r"(?!__device__).*\b(sync_threads|sync_warp|sync_named|cp_async_wait(<\d+>)?)\(")
     for family in FAMILIES:
-        for path in closure(sources_of(family)):
+        for path in closure(emulator.sources_of(family)):
             lines = (emulator.ROOT / path).read_text().splitlines() if path.is_relative_to("csrc") else ()
             for number, text in enumerate(lines, 1):
                 if call.match(text.split("//")[0]):
                     yield pytest.param(family, f"{path}:{number}", id=f"{family}-{path.name}-{number}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "place"), list(barriers()))
 def test_every_barrier_of_the_kernels_is_missed(family, place):
     """Without any one of them the tracked build reports a race: the barrier is needed, and the cases reach it."""

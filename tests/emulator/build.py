@@ -5,6 +5,8 @@ Variants:
   plain      -O2, for speed and for numbers; the shared library of the "emulated" device kind
   sanitized  AddressSanitizer and UBSan; executables only, run as child processes
   tracked    every load and store of a kernel is checked for races and unwritten memory (track.cpp); executables only
+
+python tests/emulator/build.py extension | all     builds the shared library, and what else the tests run
 """
 
 import ctypes
@@ -136,6 +138,20 @@ def portable(*kinds: str) -> list[Source]:
     return [s for s in sources() if not s.arch and s.kind in (kinds or s.kind)]
 
 
+def families() -> list[str]:
+    return sorted({s.family for s in portable("cuda")} - {""})
+
+
+def sources_of(family: str) -> list[Path]:
+    """What a family's launchers are made of."""
+    return [s.path for s in portable("policy", "cuda") if s.family in ("", family)]
+
+
+def params_program(family: str, variant: str) -> Path:
+    """<family>_params.cpp: every launcher of the family's contract, on random and on odd params."""
+    return executable(f"{family}_params", [HERE / f"{family}_params.cpp", *sources_of(family)], variant)
+
+
 def extension() -> Path:
     """The glue over emulated kernels: registers torch.ops.lrkern_emulated for CPU tensors."""
     spec = importlib.util.find_spec("torch")
@@ -226,4 +242,10 @@ def cute_includes() -> tuple[list[str], str | None]:
 
 
 if __name__ == "__main__":
-    print(extension() if sys.argv[1:] == ["extension"] else __doc__)
+    if sys.argv[1:] not in (["extension"], ["all"]):
+        sys.exit(__doc__)
+    if not why_not():
+        print(extension())
+    for variant in KERNEL if sys.argv[1] == "all" else ():  # the programs that take long
+        if not why_not(variant):
+            print(*(params_program(family, variant) for family in families()), sep="\n")
