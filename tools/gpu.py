@@ -108,9 +108,8 @@ class Session:
     def rows(self, rows: list[dict]) -> None:
         """Replaces the part's rows in bench.jsonl."""
         path = self.out / "bench.jsonl"
-        kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        kept = [r for r in kept if r["part"] != self.part] + [{"part": self.part, **r} for r in rows]
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        others = [r for r in gpu_status.rows_of(path) if r["part"] != self.part]
+        path.write_text("".join(json.dumps(r) + "\n" for r in others + [{"part": self.part, **r} for r in rows]))
 
 
 def plain(code: int | None, text: str, note: str = "") -> Outcome:
@@ -373,7 +372,7 @@ def bench(suite: str) -> Callable[[Session, dict], Outcome]:
         if session.rehearse:
             command += ["--case", f"method={ops[0]} " if ops else "T=1 "]
         code, text = session.python(*command, log="bench.log")
-        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        rows = gpu_status.rows_of(file)
         file.unlink(missing_ok=True)
         session.rows(rows)
         return plain(code, text, f"{len(rows)} rows, {sum(r.get('noisy', False) for r in rows)} noisy")
@@ -422,8 +421,7 @@ def markdown(head: str, rows: list[list[str]]) -> list[str]:
 
 
 def summary(session: Session, parts: dict[str, dict]) -> str:
-    path = session.out / "bench.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = gpu_status.rows_of(session.out / "bench.jsonl")
     number = lambda row, key, form: format(row[key], form) if row.get(key) else ""
     outcomes = [[n, p["status"], f"{p['seconds']:.0f}", p["note"].replace("|", "/")] for n, p in parts.items()]
     kernels, timed = [], []

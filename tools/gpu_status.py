@@ -57,6 +57,10 @@ def ops_of(family: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------- evidence
 
 
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 @dataclass(frozen=True)
 class Evidence:
     folder: Path
@@ -67,9 +71,7 @@ class Evidence:
     @staticmethod
     def read(folder: Path) -> "Evidence":
         env = dict(line.split(": ", 1) for line in (folder / "env.txt").read_text().splitlines() if ": " in line)
-        rows = folder / "bench.jsonl"
-        lines = rows.read_text().splitlines() if rows.exists() else []
-        return Evidence(folder, env, json.loads((folder / "parts.json").read_text()), [json.loads(r) for r in lines])
+        return Evidence(folder, env, json.loads((folder / "parts.json").read_text()), rows_of(folder / "bench.jsonl"))
 
     def covers(self, family: str) -> bool:
         return f"source {family}" in self.env

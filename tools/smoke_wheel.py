@@ -18,11 +18,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCH = {
-    "3.11": "torch==2.13.0",
-    "3.12": "torch==2.11.0",
-    "3.13": "torch==2.13.0",
-}  # the oldest we promise is one of them
+# The oldest we promise is one of them.
+TORCH = {"3.11": "torch==2.13.0", "3.12": "torch==2.11.0", "3.13": "torch==2.13.0"}
 
 FIND_TORCH = """
 import importlib.metadata as m, importlib.util as u, os, sys
@@ -57,10 +54,9 @@ def interpreters(named: list[str]) -> dict[str, list[str]]:
     for version in TORCH:
         candidates += filter(None, [shutil.which(f"python{version}")])
         candidates += map(str, sorted(pyenv.glob(f"{version}.*/bin/python")))
+    version_of = "import sys; print('%d.%d' % sys.version_info[:2])"
     for python in candidates:
-        ask = subprocess.run(
-            [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True
-        )
+        ask = subprocess.run([python, "-c", version_of], capture_output=True, text=True)
         if not ask.returncode and (version := ask.stdout.strip()) in found:
             found[version].append(python)
     return found

@@ -98,17 +98,8 @@ TENSOR = re.compile(r"(?:[HIQO]G?MMA|DMMA|UTC[A-Z]*MMA)\b")
 def plain_names(mangled: list[str]) -> list[str]:
     """`name<template arguments>` of each mangled name, without namespaces, return type and parameters."""
     said = subprocess.run(["c++filt"], input="\n".join(mangled), check=True, capture_output=True, text=True).stdout
-    names = []
-    for line in said.splitlines():
-        text = re.sub(r"\(anonymous namespace\)::|\b\w+::|^void ", "", line)
-        depth, end = 0, len(text)
-        for i, c in enumerate(text):
-            depth += (c == "<") - (c == ">")
-            if c == "(" and depth == 0:
-                end = i
-                break
-        names.append(text[:end])
-    return names
+    bare = re.sub(r"(?m)\(anonymous namespace\)::|\b\w+::|^void ", "", said)
+    return re.findall(r"(?m)^\w+(?:<.*?>(?=\())?", bare)
 
 
 def read_ptxas(text: str) -> dict[str, Figures]:
@@ -210,10 +201,6 @@ def measure(source: Path, arch: str) -> Unit:
     return unit
 
 
-def jobs_for(archs: list[str]) -> list[tuple[Path, str]]:
-    return [(s.path, arch) for s in [*sources("cuda"), *PROBES] for arch in archs if s.arch in ("", arch.rstrip("a"))]
-
-
 # ---------------------------------------------------------------------------------------------- the table
 
 
@@ -261,8 +248,10 @@ def main() -> int:
         print("static checks: nvdisasm is missing (requirements/dev.txt brings it)")
         return 1
     units, wrong = [], []
+    every = [*sources("cuda"), *PROBES]
+    jobs = [(s.path, arch) for s in every for arch in args.archs if s.arch in ("", arch.rstrip("a"))]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for unit in pool.map(lambda job: measure(*job), jobs_for(args.archs)):
+        for unit in pool.map(lambda job: measure(*job), jobs):
             units.append(unit)
             if unit.errors:
                 wrong.append(f"{unit.source} does not compile for sm_{unit.arch}\n{unit.errors}")

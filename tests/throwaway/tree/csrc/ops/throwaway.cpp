@@ -7,7 +7,8 @@
 namespace lrk::ops {
 namespace {
 
-Tensor scaled(const Arg& x, const Arg& gain) {
+Tensor scaled(const Arg& x, const Tensor& gain_) {
+  const Arg gain{x.op, "gain", gain_};
   x.floats();
   const Rows rows = x.rows();
   gain.holds<float>(x).shape("[N]", {rows.N}).contiguous();
@@ -24,15 +25,9 @@ Tensor scaled(const Arg& x, const Arg& gain) {
   return y;
 }
 
-Tensor throwaway(const Tensor& x, const Tensor& gain) {
-  constexpr const char* op = "throwaway";
-  return scaled({op, "x", x}, {op, "gain", gain});
-}
+Tensor throwaway(const Tensor& x, const Tensor& gain) { return scaled({"throwaway", "x", x}, gain); }
 
-Tensor throwaway_bwd(const Tensor& dy, const Tensor& gain) {
-  constexpr const char* op = "throwaway_bwd";
-  return scaled({op, "dy", dy}, {op, "gain", gain});
-}
+Tensor throwaway_bwd(const Tensor& dy, const Tensor& gain) { return scaled({"throwaway_bwd", "dy", dy}, gain); }
 
 }  // namespace
 }  // namespace lrk::ops
