@@ -33,7 +33,6 @@ EXCEPTIONS = {
     "python/lrkern/files/own.py": "the file says which stream its seeds mean: ops.basis.STREAM_VERSION",
     "tools/smoke_wheel.py": "one op of the installed wheel has to be called",
     "bench/stored.py": "a layer without its GEMM stands in for lora_linear",
-    "tests/shared/fuzz_calls.py": "draws the metadata of multi-LoRA and of the random bases",
 }
 
 
@@ -114,7 +113,7 @@ def test_no_shared_file_names_a_family():
 def test_a_family_has_all_its_files(family):
     """Sources that csrc/sources.cmake does not know are told there; these are the rest."""
     own = [f"csrc/{family}.h", f"tests/emulator/{family}_params.cpp", f"tools/families/{family}.py"]
-    own += [f"python/lrkern/{room}/{family}.py" for room in ("ops", "reference")]
+    own += [f"{room}/{family}.py" for room in ("python/lrkern/ops", "python/lrkern/reference", "tests/families")]
     assert not [path for path in own if not (ROOT / path).exists()]
     assert {op for op in OPS if OPS[op].family.name == family} == set(gpu_status.ops_of(family))
     assert families.load(family).KERNELS.keys() == {k.name for k in gpu_status.kernels() if k.source.family == family}
@@ -128,7 +127,7 @@ from reference import OPS
 op = OPS["throwaway"]
 print(json.dumps({
     "sources": sorted(s.kind for s in sources.sources() if s.family == "throwaway"),
-    "ops": gpu_status.ops_of("throwaway"), "registered": op.family.name, "samples": len([*op.samples("cpu", None)]),
+    "ops": gpu_status.ops_of("throwaway"), "registered": op.family.name, "samples": len([*op.samples("cpu", None)]), "formula": op.formula,
     "planned": [*families.load("throwaway").KERNELS], "planned by all": "throwaway" in families.kernels(),
     "row": [line for line in gpu_status.status().splitlines() if "throwaway" in line],
     "digest": sources.digest("throwaway") != sources.digest("lora"),
@@ -146,6 +145,7 @@ def test_a_new_family_would_be_found(tmp_path):
         "ops": ["throwaway"],
         "registered": "throwaway",
         "samples": 4,
+        "formula": "y = g x",
         "planned": ["throwaway"],
         "planned by all": True,
         "row": [row],

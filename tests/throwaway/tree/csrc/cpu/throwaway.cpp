@@ -9,7 +9,7 @@ namespace LRK_ISA {
 namespace {
 
 template <class X>
-void scale(const ThrowawayParams& p) {
+void gain(const ThrowawayParams& p) {
   parallel_for(p.T, 64, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const X* x = static_cast<const X*>(p.x) + t * p.pitch;
@@ -22,6 +22,6 @@ void scale(const ThrowawayParams& p) {
 }  // namespace
 }  // namespace LRK_ISA
 
-LRK_CPU_ENTRY(throwaway, ThrowawayParams, with_float(p.dtype, [&](auto x) { scale<decltype(x)>(p); }))
+LRK_CPU_ENTRY(throwaway, ThrowawayParams, with_float(p.dtype, [&]<class X>(X) { gain<X>(p); }))
 
 }  // namespace lrk

@@ -2,7 +2,6 @@
 """The throwaway family: its op, and its samples."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 
@@ -32,9 +31,8 @@ def large(T: int, I: int, O: int, R: int, fp32: bool) -> dict:
 
 
 FAMILY = Family(name="throwaway", layer=Layer, cases=CASES, large=large, seed=900, direct_sample="odd")
-register = partial(register, family=FAMILY)
 
 
-@register(throwaway, differentiable="x", casts="x")
+@register(throwaway, family=FAMILY, differentiable="x", casts="x")
 def throwaway_samples(name: str, t: Layer) -> Iterator[Sample]:
     yield Sample(name, (t.x, t.gain))
