@@ -184,3 +184,17 @@ def test_autocast_casts_what_the_registry_says(op, sample_name):
     with torch.autocast("cpu", low):
         got = run_op(op, fn, s.args, s.kwargs)
     assert got.dtype == expected.dtype and torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
+
+
+@differentiable_sample
+def test_backward_inside_autocast_is_that_of_the_forward(op, sample_name):
+    """ATen's GEMM inside a gradient must not be cast: in bf16 it would come back half as large as it is taken for."""
+    s = op.sample(sample_name, "cpu", torch.float32)
+    args = op.leaves(s)
+    y, wanted = getattr(lrkern.ops, op.name)(*args, **s.kwargs), [a for a in args if is_float(a) and a.requires_grad]
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y, wanted, dy)
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == e.dtype and torch.equal(g.nan_to_num(7), e.nan_to_num(7))

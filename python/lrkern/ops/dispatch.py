@@ -110,8 +110,8 @@ class Op:
         if self.bwd:
             refuse(self.bwd, "is itself a gradient and has none: double backward is not supported")
             fake(self.bwd, self.fake_gradients)
-        if casts:
-            autocast(name, casts)
+        for each in filter(None, (name, self.fwd, self.bwd)):
+            autocast(each, casts if each == name else "")
 
     def __call__(self, *args: Any) -> Any:
         """Plain eager tensors take a classic autograd.Function, a third of the host time of the dispatcher's way through
@@ -265,6 +265,8 @@ def autocast_cast(t: Any, dtype: torch.dtype | None) -> Any:
 
 
 def autocast(name: str, casts: str | Casts) -> None:
+    """Every op has such a kernel, also where nothing is cast: ATen's GEMM inside the op, which is told what dtypes it gets
+    and gives, must not cast either, as where ``backward`` is called inside autocast."""
     op, names = getattr(torch.ops.lrkern, name).default, [a.name for a in schema_of(name).arguments]
     if isinstance(casts, str):
         cast = [n in casts.split() for n in names]
