@@ -78,9 +78,8 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.margins(x=0.18)
         axes.spines[["top", "right"]].set_visible(False)
         what = "adapter alone" if key == "adapter_ms" else "whole"
-        axes.set_xlabel(
-            f"ms, {what}   {verdict(group[0])}", fontsize=8, color="tab:red" if group[0]["noisy"] else "black"
-        )
+        colour = "tab:red" if group[0]["noisy"] else "black"
+        axes.set_xlabel(f"ms, {what}   {verdict(group[0])}", fontsize=8, color=colour)
         axes.set_title("\n".join(textwrap.wrap(f"{group[0]['case']} {group[0]['dtype']}", 66)), fontsize=8)
         axes.tick_params(labelsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

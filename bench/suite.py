@@ -23,7 +23,6 @@ PROVIDERS = ("base", "eager", "compile", "peft", "published", "full", "stored", 
              "bf16", "fp32", "lrkern")  # fmt: skip
 # Other people's code that need not be there: any failure of these lists them as missing, with the reason.
 OPTIONAL = ("compile", "published", "vllm", "torchao")
-PASSES = ("fwd", "bwd", "fwd+bwd", "no_grad")  # fwd records for backward; bwd leaves the forward untimed
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -40,7 +39,7 @@ class Case:
     I: int | None = None
     O: int | None = None
     R: int | None = None
-    passes: str
+    passes: str  # fwd, bwd, fwd+bwd or no_grad: fwd records for backward, bwd leaves the forward untimed
     dtype: torch.dtype
 
     def __str__(self) -> str:

@@ -74,9 +74,8 @@ def build() -> Path:
     for old in (dist, *ROOT.glob("build/lib*")):  # modules that were deleted since would still be packed
         shutil.rmtree(old, ignore_errors=True)
     env = {k: v for k, v in os.environ.items() if k not in ("LRK_CUDA", "LRK_CUDA_ARCHS")} | {"LRK_HOST": "OFF"}
-    log = run(
-        sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", dist, ROOT, env=env
-    )
+    command = sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", dist, ROOT
+    log = run(*command, env=env)
     print(*{line.strip() for line in log.splitlines() if line.strip().startswith("lrkern:")}, sep="\n")
     return next(dist.glob("lrkern-*-py3-none-*.whl"))
 
@@ -114,9 +113,8 @@ def main() -> int:
     args = parser.parse_args()
     start = time.monotonic()
     wheel = next((ROOT / "dist").glob("lrkern-*-py3-none-*.whl")) if args.no_build else build()
-    print(
-        f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 1e6:.2f} MB, {time.monotonic() - start:.0f} s", flush=True
-    )
+    size, took = wheel.stat().st_size / 1e6, time.monotonic() - start
+    print(f"{wheel.relative_to(ROOT)}: {size:.2f} MB, {took:.0f} s", flush=True)
     tried = failed = 0
     for version, pythons in interpreters(args.python).items():
         start = time.monotonic()

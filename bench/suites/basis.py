@@ -195,9 +195,8 @@ class Suite(LayerSuite):
         return self.beside(d, run, exact=False)
 
     def stored(self, d: Data) -> Call:
-        resident = d.stack("a").nbytes + d.stack("b").nbytes
         run = lambda base: (base + d.explicit(d.inputs["x"], *d.trained)).to(base.dtype)
-        return self.beside(d, run, basis_bytes=resident)
+        return self.beside(d, run, basis_bytes=d.stack("a").nbytes + d.stack("b").nbytes)
 
     def lrkern(self, d: Data) -> Call:
         case = d.case

@@ -46,9 +46,8 @@ class Suite(suite.Suite):
         """switch_cost.cu: what a round of each call costs, and the switches between threads in it."""
         program = build.executable("switch_cost", [build.HERE / "switch_cost.cu"], "plain")
         for line in build.execute(program).stdout.splitlines():
-            name, per_switch, per_call, unit = re.match(
-                r"(\w+)\s+([\d.]+) ns per switch\s+([\d.]+) ns per (\w+)", line
-            ).groups()
+            found = re.match(r"(\w+)\s+([\d.]+) ns per switch\s+([\d.]+) ns per (\w+)", line)
+            name, per_switch, per_call, unit = found.groups()
             yield f"{name:10} {1e3 / float(per_switch):7.1f} M thread switches/s {float(per_call):9.1f} ns per {unit}"
 
     def cases(self, quick: bool) -> list[Case]:

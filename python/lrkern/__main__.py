@@ -137,12 +137,10 @@ def show(info: dict[str, Any]) -> None:
         print(f"  {name:<16}{op['formula']}")
         for kind in ("cpu", "cuda"):
             print(f"  {'':<16}on {kind + ':':<6}{op[kind]['implementation']} ({op[kind]['why']})")
-    print("\nchoices, each for a shape: lrkern._host.explain(name, T=..., ...)")
+    print(f"\nchoices, each for a shape: lrkern._host.explain(name, T=..., ...); _host is {info['host_module']}")
     for name, choice in info["choices"].items():
         arguments = ", ".join(k if v is None else f"{k}={v}" for k, v in choice["arguments"].items())
         print(f"  {name}({arguments})", f"    {choice['rule']}", f"    {choice['numbers']}", sep="\n")
-    if not info["choices"]:
-        print(f"  _host is {info['host_module']}")
 
 
 def main() -> None:

@@ -166,12 +166,7 @@ def _product(x, Q, C, transposed, fp32, **_):
 
 
 _matmul = Op(
-    "basis_matmul",
-    results=_product,
-    trains="x",
-    function=_Matmul,
-    refuses="in_scale out_scale",
-    refusal=REFUSAL,
+    "basis_matmul", results=_product, trains="x", function=_Matmul, refuses="in_scale out_scale", refusal=REFUSAL
 )
 
 
@@ -196,8 +191,7 @@ def basis_matmul(
     U stays in registers; for more it is generated once, in pieces that fit a cache, for ATen's GEMM
     (lrkern._host.explain("basis_matmul", ...)). Differentiable in x, twice as well; the scales have no gradient here.
     """
-    args = x, in_scale, out_scale, seed, method, distribution, tensor, first, R, Q, C, transposed, fp32
-    return _matmul(*args)
+    return _matmul(x, in_scale, out_scale, seed, method, distribution, tensor, first, R, Q, C, transposed, fp32)
 
 
 _matmul_into = Op("basis_matmul_", instead="basis_matmul")

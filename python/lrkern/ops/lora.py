@@ -40,10 +40,7 @@ _expand = Op(
     trains="x weight bias s b",
     saved_for={"x": "weight", "weight": "x"},
     casts="x weight bias s b",
-    shards={
-        "": {"tokens": "TRRTR>T", "column": "R00R0>L"},
-        "_bwd": {"tokens": "TTRTR>TPPTP", "column": "LR0R0>P00P0"},
-    },
+    shards={"": {"tokens": "TRRTR>T", "column": "R00R0>L"}, "_bwd": {"tokens": "TTRTR>TPPTP", "column": "LR0R0>P00P0"}},
 )
 
 
@@ -123,13 +120,7 @@ _add = Op(
 
 
 def lora_add(
-    y: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: float = 1.0,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, dropout_p: float = 0.0, seed: Tensor | None = None
 ) -> Tensor:
     """y + scale · (D(x) Aᵀ) Bᵀ as a new tensor: LoRA beside a base layer of any kind (quantised, ...) that gave y.
 

@@ -48,12 +48,7 @@ def _weigh(ds, scales):
 # Autocast casts no pool: to cast thousands of adapters at every call would cost more than it saves. A float32 pool serves
 # any activations.
 _shrink = Op(
-    "multi_lora_shrink",
-    results=_s,
-    trains="x a_pool",
-    weigh=("scales", _weigh),
-    refuses="scales dropout_p",
-    casts="x",
+    "multi_lora_shrink", results=_s, trains="x a_pool", weigh=("scales", _weigh), refuses="scales dropout_p", casts="x"
 )
 
 

@@ -76,9 +76,8 @@ class FusedLora(Patched, layers=LoraLayer):
 
     def _over(self, weight: Tensor | None, bias: Tensor | None, adapters: list[_Adapter]) -> Plan | str:
         plan = super()._over(weight, bias, adapters)
-        if isinstance(plan, str) or (
-            weight is not None and all(f.a.dtype in (weight.dtype, torch.float32) for f in adapters)
-        ):
+        fits = weight is not None and all(f.a.dtype in (weight.dtype, torch.float32) for f in adapters)
+        if fits or isinstance(plan, str):
             return plan
         base = self._modules["base_layer"]
         if adapters[0].magnitude is not None and not (hasattr(base, "weight") and hasattr(base, "bias")):
@@ -118,9 +117,8 @@ class FusedLora(Patched, layers=LoraLayer):
             product = nn.functional.linear(x, dense())
         else:
             product = y if base.bias is None else y - base.bias
-        return _add_low_rank(
-            (y + (g - 1) * product).to(y.dtype), x, f.a, (g[:, None] * f.b).to(f.b.dtype), f.scale, 0.0
-        )
+        y = (y + (g - 1) * product).to(y.dtype)
+        return _add_low_rank(y, x, f.a, (g[:, None] * f.b).to(f.b.dtype), f.scale, 0.0)
 
     def _mixture(self, x: Tensor, names: Any) -> dict[str, _Adapter] | None:
         """The adapters of PEFT's mixed batch, adapter_names= of one name a row, or None where PEFT's own code must run."""
@@ -146,9 +144,8 @@ class FusedLora(Patched, layers=LoraLayer):
             return y
         dtypes = {x.dtype, y.dtype, *(f.a.dtype for f in adapters.values())}
         cached: MixedFactors = self.__dict__["_lrkern_mixed"]
-        a_pool, b_pool, *where = cached(
-            [(f.a, f.b) for f in adapters.values()], dtypes.pop() if len(dtypes) == 1 else torch.float32
-        )
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        a_pool, b_pool, *where = cached([(f.a, f.b) for f in adapters.values()], dtype)
         number, times = {name: i for i, name in enumerate(adapters)}, x.shape[:-1].numel() // len(names)
         index = torch.tensor([number.get(name, -1) for name in names], dtype=torch.int32)
         scales = torch.tensor([adapters[name].scale if name in adapters else 0.0 for name in names])
