@@ -138,18 +138,18 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
 def saved_bytes(forward: Callable[[], Any], exclude: list[Tensor]) -> int:
     """Bytes autograd keeps for backward, by storage, beyond those of `exclude` (x and the parameters)."""
     own = {t.untyped_storage().data_ptr() for t in exclude}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
         s = t.untyped_storage()
         if s.data_ptr() not in own:
-            kept[s.data_ptr()] = s.nbytes()
+            saved[s.data_ptr()] = s.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = forward()
     del out
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 @contextmanager

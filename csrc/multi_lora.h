@@ -14,7 +14,7 @@
 // R = kPageRanks M. Ranks an adapter lacks, and slots without an adapter, are zeros in S. D multiplies by the dropout mask
 // of (t K + k, column) with the adapter's own probability. Sums run in fp32 and are rounded once; N is summed in chunks as
 // in lora.h, slots, slices and ranks in order: a row's bits depend on no other row, an adapter's gradient on no other
-// adapter. An adapter or a page that does not exist (possible on CUDA, where nobody can look) gives NaN in its rows alone.
+// adapter. An adapter or a page that does not exist (possible on CUDA, where values are not validated) gives NaN in its rows alone.
 #pragma once
 
 #include "lora.h"

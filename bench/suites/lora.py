@@ -86,13 +86,8 @@ class Data(suite.Data):
         draw, ab = Draw(device, case.dtype, seed), case.ab or case.dtype
         x, dy = draw(case.T, case.I), draw(case.T, case.O)
         self.linear = frozen(draw(case.O, case.I, std=case.I**-0.5), draw(case.O))
-        config = LoraConfig(
-            r=case.R,
-            lora_alpha=int(SCALE * case.R),
-            lora_dropout=case.p or 0.0,
-            use_dora=case.method == "dora",
-            init_lora_weights="gaussian",
-        )
+        how = {"lora_dropout": case.p or 0.0, "use_dora": case.method == "dora", "init_lora_weights": "gaussian"}
+        config = LoraConfig(r=case.R, lora_alpha=int(SCALE * case.R), **how)
         self.peft = PeftLinear(self.linear, "default", config=config, r=config.r, lora_alpha=config.lora_alpha)
         self.peft.to(device).train(case.passes != "no_grad")
         a, b = self.peft.lora_A["default"].weight, self.peft.lora_B["default"].weight

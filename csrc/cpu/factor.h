@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the low-rank families do with a factor on the CPU: view or pack a part of it as a tile, draw it into the cache;
+// What the low-rank families do with a factor on the CPU: view or pack a part of it as a tile, prefetch it;
 // and how they choose types, share tasks and keep scratch memory.
 #pragma once
 
@@ -62,8 +62,8 @@ View factor_tile(const Factor& u, int64_t r0, int ranks, int64_t n0, int n, floa
   return {tile, kPitch};
 }
 
-// Draws that part of U into the cache, for few tokens: there is no arithmetic to hide the wait behind, but all lines can
-// be under way at once.
+// Prefetches that part of U, for few tokens: there is no arithmetic to hide the wait behind, but all lines can be under way
+// at once.
 template <class F>
 void fetch_factor(const Factor& u, int64_t r0, int ranks, int64_t n0, int64_t n) {
   const F* data = static_cast<const F*>(u.data) + r0 * u.stride_r + n0 * u.stride_n;

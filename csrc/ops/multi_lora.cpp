@@ -15,7 +15,7 @@ void check_pool(const Arg& pool, const Arg& like, int64_t N) {
   pool.contiguous();
 }
 
-// What the CPU kernels rely on. On CUDA nobody looks: there a row whose adapter or page does not exist comes out as NaN.
+// What the CPU kernels rely on. On CUDA values are not validated: there a row whose adapter or page does not exist comes out as NaN.
 void check_plan(const char* op, const Adapters& d) {
   const PlanLayout at = plan_layout(d.T, d.A);
   for (int64_t k = 0; k < d.K; ++k) {
@@ -238,7 +238,7 @@ std::tuple<Tensor, Tensor> multi_lora_expand_bwd(const Tensor& dy_, const Tensor
   return {need_ds ? shrink(rows, pool, d, nullptr) : nothing(), need_db ? wgrad(rows, sc, pool, d) : nothing()};
 }
 
-// ids [...] as T tokens below N; on CUDA nobody looks.
+// ids [...] as T tokens below N; on CUDA values are not validated.
 Tensor check_ids(const Arg& ids, const Arg& pool) {
   const int64_t N = pool.last();
   const Tensor t = as_contiguous(ids.holds<int64_t>(pool).tensor);

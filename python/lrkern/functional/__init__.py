@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stateless compositions of the ops: adapters as users name them. Letters as in ops."""
 
-# ruff: noqa: F403
+# ruff: noqa: F401, F403
 from .dora import *
 from .lora import *
 from .nola import *
@@ -10,3 +10,6 @@ from .randlora import *
 from .vera import *
 
 __all__ = sorted(name for name, thing in vars().items() if getattr(thing, "__module__", "").startswith(__name__))
+
+from .dora import row_norm  # helpers that keep their place here beside __all__
+from .lora import dropout_seed

@@ -16,11 +16,15 @@ def lora_scaling(alpha: float, r: int, use_rslora: bool = False) -> float:
     return alpha / (math.sqrt(r) if use_rslora else r) if r else 0.0
 
 
+def dropout_seed(x: Tensor) -> Tensor:
+    """A fresh seed from torch's generator of x's device, so that dropout follows manual_seed, checkpointing (which
+    replays the generator's state) and CUDA graphs (two replays differ) as nn.Dropout does."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+
+
 def dropout_of(x: Tensor, p: float, training: bool) -> tuple:
-    """The ops' dropout_p and seed, or nothing where dropout does not act. The seed is drawn from torch's generator of x's
-    device, so that dropout follows manual_seed, checkpointing (which replays the generator's state) and CUDA graphs (two
-    replays differ) as nn.Dropout does."""
-    return (p, torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)) if training and p > 0.0 else ()
+    """The ops' dropout_p and seed, or nothing where dropout does not act."""
+    return (p, dropout_seed(x)) if training and p > 0.0 else ()
 
 
 def lora_linear(

@@ -188,7 +188,7 @@ def basis_matmul(
     """out_scale ⊙ ((in_scale ⊙ x) U), or Uᵀ where ``transposed``; in x's dtype or, with ``fp32``, float32.
 
     x [..., Q] -> [..., C]; transposed x [..., C] -> [..., Q]. in_scale and out_scale are float32 vectors. Up to 16 tokens
-    U stays in registers; for more it is generated once, in pieces that fit a cache, for ATen's GEMM
+    U stays in registers; for more it is generated once, rows or columns that fit a cache at a time, for ATen's GEMM
     (lrkern._host.explain("basis_matmul", ...)). Differentiable in x, twice as well; the scales have no gradient here.
     """
     return _matmul(x, in_scale, out_scale, seed, method, distribution, tensor, first, R, Q, C, transposed, fp32)

@@ -9,7 +9,7 @@ index int32 [T, K] (or [T]), an adapter per row and slot, negative for none: mad
 scales float32 [T, K] (or [T]); dropout_p float32 [A], one probability an adapter; seed int64 [1].
 
 All of this stays on the device: nothing is read back, so a captured CUDA graph replays with other adapters, ranks, scales
-and rows. A row or page that does not exist is refused on the CPU; on CUDA, where nobody looks, that row is NaN and no other.
+and rows. A row or page that does not exist is refused on the CPU; on CUDA, where values are not validated, that row is NaN and no other.
 The adapter part is batch-invariant: a row alone and the row in any batch give the same bits.
 """
 

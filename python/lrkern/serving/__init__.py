@@ -8,8 +8,8 @@
     served.generate(input_ids, adapters=["legal", None, "terse"], max_new_tokens=20)
 
 Every linear of the model has a pair of pools in pages of 16 ranks (lrkern.ops.multi_lora_shrink); page p is the same rows in
-all of them, so an adapter has one list of pages. Host copies of all adapters are kept. The device holds those that fit:
-what was least recently used leaves when pages run out and comes back when a batch asks for it.
+all of them, so an adapter has one list of pages. The host has copies of all adapters, the device those that fit: when pages
+run out, the least recently used adapter is evicted; it is uploaded again when a batch asks for it.
 
 VeRA adapters are vectors over one pair of projections, which all of a pool share: a page holds up to 16 of them.
 
