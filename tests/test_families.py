@@ -21,17 +21,18 @@ PYTHON = ROOT / "python" / "lrkern"
 METHODS = {path.stem for path in (PYTHON / "functional").glob("*.py")} - {"__init__", "base", "projection"}
 
 # Public faces have a line for each family or method.
-FACES = {PYTHON / room / "__init__.py" for room in (".", "ops", "functional", "nn", "reference", "peft", "files")}
+FACES = {PYTHON / room / "__init__.py" for room in ("ops", "functional", "nn", "reference")}
 # Files that serve all and yet name one, and why.
 EXCEPTIONS = {
     "csrc/cpu/factor.h": "Factor, the low-rank operand of lora.h, is multi-LoRA's too",
     "csrc/cuda/products.cuh": "as cpu/factor.h",
     "python/lrkern/functional/projection.py": "what methods over random bases share: the calls of their ops",
     "python/lrkern/nn/linear.py": "LowRankLinear: every method that has factors computes as a LoRA layer",
+    "python/lrkern/peft/__init__.py": "kinds of patched layers, in the order in which messages name them",
+    "python/lrkern/files/__init__.py": "the door imports those who make themselves known to it",
     "python/lrkern/files/folder.py": "LORA is the peft_type of what has factors, whatever its method",
     "python/lrkern/files/conversions.py": "to_lora turns any method into plain LoRA",
     "python/lrkern/files/own.py": "the file says which stream its seeds mean: ops.basis.STREAM_VERSION",
-    "tools/smoke_wheel.py": "one op of the installed wheel has to be called",
     "bench/stored.py": "a layer without its GEMM stands in for lora_linear",
 }
 
