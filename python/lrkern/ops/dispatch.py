@@ -189,10 +189,11 @@ class Op:
         return Differentiable
 
     def fake_gradients(self, **given: Any) -> Any:
-        """Of X_bwd: a gradient is like its argument. That of a base layer's may not be among what X_bwd takes."""
+        """Of X_bwd: a gradient is like its argument. That of a base layer's may not be among what X_bwd takes; x without a
+        weight is like the result."""
         dy, needed = next(iter(given.values())), [v for n, v in given.items() if n.startswith("need_")]
         sizes = {
-            "x": lambda: (*dy.shape[:-1], given["weight"].shape[1]),
+            "x": lambda: (*dy.shape[:-1], given["weight"].shape[1]) if "weight" in given else dy.shape,
             "weight": lambda: (dy.shape[-1], given["x"].shape[-1]),
             "bias": lambda: dy.shape[-1:],
         }
