@@ -15,7 +15,8 @@ namespace {
 
 constexpr int kBatch = 16;  // blocks of rows generated before they are used; their sums are rounded apart from the rest
 
-void generate(const BasisStream& u, const Group& group, int64_t basis, int64_t row, vu (&c)[4]) {
+[[gnu::always_inline]] inline void generate(const BasisStream& u, const Group& group, int64_t basis, int64_t row,
+                                            vu (&c)[4]) {
   generate(u.seed, u.tag() | (u.basis0 + static_cast<uint32_t>(basis)), u.tensor, group, row, c);
 }
 

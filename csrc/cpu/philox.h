@@ -8,9 +8,9 @@
 
 namespace lrk::LRK_ISA {
 
-// Rounds kFirst .. 9 of Philox4x32-10.
+// Rounds kFirst .. 9 of Philox4x32-10, in registers: a call would pass c through memory.
 template <int kFirst>
-inline void philox_rounds(vu (&c)[4], uint64_t key) {
+[[gnu::always_inline]] inline void philox_rounds(vu (&c)[4], uint64_t key) {
   uint32_t k0 = static_cast<uint32_t>(key) + kFirst * kPhiloxW0,
            k1 = static_cast<uint32_t>(key >> 32) + kFirst * kPhiloxW1;
 #pragma GCC unroll 10
@@ -63,7 +63,8 @@ struct Group {
 
 // philox4x32 of the group's counters (c0, row, tensor, tag | basis). Only c0 differs between lanes, so that half of the
 // first two rounds is the same for all of them.
-inline void generate(uint64_t seed, uint32_t tag, uint32_t tensor, const Group& group, int64_t row, vu (&c)[4]) {
+[[gnu::always_inline]] inline void generate(uint64_t seed, uint32_t tag, uint32_t tensor, const Group& group,
+                                            int64_t row, vu (&c)[4]) {
   const uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   const uint32_t a = mul_hi(kPhiloxM1, tensor) ^ static_cast<uint32_t>(row) ^ k0, b = kPhiloxM1 * tensor;
   const Wide second = mul_wide(group.first.hi ^ (tag ^ k1), kPhiloxM1);

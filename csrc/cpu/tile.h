@@ -132,18 +132,21 @@ inline void dot_tiles(View x, int rows, View u, int ranks, int n, float* out, in
 }
 
 // c[rows][kPitch] = p q, or += where `add`, for any count of rows, over the columns [0, n) rounded up to kBlock.
+template <bool kAdd>
+inline void outer_tiles(const float* p, int64_t pm, int64_t pk, View q, int64_t K, int rows, int n, float* c,
+                        Ahead ahead) {
+  for (int i = 0; i < n; i += kBlock)
+    for (int m0 = 0; m0 < rows; m0 += kRows)
+      with_count<kRows>(rows - m0 < kRows ? rows - m0 : kRows, [&](auto M) {
+        outer_tile<M.value>(p + m0 * pm, pm, pk, q.at(0, i), K, ahead, [&](int m, int v, vf sums) {
+          float* dst = c + (m0 + m) * kPitch + i + v * kLanes;
+          store(dst, kAdd ? load(dst) + sums : sums);
+        });
+      });
+}
 inline void outer_tiles(bool add, const float* p, int64_t pm, int64_t pk, View q, int64_t K, int rows, int n, float* c,
                         Ahead ahead = {}) {
-  with_bool(add, [&](auto kAdd) {
-    for (int i = 0; i < n; i += kBlock)
-      for (int m0 = 0; m0 < rows; m0 += kRows)
-        with_count<kRows>(rows - m0 < kRows ? rows - m0 : kRows, [&](auto M) {
-          outer_tile<M.value>(p + m0 * pm, pm, pk, q.at(0, i), K, ahead, [&](int m, int v, vf sums) {
-            float* dst = c + (m0 + m) * kPitch + i + v * kLanes;
-            store(dst, kAdd.value ? load(dst) + sums : sums);
-          });
-        });
-  });
+  (add ? outer_tiles<true> : outer_tiles<false>)(p, pm, pk, q, K, rows, n, c, ahead);
 }
 
 }  // namespace lrk::LRK_ISA
