@@ -50,8 +50,7 @@ def kernels() -> list[Kernel]:
 def ops_of(family: str) -> list[str]:
     """Names of the public ops that a family's glue registers."""
     text = "".join((ROOT / s.path).read_text() for s in sources.sources("ops") if s.family == family)
-    names = re.findall(r"LRK_OP\((\w+),", text)
-    return [n for n in names if not n.endswith(("_fwd", "_bwd"))]
+    return [n for n in re.findall(r"LRK_OP\((\w+),", text) if not n.endswith(("_fwd", "_bwd"))]
 
 
 # ---------------------------------------------------------------------------------------------- evidence

@@ -238,8 +238,7 @@ def randlora_linear(
     that column j' of B's stack meets another λ A γ than Eq. 4 says; it is the default, ``paper_pairing`` is Eq. 4.
     Neither U = Λ A Γ nor x Uᵀ is saved; for in > out dU costs a GEMM more for it. How it is computed: ``randlora_way``.
     """
-    coef = lam, gam, A, B, scale, paper_pairing
-    return base.beside(_RandLora, None, x, weight, bias, dropout_p, training, *coef)
+    return base.beside(_RandLora, None, x, weight, bias, dropout_p, training, lam, gam, A, B, scale, paper_pairing)
 
 
 def randlora_add(
@@ -255,5 +254,4 @@ def randlora_add(
     paper_pairing: bool = False,
 ) -> Tensor:
     """y + scale · dropout(x) ΔWᵀ as a new tensor, beside a base layer of any kind that gave y."""
-    coef = lam, gam, A, B, scale, paper_pairing
-    return base.beside(_RandLora, y, x, None, None, dropout_p, training, *coef)
+    return base.beside(_RandLora, y, x, None, None, dropout_p, training, lam, gam, A, B, scale, paper_pairing)
