@@ -61,8 +61,8 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_shrink_kernel(Mul
 }
 
 template <class F>
-__global__ __launch_bounds__(kBlockThreads) void multi_lora_sum_kernel(MultiLoraShrinkParams p, const float* partial,
-                                                                       int64_t chunks) {
+__global__ __launch_bounds__(kBlockThreads, 8) void multi_lora_sum_kernel(MultiLoraShrinkParams p, const float* partial,
+                                                                          int64_t chunks) {
   const int64_t K = p.adapters.K, all = all_ranks(p.adapters), count = p.adapters.T * K * all, i = grid_thread();
   if (i >= count) return;
   store_s<F>(p, i / all / K, i / all % K, i % all, sum_partial(partial + i, chunks, count));
