@@ -34,39 +34,14 @@ def no_cuda() -> str:
     return "" if json.loads(lrkern.ops.build_info())["with_cuda"] else "this _C.so has no CUDA code"
 
 
-def on_cuda(item) -> bool:
-    return hasattr(item, "callspec") and "cuda" in (
-        item.callspec.params.get("device"),
-        item.callspec.params.get("kind"),
-    )
-
-
-LEFT_OUT: list[int] = []  # cases, by worker
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node, error):
-    LEFT_OUT.append(getattr(node, "workeroutput", {}).get("left_out", 0))
-
-
-def pytest_terminal_summary(terminalreporter):
-    if any(LEFT_OUT):
-        terminalreporter.write_line(f"{max(LEFT_OUT)} cases left out: {no_cuda()}")
-
-
 def pytest_collection_modifyitems(config, items):
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if on_cuda(item) and no_cuda():
+        if params.get("device") == "cuda" and no_cuda():
             item.add_marker(pytest.mark.skip(reason=no_cuda()))
         if params.get("device") == "emulated" and params.get("dtype") not in (None, torch.bfloat16):
             item.add_marker(pytest.mark.slow)
     if hasattr(config, "workerinput"):
-        if (
-            no_cuda()
-        ):  # thousands of skips would cost a minute on their way to the controller, which says so in one line
-            config.workeroutput["left_out"] = sum(map(on_cuda, items))
-            items[:] = [item for item in items if not on_cuda(item)]
         # Each of two workers is given one half and steals from the other's end: long tests first, some for each.
         slow = [item for item in items if item.get_closest_marker("slow")]
         rest = [item for item in items if not item.get_closest_marker("slow")]

@@ -374,8 +374,7 @@ def test_random_elements_are_counted():
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(emulator_build.why_not()), reason=str(emulator_build.why_not()))
-def test_the_emulator_is_timed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run, "ATTEMPTS", 1)
+def test_the_emulator_is_timed(tmp_path, capsys):
     rows_file = tmp_path / "rows.json"
     assert run.main(["emulator", "--quick", "--case", "method=lora_shrink", "--json", str(rows_file)]) == 0
     text = capsys.readouterr().out

@@ -130,12 +130,7 @@ GRID["cuda"] = GRID["cpu"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "case"),
-    [
-        pytest.param(kind, c, id=f"{kind} {name_of(c)}", marks=[] if c["dtype"] == torch.bfloat16 else pytest.mark.slow)
-        for kind, grid in GRID.items()
-        for c in grid
-    ],
+    ("kind", "case"), [pytest.param(kind, c, id=f"{kind} {name_of(c)}") for kind, grid in GRID.items() for c in grid]
 )
 def test_grid(kind, case, stack):
     device = enter_device(kind, stack)
