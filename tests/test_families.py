@@ -154,6 +154,6 @@ def test_a_new_family_would_be_found(tmp_path):
     }
 
 
-@pytest.mark.skipif(not FULL, reason="LRK_TEST_FULL and .ci/run build it")
+@pytest.mark.skipif(not FULL, reason="LRK_TEST_FULL builds it")
 def test_a_new_family_works(tmp_path):
     throwaway.try_all(tmp_path)
