@@ -137,7 +137,7 @@ print(json.dumps({
 
 
 def test_a_new_family_would_be_found(tmp_path):
-    """By all that reads lists. tests/shared/throwaway.py builds and tries it, with LRK_TEST_FULL."""
+    """By all that reads lists. tests/shared/throwaway.py builds and tries it, in .ci/run and with LRK_TEST_FULL."""
     throwaway.copy(tmp_path)
     found = json.loads(throwaway.run(tmp_path, "-c", FOUND))
     row = "| throwaway | csrc/cuda/throwaway/portable.cu | 80, 89, 90a, 100a, 120a | yes | not run on a GPU | - |"
@@ -154,6 +154,6 @@ def test_a_new_family_would_be_found(tmp_path):
     }
 
 
-@pytest.mark.skipif(not FULL, reason="LRK_TEST_FULL builds it")
+@pytest.mark.skipif(not FULL, reason=".ci/run and LRK_TEST_FULL build it")
 def test_a_new_family_works(tmp_path):
     throwaway.try_all(tmp_path)
