@@ -26,11 +26,12 @@ def biases(monkeypatch):
         def acts(self, layer):
             return any(layer.index in adapter.host for row in self.rows for adapter, _ in row)
 
-        def add(self, y, x, layer):
+        def add(self, y, x, layer, along):
             (b_of,) = self.kind.views(layer)
-            for part, row in zip(y.view(len(self.rows), -1, y.shape[-1]), self.rows, strict=True):
-                for adapter, scale in row:
-                    part += scale * b_of[adapter.cells[0]]
+            requests = along.spread(torch.arange(len(self.rows)), -1)
+            for part, request in zip(y.view(-1, y.shape[-1]), requests.tolist(), strict=True):
+                for adapter, scale in self.rows[request] if request >= 0 else ():
+                    part += scale * b_of[adapter.cells[0]].flatten()
             return y
 
     class Bias(kinds.Kind):

@@ -213,18 +213,3 @@ def test_models_and_pools_that_do_not_go_together(folders):
     pool = full_pool(model, folders)
     with MultiLoraModel(model.train(), pool) as served, pytest.raises(ValueError, match="must be in eval mode"):
         served(**batch(2), adapters=["r8", None])
-
-
-def test_rows_that_belong_to_nobody():
-    class Flat(Echo):
-        def forward(self, x):
-            return super().forward(x.flatten(0, 1))
-
-    model = Flat().eval()
-    pool = AdapterPool(model, pages=4)
-    pool.add("a", *coded(1, 1))
-    with (
-        MultiLoraModel(model, pool) as served,
-        pytest.raises(ValueError, match=r"one got x \[6, 16\], whose rows do not tell which of the 2 requests"),
-    ):
-        served(torch.ones(2, 3, 16), adapters=["a", None])

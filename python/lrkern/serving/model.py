@@ -1,53 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model whose requests each have adapters of their own."""
 
+import inspect
 import math
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from ..files.folder import features_of
-from .kinds.kind import Rows
+from .batch import Batch, Paths
 from .layer import Layer, must
 from .pool import AdapterPool
+from .rows import Owners, arguments_of, tensors_of
 
-
-class _Batch:
-    """What the layers of one forward share: who is in it, and what the adapters of each kind do."""
-
-    def __init__(self, pool: AdapterPool, rows: Rows, times: int):
-        self.requests, self.times = len(rows), times
-        kinds = {adapter.kind for row in rows for adapter, _ in row}
-        own = lambda kind: [[part for part in row if part[0].kind is kind] for row in rows]
-        self.parts = [kind.batch(own(kind)) for kind in pool._kinds if kind in kinds]
-
-    def check(self, x: Tensor, layer: Layer) -> None:
-        """A request's rows must lie together, also where ``generate`` made several sequences of it."""
-        first = x.shape[0] if x.ndim > 1 else 0
-        if first not in (self.requests, self.requests * self.times):
-            raise ValueError(
-                f"lrkern.serving: {layer.name} got x {list(x.shape)}, whose rows do not tell which of the "
-                f"{self.requests} requests they belong to"
-            )
-
-
-# What model inputs have the batch as their first dimension.
-_INPUTS = ("input_ids", "inputs_embeds", "inputs", "input_features", "pixel_values", "decoder_input_ids")
+BASE = "__base__"  # PEFT's name for no adapter
 
 
 class MultiLoraModel(AbstractContextManager):
     """A transformers model whose requests, the rows of its batch, each have adapters of their own. Inference only.
 
-    The model's own modules stay as they are, with a forward hook on the pool's linears until ``close``; called directly
-    the model is the base. Where no request has an adapter, so it is here, bit for bit. The first dimension of what an
-    adapted linear is given must be the batch.
+    The model's own modules stay as they are, with forward hooks until ``close``; called directly the model is the base, which
+    while a call with adapters runs has to be meant: see ``base``. Where no request has an adapter, so it is here, bit for bit.
 
-    adapters: per request a name, None for the base, or a list of names, whose parts are added. scales: per request a number
-    (for each of its adapters) or a list, times the adapter's own scale.
+    adapters: per request a name, None or "__base__" for the base, or a list of names, whose parts are added; PEFT's word
+    for it, adapter_names, is the same. scales: per request a number (for each of its adapters) or a list, times the
+    adapter's own scale.
+
+    The requests are the first dimension of the model's input: input_ids, inputs_embeds, input_features, input_values (and the
+    decoder's), else the model's main_input_name, else the first tensor. From there on they are followed through every
+    function of the forward (``rows.Follow``) to the adapted linears, whatever the model does to its shapes; a linear whose
+    rows may be anyone's, such as an expert that gets gathered tokens or a tower over images, raises a ValueError that names it.
+    Its ways out: leave it out of the pool's targets, or say with ``rows`` whose they are. Requests that all want the
+    same adapters may go anywhere.
+
+    lengths: for packed rows, [1, tokens] or [tokens]: how many tokens each request has, in order.
     """
 
     def __init__(self, model: nn.Module, pool: AdapterPool):
@@ -56,10 +46,20 @@ class MultiLoraModel(AbstractContextManager):
             there = name in modules and features_of(modules[name]) == layer.local
             must(there, "model", f"have a linear {name} {list(layer.local)}", modules.get(name))
         self.model, self.pool, self._local = model, pool, threading.local()
-        self._hooks = [
-            modules[name].register_forward_hook(self._hook(layer), with_kwargs=True)
-            for name, layer in pool._layers.items()
-        ]
+        self._paths, self._running, self._lock = Paths(model), 0, threading.Lock()
+        self._keywords = _keywords(model)
+        hook = lambda m, f: m.register_forward_hook(torch.compiler.disable(f), with_kwargs=True)
+        self._hooks = [hook(modules[name], self._hook(layer)) for name, layer in pool._layers.items()]
+        others = [m for name, m in modules.items() if features_of(m) and name not in pool._layers]
+        self._hooks += [hook(m, self._passed) for m in others if type(m) is not nn.Linear]
+        encoder = model.get_encoder() if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+        for m in (model, encoder):
+            if isinstance(m, nn.Module):
+                begin, end = torch.compiler.disable(self._begin), torch.compiler.disable(self._end)
+                self._hooks += [
+                    m.register_forward_pre_hook(begin, with_kwargs=True),
+                    m.register_forward_hook(end, always_call=True),
+                ]
 
     def close(self) -> None:
         """Leaves the model as it was."""
@@ -70,50 +70,200 @@ class MultiLoraModel(AbstractContextManager):
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def __call__(self, *args: Any, adapters: Sequence | None = None, scales: Sequence | None = None, **kwargs: Any):
-        return self._run(self.model, args, kwargs, adapters, scales, 1)
+    def __call__(
+        self,
+        *args: Any,
+        adapters: Sequence | None = None,
+        scales: Sequence | None = None,
+        adapter_names: Sequence | None = None,
+        lengths: Sequence[int] | None = None,
+        **kwargs: Any,
+    ):
+        unknown = sorted(kwargs.keys() - self._keywords)
+        if unknown:  # a model's forward may take any keyword and ignore it, a misspelt ``adapters`` too
+            raise TypeError(f"lrkern.serving: the model's forward has no argument {unknown[0]!r}")
+        return self._run(self.model, args, kwargs, _either(adapters, adapter_names), scales, 1, lengths)
 
-    def generate(self, *args: Any, adapters: Sequence | None = None, scales: Sequence | None = None, **kwargs: Any):
-        """The model's ``generate``. All steps see the adapters as they are when it begins."""
-        config = kwargs.get("generation_config") or self.model.generation_config
-        each = (kwargs.get(key, getattr(config, key, None)) or 1 for key in ("num_beams", "num_return_sequences"))
-        return self._run(self.model.generate, args, kwargs, adapters, scales, max(each))
+    def generate(
+        self,
+        *args: Any,
+        adapters: Sequence | None = None,
+        scales: Sequence | None = None,
+        adapter_names: Sequence | None = None,
+        **kwargs: Any,
+    ):
+        """The model's ``generate``. All steps see the adapters as they are when it begins. Refused: cache_implementation
+        "paged", whose forwards run in a thread and in batches of their own, and what goes on without some requests, such as
+        Whisper's for more than 30 seconds."""
+        given = arguments_of(self.model.generate, args, kwargs)
+        config = given.get("generation_config") or self.model.generation_config
+        of = lambda key: kwargs.get(key, getattr(config, key, None))
+        must(of("cache_implementation") != "paged", "cache_implementation", "be one that this thread runs", "'paged'")
+        times = max(of(key) or 1 for key in ("num_beams", "num_return_sequences"))
+        return self._run(self.model.generate, args, kwargs, _either(adapters, adapter_names), scales, times, None)
 
-    def _run(self, call: Callable, args: tuple, kwargs: dict, adapters: Any, scales: Any, times: int) -> Any:
+    @contextmanager
+    def base(self) -> Iterator[nn.Module]:
+        """The model for calls that mean the base, while other threads run calls with adapters:
+
+        with served.base() as model: model(input_ids)
+        """
+        before, self._local.base = getattr(self._local, "base", False), True
+        try:
+            yield self.model
+        finally:
+            self._local.base = before
+
+    @contextmanager
+    def rows(self, index: Sequence[int] | Tensor) -> Iterator[None]:
+        """For a model's own code that gathers or reorders rows: inside, row t of what an adapted linear gets (flattened to
+        rows) belongs to request index[t] of the call, to none where it is negative. Rows follow their tokens:
+
+            mine = served.requests(hidden)                  # [T], before they are gathered
+            for expert, tokens in ...:
+                with served.rows(mine[tokens]):
+                    expert(hidden[tokens])
+
+        Without a call that has adapters it does nothing.
+        """
+        batch = self._batch()
+        if batch is None or batch.one is not None:
+            yield
+            return
+        index = torch.as_tensor(index)
+        whole = index.ndim == 1 and not index.is_floating_point() and index.dtype != torch.bool
+        must(whole, "rows", "be whole numbers, one a row", f"{index.dtype} {list(index.shape)}")
+        if index.device.type == "cpu":  # values on a device are not waited for
+            most = int(index.max()) if len(index) else -1
+            must(most < batch.count, "rows", f"be below {batch.count}, the number of requests", most)
+        batch.given.append(Owners(len(index), index.to(self.pool.device, torch.int64)))
+        try:
+            yield
+        finally:
+            batch.given.pop()
+
+    def requests(self, hidden: Tensor) -> Tensor:
+        """Of hidden [..., n] in this model's forward, flattened to rows, the request each belongs to: int64 [T] on its device.
+        Zeros where the call has no adapters, or the same for all requests."""
+        batch, T = self._batch(), hidden.shape[:-1].numel()
+        if batch is None or batch.one is not None:
+            return torch.zeros(T, dtype=torch.int64, device=hidden.device)
+        along = batch.asked(hidden)
+        return along.spread(torch.arange(batch.count, device=self.pool.device), -1).to(hidden.device)
+
+    def _batch(self) -> Batch | None:
+        return getattr(self._local, "batch", None)
+
+    def _run(
+        self, call: Callable, args: tuple, kwargs: dict, adapters: Any, scales: Any, times: int, lengths: Any
+    ) -> Any:
         if not self._hooks:
             raise RuntimeError("lrkern.serving: this MultiLoraModel is closed")
         must(not self.model.training, "model", "be in eval mode", "training mode")
-        if getattr(self._local, "batch", None) is not None:
+        if self._batch() is not None:
             raise RuntimeError("lrkern.serving: a forward of this model is under way on this thread")
         requests = _requests(adapters, scales)
-        inputs = [*args, *(kwargs[key] for key in _INPUTS if key in kwargs)]
-        size = next((len(t) for t in inputs if isinstance(t, Tensor) and t.ndim), None)
-        fits = requests is None or size in (None, len(requests))
-        must(fits, "adapters", f"have one entry for each of the {size} requests", fits or len(requests))
+        self._check_sizes(call, args, kwargs, requests, lengths)
         with torch.no_grad():
             if not any(requests or ()):
-                return call(*args, **kwargs)
+                with self.base():
+                    return call(*args, **kwargs)
             with self.pool._lease(name for row in requests for name, _ in row) as leased:
                 rows = [[(leased[name], scale) for name, scale in row] for row in requests]
-                self._local.batch = _Batch(self.pool, rows, times)
+                batch = self._local.batch = Batch(self.pool, rows, self._paths, times, lengths)
+                self._count(1)
                 try:
                     return call(*args, **kwargs)
                 finally:
+                    self._count(-1)
                     self._local.batch = None
+                    batch.abandon()
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._running += change
+
+    def _check_sizes(self, call: Callable, args: tuple, kwargs: dict, requests: Any, lengths: Any) -> None:
+        if requests is None:
+            must(lengths is None, "lengths", "come with adapters", lengths)
+            return
+        if lengths is not None:
+            whole = isinstance(lengths, Sequence) and all(type(n) is int and n >= 0 for n in lengths)
+            must(whole and len(lengths) == len(requests), "lengths", f"be {len(requests)} whole numbers", lengths)
+            return
+        given = arguments_of(call.forward if isinstance(call, nn.Module) else call, args, kwargs)
+        inputs = tensors_of(given, getattr(self.model, "main_input_name", None))
+        size = next((len(t) for t in inputs.values()), len(requests))
+        must(size == len(requests), "adapters", f"have one entry for each of the {size} requests", len(requests))
+
+    # ---- hooks
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if (batch := self._batch()) is not None:
+            batch.begin(module, args, kwargs)
+
+    def _end(self, module: nn.Module, *_: Any) -> None:
+        if (batch := self._batch()) is not None:
+            batch.end(module)
+
+    def _passed(self, module: nn.Module, args: tuple, kwargs: dict, y: Any) -> None:
+        batch = self._batch()
+        if batch is not None and batch.follow is not None and isinstance(y, Tensor):
+            with torch._C.DisableTorchFunction():
+                batch.passed(_first(args, kwargs), y)
 
     def _hook(self, layer: Layer) -> Callable:
         def add(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
-            batch: _Batch | None = getattr(self._local, "batch", None)
-            parts = [part for part in batch.parts if part.acts(layer)] if batch else []
-            if not parts:
+            batch = self._batch()
+            if batch is None:
+                if self._running and not getattr(self._local, "base", False):
+                    raise RuntimeError(
+                        "lrkern.serving: a forward of the model without adapters, while a call with adapters runs, must be "
+                        "meant as the base's; say so by `with served.base():`, or call the MultiLoraModel"
+                    )
                 return None
-            x, out = args[0] if args else next(iter(kwargs.values())), y
-            batch.check(x, layer)
-            for part in parts:
-                out = part.add(out, x, layer)
+            x = _first(args, kwargs)
+            with torch._C.DisableTorchFunction():
+                out = self._add(batch, layer, x, y)
             return None if out is y else out
 
-        return torch.compiler.disable(add)
+        return add
+
+    def _add(self, batch: Batch, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+        parts, out = [part for part in batch.parts if part.acts(layer)], y
+        if parts:
+            along = batch.along(layer.name, x)
+            for part in parts:
+                out = part.add(out, x, layer, along)
+        batch.saw(layer, x, out)
+        return out
+
+
+def _first(args: tuple, kwargs: dict) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _either(adapters: Any, adapter_names: Any) -> Any:
+    both = adapters is not None and adapter_names is not None
+    must(not both, "adapters", "be given once", "adapter_names too")
+    return adapters if adapter_names is None else adapter_names
+
+
+def _keywords(model: nn.Module) -> set[str]:
+    """Those that mean something to some module's forward."""
+    known: set[str] = set()
+    for forward in {type(m).forward for m in model.modules()} | {model.forward}:
+        for parameter in inspect.signature(forward).parameters.values():
+            if parameter.kind is not parameter.VAR_KEYWORD:
+                known.add(parameter.name)
+                continue
+            with suppress(NameError, TypeError):
+                typed = (
+                    get_type_hints(forward).get(parameter.name) if parameter.annotation is not parameter.empty else None
+                )
+                for each in getattr(typed, "__args__", ()):  # Unpack[a TypedDict]
+                    known |= getattr(each, "__annotations__", {}).keys()
+    return known
 
 
 def _requests(adapters: Any, scales: Any) -> list[list[tuple[str, float]]] | None:
@@ -129,7 +279,7 @@ def _requests(adapters: Any, scales: Any) -> list[list[tuple[str, float]]] | Non
     check(fits, "scales", f"be a list of {len(adapters)}, one entry a request", scales)
     result = []
     for who, scale in zip(adapters, scales, strict=True):
-        names = [] if who is None else [who] if isinstance(who, str) else who
+        names = [] if who in (None, BASE) else [who] if isinstance(who, str) else who
         named = isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
         check(named, "adapters", "be names, None, or lists of names", who)
         each = scale if isinstance(scale, Sequence) else [1.0 if scale is None else scale] * len(names)

@@ -64,7 +64,7 @@ class LowRank(Kind):
 
 
 class _Batch:
-    """All of them as one multi-LoRA call a layer; the plan is made once for each number of rows."""
+    """All of them as one multi-LoRA call a layer; the plan is made once for rows that are the same requests'."""
 
     def __init__(self, pool, rows):
         adapters = list(dict.fromkeys(adapter for row in rows for adapter, _ in row))
@@ -78,14 +78,12 @@ class _Batch:
         self._own = put(torch.tensor([[scale for _, scale in row] for row in slots]))
         self._pages, self._ranks = put(torch.tensor(pages, dtype=torch.int32)), put(ranks.unsqueeze(2))
         self._scales, self._alike = put(scales), [tuple(row) for row in scales.tolist()]
-        self._plans: dict[int, Tensor] = {}
-        self._scaled: dict[tuple, Tensor] = {}
 
     def acts(self, layer):
         return self._acts[layer.index]
 
-    def add(self, y, x, layer):
-        plan, scales = self._plan(x, layer)
+    def add(self, y, x, layer, along):
+        plan, scales = self._plan(layer, along)
         where = self._pages, self._ranks[layer.index], plan
         s = ops.multi_lora_shrink(x, layer.a, *where, scales)
         if layer.split == "row":
@@ -95,17 +93,16 @@ class _Batch:
         ops.multi_lora_expand_(y, s, layer.b, *where)
         return y
 
-    def _plan(self, x, layer) -> tuple[Tensor, Tensor]:
+    def _plan(self, layer, along) -> tuple[Tensor, Tensor]:
         """The plan of x's rows and their scales [T, K]."""
-        T = x.shape[:-1].numel()
-        times = T // len(self._index)
-        if T not in self._plans:
-            self._plans[T] = ops.multi_lora_plan(self._index.repeat_interleave(times, 0), len(self._pages))
-        key = T, self._alike[layer.index]
-        if key not in self._scaled:
+        made, key = along.owners.made, (self, along.outer, along.inner)
+        if key not in made:
+            made[key] = ops.multi_lora_plan(along.spread(self._index, -1), len(self._pages))
+        alike = *key, self._alike[layer.index]
+        if alike not in made:
             scales = self._own * self._scales[layer.index][self._index.clamp_min(0)]
-            self._scaled[key] = scales.repeat_interleave(times, 0)
-        return self._plans[T], self._scaled[key]
+            made[alike] = along.spread(scales)
+        return made[key], made[alike]
 
 
 # Of a LoraConfig, what makes an adapter more than A and B beside frozen weights.

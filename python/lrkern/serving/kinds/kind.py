@@ -54,7 +54,8 @@ class Kind:
     read(parts): the adapter, everything checked.
     views(layer): of its pools what the cells hold, a tensor [cells, rows, n] for each of the host copy.
     batch(rows): what the adapters in rows, all of this kind, do in one forward. ``acts(layer)`` says whether they do anything
-        there, ``add(y, x, layer)`` gives y with what they add to each request's rows, y itself where it can be written.
+        there, ``add(y, x, layer, along)`` gives y with what they add to each request's rows, which along tells of x's, y itself
+        where it can be written.
     """
 
     parts: ClassVar[type]  # what files become before they become adapters of this kind; keys() are linears

@@ -141,22 +141,38 @@ class _Batch:
             ]
         return self._rounds[here]
 
-    def add(self, y, x, layer):
+    def add(self, y, x, layer, along):
         out, (A, B) = y.contiguous(), self._kind.pairs[layer.index]
         d_of, b_of = self._kind.views(layer)
-        x, y = (t.reshape(self._requests, -1, t.shape[-1]) for t in (x, out))
+        together = along.outer == 1 and along.owners.index is None
+        blocks = self._requests if together else x.shape[:-1].numel()
+        x, y = (t.reshape(blocks, -1, t.shape[-1]) for t in (x, out))
         with torch.autocast(x.device.type, enabled=False):
             for rows, cells, scales in self._rounds_of(layer):
+                mine = None
+                if not together:
+                    mine, cells, scales = self._by_row(along, rows, cells, scales)
+                    rows = None
                 u = project(x if rows is None else x[rows], A, transposed=True)
                 if layer.split == "row":
                     torch.distributed.all_reduce(u, group=self._kind.pool.group)
                 v = u * (d_of[cells] * scales)
                 w = (project(v, B) * b_of[cells]).to(y.dtype)
-                if rows is None:
+                if mine is not None:
+                    y.copy_(torch.where(mine, y + w, y))
+                elif rows is None:
                     y += w
                 else:
                     y.index_add_(0, rows, w)
         return out
+
+    def _by_row(self, along, rows, cells, scales) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether a row takes part [T, 1, 1], its cell [T] and its scale [T, 1, 1]."""
+        whole = slice(None) if rows is None else rows
+        mine, cell = cells.new_zeros(self._requests, 1, 1), cells.new_zeros(self._requests)
+        scale = scales.new_zeros(self._requests, 1, 1)
+        mine[whole], cell[whole], scale[whole] = 1, cells, scales
+        return along.spread(mine).bool(), along.spread(cell), along.spread(scale)
 
 
 def _vera(config: Config, tensors: Tensors, linears: Sizes) -> Shared:

@@ -1,0 +1,530 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose rows are whose: every output is that of stock PEFT for the request alone, or the call is refused. Sizes are drawn so
+that wrong counts coincide: as many tokens, images or experts' tokens as requests."""
+
+import random
+import threading
+
+import pytest
+import torch
+from tiny_models import MODELS, V, adapt, parts, tiny
+from torch import nn
+
+from lrkern.serving import AdapterPool, MultiLoraModel
+
+REFUSED = "whose rows do not tell which of the"
+TARGETS = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "bert": ["query", "key", "value", "dense"],
+    "t5": ["q", "k", "v", "o", "wi", "wo"],
+    "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "whisper": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "qwen2_moe": r".*(self_attn\.[qkvo]_proj|shared_expert\.(gate|up|down)_proj)",
+    "llava": r".*language_model.*(q|k|v|o|gate|up|down)_proj",
+}
+DECODER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Case:
+    """A model with two adapters in a pool, and stock PEFT beside it."""
+
+    def __init__(self, model, targets, **options):
+        self.model, self.alone = model, {None: model}
+        self.pool = AdapterPool(model, pages=4, targets=targets, **options)
+        for seed, name in enumerate("ab"):
+            self.alone[name] = adapt(model, seed, targets)
+            self.pool.add(name, *parts(self.alone[name]))
+        self.served = MultiLoraModel(model, self.pool)
+
+    def check(self, inputs, who, each, refused=False):
+        """inputs: of the batch; each(i): of request i alone. Whether it was served."""
+        try:
+            got = _out(self.served(**inputs, adapters=who))
+        except ValueError as error:
+            assert REFUSED in str(error), error
+            assert refused, f"{who}: {error}"
+            return False
+        for i, name in enumerate(who):
+            with torch.no_grad():
+                want = _out(self.alone[name](**each(i)))
+            torch.testing.assert_close(
+                got[i : i + 1], want, atol=2e-5, rtol=1e-4, msg=lambda m, i=i: f"{i} of {who}: {m}"
+            )
+        return True
+
+
+def _out(result):
+    return result if isinstance(result, torch.Tensor) else result.logits if "logits" in result else result[0]
+
+
+def draw(seed):
+    print("seed", seed)  # shown where a test fails
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+def requests(rng, most=4):
+    """At least two that differ: all the same would be one."""
+    who = [rng.choice([None, "a", "b"]) for _ in range(rng.randint(2, most))]
+    who[rng.randrange(len(who))] = next(n for n in ("a", "b", None) if n != who[0]) if len({*who}) == 1 else who[0]
+    return who if len({*who}) > 1 else [*who[:-1], "a" if who[0] != "a" else "b"]
+
+
+def text(rng, kind, B):
+    """Inputs, and those of one request. As many tokens as requests in a third of the cases."""
+    S = B if rng.random() < 0.3 else rng.randint(1, 6)
+    if kind == "whisper":
+        inputs = {"input_features": torch.randn(B, 8, 20), "decoder_input_ids": torch.randint(3, V - 1, (B, S))}
+    else:
+        inputs = {"input_ids": torch.randint(3, V - 1, (B, S))}
+        if kind in ("t5", "bart"):
+            inputs["decoder_input_ids"] = torch.randint(3, V - 1, (B, rng.randint(1, 4)))
+        if rng.random() < 0.5:
+            inputs["attention_mask"] = torch.ones(B, S, dtype=torch.int64)
+    return inputs, lambda i: {k: t[i : i + 1] for k, t in inputs.items()}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "llava"])
+def test_transformers_models(kind):
+    """Forwards of many shapes on one model: what was followed once is known in the next."""
+    case = Case(tiny(kind), TARGETS.get(kind, DECODER))
+    for seed in range(12):
+        rng = draw(seed)
+        who = requests(rng)
+        assert case.check(*(parts := text(rng, kind, len(who)))[:1], who, parts[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in ("bert", "llava")])
+def test_generate(kind, options):
+    case = Case(tiny(kind), TARGETS.get(kind, DECODER))
+    for seed in range(2):
+        rng = draw(seed)
+        who = requests(rng, 3)
+        inputs, each = text(rng, kind, len(who))
+        for given in (inputs, per := [each(i) for i in range(len(who))]):
+            for one in given if isinstance(given, list) else [given]:
+                one.pop("decoder_input_ids", None)
+                if "input_ids" in one:
+                    one["attention_mask"] = torch.ones_like(one["input_ids"])
+        more = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0) | options
+        if kind == "whisper" and "num_return_sequences" in options:  # it repeats its inputs before the encoder
+            with pytest.raises(ValueError, match="input_features must have a row for each"):
+                case.served.generate(**inputs, adapters=who, **more)
+            continue
+        got = case.served.generate(**inputs, adapters=who, **more).unflatten(0, (len(who), -1))
+        for i, name in enumerate(who):
+            assert torch.equal(got[i], case.alone[name].generate(**per[i], **more)), (i, who)
+
+
+def images(rng, B):
+    """In each request up to two images of four patches, and often as many images in all as requests."""
+    counts = [rng.randint(0, 2) for _ in range(B)]
+    if rng.random() < 0.6:
+        counts = [0] * B
+        counts[rng.randrange(B)] = B if B < 3 else 2
+        counts[rng.randrange(B)] += B - sum(counts)
+    S = max(4 * max(counts), 1) + rng.randint(1, 3)
+    ids = torch.randint(3, V - 1, (B, S))
+    for row, n in zip(ids, counts, strict=True):
+        row[torch.randperm(S)[: 4 * n]] = V - 1
+    pixels = [torch.randn(n, 3, 8, 8) for n in counts]
+    put = lambda ids, p: {"input_ids": ids} | ({"pixel_values": p} if len(p) else {})
+    return put(ids, torch.cat(pixels)), lambda i: put(ids[i : i + 1], pixels[i])
+
+
+def test_llava_without_its_tower():
+    case = Case(tiny("llava"), TARGETS["llava"])
+    for seed in range(12):
+        rng = draw(seed)
+        who = requests(rng)
+        inputs, each = images(rng, len(who))
+        assert case.check(inputs, who, each)
+
+
+def test_a_tower_over_images_is_refused():
+    """Two images of one request and none of the other's were taken for one of each, off by 0.5."""
+    case, served = Case(tiny("llava"), r".*(vision_tower|language_model).*(q|k|v|out|o)_proj"), 0
+    for seed in range(12):
+        rng = draw(seed)
+        who = requests(rng)
+        served += case.check(*(parts := images(rng, len(who)))[:1], who, parts[1], refused="pixel_values" in parts[0])
+    inputs, each = images(random.Random(1), 3)
+    assert case.check(inputs, ["a"] * 3, each), "requests that want the same may have their rows anywhere"
+
+
+# ---- models of one's own, that move rows about
+
+
+class Moving(nn.Module):
+    """Embeds, moves rows, an adapted linear, moves them back; a request's output depends on its own input alone."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.linear, self.order = nn.Embedding(V, 16), nn.Linear(16, 16), None
+
+    def forward(self, ids, **kwargs):
+        h = self.embed(ids)
+        return h + self.moved(h, ids)
+
+
+def moving(moved):
+    return type(moved.__name__, (Moving,), {"moved": moved})
+
+
+@moving
+def LengthFirst(self, h, ids):
+    return self.linear(h.transpose(0, 1)).transpose(0, 1)
+
+
+@moving
+def Flattened(self, h, ids):
+    return self.linear(h.reshape(-1, 16)).view_as(h)
+
+
+@moving
+def Heads(self, h, ids):
+    return self.linear(h.unflatten(-1, (4, 4)).permute(2, 0, 1, 3).flatten(2).repeat(1, 1, 4)[..., :16]).mean(0)[
+        :, None
+    ]
+
+
+@moving
+def Doubled(self, h, ids):
+    return self.linear(h.repeat_interleave(2, 0))[::2] + self.linear(h.repeat(2, 1, 1))[len(h) :]
+
+
+@moving
+def Folded(self, h, ids):
+    return self.linear(torch.einsum("bsh->sbh", h)).movedim(1, 0)
+
+
+SERVED = LengthFirst, Flattened, Heads, Doubled, Folded
+
+
+@moving
+def Experts(self, h, ids):
+    """Routed tokens are gathered for each of two experts, one of them the linear."""
+    flat, chosen = h.reshape(-1, 16), (ids.reshape(-1) % 2 == 0).nonzero()[:, 0]
+    out = flat.clone()
+    out[chosen] = self.linear(flat[chosen])
+    return out.view_as(h)
+
+
+@moving
+def Sorted(self, h, ids):
+    order = ids.sum(1).argsort()
+    return self.linear(h[order])[order.argsort()]
+
+
+@moving
+def Indexed(self, h, ids):
+    order = ids.sum(1).argsort()
+    return self.linear(h.index_select(0, order)).index_select(0, order.argsort())
+
+
+@moving
+def SortedSometimes(self, h, ids):
+    """What a value says decides: the path of one input is not that of another of its shape."""
+    return Sorted.moved(self, h, ids) if ids[0, 0] % 2 else self.linear(h)
+
+
+@moving
+def Reordered(self, h, ids):
+    """What the module was told decides."""
+    if self.order is None:
+        return self.linear(h)
+    order = torch.tensor(self.order[: len(h)]).argsort()
+    return self.linear(h[order])[order.argsort()]
+
+
+@moving
+def Flipped(self, h, ids):
+    return self.linear(h.flip(0)).flip(0)
+
+
+@moving
+def Rolled(self, h, ids):
+    return self.linear(torch.cat([h[1:], h[:1]])).roll(1, 0)
+
+
+@moving
+def Placed(self, h, ids):
+    moved = torch.empty_like(h)
+    moved[ids.sum(1).argsort().argsort()] = h
+    return self.linear(moved)[ids.sum(1).argsort().argsort()]
+
+
+@moving
+def Swapped(self, h, ids):
+    if len(h) < 2:
+        return self.linear(h)
+    moved = h.clone()
+    moved[0], moved[1] = h[1], h[0]
+    out = self.linear(moved)
+    return torch.cat([out[1:2], out[:1], out[2:]])
+
+
+@moving
+def Guided(self, h, ids):
+    """Twice the rows, one half after the other."""
+    return self.linear(torch.cat([h, -h])).chunk(2)[0]
+
+
+@moving
+def Recurrent(self, h, ids):
+    torch.manual_seed(0)
+    return self.linear(nn.GRU(16, 16, batch_first=True)(h)[0])
+
+
+@moving
+def Finishing(self, h, ids):
+    """Requests that are done leave; with as many tokens as requests the count of others may look right."""
+    going = ids[:, 0] % 3 != 0
+    out = torch.zeros_like(h)
+    out[going] = self.linear(h[going])
+    return out
+
+
+MAY_BE_REFUSED = (
+    Experts, Sorted, Indexed, SortedSometimes, Reordered, Flipped, Rolled, Placed, Swapped, Guided, Recurrent, Finishing,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [*SERVED, *MAY_BE_REFUSED], ids=lambda m: m.__name__)
+def test_rows_that_move(model):
+    case, refused = Case(model().eval(), ["linear"]), model in MAY_BE_REFUSED
+    for seed in range(60):
+        rng = draw(seed)
+        who = requests(rng)
+        ids = torch.randint(3, V, (len(who), rng.choice([1, 2, len(who)])))
+        if seed == 30:
+            case.model.order = [2, 0, 3, 1]
+            for alone in case.alone.values():
+                getattr(alone, "model", alone).order = [2, 0, 3, 1]
+        case.check({"ids": ids}, who, lambda i, ids=ids: {"ids": ids[i : i + 1]}, refused)
+
+
+class Routed(Moving):
+    """Experts with rows that follow their tokens."""
+
+    served = None
+
+    def moved(self, h, ids):
+        flat, chosen = h.reshape(-1, 16), (ids.reshape(-1) % 2 == 0).nonzero()[:, 0]
+        out = flat.clone()
+        if self.served is None:
+            out[chosen] = self.linear(flat[chosen])
+        else:
+            mine = self.served.requests(h)
+            with self.served.rows(mine[chosen]):
+                out[chosen] = self.linear(flat[chosen])
+        return out.view_as(h)
+
+
+def test_rows_that_are_given():
+    case = Case(Routed().eval(), ["linear"])
+    case.model.served = case.served
+    for seed in range(30):
+        rng = draw(seed)
+        who = requests(rng)
+        ids = torch.randint(3, V, (len(who), rng.choice([1, 2, len(who)])))
+        assert case.check({"ids": ids}, who, lambda i, ids=ids: {"ids": ids[i : i + 1]})
+    with case.served.rows([5, 5]):
+        assert case.served.requests(torch.ones(1, 2, 16)).tolist() == [0, 0], "nothing outside a call"
+
+
+@pytest.mark.parametrize(("index", "message"), [
+    ([0, 7], "rows must be below 2, the number of requests, got 7"),
+    ([0.5, 1.0], "rows must be whole numbers, one a row, got torch.float32 [2]"),
+    ([[0], [1]], "rows must be whole numbers, one a row, got torch.int64 [2, 1]"),
+    ([0], "rows must have one entry for each of the 2 rows that linear got, got 1"),
+], ids=str)  # fmt: skip
+def test_rows_that_do_not_fit(index, message):
+    case = Case(Moving().eval(), ["linear"])
+
+    def moved(h, ids):
+        with case.served.rows(index):
+            return case.model.linear(h)
+
+    case.model.moved = moved
+    with pytest.raises(ValueError) as error:
+        case.served(ids=torch.ones(2, 1, dtype=torch.int64), adapters=["a", None])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["one row", "no row"])
+def test_packed(flat):
+    """Lengths say whose tokens are whose; a request may have none."""
+    case = Case(moving(Flattened.moved)().eval(), ["linear"])
+    for seed in range(20):
+        rng = draw(seed)
+        who = requests(rng)
+        lengths = [rng.randint(0, 4) for _ in who]
+        ids = torch.randint(3, V, (sum(lengths),))
+        got = case.served(ids=ids if flat else ids[None], adapters=who, lengths=lengths).reshape(-1, 16)
+        for name, part, own in zip(who, got.split(lengths), ids.split(lengths), strict=True):
+            torch.testing.assert_close(part, case.alone[name](ids=own[None])[0], atol=1e-5, rtol=0)
+
+
+def test_packed_llama():
+    """As transformers packs: positions that begin anew."""
+    case = Case(tiny("llama"), DECODER)
+    for seed in range(6):
+        rng = draw(seed)
+        who = requests(rng)
+        lengths = [rng.randint(1, 5) for _ in who]
+        ids = [torch.randint(3, V, (1, n)) for n in lengths]
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        packed = dict(input_ids=torch.cat(ids, 1), position_ids=positions, use_cache=False)
+        got = case.served(**packed, adapters=who, lengths=lengths).logits.split(lengths, 1)
+        for i, name in enumerate(who):
+            torch.testing.assert_close(got[i], case.alone[name](input_ids=ids[i]).logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("lengths", "message"), [
+    ([3], "lengths must be 2 whole numbers, got [3]"), ([3, -1], "lengths must be 2 whole numbers"),
+    ([2, 2], "ids must have the 4 tokens that lengths has, in one row, got [1, 3]"),
+], ids=str)  # fmt: skip
+def test_lengths_that_do_not_fit(lengths, message):
+    case = Case(Flattened().eval(), ["linear"])
+    with pytest.raises(ValueError) as error:
+        case.served(ids=torch.ones(1, 3, dtype=torch.int64), adapters=["a", None], lengths=lengths)
+    assert message in str(error.value)
+
+
+def test_a_batch_that_goes_on_with_fewer():
+    """A loop of one's own over the model that drops finished requests."""
+    case = Case(tiny("llama"), DECODER)
+    ids = torch.randint(3, V, (4, 3))
+
+    served = case.served
+    generate = served.model.generate
+
+    def shrinking(input_ids, **_):
+        served.model(input_ids=input_ids)
+        return served.model(input_ids=input_ids[:2])
+
+    served.model.generate = shrinking
+    try:
+        for options in ({}, {"num_beams": 2}):
+            given = ids if not options else ids[:2]
+            who = ["a", None, "b", "a"][: len(given)]
+            with pytest.raises(ValueError, match="input_ids must have .* of the call's"):
+                served.generate(given, adapters=who, **options)
+    finally:
+        served.model.generate = generate
+
+
+def test_what_was_followed_once_is_known():
+    """The second forward of these shapes is not followed, unless something in it depends on a value."""
+    for model, targets, known in ((tiny("llama"), DECODER, True), (SortedSometimes().eval(), ["linear"], False)):
+        case = Case(model, targets)
+        names = {"input_ids" if known else "ids": torch.full((3, 2), 4)}
+        for _ in range(2):
+            case.served(**names, adapters=["a", None, "b"])
+        assert bool(case.served._paths.found) == known
+
+
+# ---- the base instead of the adapter
+
+
+def hold(case, **inputs):
+    """A call with adapters that waits in the model, in a thread of its own, and what lets it go on."""
+    inside, go_on, errors = threading.Event(), threading.Event(), []
+    layer = case.model.get_submodule(case.pool.layers[0])
+    me = []
+
+    def wait(*_):
+        if threading.get_ident() in me:
+            inside.set()
+            go_on.wait(60)
+
+    def run():
+        me.append(threading.get_ident())
+        try:
+            case.served(**inputs, adapters=["a", "b"])
+        except BaseException as error:
+            errors.append(error)
+
+    handle, thread = layer.register_forward_pre_hook(wait), threading.Thread(target=run)
+    thread.start()
+    assert inside.wait(60)
+
+    def end():
+        go_on.set()
+        thread.join(60)
+        handle.remove()
+        assert not errors, errors
+
+    return end
+
+
+def test_a_forward_of_another_thread_has_to_mean_the_base():
+    case = Case(tiny("llama"), DECODER)
+    ids = torch.randint(3, V, (2, 3))
+    with torch.no_grad():
+        want = case.model(ids).logits
+    end = hold(case, input_ids=ids)
+    try:
+        with pytest.raises(RuntimeError, match=r"served\.base\(\)"):
+            case.model(ids)
+        with case.served.base() as model, torch.no_grad():
+            assert torch.equal(model(ids).logits, want)
+        assert torch.equal(case.served(ids).logits, want)
+        assert torch.equal(case.served(ids, adapters=[None, "__base__"]).logits, want)
+    finally:
+        end()
+    with torch.no_grad():
+        assert torch.equal(case.model(ids).logits, want), "no call runs"
+
+
+def test_a_worker_thread_inside_the_model_is_refused():
+    class Threaded(Moving):
+        def moved(self, h, ids):
+            results = []
+
+            def run():
+                try:
+                    results.append(self.linear(h))
+                except RuntimeError as error:
+                    results.append(error)
+
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+            if isinstance(results[0], Exception):
+                raise results[0]
+            return results[0]
+
+    case = Case(Threaded().eval(), ["linear"])
+    with pytest.raises(RuntimeError, match=r"served\.base\(\)"):
+        case.served(ids=torch.ones(2, 1, dtype=torch.int64), adapters=["a", "a"])
+
+
+def test_words():
+    """PEFT's, misspelt ones, and settings of generate by position."""
+    from transformers import GenerationConfig
+
+    case = Case(tiny("llama"), DECODER)
+    ids = torch.randint(3, V, (2, 3))
+    want = case.served(ids, adapters=["a", None]).logits
+    assert torch.equal(case.served(ids, adapter_names=["a", "__base__"]).logits, want)
+    assert torch.equal(case.served(input_ids=ids, adapters=["a", []], output_attentions=False).logits, want)
+    for wrong in ("adaptors", "adapter", "scale", "adapter_name"):
+        with pytest.raises(TypeError, match=f"no argument '{wrong}'"):
+            case.served(ids, **{wrong: ["a", None]})
+        with pytest.raises((TypeError, ValueError), match=wrong):
+            case.served.generate(ids, **{wrong: ["a", None]})
+    with pytest.raises(ValueError, match="adapters must be given once"):
+        case.served(ids, adapters=["a", None], adapter_names=["a", None])
+    with pytest.raises(ValueError, match="cache_implementation must be one that this thread runs, got 'paged'"):
+        case.served.generate(ids, adapters=["a", None], cache_implementation="paged")
+    config = GenerationConfig(num_beams=2, num_return_sequences=2, max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
+    got = case.served.generate(ids, config, adapter_names=["a", "__base__"])
+    assert torch.equal(got[:2], case.alone["a"].generate(ids[:1], config))
+    assert torch.equal(got[2:], case.alone[None].generate(ids[1:], config))
+    with pytest.raises(ValueError, match="got 'paged'"):
+        case.served.generate(ids, GenerationConfig(cache_implementation="paged"), adapters=["a", None])
