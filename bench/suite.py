@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 # Ids are fixed for all suites; tables list them in this order.
-PROVIDERS = ("base", "eager", "compile", "peft", "published", "full", "stored", "loop", "gather", "vllm", "torchao",
-             "bf16", "fp32", "lrkern")  # fmt: skip
+PROVIDERS = ("base", "eager", "compile", "peft", "published", "full", "stored", "loop", "gather", "followed", "vllm",
+             "torchao", "bf16", "fp32", "lrkern")  # fmt: skip
 # Other people's code that need not be there: any failure of these lists them as missing, with the reason.
 OPTIONAL = ("compile", "published", "vllm", "torchao")
 
