@@ -11,6 +11,7 @@ from tiny_models import MODELS, V, adapt, parts, tiny
 from torch import nn
 
 from lrkern.serving import AdapterPool, MultiLoraModel
+from lrkern.serving.rows import Along, Follow, Owners
 
 REFUSED = "whose rows do not tell which of the"
 TARGETS = {
@@ -154,6 +155,86 @@ def test_a_tower_over_images_is_refused():
     assert case.check(inputs, ["a"] * 3, each), "requests that want the same may have their rows anywhere"
 
 
+# ---- the rules
+
+
+def divided(rng, n):
+    """Random sizes whose product is n."""
+    sizes = []
+    while n > 1:
+        sizes.append(rng.choice([k for k in range(2, n + 1) if n % k == 0]))
+        n //= sizes[-1]
+    for _ in range(rng.randint(0, 2)):
+        sizes.insert(rng.randint(0, len(sizes)), 1)
+    return sizes or [1]
+
+
+def changes(rng, t):
+    """Functions of many kinds that only move elements, with random arguments."""
+    n, d, e = t.ndim, rng.randrange(t.ndim), rng.randrange(t.ndim)
+    size, order = t.shape[d], rng.sample(range(n), n)
+    cut = slice(rng.randrange(size), None, rng.randint(1, 2))
+    index = torch.tensor([rng.randrange(size) for _ in range(size)])
+    place = tuple(slice(None) for _ in range(d))
+    other = torch.zeros_like(t) if rng.random() < 0.5 else torch.zeros(t.shape[-1])
+    put = torch.zeros(t.shape, dtype=t.dtype)
+    return {
+        "reshape": lambda: t.reshape(divided(rng, t.numel())), "flatten": lambda: t.flatten(min(d, e), max(d, e)),
+        "unsqueeze": lambda: t.unsqueeze(d), "squeeze": lambda: t.squeeze(), "transpose": lambda: t.transpose(d, e),
+        "permute": lambda: t.permute(order), "permute *": lambda: torch.permute(t, dims=tuple(order)),
+        "movedim": lambda: t.movedim(d, e), "mT": lambda: t.mT if n > 1 else t, "T": lambda: t.T if n == 2 else t,
+        "expand": lambda: t.expand(2, *t.shape), "repeat": lambda: t.repeat(*(2 if i == d else 1 for i in range(n))),
+        "repeat more": lambda: t.repeat(2, *[1] * n), "repeat_interleave": lambda: t.repeat_interleave(2, d),
+        "[...]": lambda: t[(*place, cut)], "[..., i]": lambda: t[(*place, size - 1)], "[None]": lambda: t[..., None, :],
+        "[index]": lambda: t[(*place, index)], "index_select": lambda: t.index_select(d, index),
+        "narrow": lambda: t.narrow(d, 0, max(1, size - 1)), "select": lambda: t.select(d, 0),
+        "split": lambda: t.split(max(1, size // 2), d)[0], "chunk": lambda: torch.chunk(t, 2, dim=d)[-1],
+        "unbind": lambda: t.unbind(d)[0], "cat": lambda: torch.cat([t, t], d), "stack": lambda: torch.stack([t, t], d),
+        "flip": lambda: t.flip(d), "roll": lambda: torch.roll(t, 1, dims=d), "sort": lambda: t.sort(d, True)[0],
+        "add": lambda: t + other, "radd": lambda: 0 + t, "iadd": lambda: t.clone().add_(0), "mul": lambda: t.mul(1),
+        "amax": lambda: t.amax(d, keepdim=True), "max": lambda: t.max(d)[0], "mean": lambda: t.float().mean(d).to(t.dtype),
+        "clone": lambda: t.clone(), "contiguous": lambda: t.contiguous(), "where": lambda: torch.where(t < -1, other, t),
+        "gather": lambda: t.gather(d, torch.zeros_like(t, dtype=torch.int64)), "tril": lambda: t.unsqueeze(0).tril(999),
+        "pad": lambda: nn.functional.pad(t, (0, 1)), "setitem": lambda: (put.__setitem__((*place, slice(None)), t), put)[1],
+        "setitem part": lambda: (put.__setitem__((*place, slice(1, None)), t[(*place, slice(1, None))]), put)[1],
+        "copy": lambda: put.copy_(t), "einsum": lambda: torch.einsum("ab->ba", t) if n == 2 else t,
+        "matmul": lambda: t @ torch.eye(t.shape[-1], dtype=t.dtype) if n > 1 else t,
+    }  # fmt: skip
+
+
+def test_what_a_rule_says_is_true():
+    """Elements hold their request plus one; functions move them about, and what is known of the result is so in every element."""
+    said = total = 0
+    for seed in range(1500):
+        rng = draw(seed)
+        B, inner = rng.randint(2, 4), rng.randint(1, 2)
+        owners = Owners(B)
+        lead = [rng.randint(1, 4) for _ in range(rng.randint(0, 2))]
+        x = (
+            torch.arange(1, B + 1)
+            .repeat_interleave(inner)
+            .view(-1, *[1] * len(lead))
+            .expand(-1, *lead)
+            .clone()
+            .double()
+        )
+        follow, trail = Follow([(x, {0: Along(1, owners, inner)})]), []
+        with follow:
+            for _ in range(rng.randint(1, 5)):
+                if not x.ndim or x.numel() > 4096:
+                    break
+                name = rng.choice(sorted(changes(rng, x)))
+                x = changes(rng, x)[name]()
+                trail.append(name)
+        known = follow.known(x)
+        total += 1
+        for d, along in known.items() if isinstance(known, dict) else ():
+            said += 1
+            want = along.spread(torch.arange(B)).view(-1, *[1] * (x.ndim - 1 - d)).expand(x.shape)
+            assert torch.equal(x[x != 0], 1.0 + want[x != 0]), (trail, d, along)  # padding is nobody's
+    assert said > total / 3, f"{said} of {total}"
+
+
 # ---- models of one's own, that move rows about
 
 
@@ -268,6 +349,28 @@ def Swapped(self, h, ids):
 
 
 @moving
+def Chosen(self, h, ids):
+    order = ids.sum(1).argsort()
+    return self.linear(torch.where(h < 1e9, h[order], h))[order.argsort()]
+
+
+@moving
+def Overwritten(self, h, ids):
+    """Through another view of the same memory."""
+    order, moved = ids.sum(1).argsort(), h.clone()
+    flat = moved.view(-1, 16)
+    moved.copy_(h[order])
+    return self.linear(flat).view_as(h)[order.argsort()]
+
+
+@moving
+def Filled(self, h, ids):
+    order, moved = ids.sum(1).argsort(), h.clone()
+    moved[:] = h[order]
+    return self.linear(moved)[order.argsort()]
+
+
+@moving
 def Guided(self, h, ids):
     """Twice the rows, one half after the other."""
     return self.linear(torch.cat([h, -h])).chunk(2)[0]
@@ -289,7 +392,8 @@ def Finishing(self, h, ids):
 
 
 MAY_BE_REFUSED = (
-    Experts, Sorted, Indexed, SortedSometimes, Reordered, Flipped, Rolled, Placed, Swapped, Guided, Recurrent, Finishing,
+    Experts, Sorted, Indexed, SortedSometimes, Reordered, Flipped, Rolled, Placed, Swapped, Chosen, Overwritten, Filled,
+    Guided, Recurrent, Finishing,
 )  # fmt: skip
 
 

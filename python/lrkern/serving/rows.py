@@ -58,14 +58,21 @@ class Lost(str):
 _NAME = "_lrkern_rows"  # of the attribute of a tensor: the Follow it belongs to, and its Dims or Lost
 
 
-def _union(*each: Dims | None) -> Dims | Lost:
-    """What operands say of one result; a dimension of which they say different things is lost."""
+def _union(*each: Dims | Lost | None) -> Dims | Lost:
+    """What operands say of one result: nothing where one is lost, or where they say different things."""
     result: Dims = {}
     for dims in each:
+        if isinstance(dims, Lost):
+            return dims
         for d, along in (dims or {}).items():
             if result.setdefault(d, along) != along:
                 return Lost("of operands whose rows belong to different requests")
     return result
+
+
+def _version(t: Tensor) -> int:
+    """Counts the writes to what t and its views share; of a tensor made in inference mode nobody counts them."""
+    return 0 if t.is_inference() else t._version
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -90,7 +97,7 @@ class Follow(TorchFunctionMode):
         if id(t) in self.inputs:
             self.inputs[id(t)] = t, dims
         else:
-            setattr(t, _NAME, (self, dims))
+            setattr(t, _NAME, (self, dims, _version(t)))
 
     def of(self, t: Any) -> Dims | None:
         dims = self.known(t)
@@ -102,7 +109,7 @@ class Follow(TorchFunctionMode):
             return None
         found = getattr(t, _NAME, None)
         if found is not None and found[0] is self:
-            return found[1]
+            return found[1] if found[2] == _version(t) else Lost("a write through another view")
         return self.inputs[id(t)][1] if id(t) in self.inputs else None
 
     def rows(self, x: Tensor) -> Along | Lost:
@@ -115,35 +122,41 @@ class Follow(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
         elif name in _READS:
             self.read = self.read or not _harmless(sys._getframe(1))
-        elif name == "__setitem__":
+        given = [(t, known) for t in _tensors((*args, *kwargs.values())) if (known := self.known(t)) is not None]
+        out = func(*args, **kwargs)
+        if not given:
+            return out
+        written = args[0] if name == "__setitem__" else out
+        for t, known in given:
+            if t is written:  # its rule says what it was before
+                self.mark(t, known)
+        if name == "__setitem__":
             _set_item(self, *args)
-        if isinstance(out, (Tensor, tuple, list)) and type(out) is not torch.Size:
-            given = [known for t in _tensors((*args, *kwargs.values())) if (known := self.known(t)) is not None]
-            if given:
-                self._result(name, out, args, kwargs, next((k for k in given if isinstance(k, Lost)), None))
+        elif isinstance(out, (Tensor, tuple, list)) and type(out) is not torch.Size:
+            self._result(name, out, args, kwargs, next((known for _, known in given if isinstance(known, Lost)), None))
         return out
 
     def _result(self, name: str, out: Any, args: tuple, kwargs: dict, lost: Lost | None) -> None:
-        rule = RULES.get(name) or RULES.get(name.strip("_")) or (name[:-1] in RULES and RULES[name[:-1]])
-        try:
-            dims = rule(self, out, *args, **kwargs) if rule else Lost(name)
-        except (TypeError, LookupError, ValueError):  # an overload that the rule does not know
-            dims = Lost(name)
-        if not dims:
-            dims = lost or dims
+        name = name if name in RULES else name.strip("_")
+        rule, dims = RULES.get(name), lost
+        if rule and (lost is None or name in _DECIDES):
+            try:
+                dims = rule(self, out, *args, **kwargs)
+            except (TypeError, LookupError, ValueError):  # an overload that the rule does not know
+                dims = None
+        dims = lost or Lost(name) if dims is None or (lost and not dims) else dims
         each = dims if isinstance(dims, list) else [dims] * (1 if isinstance(out, Tensor) else len(out))
         for t, d in zip([out] if isinstance(out, Tensor) else out, each, strict=True):
             if isinstance(t, Tensor):
-                fits = isinstance(d, Lost) or all(
+                right = isinstance(d, Lost) or all(
                     a.outer * a.owners.count * a.inner == t.shape[i] for i, a in d.items()
                 )
-                self.mark(t, d if fits else Lost(name))
+                self.mark(t, d if right else Lost(name))
 
 
 # What takes values of a tensor to Python, and the callers whose decisions move no rows: they only make masks.
@@ -160,9 +173,12 @@ def _harmless(frame: types.FrameType | None) -> bool:
     return frame is not None and frame.f_globals.get("__name__") in _MASKS
 
 
-# ---- rules: of the result, from a function's own arguments
+# ---- rules: of the result, from a function's own arguments; where an operand is lost so is the result, but for ``_DECIDES``
 
 RULES: dict[str, Callable] = {}
+_ADDS = "add radd iadd sub rsub isub mul rmul imul div truediv itruediv"  # what is added onto a row, experts' too, is that row's
+_ATTENDS = "matmul bmm baddbmm scaled_dot_product_attention"  # the left operand, the queries, says whose the result is
+_DECIDES = frozenset(f"{_ADDS} {_ATTENDS}".split())
 
 
 def _rule(names: str) -> Callable:
@@ -179,8 +195,7 @@ def _aligned(f: Follow, t: Any, ndim: int) -> Dims:
 
 
 @_rule(
-    "add radd iadd sub rsub isub subtract mul rmul imul multiply div rdiv idiv truediv rtruediv itruediv divide floordiv "
-    "floor_divide pow rpow neg negative positive abs exp log log1p expm1 sqrt rsqrt reciprocal square sigmoid tanh erf sin "
+    f"{_ADDS} subtract multiply rdiv rtruediv divide floordiv floor_divide pow rpow neg negative positive abs exp log log1p expm1 sqrt rsqrt reciprocal square sigmoid tanh erf sin "
     "cos relu relu6 gelu silu mish elu selu softplus hardtanh hardswish hardsigmoid leaky_relu logsigmoid clamp clip "
     "clamp_min clamp_max where maximum minimum eq ne lt le gt ge and or xor invert not logical_and logical_or logical_not "
     "logical_xor bitwise_and bitwise_or bitwise_not isnan isinf isfinite nan_to_num sign floor ceil round trunc remainder "
@@ -188,13 +203,20 @@ def _aligned(f: Follow, t: Any, ndim: int) -> Dims:
     "detach data dropout"
 )
 def _pointwise(f: Follow, out: Tensor, *args: Any, **kwargs: Any) -> Dims | Lost:
+    """In the operators' own spellings too: __radd__, add_."""
     return _union(*(_aligned(f, t, out.ndim) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)))
 
 
-@_rule("to type type_as masked_scatter fill zero")
+@_rule("to type type_as fill zero")
 def _in_place_of(f: Follow, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Dims | None:
     """Another dtype, or other values, in the same places."""
     return f.of(x)
+
+
+@_rule("masked_scatter index_put")
+def _masked_scatter(f: Follow, out: Tensor, x: Tensor, where: Any, source: Tensor, **__: Any) -> Dims | None:
+    """What is nobody's, such as the features of images, takes the place of a row's own elements."""
+    return f.of(x) if f.known(source) is None else None
 
 
 @_rule("copy")
@@ -262,12 +284,21 @@ def _linear(f: Follow, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Dims:
     return {d: along for d, along in (f.of(x) or {}).items() if d < x.ndim - 1}
 
 
+def _led(f: Follow, leader: Tensor, own: Dims, *others: Dims) -> Dims | Lost:
+    """What the leader says, and the others where it says nothing of a dimension."""
+    known = f.known(leader)
+    if isinstance(known, Lost):
+        return known
+    return own if own else _union(*others)
+
+
 @_rule("matmul rmatmul mm bmm")
 def _matmul(f: Follow, out: Tensor, a: Tensor, b: Tensor, **__: Any) -> Dims | Lost:
     if a.ndim < 2 or b.ndim < 2:
         raise TypeError
     left = {d: along for d, along in _aligned(f, a, out.ndim).items() if d != out.ndim - 1}
-    return _union(left, {d: along for d, along in _aligned(f, b, out.ndim).items() if d != out.ndim - 2})
+    right = {d: along for d, along in _aligned(f, b, out.ndim).items() if d != out.ndim - 2}
+    return _led(f, a, left, right)
 
 
 @_rule("addmm baddbmm")
@@ -293,7 +324,7 @@ def _einsum(f: Follow, out: Tensor, equation: str, *operands: Any) -> Dims | Los
 def _attention(f: Follow, out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Dims | Lost:
     """q [..., queries, n]; keys and values share the leading dimensions, and may be fewer heads."""
     lead = lambda t: {d: along for d, along in (f.of(t) or {}).items() if d < t.ndim - 3 or (t.ndim == 3 and d == 0)}
-    return _union({d: along for d, along in (f.of(q) or {}).items() if d < q.ndim - 1}, lead(k), lead(v))
+    return _led(f, q, {d: along for d, along in (f.of(q) or {}).items() if d < q.ndim - 1}, lead(k), lead(v))
 
 
 @_rule("embedding")
@@ -306,7 +337,7 @@ def _mha(f: Follow, out: tuple, query: Tensor, *_: Any, **__: Any) -> list:
     return [{d: along for d, along in (f.of(query) or {}).items() if d < query.ndim - 1}, Lost("attention weights")]
 
 
-@_rule("scatter scatter_add scatter_reduce index_add index_copy index_reduce")
+@_rule("scatter scatter_add scatter_reduce index_add index_copy index_reduce index_fill")
 def _into(f: Follow, out: Tensor, x: Tensor, dim: int, *_: Any, **__: Any) -> Dims:
     """Along dim anything may have come from anywhere."""
     return _but(f, x, {dim % x.ndim})
@@ -498,15 +529,17 @@ def _get_item(f: Follow, out: Tensor, x: Tensor, key: Any) -> Dims | Lost:
 
 
 def _set_item(f: Follow, x: Tensor, key: Any, value: Any) -> None:
-    """Numbers take the place of a row's own elements, rows may be put into a place that was nobody's, such as ids shifted to
-    the right. Along a dimension of rows only all of them at once: in a part of it other rows may lie."""
-    own, placed = f.of(x) or {}, f.of(value) or {}
-    if f.known(value) is None and f.known(x) is None:
+    """Rows may be put into a place that was nobody's, such as ids shifted to the right. Along a dimension of rows only all of
+    them at once: in a part of it other rows may lie."""
+    known = f.known(value)
+    if known is None:  # nobody's: the row's own elements have other values
         return
+    if isinstance(known, Lost):
+        return f.mark(x, known)
+    own, placed = f.of(x) or {}, known
     try:
         entries = _keyed(key, x)
-        tensor = isinstance(value, Tensor) and value.ndim > 0
-        moved = tensor and any(what != "keep" and d in own for what, d, _ in entries)
+        moved = any(what != "keep" and d in own for what, d, _ in entries)
         kept = [e for e in entries if e[0] != "gone"]
         if placed and any(what in ("index", "new") for what, _, _ in kept):
             raise TypeError
