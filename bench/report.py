@@ -8,6 +8,10 @@ from math import ceil
 from pathlib import Path
 
 Row = dict
+ABOVE = (
+    "  * faster than a large GEMM and a large copy were here: some of its bytes came from a cache, or the machine was busy "
+    "then"
+)
 
 
 def verdict(row: Row) -> str:
@@ -33,6 +37,9 @@ def table(rows: list[Row], against: str | None) -> str:
     def speed(row: Row) -> str:
         return "" if row["elements"] is None else format(row["elements"] * 1e-6 / row["p50_ms"], ".3g")
 
+    def share_of_roof(row: Row) -> str:
+        return "" if row["of_roof"] is None else f"{row['of_roof']:.1%}" + "*" * (row["of_roof"] > 1)
+
     share = f"/{against}"
     columns = [
         ("ms", number("p50_ms", ".4g"), 9),
@@ -47,40 +54,53 @@ def table(rows: list[Row], against: str | None) -> str:
         ("saved kB", number("saved_bytes", ".1f", 1e-3), 9),
         ("peak MB", number("peak_bytes", ".2f", 1e-6), 9),
         ("basis MB", number("basis_bytes", ".1f", 1e-6), 9),
-        ("of roof", number("of_roof", ".1%"), 8),
+        ("of roof", share_of_roof, 8),
         ("error", number("error", ".1e"), 8),
     ]
     lines = [f"  {cell:9}" for cell in ("", *of)]
     for head, show, width in columns:
         if any(cells := [show(row) for row in rows]):
             lines = [line + cell.rjust(width) for line, cell in zip(lines, (head, *cells), strict=True)]
+    if any(row["of_roof"] and row["of_roof"] > 1 for row in rows):
+        lines.append(ABOVE)
     return "\n".join([f"\n{rows[0]['case']} {rows[0]['dtype']}   {verdict(rows[0])}", *lines])
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """One panel a case: a bar per provider, the adapter alone where it was timed, else the whole."""
+def plot(rows: list[Row], path: Path, machine: str = "") -> None:
+    """One panel a case: a bar per provider, the adapter alone where it was timed, else the whole. Error bars are the 20th and
+    80th percentile, or for the adapter alone the A/A difference. Bars that differ tenfold are on a log scale."""
     from matplotlib.figure import Figure
 
     groups = [list(g) for _, g in groupby(rows, lambda r: (r["case"], r["dtype"]))]
     across = min(3, len(groups))
     down = ceil(len(groups) / across)
-    figure = Figure(figsize=(5.2 * across, 2.3 * down + 0.4), layout="constrained")
+    figure = Figure(figsize=(5.2 * across, 2.3 * down + 1.0), layout="constrained")
     panels = list(figure.subplots(down, across, squeeze=False).flat)
     for unused in panels[len(groups) :]:
-        unused.set_visible(False)
+        unused.remove()
     for axes, group in zip(panels, groups, strict=False):
         key = "adapter_ms" if any(r["adapter_ms"] is not None for r in group) else "p50_ms"
-        bars = [(r["provider"], r[key]) for r in group if r[key] is not None][::-1]
-        names, values = zip(*bars, strict=True)
+        shown = [r for r in group if r[key] is not None][::-1]
+        names, values = [r["provider"] for r in shown], [r[key] for r in shown]
+        spread = group[0]["noise_ms"]
+        if key == "p50_ms":
+            spread = [[r[key] - r["p20_ms"] for r in shown], [r["p80_ms"] - r[key] for r in shown]]
         colours = ["tab:orange" if name == "lrkern" else "tab:gray" for name in names]
-        drawn = axes.barh(names, values, color=colours, xerr=group[0]["noise_ms"], capsize=3)
+        drawn = axes.barh(names, values, color=colours, xerr=spread, capsize=3)
         axes.bar_label(drawn, [f"{v:.3g}" for v in values], padding=4, fontsize=8)
+        wide = max(values) > 10 * min(values) > 0
+        if wide:
+            axes.set_xscale("log")
         axes.margins(x=0.18)
         axes.spines[["top", "right"]].set_visible(False)
-        what = "adapter alone" if key == "adapter_ms" else "whole"
+        what = ("adapter alone" if key == "adapter_ms" else "whole") + (", log scale" if wide else "")
         colour = "tab:red" if group[0]["noisy"] else "black"
         axes.set_xlabel(f"ms, {what}   {verdict(group[0])}", fontsize=8, color=colour)
         axes.set_title("\n".join(textwrap.wrap(f"{group[0]['case']} {group[0]['dtype']}", 66)), fontsize=8)
         axes.tick_params(labelsize=8)
+    about = "medians; error bars: 20th to 80th percentile of the whole, A/A difference of the adapter alone"
+    width = int(40 + 78 * (across - 0.5))
+    text = [line for part in (rows[0]["command"], machine, about) for line in textwrap.wrap(part, width)]
+    figure.suptitle("\n".join(text), fontsize=8, ha="left", x=0.01)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one benchmark runner:  python bench/run.py SUITE [NAME...] [--device cpu|cuda] [--quick] [--json F] [--plot F.png]
+                           python bench/run.py --list [SUITE]
 
 Providers interleave call by call. The first one, base where there is one, runs twice (A/A), which shows the noise: where
 the medians of the two differ by more than 20% of the smallest figure compared, the case is run again with more rounds, at
 most three times in all; if it stays so it is marked noisy, not to be cited. Compared is the adapter alone where a suite
 times it, else what a provider adds to the base, else its whole time.
+
+--quick takes under two minutes a suite: the time that is left is shared among the cases that are left.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import platform
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,7 +30,7 @@ from typing import Any
 import report
 import timing
 import torch
-from suite import OPTIONAL, Call, Case, Data, Suite
+from suite import OPTIONAL, SHORT, Call, Case, Data, Suite
 from timing import Step
 from torch import Tensor
 from tqdm import tqdm
@@ -34,7 +38,8 @@ from tqdm import tqdm
 import lrkern
 
 SUITES = {path.stem: path for path in sorted(Path(__file__).parent.glob("suites/*.py"))}
-SECONDS = {True: 3.0, False: 12.0}  # of timing per case, by --quick
+SECONDS = {True: 3.0, False: 12.0}  # of timing per case and attempt at most, by --quick
+QUICK = 110.0  # seconds of a whole suite
 ROUNDS = (5, 2000)
 ATTEMPTS = 3
 NOISE = 0.2  # of the smallest figure compared
@@ -163,8 +168,15 @@ def noise(p50: dict[Key, float]) -> tuple[float, bool]:
     return difference, difference > NOISE * min(figures, default=base)
 
 
-def measure(suite: Suite, case: Case, device: str, seconds: float, command: str) -> tuple[list[dict], dict[str, str]]:
-    """The rows of one case, and why some providers are missing."""
+def measure(
+    suite: Suite,
+    case: Case,
+    device: str,
+    seconds: float,
+    command: str,
+    tick: Callable[[float], Any] = lambda share: None,
+) -> tuple[list[dict], dict[str, str]]:
+    """The rows of one case, and why some providers are missing. ``tick`` is told the share of the case that is done."""
     ready = line_up(suite, case, device)
     steps = ready.steps
     first = next(iter(ready.calls))
@@ -185,8 +197,7 @@ def measure(suite: Suite, case: Case, device: str, seconds: float, command: str)
     rounds = min(max(int(seconds * 1e3 / round_ms), ROUNDS[0]), ROUNDS[1])
     for attempt in range(ATTEMPTS):
         count = rounds * 2**attempt
-        with tqdm(total=count, desc=str(case), leave=False) as bar:
-            times = timing.interleaved(steps, count, device, bar.update)
+        times = timing.interleaved(steps, count, device, tick)
         p50 = {key: statistics.median(t) for key, t in times.items()}
         noise_ms, noisy = noise(p50)
         if not noisy:
@@ -228,18 +239,34 @@ ceilings = cache(timing.ceilings)
 # ---------------------------------------------------------------------------------------------------- the command
 
 
+def progress(bar: tqdm, done: int) -> Callable[[float], None]:
+    """One bar for all cases, of which so many are done."""
+
+    def tick(share: float) -> None:
+        bar.n = max(bar.n, done + min(share, 0.99))
+        bar.update(0)
+
+    return tick
+
+
 def main(argv: list[str] | None = None) -> int:
     about = "".join("\n" + ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0] for path in SUITES.values())
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__ + about, formatter_class=plain)
-    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("suite", choices=SUITES, nargs="?")
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer cases, fewer rounds")
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose text holds TEXT")
+    parser.add_argument("--list", action="store_true", help="the suites, or the cases and providers of one")
     parser.add_argument("--json", type=Path, metavar="F", help="one row per line, written case by case")
     parser.add_argument("--plot", type=Path, metavar="F.png")
     args = parser.parse_args(argv)
+    if args.list and not args.suite:
+        print("\n".join(ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0] for path in SUITES.values()))
+        return 0
+    if not args.suite:
+        parser.error("the following arguments are required: suite")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -253,6 +280,11 @@ def main(argv: list[str] | None = None) -> int:
     cases = suite.cases(args.quick)
     if not (chosen := [case for case in cases if args.case in str(case)]):
         parser.error(f"--case {args.case!r} is in no case:\n" + "\n".join(map(str, cases)))
+    if args.list:
+        print(
+            f"providers: {' '.join(suite.providers())}", *(f"{case} {SHORT[case.dtype]}" for case in chosen), sep="\n"
+        )
+        return 0
     if args.json:
         args.json.write_text("")
 
@@ -262,11 +294,17 @@ def main(argv: list[str] | None = None) -> int:
         print(line, flush=True)
     rows: list[dict] = []
     missing: dict[str, str] = {}
-    code = 0
+    code, begin = 0, time.monotonic()
+    bar = tqdm(total=len(chosen), leave=False, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
     try:
-        for case in chosen:
-            now, reasons = measure(suite, case, args.device, SECONDS[args.quick], command)
-            print(report.table(now, suite.against), flush=True)
+        for i, case in enumerate(chosen):
+            seconds, left = SECONDS[args.quick], QUICK - (time.monotonic() - begin)
+            if args.quick:  # attempts take 1 + 2 + 4 times as long
+                seconds = min(seconds, max(left, 0) / (len(chosen) - i) / (2**ATTEMPTS - 1))
+            bar.set_description(f"{case} {SHORT[case.dtype]}")
+            now, reasons = measure(suite, case, args.device, seconds, command, progress(bar, i))
+            bar.write(report.table(now, suite.against))
+            progress(bar, i + 1)(0)
             rows += now
             missing |= reasons
             if args.json:
@@ -275,10 +313,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped: what was measured until then is kept")
         code = 130
+    finally:
+        bar.close()
     for provider, reason in missing.items():
         print(f"missing: {provider} ({reason})")
     if args.plot and rows:
-        report.plot(rows, args.plot)
+        report.plot(rows, args.plot, machine(args.device))
     return code
 
 

@@ -81,7 +81,7 @@ def once_cuda(step: Step, flush: Tensor) -> float:
 
 
 def interleaved(
-    steps: dict[str, list[Step]], rounds: int, device: str, tick: Callable[[], Any] = lambda: None
+    steps: dict[str, list[Step]], rounds: int, device: str, tick: Callable[[float], Any] = lambda share: None
 ) -> dict[str, list[float]]:
     """{name: sorted milliseconds, one per round}. Each name's steps do the same over different copies of the data. In a
     round every name has a turn, in an order drawn anew, so that noise and what a predecessor leaves in the caches hit all
@@ -102,13 +102,13 @@ def interleaved(
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for done in range(1, rounds + 1):
             shuffle(order)
             for name in order:
                 copies = steps[name]
                 times[name].append(turn(copies[2 * turns % len(copies)], copies[(2 * turns + 1) % len(copies)]))
                 turns += 1
-            tick()
+            tick(done / rounds)
     finally:
         gc.enable()
     return {name: sorted(t) for name, t in times.items()}

@@ -262,7 +262,7 @@ class Fake(Suite):
 def test_a_noisy_case_runs_again_with_more_rounds(monkeypatch, calm, attempts, noisy, capsys):
     rounds = []
 
-    def interleaved(steps, count, device, tick=lambda: None, original=timing.interleaved):
+    def interleaved(steps, count, device, tick=lambda share: None, original=timing.interleaved):
         rounds.append(count)
         return original(steps, count, device, tick)
 
