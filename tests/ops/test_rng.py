@@ -2,10 +2,12 @@
 """The stream of docs/rng.md: addressing, oracles, equal bits everywhere, limits, statistics."""
 
 import hashlib
+import json
 import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +76,31 @@ def test_elements_are_the_written_stream(distribution, device):
             words = reference.philox4x32([torch.tensor(w) for w in (column // E, q % R, tensor, tag)], FAR)
             bits = sum(int(w) << 32 * k for k, w in enumerate(words))
             assert float(got[i, j]) == value(bits >> column % E * b & (1 << b) - 1)
+
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "stream0.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "entry", GOLDEN, ids=lambda e: "-".join(str(e[k]) for k in ("method", "distribution") if k in e)
+)
+def test_version_0_of_the_stream_never_changes(entry, device):
+    """Numbers that stand in a file: kernels and reference together cannot drift away from them."""
+    e, method = entry, METHODS.get(entry["method"])
+    if e["method"] == "dropout":
+        rows, cols = len(e["kept"]), len(e["kept"][0])
+        seed, keep = torch.tensor([e["seed"]]), torch.tensor(e["kept"]).double()
+        assert torch.equal((reference.dropout_multiplier(rows, cols, e["p"], seed) > 0).double(), keep)
+        got = ops.lora_shrink(
+            torch.ones(rows, cols, device=device), torch.eye(cols, device=device), 1.0, e["p"], seed.to(device)
+        )
+        assert torch.equal((got.cpu() > 0).double(), keep)
+        return
+    distribution, want = DISTRIBUTIONS[e["distribution"]], torch.tensor(e["values"]).double()
+    at = [e["seed"], method, distribution, e["tensor"], e["k"], 2**32, e["row"], e["column"], *want.shape]
+    assert torch.equal(reference.basis_elements(*at), want)
+    got = ops.basis_fill(torch.empty(0, device=device), None, None, *at)
+    assert torch.equal(got.cpu().double(), want)
 
 
 @pytest.mark.parametrize("distribution", ALL, ids=NAMES.get)
