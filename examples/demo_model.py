@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import re
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
@@ -50,6 +52,25 @@ class Rater(transformers.BertPreTrainedModel):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **_) -> Tensor:
         return self.score(self.embed(input_ids, attention_mask)).squeeze(-1)
+
+
+class _Plain:
+    """Where stderr is no terminal, a bar's states are lines."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n "):
+            print(f"        {text}", file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def progress(*args: Any, **options: Any) -> tqdm:
+    """A bar that goes when it is done, or a line every eight seconds."""
+    if sys.stderr.isatty():
+        return tqdm(*args, leave=False, **options)
+    plain = dict(file=_Plain(), mininterval=8.0, delay=8.0, bar_format="{desc} {n_fmt} of {total_fmt}, {elapsed}")
+    return tqdm(*args, leave=False, **options, **plain)
 
 
 def base_path() -> str:
@@ -133,7 +154,7 @@ def predict(
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     parts = [order[i : i + 64] for i in range(0, len(order), 64)]
     outs = []
-    for part in tqdm(parts, desc=name, leave=False, disable=None if name else True):
+    for part in progress(parts, desc=name) if name else parts:
         batch = tokenize([texts[i] for i in part])
         outs.append(function(**{key: value.to(device) for key, value in batch.items()}).float().cpu())
     return torch.cat(outs)[torch.tensor(order).argsort()]
@@ -201,7 +222,7 @@ def time_steps(
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     names, begin = list(steps), time.perf_counter()
-    for round in tqdm(range(-2, rounds), desc="timing", leave=False, disable=None):
+    for round in progress(range(-2, rounds), desc="timing"):
         if round >= 5 and time.perf_counter() - begin > seconds:
             break
         for name in names[round % len(names) :] + names[: round % len(names)]:

@@ -8,7 +8,13 @@ from collections.abc import Callable
 
 
 def screen(summary: dict) -> str:
-    return "\n".join(text for line in LINES if (text := line(summary)))
+    """Lines that measure something are numbered, those that are there without gaps."""
+    texts, number = [], 0
+    for line in LINES:
+        if text := line(summary):
+            number += line in NUMBERED
+            texts.append(f"{number} {text}" if line in NUMBERED else text)
+    return "\n".join(texts)
 
 
 def verdict(ok: bool, bound: str) -> str:
@@ -31,7 +37,7 @@ def same_learning(s: dict) -> str | None:
     if x := s.get("same_learning"):
         r = x["mean_r"]
         return (
-            f"1 same learning   PEFT r={r['peft']:.3f}  lrkern r={r['lrkern']:.3f}  frozen base {r['base']:.3f}   "
+            f"same learning   PEFT r={r['peft']:.3f}  lrkern r={r['lrkern']:.3f}  frozen base {r['base']:.3f}   "
             f"max relative loss gap ({x['steps_compared']} steps) {x['loss_gap']:.1e}   "
             + verdict(x["ok"], "<= 1e-3, r within 0.01")
         )
@@ -45,7 +51,7 @@ def cost_per_step(s: dict) -> str | None:
             f"lrkern +{x['lrkern_ms']:.1f} ± {x['lrkern_noise_ms']:.1f}{noise}"
         )
         return (
-            f"2 cost per step   {times}     "
+            f"cost per step   {times}     "
             f"saved for backward beyond x: PEFT {mb(x['peft_saved_bytes'])} | ours {mb(x['lrkern_saved_bytes'])}     "
             f"peak PEFT {mb(x['peft_peak_bytes'], 0)} | ours {mb(x['lrkern_peak_bytes'], 0)} "
             f"(process, with what malloc keeps: {mb(x['peft_process_peak_bytes'], 0)} | "
@@ -58,7 +64,7 @@ def cost_per_step(s: dict) -> str | None:
 def right_adapter(s: dict) -> str | None:
     if x := s.get("right_adapter"):
         domains = list(x["table"])
-        rows = ["3 right adapter   adapter \\ on" + "".join(f"{d:>9}" for d in domains) + "     (* best per column)"]
+        rows = ["right adapter   adapter \\ on" + "".join(f"{d:>9}" for d in domains) + "     (* best per column)"]
         for adapter, row in x["table"].items():
             cells = (f"{row[d]:>8.3f}{'*' if x['best'][d] == adapter else ' '}" for d in domains)
             rows.append(f"{'':18}{adapter:<12}" + "".join(cells))
@@ -70,16 +76,18 @@ def mixed_batch(s: dict) -> str | None:
     if x := s.get("mixed_batch"):
         bound = f"<= {x['bound']:.0e}"
         return (
-            f"4 mixed batch     {x['requests']} requests over {x['adapters']} adapters: base {x['base_ms']:.0f} ms | PEFT "
-            f"adapter_names +{x['peft_ms']:.0f} | lrkern.serving +{x['lrkern_ms']:.0f} ({x['ratio']:.2f}x)     "
-            f"max |dy| to one adapter at a time {x['gap']:.1e}   {verdict(x['ok'], bound)}"
+            f"mixed batch     {x['requests']} requests, {x['adapters']} adapters, {x['base_rows']} rows without: "
+            f"one by one {x['alone_ms']:.0f} ms | base {x['base_ms']:.0f} | PEFT adapter_names +{x['peft_ms']:.0f} | "
+            f"lrkern.serving +{x['lrkern_ms']:.0f} ({x['ratio']:.2f}x, {x['target']}x {'met' if x['met'] else 'missed'})\n"
+            f"                  adapter part bit-equal alone and mixed: {'yes' if x['bit_equal'] else 'no'}     "
+            f"max |dy| to one at a time {x['gap']:.1e}   {verdict(x['ok'], bound)}"
         )
 
 
 def round_trip(s: dict) -> str | None:
     if x := s.get("round_trip"):
         ok = verdict(x["ok"], f"<= {x['bound']:.0e}")
-        return f"7 round trip      stock PEFT loads all {len(x['gaps'])} folders: max |dy| {x['max_gap']:.1e}   {ok}"
+        return f"round trip      stock PEFT loads all {len(x['gaps'])} folders: max |dy| {x['max_gap']:.1e}   {ok}"
 
 
 def try_it(s: dict) -> str | None:
@@ -102,6 +110,7 @@ def mb(size: float, digits: int = 2) -> str:
     return f"{size / 1e6:.{digits}f} MB"
 
 
+NUMBERED = same_learning, cost_per_step, right_adapter, mixed_batch, round_trip
 LINES: list[Callable[[dict], str | None]] = [
     header,
     same_learning,

@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from demo_model import add_adapter, load_base, pearson, predict, step, synchronize, tokenizer
+from demo_model import add_adapter, load_base, pearson, predict, progress, step, synchronize, tokenizer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 
 def main(job: dict) -> dict:
@@ -44,7 +43,7 @@ def main(job: dict) -> dict:
         peak = memory.peak()
 
     losses, start = [], time.perf_counter()
-    bar = tqdm(total=steps, desc=f"{job['domain']:>8} {job['side']:<6}", position=job["row"], leave=False, disable=None)
+    bar = progress(total=steps, desc=f"{job['domain']:>8} {job['side']:<6}", position=job["row"])
     for _ in range(job["epochs"]):
         for rows in batches(job["texts"], job["batch"], order):
             batch, target = load(rows)
@@ -63,7 +62,8 @@ def main(job: dict) -> dict:
     torch.set_num_threads(job["cores"])  # only this side scores all domains: the other is about to end
     model.eval()
     model.save_pretrained(out)
-    scores = {name: predict(model, tokenize, texts, device) for name, texts in job["score"].items()}
+    label = lambda name: f"{job['domain']:>8} {job['side']:<6} scores {name}"
+    scores = {name: predict(model, tokenize, texts, device, label(name)) for name, texts in job["score"].items()}
     return dict(
         losses=losses,
         r=pearson(scores[job["domain"]], torch.tensor(job["held_ratings"])),

@@ -109,6 +109,22 @@ def a_summary(gap=1e-5, dy=1e-6):
         same_learning=dict(r=r, mean_r=dict.fromkeys(r, 0.9), steps_compared=20, loss_gap=gap, ok=gap <= 1e-3),
         cost_per_step=cost,
         right_adapter=dict(table=table, best={d: d for d in DOMAINS}, frozen_base=r["base"]),
+        mixed_batch=dict(
+            requests=20,
+            adapters=16,
+            base_rows=4,
+            base_ms=90.0,
+            alone_ms=400.0,
+            peft_ms=100.0,
+            lrkern_ms=20.0,
+            ratio=0.2,
+            target=0.25,
+            met=True,
+            gap=dy,
+            bound=1e-4,
+            bit_equal=dy < 0.05,
+            ok=dy <= 1e-4,
+        ),
         round_trip=dict(gaps=dict.fromkeys(DOMAINS, dy), max_gap=dy, bound=1e-4, ok=dy <= 1e-4),
         try_it=[dict(text="Fine.", base=0.1, adapters=dict.fromkeys(DOMAINS, 1.0), human=None)],
     )
@@ -123,14 +139,15 @@ def test_exit_code_is_1_when_a_line_says_fail(summary, code, monkeypatch, capsys
     assert demo.main([]) == code
     printed = capsys.readouterr().out
     assert ("FAIL" in printed) == bool(code)
-    for start in ("lrkern demo ·", "1 same", "2 cost", "3 right", "7 round", "try it", "files"):
+    for start in ("lrkern demo ·", "1 same", "2 cost", "3 right", "4 mixed", "5 round", "try it", "files"):
         assert re.search(f"^{re.escape(start)}", printed, re.M), start
 
 
 def test_a_line_without_its_feature_is_not_printed():
     summary = a_summary()
-    del summary["round_trip"]
-    assert "round trip" not in screen(summary) and "right adapter" in screen(summary)
+    del summary["right_adapter"], summary["try_it"]
+    shown = screen(summary)
+    assert "right adapter" not in shown and "3 mixed batch" in shown and "4 round trip" in shown, "numbers without gaps"
 
 
 def test_a_nan_never_passes():
@@ -302,7 +319,8 @@ def test_the_whole_demo_with_few_lines(everything, model, tmp_path, capsys):
     )  # every printed figure is there
     assert set(summary["phases"]) == set(demo.FULL.expected)
     mixed = summary["mixed_batch"]
-    assert mixed["adapters"] == mixed["requests"] == 16 and 0 < mixed["gap"] <= mixed["bound"]
+    assert (mixed["requests"], mixed["adapters"], mixed["base_rows"]) == (20, 16, 4)
+    assert 0 < mixed["gap"] <= mixed["bound"] and mixed["bit_equal"] and mixed["alone_ms"] > 0
     assert (tmp_path / "loss.png").stat().st_size > 1000
     for domain in DOMAINS:
         assert summary["runs"][domain]["lrkern"]["lrkern_layers"] == 36
