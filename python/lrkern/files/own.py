@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..limits import DTYPES
-from ..nn.linear import AdapterLinear, LowRankLinear, is_plain_linear
+from ..nn.linear import AdapterLinear, LowRankLinear
+from ..nn.plain import no_linear
 from ..ops.basis import STREAM_VERSION
 from .check import refusal, require
 from .folder import LORA, UNREADABLE, read_tensors, replaced
@@ -76,6 +77,7 @@ def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) ->
     require(layers, f"save_adapter: model must have {either(classes())} layers, got {got} with none")
     tensors, kinds, entries = {}, [], {}
     for name, layer in layers.items():
+        _check_settings(name, layer)
         kind = _kind(layer)
         if kind not in kinds:
             kinds.append(kind)
@@ -92,6 +94,21 @@ def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) ->
         save_file(tensors, path, metadata={"lrkern": json.dumps(header, separators=(",", ":"))})
 
 
+def _check_settings(name: str, layer: AdapterLinear) -> None:
+    """What is written of a layer must make it again: not one of a class of the user's own, nor with attributes that were
+    written since and follow from no setting."""
+    cls, got = type(layer), type(layer).__name__
+    of_ours = f"save_adapter: {name} must be {either(classes())}, got {got}, a subclass"
+    require(cls.KINDS.get(got) is cls, of_ours)
+    made = cls.from_linear(
+        nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta"), **layer.settings
+    )
+    for key, value in vars(made).items():
+        if not key.startswith("_") and key not in ("training", "enabled", "merged"):
+            same, got = getattr(layer, key) == value, getattr(layer, key)
+            require(same, f"save_adapter: {name}.{key} must be {value}, which its settings give, got {got}")
+
+
 def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Puts the adapters of a file into a model: an nn.Linear that has a layer's name is replaced by that layer over it, and a
     layer that is there already, with the same settings, takes the coefficients and the seed. What ``save_adapter``
@@ -102,7 +119,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
             _check_place(model, name, layer)
     for name, layer in plan.items():
         there = model.get_submodule(name)
-        if isinstance(there, classes()):
+        if isinstance(there, classes()):  # coefficients that it has, in its own dtype
             with torch.no_grad():
                 for key, c in there.coefficients().items():
                     c.copy_(layer.get_parameter(key))
@@ -186,9 +203,12 @@ def _check_place(model: nn.Module, name: str, layer: AdapterLinear) -> None:
         got, want = ({k: v for k, v in _kind(m).items() if k != "adapter_dtype"} for m in (there, layer))
         changed = {k: (want[k], got.get(k)) for k in want if want[k] != got.get(k)}
         require(got == want, f"{name} differs from the model's: {changed} (file, model)")
+        for key, c in there.coefficients().items():
+            fits = layer.get_parameter(key).to(c.dtype).isfinite().all()
+            require(fits, f"{name}.{key} must be finite in the model's {c.dtype}, got inf or nan")
         return
     must = f"{name} must be an nn.Linear with a plain weight in the model"
-    require(is_plain_linear(there), f"{must}, got {type(there).__name__}")
+    require(not (got := no_linear(there)), f"{must}, got {got}")
     require(name, "an nn.Linear cannot be replaced in itself; give the module that holds it")
     got, want = list(there.weight.shape), [layer.out_features, layer.in_features]
     require(got == want, f"{name} must have a weight of shape {want} in the model, got {got}")
