@@ -403,3 +403,16 @@ def test_the_door_does_not_drop_half_of_a_model(tmp_path):
         with pytest.raises(ValueError, match="model must have FusedLoRALinear layers or others, got both"):
             files.save(net, tmp_path / "x", kind)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_layer_at_two_places(tmp_path):
+    """A file has it under one name, and is loaded at one place. What holds it may have two names."""
+    for cls, kinds in ((FusedLoRALinear, (None, "peft")), (VeRALinear, (None, "peft", "lora"))):
+        layer = cls(4, 4, r=2)
+        twice = nn.ModuleDict({"a": layer, "m": nn.ModuleDict({"b": layer})})
+        for kind in kinds:
+            with pytest.raises(ValueError, match="a must stand at one place of the model, got m.b too"):
+                files.save(twice, tmp_path / "x", kind)
+            assert not (tmp_path / "x").exists()
+        inner = nn.ModuleDict({"l": cls(4, 4, r=2)})
+        files.save(nn.ModuleDict({"one": inner, "two": inner}), tmp_path / cls.__name__)

@@ -11,7 +11,7 @@ from ..nn.linear import AdapterLinear, LowRankLinear
 from .check import require
 from .folder import PREFIX, write_adapter
 from .lora_config import lora_config, targets
-from .own import classes, either, own_layers
+from .own import check_places, classes, either, own_layers
 from .projections import METHODS, save_pair
 
 
@@ -20,6 +20,8 @@ def _layers(who: str, model: nn.Module | Mapping[str, nn.Module], kinds: str):
     named = dict(model if isinstance(model, Mapping) else model.named_modules())
     layers = own_layers(named.items())
     require(layers, f"lrkern.convert.{who}: model must have {kinds} layers, got none")
+    if isinstance(model, nn.Module):
+        check_places(f"lrkern.convert.{who}", model, classes())
     text = "model must hold its layers by name, got a layer; give {name: layer}"
     require("" not in layers, f"lrkern.convert.{who}: {text}")
     return named, layers

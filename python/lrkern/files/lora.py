@@ -16,6 +16,7 @@ from ..nn.lora import CHANGE_W
 from .check import check_finite, check_shape, refusal, require
 from .folder import LORA, PREFIX, Config, Tensors, rank_and_scaling, read_adapter, write_adapter
 from .lora_config import MORE, check_base, lora_config
+from .own import check_places
 
 Layers = Mapping[str, FusedLoRALinear]
 
@@ -66,11 +67,12 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
     Refused with a ValueError before anything is written: use_rslora, use_dora or lora_dropout that differ between layers, of
     which PEFT has one; "pissa" and "olora" above rank 256, or where another W was loaded since; what is not finite; a
-    train_bias layer of rank 0; a layer without a name; and none at all.
+    train_bias layer of rank 0; a layer without a name or at two places; and none at all.
     """
     import peft
 
     modules = _modules(model)
+    check_places("lrkern.peft.save_adapter", model, FusedLoRALinear)
     with refusal("lrkern.peft.save_adapter: "):
         layers = {name: m for name, m in modules.items() if m.r}
         require(layers, f"a layer must have a rank above 0, got {len(modules)} of rank 0")
@@ -186,7 +188,7 @@ def _first_half(name: str, m: FusedLoRALinear, tensors: Tensors) -> dict[str, An
     check_shape(_key(name, "lora_B.weight"), b, (m.out_features, 2 * m.r))
     (a, a0), (b, b0) = a.split(m.r), b.split(m.r, 1)
     mine = m.initial.scale / m.scaling * m.initial.b.float() @ m.initial.a.float()
-    off = (mine + b0.float() @ a0.float()).abs().max() <= 1e-4 * mine.abs().max()
+    same = (mine + b0.float() @ a0.float()).abs().max() <= 1e-4 * mine.abs().max()
     what = f"the layer was made with init={m.init!r}, which changed W"
-    require(off, f"{name} must have in its second half what the init took out of W, got something else: {what}")
+    require(same, f"{name} must have in its second half what the init took out of W, got something else: {what}")
     return {_key(name, "lora_A.weight"): a, _key(name, "lora_B.weight"): b}

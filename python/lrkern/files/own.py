@@ -40,6 +40,18 @@ def own_layers(named: Iterable[tuple[str, Any]]) -> dict[str, AdapterLinear]:
     return {name: m for name, m in named if isinstance(m, kinds)}
 
 
+def check_places(who: str, model: nn.Module, kinds: type | tuple[type, ...]) -> None:
+    """Files have layers by name, and who loads one changes one place: a layer may not stand at two, of one parent or several."""
+    names = {m: name for name, m in model.named_modules()}
+    seen: dict[nn.Module, str] = {}
+    for parent, name in names.items():
+        for child, m in parent._modules.items():
+            if isinstance(m, kinds):
+                here = f"{name}.{child}".lstrip(".")
+                first = seen.setdefault(m, here)
+                require(first == here, f"{who}: {first} must stand at one place of the model, got {here} too")
+
+
 def _kind(layer: AdapterLinear) -> dict[str, Any]:
     dtype = next(iter(layer.coefficients().values())).dtype
     kind = {"class": type(layer).__name__, "in_features": layer.in_features, "out_features": layer.out_features}
@@ -75,6 +87,7 @@ def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) ->
     require(bits in (None, 8, 4), f"save_adapter: bits must be None, 8 or 4, got {bits!r}")
     layers, got = own_layers(model.named_modules()), type(model).__name__
     require(layers, f"save_adapter: model must have {either(classes())} layers, got {got} with none")
+    check_places("save_adapter", model, classes())
     tensors, kinds, entries = {}, [], {}
     for name, layer in layers.items():
         _check_settings(name, layer)
