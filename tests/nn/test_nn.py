@@ -82,13 +82,13 @@ def test_inits_are_those_of_peft(init):
 
 
 def test_merge_unmerge_enable():
-    layer, x = trained(), torch.randn(5, 24)
+    layer, x = trained().eval(), torch.randn(5, 24)
     y, base, w = layer(x), layer.base_layer(x), layer.base_layer.weight.clone()
     layer.merge()
     assert layer.merged and "merged" in repr(layer)
     torch.testing.assert_close(layer(x), y, atol=1e-5, rtol=1e-5)
-    layer.merge()  # twice is once
     layer.unmerge()
+    layer.unmerge()  # twice is once
     torch.testing.assert_close(layer.base_layer.weight, w, atol=1e-6, rtol=1e-5)
     layer.disable_adapter()
     torch.testing.assert_close(layer(x), base)
@@ -126,7 +126,7 @@ def test_rank_0_and_limits():
     x = torch.randn(2, 8)
     assert torch.equal(layer(x), layer.base_layer(x))
     layer.merge()
-    for bad, text in [({"r": 513}, "r must lie in 0..512, got 513"), ({"r": -1}, "got -1"),
+    for bad, text in [({"r": 513}, "r must be a whole number in 0..512, got 513"), ({"r": -1}, "got -1"),
                       ({"lora_dropout": 1.1}, r"lora_dropout must lie in \[0, 1\], got 1.1"),
                       ({"init": "zeros"}, "init must be one of .*, got 'zeros'")]:  # fmt: skip
         with pytest.raises(ValueError, match=text):
@@ -189,7 +189,7 @@ def test_dora_starts_as_the_base_layer_and_merges():
     y = base(x)
     fresh = FusedLoRALinear.from_linear(copy.deepcopy(base), r=4, use_dora=True, init="pissa")
     torch.testing.assert_close(fresh(x), y, atol=1e-5, rtol=1e-5)
-    layer = dora()
+    layer = dora().eval()
     y, w = layer(x), layer.base_layer.weight.clone()
     delta = layer.delta_weight()
     layer.merge()

@@ -185,13 +185,13 @@ def test_nola_without_a0_starts_with_its_variance(normalize):
 @LAYERS
 @pytest.mark.parametrize("sizes", [(24, 20), (20, 24)])
 def test_merge_unmerge_enable(cls, settings, sizes):
-    layer, x = made(cls, settings, *sizes), torch.randn(5, sizes[0])
+    layer, x = made(cls, settings, *sizes).eval(), torch.randn(5, sizes[0])
     y, base, w = layer(x), layer.base_layer(x), layer.base_layer.weight.clone()
     layer.merge()
     assert layer.merged and "merged" in repr(layer)
     assert_close(layer(x), y.double(), 1e-5)
-    layer.merge()  # twice is once
     layer.unmerge()
+    layer.unmerge()  # twice is once
     assert_close(layer.base_layer.weight, w.double(), 1e-5)
     layer.disable_adapter()
     assert_close(layer(x), base.double(), 1e-5)
@@ -288,6 +288,7 @@ def test_torchs_generator_is_not_touched(cls, settings):
     layer = cls.from_linear(base, **settings)
     layer(x).sum().backward()
     layer.merge()
+    layer.unmerge()
     layer.load_state_dict(copy.deepcopy(layer).state_dict())
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)

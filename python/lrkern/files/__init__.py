@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from ..nn import FusedLoRALinear
 from . import conversions, lora, own
+from .check import require
 from .projections import draw_projections, store_projections
 
 # isort: off
@@ -25,8 +27,13 @@ def save(model: nn.Module, path: str | Path, kind: str | None = None, **options:
 
     kind: "own", a file of lrkern's own (``own.save_adapter``, which has options); "peft", a PEFT folder of the layers' own
         method; "lora", a plain PEFT LoRA folder made of them (``convert``). None: "peft" for FusedLoRALinear, else "own".
+
+    No kind of file holds FusedLoRALinear and others: a model with both is refused.
     """
     mine = bool(own.own_layers(model.named_modules()))
+    both = mine and any(isinstance(m, FusedLoRALinear) for m in model.modules())
+    each = "write each with files.own.save_adapter and lrkern.peft.save_adapter"
+    require(not both, f"lrkern.files.save: model must have FusedLoRALinear layers or others, got both; {each}")
     peft, plain = (conversions.to_peft, conversions.to_lora) if mine else (lora.save_adapter, lora.save_adapter)
     writers = {"own": own.save_adapter, "peft": peft, "lora": plain, None: own.save_adapter if mine else peft}
     if kind not in writers:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """lrkern's adapters as folders for stock PEFT: as plain LoRA, or as PEFT's method of the same name with its projections."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from ..limits import MAX_RANK
 from ..nn.linear import AdapterLinear, LowRankLinear
 from .check import require
 from .folder import PREFIX, write_adapter
-from .own import classes, either, own_layers
+from .lora_config import lora_config, targets
+from .own import check_places, classes, either, own_layers
 from .projections import METHODS, save_pair
 
 
@@ -20,6 +20,8 @@ def _layers(who: str, model: nn.Module | Mapping[str, nn.Module], kinds: str):
     named = dict(model if isinstance(model, Mapping) else model.named_modules())
     layers = own_layers(named.items())
     require(layers, f"lrkern.convert.{who}: model must have {kinds} layers, got none")
+    if isinstance(model, nn.Module):
+        check_places(f"lrkern.convert.{who}", model, classes())
     text = "model must hold its layers by name, got a layer; give {name: layer}"
     require("" not in layers, f"lrkern.convert.{who}: {text}")
     return named, layers
@@ -31,7 +33,7 @@ def to_lora(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
 
     model: one that holds the layers, or the layers by the names the base model has for them. NOLA becomes its generated A
     and scaling · B, VeRA becomes diag(d) A and diag(b) B, in float32 with lora_alpha = r, a scaling of 1. Ranks that differ
-    go to rank_pattern and alpha_pattern. The folder has adapter_config.json and adapter_model.safetensors, a LoRA's
+    go to rank_pattern and alpha_pattern; dropout is not kept. The folder has adapter_config.json and adapter_model.safetensors, a LoRA's
     size: 4 r (in + out) bytes a layer.
 
     Refused with a ValueError before anything is written: RandLoRALinear, whose ΔW has full rank, a rank above 512,
@@ -52,28 +54,7 @@ def to_lora(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
             finite = factor.isfinite().all()
             require(finite, f"lrkern.convert.to_lora: {name}.{key} must be finite, got inf or nan")
             tensors[f"{PREFIX}{name}.{key}.weight"] = factor
-    r = max(m.r for m in layers.values())
-    # Names in a list, and the regexes of the patterns, match the end of another layer's name too.
-    ends = tuple(f".{name}" for name in layers)
-    alone = not any(name.endswith(ends) for name in named.keys() - layers.keys())
-    other = {f"^{re.escape(name)}": m.r for name, m in layers.items() if m.r != r}
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": r,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "target_modules": sorted(layers) if alone else "|".join(map(re.escape, sorted(layers))),
-        "rank_pattern": other,
-        "alpha_pattern": other,
-    }
+    config = lora_config({name: (m.r, m.r) for name, m in layers.items()}, named)
     write_adapter(folder, config, tensors)
 
 
@@ -86,7 +67,7 @@ def to_peft(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
     which PEFT does not have (``to_lora``), and coefficients that are not finite.
     """
     kinds = [cls for kind in METHODS for cls in AdapterLinear.KINDS.values() if kind == cls.PEFT_TYPE]
-    _, layers = _layers("to_peft", model, either(kinds))
+    named, layers = _layers("to_peft", model, either(kinds))
     first = next(iter(layers.values()))
     for name, m in layers.items():
         where = f"lrkern.convert.to_peft: {name}"
@@ -101,4 +82,5 @@ def to_peft(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
             require(c.isfinite().all(), f"{where}.{key} must be finite, got inf or nan")
     vectors = {name: ((m.in_features, m.out_features), *m.coefficients().values()) for name, m in layers.items()}
     A, B = first.projections()  # any rows and columns of them: sizes follow from the layers
-    save_pair(folder, first.PEFT_TYPE, vectors, A, B, **METHODS[first.PEFT_TYPE].options(first))
+    options = {"target_modules": targets(layers, named)} | METHODS[first.PEFT_TYPE].options(first)
+    save_pair(folder, first.PEFT_TYPE, vectors, A, B, **options)

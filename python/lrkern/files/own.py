@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..limits import DTYPES
-from ..nn.linear import AdapterLinear, LowRankLinear, is_plain_linear
+from ..nn.linear import AdapterLinear, LowRankLinear
+from ..nn.plain import no_linear
 from ..ops.basis import STREAM_VERSION
 from .check import refusal, require
 from .folder import LORA, UNREADABLE, read_tensors, replaced
@@ -37,6 +38,18 @@ def either(names: Iterable[type], last: str = " or ") -> str:
 def own_layers(named: Iterable[tuple[str, Any]]) -> dict[str, AdapterLinear]:
     kinds = classes()
     return {name: m for name, m in named if isinstance(m, kinds)}
+
+
+def check_places(who: str, model: nn.Module, kinds: type | tuple[type, ...]) -> None:
+    """Files have layers by name, and who loads one changes one place: a layer may not stand at two, of one parent or several."""
+    names = {m: name for name, m in model.named_modules()}
+    seen: dict[nn.Module, str] = {}
+    for parent, name in names.items():
+        for child, m in parent._modules.items():
+            if isinstance(m, kinds):
+                here = f"{name}.{child}".lstrip(".")
+                first = seen.setdefault(m, here)
+                require(first == here, f"{who}: {first} must stand at one place of the model, got {here} too")
 
 
 def _kind(layer: AdapterLinear) -> dict[str, Any]:
@@ -74,8 +87,10 @@ def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) ->
     require(bits in (None, 8, 4), f"save_adapter: bits must be None, 8 or 4, got {bits!r}")
     layers, got = own_layers(model.named_modules()), type(model).__name__
     require(layers, f"save_adapter: model must have {either(classes())} layers, got {got} with none")
+    check_places("save_adapter", model, classes())
     tensors, kinds, entries = {}, [], {}
     for name, layer in layers.items():
+        _check_settings(name, layer)
         kind = _kind(layer)
         if kind not in kinds:
             kinds.append(kind)
@@ -92,6 +107,21 @@ def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) ->
         save_file(tensors, path, metadata={"lrkern": json.dumps(header, separators=(",", ":"))})
 
 
+def _check_settings(name: str, layer: AdapterLinear) -> None:
+    """What is written of a layer must make it again: not one of a class of the user's own, nor with attributes that were
+    written since and follow from no setting."""
+    cls, got = type(layer), type(layer).__name__
+    of_ours = f"save_adapter: {name} must be {either(classes())}, got {got}, a subclass"
+    require(cls.KINDS.get(got) is cls, of_ours)
+    made = cls.from_linear(
+        nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta"), **layer.settings
+    )
+    for key, value in vars(made).items():
+        if not key.startswith("_") and key not in ("training", "enabled", "merged"):
+            same, got = getattr(layer, key) == value, getattr(layer, key)
+            require(same, f"save_adapter: {name}.{key} must be {value}, which its settings give, got {got}")
+
+
 def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Puts the adapters of a file into a model: an nn.Linear that has a layer's name is replaced by that layer over it, and a
     layer that is there already, with the same settings, takes the coefficients and the seed. What ``save_adapter``
@@ -102,7 +132,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
             _check_place(model, name, layer)
     for name, layer in plan.items():
         there = model.get_submodule(name)
-        if isinstance(there, classes()):
+        if isinstance(there, classes()):  # coefficients that it has, in its own dtype
             with torch.no_grad():
                 for key, c in there.coefficients().items():
                     c.copy_(layer.get_parameter(key))
@@ -186,9 +216,12 @@ def _check_place(model: nn.Module, name: str, layer: AdapterLinear) -> None:
         got, want = ({k: v for k, v in _kind(m).items() if k != "adapter_dtype"} for m in (there, layer))
         changed = {k: (want[k], got.get(k)) for k in want if want[k] != got.get(k)}
         require(got == want, f"{name} differs from the model's: {changed} (file, model)")
+        for key, c in there.coefficients().items():
+            fits = layer.get_parameter(key).to(c.dtype).isfinite().all()
+            require(fits, f"{name}.{key} must be finite in the model's {c.dtype}, got inf or nan")
         return
     must = f"{name} must be an nn.Linear with a plain weight in the model"
-    require(is_plain_linear(there), f"{must}, got {type(there).__name__}")
+    require(not (got := no_linear(there)), f"{must}, got {got}")
     require(name, "an nn.Linear cannot be replaced in itself; give the module that holds it")
     got, want = list(there.weight.shape), [layer.out_features, layer.in_features]
     require(got == want, f"{name} must have a weight of shape {want} in the model, got {got}")

@@ -20,6 +20,7 @@ from ..functional.projection import Projection
 from ..nn.linear import AdapterLinear
 from .check import check_finite, check_shape, refusal, require
 from .folder import PREFIX, Config, Tensors, features_of, peft_type, read_adapter, write_adapter
+from .lora_config import targets
 
 Shapes = Iterable[tuple[int, int]]  # [I, O] of the adapted linears
 Layers = Mapping[str, tuple[tuple[int, int], Tensor, Tensor]]  # by name: [I, O] and the two tensors that train
@@ -151,5 +152,6 @@ def save_pair(folder: str | Path, kind: str, layers: Layers, A: Projection, B: P
     for name, (_, v, w) in layers.items():
         tensors |= {f"{PREFIX}{name}.{own}_{v_name}": v, f"{PREFIX}{name}.{own}_{w_name}": w}
     key = A.seed if isinstance(A, Basis) else 0  # PEFT wants one key of the adapters of one model
-    options |= {"r": r, "target_modules": sorted(layers), "projection_prng_key": key, "save_projection": True}
+    options = {"target_modules": targets(layers)} | options
+    options |= {"r": r, "projection_prng_key": key, "save_projection": True}
     write_adapter(folder, PEFT_TYPE_TO_CONFIG_MAPPING[kind](**options, inference_mode=True), tensors)

@@ -49,10 +49,7 @@ class BasisLinear(AdapterLinear):
             seed = _seeds.getrandbits(63)
         self._whole("seed", seed, 0, 2**63 - 1)
         self._probability("dropout", dropout)
-        if distribution not in DISTRIBUTIONS:
-            raise ValueError(
-                f"{type(self).__name__}: distribution must be one of {sorted(DISTRIBUTIONS)}, got {distribution!r}"
-            )
+        self._one_of("distribution", distribution, DISTRIBUTIONS)
         self.dropout, self.seed, self.distribution = float(dropout), seed, distribution
         return super()._adopt(base, r, adapter_dtype)
 

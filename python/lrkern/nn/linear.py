@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A frozen linear layer with an adapter: what all kinds share, and what those of low rank do.
 
-A new kind is a class with SETTINGS, ``_set_up`` and, below LowRankLinear, ``factors``, else ``_adapted`` and ``delta_weight``.
-Files, conversions and serving ask the class; none has a list of kinds.
+A new kind is a class with SETTINGS, ``_set_up`` and, below LowRankLinear, ``factors``, else ``_adapted``, ``_beside`` and
+``delta_weight``. Files, conversions and serving ask the class; none has a list of kinds.
 """
 
-import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..limits import DTYPES
+from .plain import no_linear, plain_linear, watched
 
-
-def is_plain_linear(module: Any) -> bool:
-    """Whether it is an nn.Linear whose weight is a torch.Tensor, not one of a subclass (quantised, sharded, ...)."""
-    return isinstance(module, nn.Linear) and type(module.weight.data) is Tensor
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def constant(value: float, *shape: int, **like: Any) -> nn.Parameter:
@@ -24,8 +22,35 @@ def constant(value: float, *shape: int, **like: Any) -> nn.Parameter:
     return nn.Parameter(torch.full(shape, value, **like))
 
 
+def _snapshot(m: nn.Module) -> nn.Module:
+    """Its settings and a copy of its parameters and buffers, with base_layer itself."""
+    copy = object.__new__(type(m))
+    copy.__dict__ |= m.__dict__
+    copy._parameters = {
+        k: p if p is None else nn.Parameter(p.detach().clone(), False) for k, p in m._parameters.items()
+    }
+    copy._buffers = {k: b if b is None else b.clone() for k, b in m._buffers.items()}
+    copy._modules = {k: c if k == "base_layer" else _snapshot(c) for k, c in m._modules.items()}
+    return copy
+
+
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float, training: bool) -> Tensor:
+    """``functional.lora_add`` beside a base layer that may answer in a dtype of its own."""
+    if a.dtype != torch.float32 and not a.dtype == x.dtype == y.dtype:
+        a, b = a.float(), b.float()
+    return F.lora_add(y, x, a, b, scale, p, training)
+
+
 class AdapterLinear(nn.Module):
-    """y = x Wᵀ + bias + what the adapter adds. W stays frozen, the coefficients train; with r = 0 it is the base layer alone."""
+    """y = x Wᵀ + bias + what the adapter adds. W stays frozen, the coefficients train; with r = 0 it is the base layer alone.
+
+    A base layer that is no plain nn.Linear (``nn.plain``: a forward of its own, hooks, a parametrized or pruned weight) keeps its
+    forward, and the adapter adds to it. What it is is asked in every call.
+
+    While the layer is merged, W holds the adapter: ``state_dict``, ``load_state_dict``, ``merge``, ``disable_adapter`` and a
+    forward in training mode that records gradients are refused with a RuntimeError. What is written to coefficients or
+    settings then acts from ``unmerge`` on, which takes from W what ``merge`` added. Files, copies and pickles are as ever.
+    """
 
     SETTINGS: ClassVar[tuple[str, ...]]  # attributes that, given to from_linear, make the same layer again
     KINDS: ClassVar[dict[str, type["AdapterLinear"]]] = {}  # by name the classes that have SETTINGS of their own
@@ -34,6 +59,7 @@ class AdapterLinear(nn.Module):
     PEFT_SHARES: ClassVar[tuple[str, ...]] = ()
 
     _SUM = "W + delta_weight()"  # what merge writes, in its errors
+    _as_merged: "AdapterLinear | None" = None  # what the adapter was when it was merged
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -59,10 +85,8 @@ class AdapterLinear(nn.Module):
 
     @classmethod
     def _wrap(cls, linear: nn.Linear, *args: Any, **settings: Any):
-        if not is_plain_linear(linear):
-            raise TypeError(
-                f"{cls.__name__}.from_linear: linear must be an nn.Linear with a plain weight, got {linear}"
-            )
+        if got := no_linear(linear):
+            raise TypeError(f"{cls.__name__}.from_linear: linear must be an nn.Linear with a plain weight, got {got}")
         self = cls.__new__(cls)
         self._make(linear, *args, **settings)
         return self
@@ -71,7 +95,13 @@ class AdapterLinear(nn.Module):
         if unknown := [name for name in settings if name not in (*self.SETTINGS, "adapter_dtype")]:
             raise TypeError(f"{type(self).__name__}._set_up() got an unexpected keyword argument {unknown[0]!r}")
         nn.Module.__init__(self)
-        self._set_up(base, *args, **settings)
+        trained = [(p, p.requires_grad) for p in base.parameters()]
+        try:
+            self._set_up(base, *args, **settings)
+        except BaseException:
+            for p, trains in trained:  # a base layer that was refused is as it was
+                p.requires_grad_(trains)
+            raise
 
     def _set_up(self, base: nn.Linear, **settings: Any) -> None:
         """Checks the settings, takes the base layer with ``_adopt`` and makes the coefficients."""
@@ -79,6 +109,10 @@ class AdapterLinear(nn.Module):
 
     def _adopt(self, base: nn.Linear, r: int, adapter_dtype: torch.dtype | None) -> dict[str, Any]:
         """Takes and freezes the base layer; returns dtype and device of coefficients beside it."""
+        for what, dtype in (("dtype of the base layer", base.weight.dtype), ("adapter_dtype", adapter_dtype)):
+            if not (dtype in DTYPES or (dtype is None and what == "adapter_dtype")):
+                must = "must be float32, float16 or bfloat16"
+                raise ValueError(f"{type(self).__name__}: {what} {must}, got {dtype!r}")
         self.in_features, self.out_features, self.r = base.in_features, base.out_features, r
         self.base_layer = base.requires_grad_(False)
         self.enabled, self.merged = True, False
@@ -90,13 +124,24 @@ class AdapterLinear(nn.Module):
             raise ValueError(f"{type(self).__name__}: {name} must be a whole number in {low}..{high}, got {value!r}")
         return value
 
-    def _finite(self, name: str, value: Any) -> None:
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{type(self).__name__}: {name} must be a finite number, got {value!r}")
+    def _number(self, name: str, value: Any, must: str, low: float, high: float) -> None:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= value <= high:
+            raise ValueError(f"{type(self).__name__}: {name} must {must}, got {value!r}")
 
-    def _probability(self, name: str, value: float) -> None:
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{type(self).__name__}: {name} must lie in [0, 1], got {value}")
+    def _finite(self, name: str, value: Any) -> None:
+        self._number(name, value, "be a finite number", -_LARGEST, _LARGEST)
+
+    def _probability(self, name: str, value: Any) -> None:
+        self._number(name, value, "lie in [0, 1]", 0.0, 1.0)
+
+    def _flag(self, name: str, value: Any) -> None:
+        if type(value) is not bool:
+            raise ValueError(f"{type(self).__name__}: {name} must be True or False, got {value!r}")
+
+    def _one_of(self, name: str, value: Any, known: Any) -> None:
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f"{type(self).__name__}: {name} must be one of {sorted(known)}, got {value!r}")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -117,9 +162,36 @@ class AdapterLinear(nn.Module):
         return None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) if self.merged or not self.enabled or not self.r else self._adapted(x)
+        if self.merged or not self.enabled or not self.r:
+            return self._base_alone(x)
+        base = self._modules["base_layer"]  # nn.Module.__getattr__ is the slow way
+        weight, bias = plain_linear(base)
+        if weight is None or watched():
+            return self._beside(base(x), x)
+        return self._adapted(x, weight, bias)
 
-    def _adapted(self, x: Tensor) -> Tensor:
+    def _base_alone(self, x: Tensor) -> Tensor:
+        if self.merged:
+            self._refuse_if(
+                not self.enabled, "forward", "be enabled while merged, W holds the adapter; unmerge() first"
+            )
+            trains = self.r and self.training and torch.is_grad_enabled()
+            trains = trains and any(p.requires_grad for p in self.coefficients().values())
+            self._refuse_if(
+                trains, "forward", "not be merged in training, nothing would train; unmerge() or eval() first"
+            )
+        return self.base_layer(x)
+
+    def _refuse_if(self, wrong: Any, who: str, must: str) -> None:
+        if wrong:
+            raise RuntimeError(f"{type(self).__name__}.{who}: the layer must {must}")
+
+    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Over a plain base layer."""
+        raise NotImplementedError
+
+    def _beside(self, y: Tensor, x: Tensor) -> Tensor:
+        """Beside a base layer of any other kind, which gave y."""
         raise NotImplementedError
 
     def delta_weight(self) -> Tensor:
@@ -129,16 +201,28 @@ class AdapterLinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """W += delta_weight(), rounded once to W's dtype; forward is the base layer from then on. Refuses a non-finite
-        result and leaves W as it was."""
-        if self.r and not self.merged:
-            self._write(self._merged_weight(self.base_layer.weight.float()))
+        result and leaves W as it was; a layer that is merged or disabled; and a base layer that is no plain nn.Linear."""
+        self._refuse_if(self.merged, "merge", "not be merged already; unmerge() first")
+        self._refuse_if(not self.enabled, "merge", "be enabled; enable_adapter() first")
+        kind, plain = type(self.base_layer).__name__, plain_linear(self.base_layer)[0] is not None
+        must = f"have a plain nn.Linear without hooks as base_layer, W is not all that {kind} computes"
+        self._refuse_if(not plain, "merge", must)
+        if self.r:
+            now = _snapshot(self)
+            self._write(now._merged_weight(self.base_layer.weight.float()), "merge")
+            self.__dict__["_as_merged"] = now  # not a submodule
         self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes from W what ``merge`` added: W up to the rounding of its dtype."""
+        """Takes from W what ``merge`` added: W up to the rounding of its dtype. Does nothing where it is not merged."""
         if self.r and self.merged:
-            self._write(self._unmerged_weight(self.base_layer.weight.float()))
+            then, w = self._as_merged or self, self.base_layer.weight
+            for name, t in (*then.named_parameters(), *then.named_buffers()):
+                if not name.startswith("base_layer."):
+                    t.data = t.data.to(w.device)
+            self._write(then._unmerged_weight(w.float()), "unmerge")
+        self.__dict__.pop("_as_merged", None)
         self.merged = False
 
     def _merged_weight(self, w: Tensor) -> Tensor:
@@ -147,18 +231,30 @@ class AdapterLinear(nn.Module):
     def _unmerged_weight(self, w: Tensor) -> Tensor:
         return w - self.delta_weight()
 
-    def _write(self, new: Tensor) -> None:
+    def _write(self, new: Tensor, who: str) -> None:
         w = self.base_layer.weight
         new = new.to(w.dtype)
         if not new.isfinite().all():
-            raise ValueError(f"{type(self).__name__}.merge: {self._SUM} must be finite, got inf or nan; W is unchanged")
+            raise ValueError(f"{type(self).__name__}.{who}: {self._SUM} must be finite, got inf or nan; W is unchanged")
         w.copy_(new)
 
+    # A state_dict has W and the adapter: with W merged, it would count the adapter twice, or leave a W that no unmerge mends.
+    # base_layer.state_dict() is the merged linear.
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self._refuse_if(self.merged, "state_dict", f"not be merged (layer {prefix[:-1]!r}); unmerge() first")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self._refuse_if(self.merged, "load_state_dict", f"not be merged (layer {prefix[:-1]!r}); unmerge() first")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def enable_adapter(self, enabled: bool = True) -> None:
+        self._refuse_if(self.merged and not enabled, "disable_adapter", "not be merged; unmerge() first")
         self.enabled = enabled
 
     def disable_adapter(self) -> None:
-        self.enabled = False
+        self.enable_adapter(False)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}{self._settings_repr()}"
@@ -179,9 +275,11 @@ class LowRankLinear(AdapterLinear):
         """A [r, in], B [out, r] and the scale of their product; differentiable where ``_adapted`` is not overridden."""
         raise NotImplementedError
 
-    def _adapted(self, x: Tensor) -> Tensor:
-        base = self.base_layer
-        return F.lora_linear(x, base.weight, base.bias, *self.factors(), self.dropout, self.training)
+    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.lora_linear(x, weight, bias, *self.factors(), self.dropout, self.training)
+
+    def _beside(self, y: Tensor, x: Tensor) -> Tensor:
+        return add_low_rank(y, x, *self.factors(), self.dropout, self.training)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,18 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..caches import DoraNorm
 from ..limits import MAX_RANK
-from .linear import LowRankLinear
+from .linear import LowRankLinear, add_low_rank
+from .plain import plain_linear
 
 Init = Callable[["FusedLoRALinear"], None]
+
+
+class Initial(NamedTuple):
+    """scale · B A, which an init took out of W."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
 
 
 class Factor(nn.Module):
@@ -39,19 +49,27 @@ class FusedLoRALinear(LowRankLinear):
     W stays frozen; the rest trains. Keys of the state_dict: base_layer.weight, base_layer.bias, lora_A.weight,
     lora_B.weight, lora_magnitude_vector.weight.
 
+    The inits "pissa" and "olora" change W. A PEFT folder of such a layer holds a plain LoRA over the W that was there before,
+    for which the layer keeps the factors it started with (in ``initial``, on the CPU, not in the state_dict; copies and
+    pickles have them). A state_dict with another W makes them useless: the layer then computes as ever, and a folder of it
+    is refused. Whose W it is goes in the metadata of state_dicts, which safetensors files do not hold: without it, W is taken
+    as it was before where the layer's own init leaves W alone.
+
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear.
         r: rank, 0 to 512; 0 is the base layer alone.
         lora_alpha, lora_dropout, use_rslora, use_dora: as peft.LoraConfig.
         train_bias: the base bias trains too (PEFT's bias="lora_only").
         init: "kaiming" (PEFT's default: A uniform, B zero), "gaussian" (A normal / r, B zero), "pissa" (arXiv
-            2404.02948) or "olora" (arXiv 2406.01775); the last two take their factors out of W.
+            2404.02948) or "olora" (arXiv 2406.01775); the last two take their factors out of W, of a plain nn.Linear.
         adapter_dtype: of A and B; None means float32 over a 16-bit base as PEFT does, else the base's dtype.
     """
 
-    SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "train_bias")
     PEFT_TYPE = "LORA"
     _SUM = "W + scaling B A"
+    # Of layers in pickles of 0.1, which did not have these.
+    train_bias, init, initial = False, "kaiming", None
 
     def __init__(
         self,
@@ -90,15 +108,21 @@ class FusedLoRALinear(LowRankLinear):
         return cls._wrap(linear, *settings)
 
     def _set_up(self, base, r, lora_alpha, lora_dropout, use_rslora, use_dora, train_bias, init, adapter_dtype):
-        if not 0 <= r <= MAX_RANK:
-            raise ValueError(f"FusedLoRALinear: r must lie in 0..{MAX_RANK}, got {r}")
+        self._whole("r", r, 0, MAX_RANK)
+        self._finite("lora_alpha", lora_alpha)
         self._probability("lora_dropout", lora_dropout)
-        if init not in INITS:
-            raise ValueError(f"FusedLoRALinear: init must be one of {sorted(INITS)}, got {init!r}")
+        for name, flag in (("use_rslora", use_rslora), ("use_dora", use_dora), ("train_bias", train_bias)):
+            self._flag(name, flag)
+        self._one_of("init", init, INITS)
         if use_dora and not r:
             raise ValueError("FusedLoRALinear: use_dora needs r >= 1, got r=0")
-        if train_bias and base.bias is None:
+        if train_bias and base._parameters.get("bias") is None:
             raise ValueError("FusedLoRALinear: train_bias needs a layer with a bias, got bias=None")
+        if init in CHANGE_W and r:
+            self._changes_w(init, base, r, lora_alpha)
+        if adapter_dtype not in (None, torch.float32, base.weight.dtype):
+            must = f"must be float32 or the base layer's dtype, {base.weight.dtype}"
+            raise ValueError(f"FusedLoRALinear: adapter_dtype {must}, got {adapter_dtype!r}")
         like = self._adopt(base, r, adapter_dtype)
         if train_bias:
             base.bias.requires_grad_()
@@ -106,6 +130,7 @@ class FusedLoRALinear(LowRankLinear):
         self.lora_B = Factor(base.out_features, r, **like)
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
         self.use_dora, self.scaling = use_dora, F.lora_scaling(lora_alpha, r, use_rslora)
+        self.train_bias, self.init = train_bias, init
         if r:
             with torch.no_grad():
                 INITS[init](self)
@@ -113,21 +138,53 @@ class FusedLoRALinear(LowRankLinear):
             self.lora_magnitude_vector = Magnitude(self._norm().to(like["dtype"]))
             self._cached_norm = DoraNorm()
 
+    @staticmethod
+    def _changes_w(init: str, base: nn.Linear, r: int, lora_alpha: float) -> None:
+        must, most = f"FusedLoRALinear: init={init!r} needs", min(base.in_features, base.out_features)
+        if plain_linear(base)[0] is None:
+            raise ValueError(f"{must} a plain nn.Linear, whose W it changes, got {type(base).__name__} with more to it")
+        if r > most:
+            raise ValueError(f"{must} r <= min(in, out) = {most}, got r={r}")
+        if init == "pissa" and lora_alpha <= 0:
+            raise ValueError(f"{must} lora_alpha > 0, got {lora_alpha!r}")
+        if base.weight.is_meta or not base.weight.isfinite().all():
+            raise ValueError(
+                f"{must} a W of finite numbers, got {'none (meta)' if base.weight.is_meta else 'inf or nan'}"
+            )
+
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.lora_A.weight, self.lora_B.weight, self.scaling
 
-    def _adapted(self, x: Tensor) -> Tensor:
+    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        (a, b, scale), p = self.factors(), self.lora_dropout
+        if not self.use_dora:
+            return F.lora_linear(x, weight, bias, a, b, scale, p, self.training)
+        norm, magnitude = self._cached_norm(weight, a, b, scale), self.lora_magnitude_vector.weight
+        return F.dora_linear(x, weight, bias, a, b, magnitude, scale, p, self.training, norm)
+
+    def _beside(self, y: Tensor, x: Tensor) -> Tensor:
         base, (a, b, scale), p = self.base_layer, self.factors(), self.lora_dropout
         if not self.use_dora:
-            return F.lora_linear(x, base.weight, base.bias, a, b, scale, p, self.training)
-        norm, magnitude = self._cached_norm(base.weight, a, b, scale), self.lora_magnitude_vector.weight
-        return F.dora_linear(x, base.weight, base.bias, a, b, magnitude, scale, p, self.training, norm)
+            return add_low_rank(y, x, a, b, scale, p, self.training)
+        weight, magnitude = base.weight, self.lora_magnitude_vector.weight
+        g = magnitude / self._cached_norm(weight, a, b, scale)
+        if self.training and p:
+            x = torch.dropout(x, p, True)
+            product, p = nn.functional.linear(x, weight.to(x.dtype)), 0.0
+        else:
+            product = y if base.bias is None else y - base.bias
+        y = (y + (g - 1) * product).to(y.dtype)
+        return add_low_rank(y, x, a, (g[:, None] * b).to(b.dtype), scale, 0.0, self.training)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """What ``merge`` adds to W [out, in], in float32: scaling · B A, or for DoRA g ⊙ (W + scaling · B A) - W."""
         w, low_rank = self.base_layer.weight.float(), super().delta_weight()
-        return self._gain() * (w + low_rank) - w if self.use_dora else low_rank
+        if not self.use_dora:
+            return low_rank
+        if self.merged:
+            return w - (self._as_merged or self)._unmerged_weight(w)
+        return self._gain() * (w + low_rank) - w
 
     def _norm(self) -> Tensor:
         return F.dora_norm(self.base_layer.weight, *self.factors())
@@ -137,10 +194,28 @@ class FusedLoRALinear(LowRankLinear):
 
     def _merged_weight(self, w: Tensor) -> Tensor:
         self._merged_gain = self._gain()
+        if self.use_dora and not (self._merged_gain != 0).all():  # no unmerge would find W again
+            raise ValueError("FusedLoRALinear.merge: lora_magnitude_vector must not be 0 anywhere; W is unchanged")
         return self._merged_gain * (w + super().delta_weight())
 
     def _unmerged_weight(self, w: Tensor) -> Tensor:
         return w / self._merged_gain - super().delta_weight()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if metadata := getattr(destination, "_metadata", {}).get(prefix[:-1]):
+            metadata["init"] = self.init
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        w, now = state_dict.get(prefix + "base_layer.weight"), self.base_layer.weight
+        init = local_metadata.get("init", self.init)
+        if w is None or (
+            init in CHANGE_W and init == self.init and w.shape == now.shape and torch.equal(w.to(now), now)
+        ):
+            return  # W stays, and the initial factors with it
+        if init in CHANGE_W or self.init in CHANGE_W:
+            self.init, self.initial = init, None
 
     def train(self, mode: bool = True) -> "FusedLoRALinear":
         if self.use_dora:
@@ -157,7 +232,9 @@ def _from_base(layer: FusedLoRALinear, a: Tensor, b: Tensor) -> None:
     """Sets the factors and takes what they add out of W, so that the layer computes what it did before."""
     layer.lora_A.weight.copy_(a)
     layer.lora_B.weight.copy_(b)
-    layer._write(layer.base_layer.weight.float() - LowRankLinear.delta_weight(layer))
+    layer._write(layer.base_layer.weight.float() - LowRankLinear.delta_weight(layer), "init")
+    a, b, scale = layer.factors()
+    layer.initial = Initial(*(t.detach().to("cpu", copy=True) for t in (a, b)), scale)
 
 
 def _pissa(layer: FusedLoRALinear) -> None:
@@ -171,9 +248,8 @@ def _olora(layer: FusedLoRALinear) -> None:
     _from_base(layer, r[: layer.r], q[:, : layer.r])
 
 
+CHANGE_W: dict[str, Init] = {"pissa": _pissa, "olora": _olora}
 INITS: dict[str, Init] = {
     "kaiming": lambda layer: nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5)),
     "gaussian": lambda layer: nn.init.normal_(layer.lora_A.weight, std=1 / layer.r),
-    "pissa": _pissa,
-    "olora": _olora,
-}
+} | CHANGE_W

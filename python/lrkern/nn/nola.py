@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import functional as F
 from ..limits import MAX_RANK
 from .basis import BasisLinear
-from .linear import LowRankLinear, constant
+from .linear import LowRankLinear, add_low_rank, constant
 
 
 class NOLALinear(BasisLinear, LowRankLinear):
@@ -46,6 +46,8 @@ class NOLALinear(BasisLinear, LowRankLinear):
         for name, value, high in (("r", r, MAX_RANK), ("k", k, 4096), ("l", l, 4096)):
             self._whole(name, value, 1, high)
         self._finite("lora_alpha", lora_alpha)
+        self._flag("normalize", normalize)
+        self._flag("frozen_a", frozen_a)
         like = self._adopt(base, r, **common)
         self.k, self.l, self.lora_alpha, self.scaling = k, l, lora_alpha, F.lora_scaling(lora_alpha, r)
         self.normalize, self.frozen_a = normalize, frozen_a
@@ -53,9 +55,14 @@ class NOLALinear(BasisLinear, LowRankLinear):
         self.nola_alpha = constant(0.0 if frozen_a else spread, k, **like)
         self.nola_beta = constant(0.0, l, **like)
 
-    def _adapted(self, x: Tensor) -> Tensor:
-        base, (coef, options) = self.base_layer, self._made_of()
-        return F.nola_linear(x, base.weight, base.bias, *coef, self.scaling, *options, 0, self.dropout, self.training)
+    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        coef, options = self._made_of()
+        return F.nola_linear(x, weight, bias, *coef, self.scaling, *options, 0, self.dropout, self.training)
+
+    def _beside(self, y: Tensor, x: Tensor) -> Tensor:
+        coef, options = self._made_of()
+        a, b = F.nola_factors(*coef, self.in_features, self.out_features, *options)
+        return add_low_rank(y, x, a, b, self.scaling, self.dropout, self.training)
 
     def _made_of(self) -> tuple[tuple, tuple]:
         return (self.nola_alpha, self.nola_beta, self.seed, self.r), (self.normalize, self.frozen_a, self.distribution)

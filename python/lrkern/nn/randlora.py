@@ -39,6 +39,7 @@ class RandLoRALinear(BasisLinear):
         if self.n > 2**16:
             raise ValueError(f"RandLoRALinear: r must be at least min(in, out) / 65536 = {narrow / 2**16:g}, got r={r}")
         self._finite("randlora_alpha", randlora_alpha)
+        self._flag("paper_pairing", paper_pairing)
         like = self._adopt(base, r, **common)
         self.randlora_alpha, self.scaling = randlora_alpha, F.lora_scaling(randlora_alpha, r)
         self.paper_pairing = paper_pairing
@@ -56,9 +57,14 @@ class RandLoRALinear(BasisLinear):
     def _operands(self) -> tuple:
         return self.randlora_lambda, self.randlora_gamma, *self.projections()
 
-    def _adapted(self, x: Tensor) -> Tensor:
-        base, act = self.base_layer, (self.scaling, self.dropout, self.training, self.paper_pairing)
-        return F.randlora_linear(x, base.weight, base.bias, *self._operands(), *act)
+    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.randlora_linear(x, weight, bias, *self._operands(), *self._act())
+
+    def _beside(self, y: Tensor, x: Tensor) -> Tensor:
+        return F.randlora_add(y, x, *self._operands(), *self._act())
+
+    def _act(self) -> tuple:
+        return self.scaling, self.dropout, self.training, self.paper_pairing
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -49,6 +49,7 @@ class VeRALinear(BasisLinear, LowRankLinear):
         self.max_in = self._whole("max_in", base.in_features if max_in is None else max_in, base.in_features)
         self.max_out = self._whole("max_out", base.out_features if max_out is None else max_out, base.out_features)
         self._finite("d_initial", d_initial)
+        self._flag("save_output", save_output)
         like = self._adopt(base, r, **common)
         self.d_initial, self.save_output = d_initial, save_output
         self.vera_lambda_d = constant(d_initial, r, **like)
@@ -63,10 +64,15 @@ class VeRALinear(BasisLinear, LowRankLinear):
         bound_a, bound_b = ((2 / max(fan_in, 1)) ** 0.5 for fan_in in (self.max_in, self.r))
         return self._basis(self.r, self.max_in, bound_a, 0), self._basis(self.r, self.max_out, bound_b, 1)
 
-    def _adapted(self, x: Tensor) -> Tensor:
-        base, vectors = self.base_layer, (self.vera_lambda_d, self.vera_lambda_b)
-        act = self.dropout, self.training, self.save_output
-        return F.vera_linear(x, base.weight, base.bias, *vectors, *self.projections(), *act)
+    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.vera_linear(x, weight, bias, *self._operands())
+
+    def _beside(self, y: Tensor, x: Tensor) -> Tensor:
+        return F.vera_add(y, x, *self._operands())
+
+    def _operands(self) -> tuple:
+        vectors, act = (self.vera_lambda_d, self.vera_lambda_b), (self.dropout, self.training, self.save_output)
+        return *vectors, *self.projections(), *act
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor, float]:

@@ -8,12 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from ..limits import DTYPES
-
-PLAIN = (Tensor, nn.Parameter, FakeTensor)  # torch.export traces a layer whose parameters are fake
+from ..nn.plain import PLAIN, hooked, plain_linear, watched  # noqa: F401, for the kinds of layers
 
 
 class Plan(NamedTuple):
@@ -48,7 +46,7 @@ class Patched:
     def _not_now(self) -> str | None:
         if self.disable_adapters or self.merged_adapters:
             return "adapters disabled or merged"
-        if nn.modules.module._has_any_global_hook():
+        if watched():
             return "global module hooks"
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return "a transform of torch.func or forward-mode differentiation"
@@ -148,22 +146,8 @@ def _rebuild(mixin: type[Patched], cls: type) -> nn.Module:
     return made.__new__(made)
 
 
-def hooked(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) or (
-        "forward" in m.__dict__
-    )
-
-
 def dropout_p(dropout: nn.Module) -> float | str:
     """Its probability, 0 where it does not act, or why it must run itself."""
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"dropout {type(dropout).__name__}"
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-
-
-def plain_linear(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias of an exact nn.Linear that nobody watches; None for any other base layer."""
-    if type(base) is not nn.Linear or hooked(base):
-        return None, None
-    weight = base._parameters.get("weight")  # a pruned or parametrized layer has it elsewhere
-    return (weight, base._parameters.get("bias")) if type(weight) in PLAIN else (None, None)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import ops
 from ...files.check import check_shape, require
 from ...files.folder import Config, Tensors, rank_and_scaling
+from ...files.lora_config import MORE, check_base
 from ...files.own import classes, either
 from ...limits import PAGE
 from ...nn.linear import LowRankLinear
@@ -105,23 +106,10 @@ class _Batch:
         return made[key], made[alike]
 
 
-# Of a LoraConfig, what makes an adapter more than A and B beside frozen weights.
-_MORE = (
-    "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters",
-    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
-_NOT_PLAIN = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # of init_lora_weights: the first five change W
-
-
 def _lora(config: Config, tensors: Tensors, linears: Sizes) -> dict[str, Factors]:
     """LoRA and rsLoRA (Hu et al., arXiv 2106.09685; arXiv 2312.03732) as PEFT writes them."""
-    plain(config, _MORE)
-    init, convert = config.get("init_lora_weights", True), "path_initial_model_for_weight_conversion"
-    require(
-        not str(init).lower().startswith(_NOT_PLAIN),
-        f"init_lora_weights must leave the base weights as they are, got {init!r} (PEFT converts such adapters: "
-        f"save_pretrained({convert}=...))",
-    )
+    plain(config, ("use_dora", *MORE))
+    check_base(config)
     result = {}
     for name, (a, b) in by_linear(config, tensors, linears, "lora_A.weight", "lora_B.weight").items():
         (I, O), (r, scaling) = linears[name], rank_and_scaling(config, name)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which linears are plain: x Wᵀ + bias and nothing else. The one rule, asked in every call.
+
+An adapter may compute a plain one itself, together with its own part. Any other base layer keeps its forward, and the adapter
+adds to what that gives. Hooks, pruning and parametrizations come and go, so nothing of the answer is kept.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+PLAIN = (Tensor, nn.Parameter, FakeTensor)  # torch.export traces a layer whose parameters are fake
+watched = nn.modules.module._has_any_global_hook  # by hooks of all modules at once
+
+
+def hooked(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) or (
+        "forward" in m.__dict__
+    )
+
+
+def plain_linear(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of an exact nn.Linear that nobody watches; None for any other base layer."""
+    if type(base) is not nn.Linear or hooked(base):
+        return None, None
+    parameters = base._parameters  # a pruned or parametrized layer has its weight elsewhere
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) not in PLAIN or not (bias is None or type(bias) in PLAIN):
+        return None, None
+    return weight, bias
+
+
+def no_linear(module: Any) -> str | None:
+    """What is in the way of an adapter beside it, or None: an nn.Linear, of a subclass, hooked or parametrized too, with a
+    weight that is a torch.Tensor and not of a subclass (quantised, sharded, ...)."""
+    if not isinstance(module, nn.Linear):
+        return type(module).__name__
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return f"{type(module).__name__} (inside nn.MultiheadAttention, whose forward nobody calls)"
+    tensors = [t for t in (module.weight, module.bias) if t is not None]
+    kinds = {type(t if nn.parameter.is_lazy(t) else t.detach()) for t in tensors}
+    others = sorted(kind.__name__ for kind in kinds - {*PLAIN})
+    return f"{type(module).__name__} with a {others[0]}" if others else None

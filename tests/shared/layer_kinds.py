@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of lrkern.nn's layers for tests that are about all of them, and what a layer computes in plain torch."""
+
+import pytest
+import torch
+
+from lrkern.nn import FusedLoRALinear, NOLALinear, RandLoRALinear, VeRALinear
+
+KINDS = {
+    "lora": (FusedLoRALinear, {"r": 4}),
+    "dora": (FusedLoRALinear, {"r": 4, "use_dora": True}),
+    "nola": (NOLALinear, {"r": 4, "k": 6, "l": 7}),
+    "vera": (VeRALinear, {"r": 8}),
+    "randlora": (RandLoRALinear, {"r": 6}),
+}
+EACH = pytest.mark.parametrize(("cls", "settings"), KINDS.values(), ids=KINDS)
+
+
+@torch.no_grad()
+def shake(layer, seed=5, by=0.2):
+    """Coefficients that act. RandLoRA's are smaller: its scaling is a hundred."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in layer.coefficients().items():
+        p.add_(torch.randn(p.shape, generator=g).to(p), alpha=by * (0.05 if "randlora" in name else 1))
+    return layer
+
+
+def beside(layer, y, x):
+    """What a layer makes of its base layer's y, where it is no dropout."""
+    if not getattr(layer, "use_dora", False):
+        return y + (x.float() @ layer.delta_weight().T).to(y.dtype)
+    base, low = layer.base_layer, layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
+    g = layer.lora_magnitude_vector.weight / (base.weight + low).norm(dim=1).detach()
+    return y + (g - 1) * (y - base.bias) + g * (x @ low.T)
