@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..nn import FusedLoRALinear
-from .check import check_finite, check_shape, refusal, require
-from .folder import LORA, PREFIX, rank_and_scaling, read_adapter, write_adapter
+from .check import check_finite, check_shape, named, refusal, require, shown
+from .folder import LORA, PREFIX, peft_type, ranks_and_scalings, read_adapter, write_adapter
 
 
 def _modules(model: nn.Module) -> dict[str, FusedLoRALinear]:
@@ -46,17 +46,18 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """Loads a PEFT LoRA folder into a model's FusedLoRALinear layers. The whole file is checked before anything changes:
     safetensors only, every layer present, nothing left over, shapes and scale equal, values finite."""
-    folder, modules = Path(folder), _modules(model)
+    modules = _modules(model)
     parameters = _in_file(modules)
     with refusal(f"lrkern.peft.load_adapter: {folder}: ", "; the model is unchanged"):
         config, tensors = read_adapter(folder)
-        kind, bias = config.get("peft_type"), config.get("lora_bias")
-        require(kind == LORA and not bias, f"must be LoRA or DoRA, got peft_type={kind}, lora_bias={bias}")
-        per_layer = {name: rank_and_scaling(config, name) for name in modules}
+        kind, bias = peft_type(config), config.get("lora_bias")
+        got = f"peft_type={shown(kind)}, lora_bias={shown(bias)}"
+        require(kind == LORA and not bias, f"must be LoRA or DoRA, got {got}")
+        per_layer = ranks_and_scalings(config, modules)
         if missing := sorted(parameters.keys() - tensors.keys()):
             raise ValueError(f"lacks {missing[0]} and {len(missing) - 1} more")
         if extra := sorted(tensors.keys() - parameters.keys()):
-            raise ValueError(f"has {extra[0]} and {len(extra) - 1} more that the model does not")
+            raise ValueError(f"has {named(extra[0])} and {len(extra) - 1} more that the model does not")
         for name, m in modules.items():
             r, scaling = per_layer[name]
             same = r == m.r and math.isclose(scaling, m.scaling)
