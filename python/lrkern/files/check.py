@@ -24,7 +24,7 @@ def shown(value: Any) -> str:
 
 def named(key: str) -> str:
     """A name or key of a file as it is where that is plain to read, else as repr has it."""
-    return key if key.isprintable() and 0 < len(key) <= 200 else shown(key)
+    return key if key.isprintable() and 0 < len(key) <= 500 else shown(key)
 
 
 def require(holds: Any, text: str) -> None:

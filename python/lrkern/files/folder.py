@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..functional import lora_scaling
 from .check import is_finite, is_whole, named, refusal, require, shown
-from .patterns import first_matches
+from .patterns import first_keys, first_matches
 from .read import read_json, read_tensors
 
 if TYPE_CHECKING:
@@ -63,13 +63,17 @@ def linear_of(key: str, ends: tuple[str, ...]) -> str | None:
 
 
 def as_path(path: Any) -> Path:
-    """Of what was given as one, where the system can ask for it: no zero byte, not too long, readable."""
+    """Of what was given as one, where the system can ask for it: no zero byte, not too long, no ring of links."""
+    why = f"a {type(path).__name__}"
     try:
-        path = Path(path)
-        path.exists()
-    except (TypeError, ValueError, OSError) as error:
-        raise ValueError(f"must be a path, got {shown(path)}: {error}") from error
-    return path
+        if isinstance(path, str | os.PathLike):
+            os.stat(path)
+            return Path(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return Path(path)
+    except (ValueError, OSError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+    raise ValueError(f"must be a path, got {shown(path)}: {why}")
 
 
 def write_adapter(folder: str | Path, config: "peft.PeftConfig | dict[str, Any]", tensors: Tensors) -> None:
@@ -142,10 +146,10 @@ def ranks_and_scalings(config: Config, names: Iterable[str]) -> dict[str, tuple[
     def of(key: str, pattern: str) -> list[Any]:
         patterns, default = config.get(pattern) or {}, config.get(key)
         keys = list(patterns)
-        found = first_matches(pattern, [rf"(.*\.)?({k})$" for k in keys], names)
+        found = first_keys(pattern, keys, names)
         return [
-            patterns[keys[hit[0]]] if hit else patterns.get(name, default)
-            for name, hit in zip(names, found, strict=True)
+            patterns.get(name, default) if i is None else patterns[keys[i]]
+            for name, i in zip(names, found, strict=True)
         ]
 
     result = {}

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..nn import FusedLoRALinear
 from .check import check_finite, check_shape, named, refusal, require, shown
-from .folder import LORA, PREFIX, peft_type, ranks_and_scalings, read_adapter, write_adapter
+from .folder import LORA, PREFIX, check_config, peft_type, ranks_and_scalings, read_adapter, write_adapter
 
 
 def _modules(model: nn.Module) -> dict[str, FusedLoRALinear]:
@@ -48,8 +48,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     safetensors only, every layer present, nothing left over, shapes and scale equal, values finite."""
     modules = _modules(model)
     parameters = _in_file(modules)
-    with refusal(f"lrkern.peft.load_adapter: {folder}: ", "; the model is unchanged"):
+    with refusal(f"lrkern.peft.load_adapter: {named(str(folder))}: ", "; the model is unchanged"):
         config, tensors = read_adapter(folder)
+        check_config(config)
         kind, bias = peft_type(config), config.get("lora_bias")
         got = f"peft_type={shown(kind)}, lora_bias={shown(bias)}"
         require(kind == LORA and not bias, f"must be LoRA or DoRA, got {got}")

@@ -99,7 +99,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Puts the adapters of a file into a model: an nn.Linear that has a layer's name is replaced by that layer over it, and a
     layer that is there already, with the same settings, takes the coefficients and the seed. What ``save_adapter``
     wrote without bits computes the same bits. The whole file is checked before anything changes."""
-    with refusal(f"load_adapter: {path}: ", "; the model is unchanged"):
+    with refusal(f"load_adapter: {named(str(path))}: ", "; the model is unchanged"):
         plan = read_layers(path, dict(model.named_modules()))
         for name, layer in plan.items():
             _check_place(model, name, layer)

@@ -24,9 +24,10 @@ from .check import shown
 
 SECONDS = 0.2  # of work for one key of a config; up to four are matched for one adapter
 _WAIT = 2.0  # of wall time, for a machine that does not even start the process
-_LENGTH = 1000  # of a pattern that is looked at here
+_LENGTH = 10_000  # of all patterns of one key that are looked at here
 _STEPS = 100_000  # of one match, about a millisecond in which no other thread runs
-_WORK = 20_000_000  # of all matches for one key
+_SHAPES = 16  # of names of one length, each of which is looked up
+_WORK = 100_000_000  # of all matches for one key
 
 _HELPER = f"""
 import signal
@@ -62,39 +63,58 @@ def first_matches(what: str, patterns: Sequence[str], names: Iterable[str], whol
     if not patterns or not names:
         return [None] * len(names)
     longest = max(map(len, names))
-    parsed = [_parsed(p) for p in patterns]
-    steps = [_ways(p, longest) * (len(text) + longest) for p, text in zip(parsed, patterns, strict=True)]
-    if max(steps) > _STEPS:
+    if sum(map(len, patterns)) > _LENGTH:
         return _elsewhere(what, patterns, names, whole)
-    tries = _candidates([_tail(p, whole) for p in parsed], names)
-    if sum(steps[i] for each in tries for i in each) > _WORK:
+    steps = [_steps(p, longest) for p in patterns]
+    if max(steps) > _STEPS or sum(steps) * len(names) > _WORK:
         return _elsewhere(what, patterns, names, whole)
     compiled = [re.compile(p) for p in patterns]
     compiled = [p.fullmatch if whole else p.match for p in compiled]
     found: Found = []
-    for name, each in zip(names, tries, strict=True):
-        hit = next(((i, m) for i in each if (m := compiled[i](name))), None)
+    for name in names:
+        hit = next(((i, m) for i, match in enumerate(compiled) if (m := match(name))), None)
         found.append(hit and (hit[0], hit[1].groupdict().get("idx")))
     return found
 
 
-def _candidates(tails: Sequence[str], names: Sequence[str]) -> list[Sequence[int]]:
-    """By name which patterns may match at all."""
-    by_tail: dict[str, list[int]] = {}
-    for i, tail in enumerate(tails):
-        by_tail.setdefault(tail, []).append(i)
-    lengths = sorted({len(tail) for tail in tails})
+_NAME = re.compile(r"\^?(?:[A-Za-z0-9_-]|\\?\.)+")
+
+
+def first_keys(what: str, keys: Sequence[str], names: Iterable[str]) -> list[int | None]:
+    """For each name the index of the first key that is a regex of it or of its end after a dot.
+
+    A config may have a name for every linear of a large model: those are looked up and not tried one after the other."""
+    names = list(names)
+    plain = [not any("\n" in name for name in names) and bool(_NAME.fullmatch(key)) for key in keys]
+    odd = []
+    # By length, whether it is anchored and where it has a dot that stands for any character: by text the first index.
+    tables: dict[int, dict[tuple[bool, tuple[int, ...]], dict[str, int]]] = {}
+    for i, key in enumerate(keys):
+        text = key.removeprefix("^").replace(r"\.", "\\")
+        shape = key.startswith("^"), tuple(at for at, c in enumerate(text) if c == ".")
+        shapes = tables.setdefault(len(text), {})
+        if plain[i] and (shape in shapes or len(shapes) < _SHAPES):
+            shapes.setdefault(shape, {}).setdefault(text.replace("\\", "."), i)
+        else:
+            odd.append(i)
     found = []
-    for name in names:
-        ends = [by_tail.get(name[len(name) - n :], ()) for n in lengths if n <= len(name)]
-        # $ stands before a newline too
-        found.append(sorted(i for each in ends for i in each) if "\n" not in name else range(len(tails)))
+    for name, hit in zip(names, first_matches(what, [rf"(.*\.)?({keys[i]})$" for i in odd], names), strict=True):
+        hits = [odd[hit[0]]] if hit else []
+        for start in (0, *(at + 1 for at, c in enumerate(name) if c == ".")):
+            end = name[start:]
+            for (anchored, dots), table in tables.get(len(end), {}).items():
+                chars = list(end)
+                for at in dots:
+                    chars[at] = "."
+                if not (anchored and start) and (i := table.get("".join(chars))) is not None:
+                    hits.append(i)
+        found.append(min(hits, default=None))
     return found
 
 
 def _elsewhere(what, patterns, names, whole):
     worst = shown(max(patterns, key=len))
-    late = f"{what} must match this model's names within {SECONDS} s, got {worst}"
+    late = f"{what} must match this model's names within {SECONDS} s of work, got {worst}"
     try:
         # No fork of this process's threads and memory: subprocess uses vfork or posix_spawn, and closes descriptors.
         with subprocess.Popen(
@@ -119,23 +139,18 @@ def _elsewhere(what, patterns, names, whole):
     return [hit and tuple(hit) for hit in found]
 
 
-_MANY = [(None, None)]  # in place of a pattern that is not looked at
-
-
-def _parsed(pattern: str):
-    if len(pattern) > _LENGTH:
-        return _MANY
+def _steps(pattern: str, n: int) -> float:
+    """No fewer than a match against n characters takes: the ways through the pattern, each as long as it and the name."""
     try:
-        return parser.parse(pattern)
+        return _ways(parser.parse(pattern), n) * (len(pattern) + n)
     except Exception:  # no regex, or one that warns where warnings are errors: the process says
-        return _MANY
+        return math.inf
 
 
 _ONE = {sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN}  # take one character, in one way
 
 
 def _ways(items, n: int) -> float:
-    """A match against n characters takes no more steps than this many times the lengths of the pattern and the name."""
     ways = 1.0
     for op, arguments in items:
         if op is sre.IN and any(kind is sre.RANGE and value[1] > 255 for kind, value in arguments):
@@ -149,7 +164,7 @@ def _ways(items, n: int) -> float:
         elif op in (sre.MAX_REPEAT, sre.MIN_REPEAT):
             low, high, part = arguments
             if len(part) == 1 and part[0][0] in _ONE:
-                ways *= min(int(high) - low, n) + 1
+                ways *= (min(int(high) - low, n) + 1) * _ways(part, n)
             elif high <= 1:
                 ways *= 1 + _ways(part, n)
             else:
@@ -157,26 +172,3 @@ def _ways(items, n: int) -> float:
         else:  # looking around, going back to a group
             return math.inf
     return ways
-
-
-def _tail(parsed, whole: bool) -> str:
-    """What a name must end with: a config may have a pattern for every linear of a large model."""
-    if parsed is _MANY or parsed.state.flags & re.IGNORECASE:
-        return ""
-    return _literal_end(parsed)[0] if whole or list(parsed)[-1:] == [(sre.AT, sre.AT_END)] else ""
-
-
-def _literal_end(items) -> tuple[str, bool]:
-    """And whether that is all of it."""
-    tail = ""
-    for op, arguments in reversed(list(items)):
-        if op is sre.LITERAL:
-            tail = chr(arguments) + tail
-        elif op is sre.SUBPATTERN and not arguments[1] and not arguments[2]:
-            inner, all_of_it = _literal_end(arguments[-1])
-            tail = inner + tail
-            if not all_of_it:
-                return tail, False
-        elif op is not sre.AT:
-            return tail, False
-    return tail, True

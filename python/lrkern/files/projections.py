@@ -128,7 +128,7 @@ def store_projections(
 
     model: the base model, whose linears tell the sizes. RandLoRA's pair is stored once, not once per layer as PEFT does.
     """
-    with refusal(f"lrkern.convert_peft.store_projections: {folder}: ", "; nothing is written"):
+    with refusal(f"lrkern.convert_peft.store_projections: {named(str(folder))}: ", "; nothing is written"):
         config, tensors = read_adapter(folder)
         method = METHODS[kind_of(config)]
         ends = tuple(f".{method.own}_{vector}" for vector in method.vectors)

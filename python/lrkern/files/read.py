@@ -6,6 +6,7 @@ then read, before anything is as large as its header says. Tensors are views of 
 memory.
 """
 
+import gc
 import json
 import math
 import mmap
@@ -21,8 +22,11 @@ from torch import Tensor
 
 from .check import is_whole, named, refusal, require, shown
 
-CONFIG_BYTES = 4 << 20  # a rank_pattern of 30,000 experts; parsing it holds the interpreter for some 50 ms
-HEADER_BYTES = 16 << 20  # 100,000 tensors
+# Parsing holds the interpreter, at these sizes for a tenth of a second: a pattern or target for each of 20,000 experts, and
+# the header of 50,000 tensors.
+CONFIG_BYTES = 4 << 20
+HEADER_BYTES = 8 << 20
+_CONTAINERS = 200_000
 _NDIM = 8
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -70,13 +74,30 @@ def parse(text: bytes | str) -> Any:
         return found
 
     try:
-        return json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=once)
+        text = text if isinstance(text, str) else text.decode()
+        containers = text.count("[") + text.count("{")
+        require(containers <= _CONTAINERS, f"must have at most {_CONTAINERS} lists and objects, got {containers}")
+        with _uncollected():
+            return json.loads(text, object_pairs_hook=once)
     except RecursionError as error:
         raise ValueError("is nested too deeply") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"must be UTF-8, got byte {text[error.start]:#04x} at {error.start}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"must be JSON: {error}") from error
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Parsing leaves no garbage, but makes so much that the collector would go through all the process has, again and again:
+    seconds for a few MB."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def read_json(path: Path) -> Any:

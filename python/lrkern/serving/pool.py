@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..files.check import is_whole, refusal, shown
+from ..files.check import is_whole, named, refusal, shown
 from ..files.folder import Config, Tensors, as_path, features_of, read_adapter
 from ..files.own import read_layers
 from ..limits import DTYPES, MAX_RANK, PAGE
@@ -156,7 +156,7 @@ class AdapterPool:
                 return of_layers(read_layers(path, self._linears), self._linears, reversed(self._kinds))
             return of_folder(*read_adapter(path), self._linears)
 
-        self._put(name, read, replace, f"{path}: " if isinstance(path, str | Path) else "")
+        self._put(name, read, replace, f"{named(str(path))}: ")
 
     def add(self, name: str, config: Config | peft.PeftConfig, tensors: Tensors, replace: bool = False) -> None:
         """The same with what the two files hold: a config, and tensors by key as peft.get_peft_model_state_dict gives."""

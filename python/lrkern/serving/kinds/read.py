@@ -29,8 +29,9 @@ def of_folder(config: Config, tensors: Tensors, linears: Sizes) -> Any:
         )
         known = tensor.dtype in (*DTYPES, torch.float64)
         require(known, f"{named(key)} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
-        held = tensor.layout == torch.strided and not tensor.is_meta
-        require(held, f"{named(key)} must hold its values, got {'no' if tensor.is_meta else 'sparse'} ones")
+        held = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_nested)
+        got = "none" if tensor.is_meta else "sparse or nested ones"
+        require(held, f"{named(key)} must hold all its values, got {got}")
     return FAMILIES[kind](config, tensors, linears)
 
 
