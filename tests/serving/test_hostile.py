@@ -24,7 +24,7 @@ from lrkern.serving import AdapterPool
 WITHIN = 3.0  # seconds; a free core takes under one, this machine may be busy
 MEMORY = 300 << 20  # the pools and models here take a few MB
 R, I, O = 4, 16, 24
-LONG = "a" * 25  # what backtracks over it takes seconds, so that a planted fault fails and does not hang
+LONG = "a" * 27  # what backtracks over it takes seconds, so that a planted fault fails and does not hang
 NAMES = ("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", f"layers.1.{LONG}")
 
 
@@ -113,18 +113,30 @@ def ours(error):
     return all(isinstance(e, ValueError | OSError | RecursionError) for e in causes)
 
 
-def refuse(doors, calls, message=""):
-    """Every call is refused and changes nothing."""
-    before, most = doors.state(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def refuse(doors, calls, message="", gaps=()):
+    """Every call is refused, in time, and changes nothing. What is late on a busy machine is tried again."""
+    calls = list(calls)
+    for _ in range(3):
+        if gaps:
+            gaps[:] = [0.0]
+        late = _refuse(doors, calls, message) + [gap for gap in gaps if gap > WITHIN / 2]
+        if not late:
+            return
+    pytest.fail(f"refused late, or another thread stood still, for {late} s")
+
+
+def _refuse(doors, calls, message):
+    before, most, late = doors.state(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
     for call in calls:
         start = time.monotonic()
         with pytest.raises(ValueError, match=message or ".") as refusal:
             call()
-        assert time.monotonic() - start < WITHIN
+        late += [t for t in [time.monotonic() - start] if t > WITHIN]
         assert ours(refusal.value), repr(refusal.value.__cause__)
         assert len(str(refusal.value)) < 2000 and str(refusal.value).isprintable()
         assert same(doors.state(), before)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most) << 10 < MEMORY
+    return late
 
 
 @pytest.fixture
@@ -286,8 +298,7 @@ def test_hostile_regexes(doors, tmp_path, running, name, key):
     add = lambda: doors.pool.add("new", config, tensors)
     load = lambda: lrkern.peft.load_adapter(doors.fused, folder)
     replace = lambda: doors.pool.load("lora", folder, replace=True)
-    refuse(doors, [add, replace] if key in SERVED else [load, replace], f"{key} {message}")
-    assert max(running) < WITHIN / 3, "another thread ran on"
+    refuse(doors, [add, replace] if key in SERVED else [load, replace], f"{key} {message}", running)
 
 
 def damaged_header(**changes):
@@ -429,8 +440,7 @@ def folder_damages():
 def test_hostile_folders(doors, tmp_path, running, family, damage, message):
     folder = write(tmp_path / "bad", lora_parts() if family == "LORA" else vera_parts())
     damage(folder)
-    refuse(doors, doors.of_folder(folder, vera=family == "VERA"), message)
-    assert max(running) < WITHIN / 3
+    refuse(doors, doors.of_folder(folder, vera=family == "VERA"), message, running)
 
 
 def shards(folder):
@@ -560,8 +570,7 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_hostile_files_of_lrkerns_own(doors, tmp_path, running, name):
     edit, message = OWN[name]
-    refuse(doors, doors.of_file(own_file(tmp_path / "own", edit)), message)
-    assert max(running) < WITHIN / 3
+    refuse(doors, doors.of_file(own_file(tmp_path / "own", edit)), message, running)
 
 
 @pytest.mark.parametrize("name", [*BYTES, *(f"thing {name}" for name in THINGS)])
@@ -573,5 +582,4 @@ def test_hostile_bytes_of_lrkerns_own(doors, tmp_path, running, name):
     else:
         damage, message = THINGS[name.removeprefix("thing ")]
         damage(path)
-    refuse(doors, doors.of_file(path), message)
-    assert max(running) < WITHIN / 3
+    refuse(doors, doors.of_file(path), message, running)

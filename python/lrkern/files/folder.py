@@ -71,7 +71,7 @@ def as_path(path: Any) -> Path:
             return Path(path)
     except (FileNotFoundError, NotADirectoryError):
         return Path(path)
-    except (ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError) as error:
         why = getattr(error, "strerror", None) or str(error)
     raise ValueError(f"must be a path, got {shown(path)}: {why}")
 

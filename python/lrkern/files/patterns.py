@@ -31,7 +31,9 @@ _WORK = 100_000_000  # of all matches for one key
 
 _HELPER = f"""
 import signal
-signal.setitimer(signal.ITIMER_PROF, {SECONDS})  # its signal ends a process that does not ask for it, whatever that does
+signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process, whatever it does; a parent may ignore or block it
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+signal.setitimer(signal.ITIMER_PROF, {SECONDS})
 import json, re, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
 whole, patterns, names = json.load(sys.stdin)
@@ -125,8 +127,8 @@ def _elsewhere(what, patterns, names, whole):
         ) as process:
             try:
                 out, _ = process.communicate(json.dumps([whole, patterns, names]).encode(), timeout=_WAIT)
-            except subprocess.TimeoutExpired as error:
-                raise ValueError(late) from error
+            except subprocess.TimeoutExpired:
+                raise ValueError(late) from None
             finally:
                 process.kill()
     except OSError as error:
