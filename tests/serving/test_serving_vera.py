@@ -428,7 +428,7 @@ def changed(**values):
     (changed(bias="vera_only"), "bias must be 'none'"),
     (changed(modules_to_save=["pooler"]), "modules_to_save must be off"),
     (changed(r="x"), "r must be a whole number"),
-    (changed(target_modules=["query"]), "must be target_modules'"),
+    (changed(target_modules=["query"]), "must hold what target_modules="),
     (lambda c, t: t.pop("base_model.vera_B"), "lacks base_model.vera_B"),
     (lambda c, t: [t.pop("base_model.vera_A"), t.pop("base_model.vera_B")], "lacks base_model.vera_A"),
     (lambda c, t: t["base_model.vera_A"].fill_(torch.inf), "base_model.vera_A must be finite"),
@@ -505,7 +505,7 @@ def test_a_batch_of_nola_vera_lora_and_the_base_is_each_alone(folders, tmp_path)
     [
         ("randlora", "must be NOLALinear or VeRALinear, got RandLoRALinear, which has full rank"),
         ("truncated", "cannot be read"),
-        ("other model", "must be of this model's linears, got"),
+        ("other model", "has 0, which the model does not"),
         ("other pair", "projections must be the pool's"),
         ("rank", r"rank must lie in 1\.\.64"),
     ],

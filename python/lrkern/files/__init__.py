@@ -11,7 +11,8 @@ from torch import nn
 
 from ..nn import FusedLoRALinear
 from . import conversions, lora, own
-from .check import require
+from .check import refusal, require
+from .folder import as_path
 from .projections import draw_projections, store_projections
 
 # isort: off
@@ -44,4 +45,6 @@ def save(model: nn.Module, path: str | Path, kind: str | None = None, **options:
 def load(model: nn.Module, path: str | Path) -> None:
     """Loads a PEFT LoRA folder into a model's FusedLoRALinear layers (``lrkern.peft.load_adapter``), or puts the layers of a file
     of lrkern's own into the model (``own.load_adapter``)."""
-    (lora if Path(path).is_dir() else own).load_adapter(model, path)
+    with refusal("lrkern.files.load: "):
+        folder = as_path(path).is_dir()
+    (lora if folder else own).load_adapter(model, path)

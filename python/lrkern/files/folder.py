@@ -2,23 +2,23 @@
 """PEFT folders: adapter_config.json and adapter_model.safetensors, and what their words mean."""
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..functional import lora_scaling
-from .check import refusal, require
+from .check import is_finite, is_whole, named, refusal, require, shown
+from .patterns import first_keys, first_matches
+from .read import read_json, read_tensors
 
 if TYPE_CHECKING:
     import peft
-
-UNREADABLE = SafetensorError, OSError, ValueError  # what reading a file may raise
 
 Config = Mapping[str, Any]  # of adapter_config.json
 Tensors = Mapping[str, Tensor]  # by their key in the file
@@ -35,22 +35,45 @@ def replaced(path: Path) -> Iterator[Path]:
     partial.replace(path)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file."""
-    with safe_open(path, "pt") as f:
-        return f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118, not a dict
-
-
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of a PEFT folder, as they are. A ValueError says why where they cannot be read."""
-    path, config_path = Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json"
+    folder, weights = as_path(folder), "adapter_model.safetensors"
+    if not folder.is_dir():
+        absent = "nothing there (what is on a hub must be downloaded first)"
+        raise ValueError(f"must be a PEFT folder, got {'a file' if folder.exists() else absent}")
+    with refusal("cannot be read: ", of=(OSError,)):
+        held = {entry.name for entry in islice(os.scandir(folder), 1000)}
+        there = weights in held or os.path.lexists(folder / weights)
+    shards = any(name.startswith("adapter_model") and name.endswith((".safetensors", ".index.json")) for name in held)
+    require(there or not shards, f"must hold one {weights}, got shards of it, which are not read")
     pickled = "pickle files such as adapter_model.bin are not read"
-    require(path.is_file(), f"must hold adapter_model.safetensors ({pickled})")
-    with refusal("cannot be read: ", of=UNREADABLE):
-        _, tensors = read_tensors(path)
-        config = json.loads(config_path.read_text())
+    require(there, f"must hold {weights} ({pickled}), got {sorted(map(named, held))[:4] or 'an empty folder'}")
+    with refusal("adapter_config.json cannot be read: "):
+        config = read_json(folder / "adapter_config.json")
     require(isinstance(config, dict), f"adapter_config.json must hold an object, got {type(config).__name__}")
+    with refusal(f"{weights} cannot be read: "):
+        _, tensors = read_tensors(folder / weights)
     return config, tensors
+
+
+def linear_of(key: str, ends: tuple[str, ...]) -> str | None:
+    """Whose tensor it is by its key, which must be one of these after the linear's name."""
+    end = next((end for end in ends if key.endswith(end)), None)
+    return key[len(PREFIX) : -len(end)] or None if end and key.startswith(PREFIX) else None
+
+
+def as_path(path: Any) -> Path:
+    """Of what was given as one, where the system can ask for it: no zero byte, not too long, no ring of links."""
+    why = f"a {type(path).__name__}"
+    try:
+        if isinstance(path, str | os.PathLike):
+            os.stat(path)
+            return Path(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return Path(path)
+    except (TypeError, ValueError, OSError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+    raise ValueError(f"must be a path, got {shown(path)}: {why}")
 
 
 def write_adapter(folder: str | Path, config: "peft.PeftConfig | dict[str, Any]", tensors: Tensors) -> None:
@@ -65,25 +88,109 @@ def write_adapter(folder: str | Path, config: "peft.PeftConfig | dict[str, Any]"
             config.save_pretrained(str(folder))
 
 
+_words = lambda value: isinstance(value, list | tuple | set | frozenset) and all(isinstance(v, str) for v in value)
+_flag = ("true or false", lambda value: isinstance(value, bool))
+_names = ("a string or a list of strings", lambda value: isinstance(value, str) or _words(value))
+_rank = lambda value: is_whole(value, 0, 2**31 - 1)
+
+# What a config's keys may be, beside null, which is as good as absent; of all keys whose value means anything here.
+_KINDS: dict[str, tuple[str, Any]] = {
+    "peft_type": ("a string", lambda value: isinstance(value, str)),
+    "r": ("a whole number from 0 to 2147483647", _rank),
+    "lora_alpha": ("a finite number (in float32)", is_finite),
+    "rank_pattern": ("an object of whole numbers by regex", lambda value: _pattern(value, _rank)),
+    "alpha_pattern": ("an object of finite numbers by regex", lambda value: _pattern(value, is_finite)),
+    "target_modules": _names,
+    "exclude_modules": _names,
+    "layers_to_transform": (
+        "a whole number or a list of them",
+        lambda value: all(is_whole(v, 0, 2**31 - 1) for v in (value if isinstance(value, list | tuple) else [value])),
+    ),
+    "layers_pattern": _names,
+    "init_lora_weights": ("true, false or a string", lambda value: isinstance(value, bool | str)),
+    "bias": ("a string", lambda value: isinstance(value, str)),
+    "projection_prng_key": ("a 64-bit integer", lambda value: is_whole(value, -(2**63), 2**64 - 1)),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "save_projection", "sparse", "very_sparse"), _flag
+    ),
+}
+
+
+def _pattern(value: Any, fits: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, str) and fits(v) for k, v in value.items())
+
+
+def check_config(config: Any) -> None:
+    """Refuses values of kinds that no config of PEFT's has: "false" must not count as true."""
+    require(isinstance(config, Mapping), f"config must be an object, got {type(config).__name__}")
+    for key, (what, fits) in _KINDS.items():
+        value = peft_type(config) if key == "peft_type" else config.get(key)
+        require(value is None or fits(value), f"{key} must be {what}, got {shown(value)}")
+
+
 def peft_type(config: Config) -> Any:
     """Of a config as the file has it, or as PEFT's ``to_dict`` gives it."""
     return getattr(config.get("peft_type"), "value", config.get("peft_type"))
 
 
-def rank_and_scaling(config: dict[str, Any], name: str) -> tuple[int, float]:
+def rank_and_scaling(config: Config, name: str) -> tuple[int, float]:
     """Of a layer, as PEFT reads rank_pattern and alpha_pattern: a key is a regex of the name or of its end after a dot."""
-    from peft.utils.other import get_pattern_key  # here, for those who write folders without PEFT
+    return ranks_and_scalings(config, [name])[name]
 
-    def of(key: str, pattern: str) -> Any:
-        patterns = config.get(pattern) or {}
-        require(isinstance(patterns, dict), f"{pattern} must be an object, got {patterns!r}")
-        return patterns.get(get_pattern_key(patterns, name), config.get(key))
 
-    r, alpha = of("r", "rank_pattern"), of("lora_alpha", "alpha_pattern")
-    require(type(r) is int and r >= 0, f"r of {name} must be a whole number, got {r!r}")
-    finite = type(alpha) in (int, float) and math.isfinite(alpha)
-    require(finite, f"lora_alpha of {name} must be a finite number, got {alpha!r}")
-    return r, lora_scaling(alpha, r, bool(config.get("use_rslora")))
+def ranks_and_scalings(config: Config, names: Iterable[str]) -> dict[str, tuple[int, float]]:
+    """The same of many layers by name."""
+    check_config(config)
+    names = list(names)
+
+    def of(key: str, pattern: str) -> list[Any]:
+        patterns, default = config.get(pattern) or {}, config.get(key)
+        keys = list(patterns)
+        found = first_keys(pattern, keys, names)
+        return [
+            patterns.get(name, default) if i is None else patterns[keys[i]]
+            for name, i in zip(names, found, strict=True)
+        ]
+
+    result = {}
+    for name, r, alpha in zip(names, of("r", "rank_pattern"), of("lora_alpha", "alpha_pattern"), strict=True):
+        require(r is not None, f"r of {named(name)} must be a whole number, got None")
+        require(alpha is not None, f"lora_alpha of {named(name)} must be a finite number, got None")
+        result[name] = r, lora_scaling(alpha, r, bool(config.get("use_rslora")))  # no larger than alpha
+    return result
+
+
+def targeted(config: Config, names: Iterable[str]) -> set[str] | None:
+    """Of these linears those that the config names, as PEFT reads it; None where it names none, or all there are."""
+    check_config(config)
+    names, target = list(names), config.get("target_modules")
+    exclude, indices, layers = (config.get(k) for k in ("exclude_modules", "layers_to_transform", "layers_pattern"))
+    if isinstance(target, str):
+        for key, value in (("layers_to_transform", indices), ("layers_pattern", layers)):
+            require(value is None, f"{key} must be absent where target_modules is a string, got {shown(value)}")
+    require(not layers or indices is not None, "layers_to_transform must be given with layers_pattern, got None")
+    if not target or target == "all-linear":
+        return None
+    found = _matching("target_modules", target, names)
+    if not isinstance(target, str) and indices not in (None, [], ()):
+        exactly = found & set(target)  # an index is asked of names that end like a target, not of whole ones
+        ends = sorted(found - exactly)
+        layers = [layers] if layers and isinstance(layers, str) else list(layers or ())
+        patterns = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in layers] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        at = [hit and hit[1] for hit in first_matches("layers_pattern", patterns, ends)]
+        wanted = set(indices if isinstance(indices, list | tuple) else [indices])
+        found = exactly | {name for name, i in zip(ends, at, strict=True) if i is not None and int(i) in wanted}
+    return found - _matching("exclude_modules", exclude, names) if exclude else found
+
+
+def _matching(key: str, pattern: Any, names: list[str]) -> set[str]:
+    """Those that a regex matches, or that are, or end after a dot with, one of a list."""
+    if isinstance(pattern, str):
+        hits = first_matches(key, [pattern], names, whole=True)
+        return {name for name, hit in zip(names, hits, strict=True) if hit}
+    listed = set(pattern)
+    ends = lambda name: (name[i + 1 :] for i, c in enumerate(name) if c == ".")
+    return {name for name in names if name in listed or not listed.isdisjoint(ends(name))}
 
 
 def features_of(module: nn.Module) -> tuple[int, int] | None:

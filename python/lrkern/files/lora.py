@@ -13,8 +13,18 @@ from ..functional import lora_scaling
 from ..limits import MAX_RANK
 from ..nn import FusedLoRALinear
 from ..nn.lora import CHANGE_W
-from .check import check_finite, check_shape, refusal, require
-from .folder import LORA, PREFIX, Config, Tensors, rank_and_scaling, read_adapter, write_adapter
+from .check import check_finite, check_shape, named, refusal, require, shown
+from .folder import (
+    LORA,
+    PREFIX,
+    Config,
+    Tensors,
+    check_config,
+    peft_type,
+    ranks_and_scalings,
+    read_adapter,
+    write_adapter,
+)
 from .lora_config import MORE, check_base, lora_config
 from .own import check_places
 
@@ -130,8 +140,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     same W; a folder of another kind, and one that PEFT did not convert, is refused, and so is a merged layer. lora_dropout
     stays the layer's own, and a bias that does not train must be the file's where that has it.
     """
-    folder, modules = Path(folder), _modules(model)
-    with refusal(f"lrkern.peft.load_adapter: {folder}: ", "; the model is unchanged"):
+    modules = _modules(model)
+    with refusal(f"lrkern.peft.load_adapter: {named(str(folder))}: ", "; the model is unchanged"):
         for name, m in modules.items():
             require(not m.merged, f"{name} is merged in the model; unmerge() it first")
         config, tensors = read_adapter(folder)
@@ -143,11 +153,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
 def _check(config: Config, tensors: Tensors, modules: Layers) -> list[tuple[Tensor, Tensor]]:
     """The parameters and what they are to be."""
-    kind, bias = config.get("peft_type"), config.get("lora_bias")
-    require(kind == LORA and not bias, f"must be LoRA or DoRA, got peft_type={kind}, lora_bias={bias}")
+    check_config(config)
+    kind, bias = peft_type(config), config.get("lora_bias")
+    got = f"peft_type={shown(kind)}, lora_bias={shown(bias)}"
+    require(kind == LORA and not bias, f"must be LoRA or DoRA, got {got}")
     check_base(config)
     for key in MORE:
-        require(not config.get(key), f"{key} must be off, got {config.get(key)!r}")
+        require(not config.get(key), f"{key} must be off, got {shown(config.get(key))}")
     layers = {name: m for name, m in modules.items() if m.r}
     parameters = _in_file(modules)
     frozen = {_bias_key(name): m.base_layer.bias for name, m in modules.items() if not m.train_bias}
@@ -155,10 +167,10 @@ def _check(config: Config, tensors: Tensors, modules: Layers) -> list[tuple[Tens
     if missing := sorted(parameters.keys() - tensors.keys()):
         raise ValueError(f"lacks {missing[0]} and {len(missing) - 1} more")
     if extra := sorted(tensors.keys() - parameters.keys() - there):
-        raise ValueError(f"has {extra[0]} and {len(extra) - 1} more that the model does not")
-    new = dict(tensors)
+        raise ValueError(f"has {named(extra[0])} and {len(extra) - 1} more that the model does not")
+    new, scaled = dict(tensors), ranks_and_scalings(config, layers)
     for name, m in layers.items():
-        r, scaling = rank_and_scaling(dict(config), name)
+        r, scaling = scaled[name]
         twice, dora = m.init in CHANGE_W, bool(config.get("use_dora"))
         want = f"r={2 * m.r if twice else m.r}, scaling={m.scaling:g}"
         after = f" (twice its own: init={m.init!r})" if twice else ""

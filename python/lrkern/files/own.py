@@ -2,9 +2,11 @@
 """lrkern's own adapter files, of a few kilobytes: coefficients, seeds and what makes the layers again (docs/files.md)."""
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Collection, Iterable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -14,8 +16,9 @@ from ..limits import DTYPES
 from ..nn.linear import AdapterLinear, LowRankLinear
 from ..nn.plain import no_linear
 from ..ops.basis import STREAM_VERSION
-from .check import refusal, require
-from .folder import LORA, UNREADABLE, read_tensors, replaced
+from .check import is_finite, is_whole, named, refusal, require, shown
+from .folder import LORA, as_path, replaced
+from .read import parse, read_tensors
 
 __all__ = ["load_adapter", "read_layers", "save_adapter"]
 
@@ -126,8 +129,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Puts the adapters of a file into a model: an nn.Linear that has a layer's name is replaced by that layer over it, and a
     layer that is there already, with the same settings, takes the coefficients and the seed. What ``save_adapter``
     wrote without bits computes the same bits. The whole file is checked before anything changes."""
-    with refusal(f"load_adapter: {path}: ", "; the model is unchanged"):
-        plan = read_layers(path)
+    with refusal(f"load_adapter: {named(str(path))}: ", "; the model is unchanged"):
+        plan = read_layers(path, dict(model.named_modules()))
         for name, layer in plan.items():
             _check_place(model, name, layer)
     for name, layer in plan.items():
@@ -146,46 +149,100 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
             setattr(model.get_submodule(parent), child, layer.train(there.training))
 
 
-def read_layers(path: str | Path) -> dict[str, AdapterLinear]:
-    """The layers of a file by name, coefficients included, over base layers on the meta device. Checks the whole file."""
-    header, tensors = _read(Path(path))
-    layers = {name: _layer(name, header, tensors) for name in header["layers"]}
-    expected = {f"{name}.{key}" for name, layer in layers.items() for key in layer.coefficients()}
+def read_layers(path: str | Path, among: Collection[str] | None = None) -> dict[str, AdapterLinear]:
+    """The layers of a file by name, coefficients included, over base layers on the meta device. Checks the whole file.
+
+    among: what the layers may be called, checked before any of them is made."""
+    header, tensors = _read(as_path(path))
+    layers, kinds = header["layers"], [_Described.of(kind) for kind in header["kinds"]]
+    owners = {key.removesuffix(".scale").rpartition(".")[0] for key in tensors}
+    for name, entry in layers.items():
+        known = among is None or name in among
+        require(known, f"has {named(name)}, which the model does not")
+        must = f"{named(name)} must be [which of the {len(kinds)} kinds, seed]"
+        pair = isinstance(entry, list) and len(entry) == 2 and is_whole(entry[0], 0, len(kinds) - 1)
+        require(pair, f"{must}, got {shown(entry)}")
+        require(name in owners, f"lacks the coefficients of {named(name)}")
+    made = {name: _layer(name, kinds[index], seed, header["bits"], tensors) for name, (index, seed) in layers.items()}
+    expected = {f"{name}.{key}" for name, layer in made.items() for key in layer.coefficients()}
     if extra := sorted({key.removesuffix(".scale") for key in tensors} - expected):
-        raise ValueError(f"has {extra[0]} and {len(extra) - 1} more that are of no layer")
-    return layers
+        raise ValueError(f"has {named(extra[0])} and {len(extra) - 1} more that are of no layer")
+    return made
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    with refusal("cannot be read: ", of=UNREADABLE):
+    with refusal("cannot be read: "):
         metadata, tensors = read_tensors(path)
-        header = json.loads(metadata.get("lrkern", "null"))
+        with refusal("its metadata lrkern "):
+            header = parse(metadata.get("lrkern", "null"))
     require(isinstance(header, dict), "must be a file of save_adapter's, got one without the metadata lrkern")
     found, stream, bits = (header.get(key) for key in ("format", "stream", "bits"))
-    require(found == FORMAT, f"format must be {FORMAT}, got {found!r}, another lrkern's")
+    same = lambda value, want: type(value) is int and value == want
+    require(same(found, FORMAT), f"format must be {FORMAT}, got {shown(found)}, another lrkern's")
     ours = f"{STREAM_VERSION}, the random stream this lrkern generates"
-    require(stream == STREAM_VERSION, f"stream must be {ours}, got {stream!r}")
-    require(bits in (None, 8, 4), f"bits must be null, 8 or 4, got {bits!r}")
+    require(same(stream, STREAM_VERSION), f"stream must be {ours}, got {shown(stream)}")
+    require(bits is None or same(bits, 8) or same(bits, 4), f"bits must be null, 8 or 4, got {shown(bits)}")
     listed = isinstance(header.get("layers"), dict) and isinstance(header.get("kinds"), list)
     require(listed, "must list kinds and layers in its metadata")
     return header, tensors
 
 
-def _layer(name: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterLinear:
+class _Described(NamedTuple):
+    """A kind of layers as the metadata has it, checked as far as it can be without a seed."""
+
+    cls: type[AdapterLinear]
+    sizes: tuple[int, int]
+    dtype: torch.dtype
+    settings: dict[str, Any]  # but the seed
+
+    @classmethod
+    def of(cls, kind: Any) -> "_Described":
+        with refusal("kinds: "):
+            require(isinstance(kind, dict), f"must be objects, got {shown(kind)}")
+            settings = dict(kind)
+            named_by = {c.__name__: c for c in classes()}
+            name, *sizes, dtype = (settings.pop(k, None) for k in _ABOUT)
+            require(isinstance(name, str) and name in named_by, f"class must be {either(classes())}, got {shown(name)}")
+            whole = all(is_whole(n, 0, 2**31 - 1) for n in sizes) and math.prod(sizes) < 2**59
+            require(whole, f"in_features and out_features must be sizes of a linear, got {shown(sizes)}")
+            fits = isinstance(dtype, str) and dtype in _DTYPES
+            require(fits, f"adapter_dtype must be one of {sorted(_DTYPES)}, got {shown(dtype)}")
+            default = {k: v for k, v in _defaults(named_by[name]).items() if k != "seed"}
+            known = settings.keys() == default.keys()
+            require(known, f"settings must be {sorted(default)}, got {shown(sorted(settings))}")
+            for key, value in settings.items():
+                what, holds = _like(default[key])
+                require(holds(value), f"{key} must be {what}, got {shown(value)}")
+            return cls(named_by[name], tuple(sizes), _DTYPES[dtype], settings)
+
+
+_ABOUT = "class", "in_features", "out_features", "adapter_dtype"
+
+
+@cache
+def _defaults(cls: type[AdapterLinear]) -> dict[str, Any]:
+    return cls.from_linear(nn.Linear(1, 1, bias=False, device="meta"), seed=0).settings
+
+
+def _like(default: Any) -> tuple[str, Callable[[Any], bool]]:
+    """What a setting must be that has this default; which values it may have is for the class to say."""
+    if isinstance(default, bool):
+        return "true or false", lambda value: isinstance(value, bool)
+    if isinstance(default, int):
+        return "a whole number", lambda value: type(value) is int
+    if isinstance(default, float):
+        return "a finite number (in float32)", is_finite
+    return "a string", lambda value: isinstance(value, str)
+
+
+def _layer(name: str, kind: _Described, seed: Any, bits: int | None, tensors: dict[str, Tensor]) -> AdapterLinear:
     """The layer as the file describes it, coefficients included, over a base on the meta device."""
-    with refusal(f"{name} cannot be made: ", of=(TypeError, ValueError, LookupError, RuntimeError)):
-        index, seed = header["layers"][name]
-        kind = dict(header["kinds"][index])
-        cls = {cls.__name__: cls for cls in classes()}[kind.pop("class")]
-        sizes = kind.pop("in_features"), kind.pop("out_features")
-        dtype = _DTYPES[kind.pop("adapter_dtype")]
-        known = set(kind) == set(cls.SETTINGS) - {"seed"}
-        require(known, f"settings must be {sorted(cls.SETTINGS)}, got {sorted(kind)}")
-        base = nn.Linear(*sizes, bias=False, device="meta")
-        settings = {name: kind.get(name, seed) for name in cls.SETTINGS}
-        layer = cls.from_linear(base, **settings, adapter_dtype=dtype)
+    with refusal(f"{named(name)} cannot be made: "):
+        base = nn.Linear(*kind.sizes, bias=False, device="meta")
+        settings = {key: kind.settings.get(key, seed) for key in kind.cls.SETTINGS}
+        layer = kind.cls.from_linear(base, **settings, adapter_dtype=kind.dtype)
     for key, c in layer.coefficients().items():
-        setattr(layer, key, nn.Parameter(_values(f"{name}.{key}", c, header["bits"], tensors)))
+        setattr(layer, key, nn.Parameter(_values(f"{name}.{key}", c, bits, tensors)))
     return layer
 
 
@@ -197,19 +254,20 @@ def _values(key: str, like: Tensor, bits: int | None, tensors: dict[str, Tensor]
         codes = (torch.int8, (n,)) if bits == 8 else (torch.uint8, ((n + 1) // 2,))
         expected = {key: codes, f"{key}.scale": (torch.float32, (groups,))}
     for k, (dtype, shape) in expected.items():
-        require(k in tensors, f"lacks {k}")
+        require(k in tensors, f"lacks {named(k)}")
         t = tensors[k]
         same = t.dtype == dtype and t.shape == shape
-        require(same, f"{k} must be {dtype} {list(shape)}, got {t.dtype} {list(t.shape)}")
-        require(not dtype.is_floating_point or t.isfinite().all(), f"{k} must be finite, got inf or nan")
-    if not bits:
-        return tensors[key]
-    return _dequantize(tensors[key], tensors[f"{key}.scale"], n, bits).view(like.shape).to(like.dtype)
+        require(same, f"{named(k)} must be {dtype} {list(shape)}, got {t.dtype} {list(t.shape)}")
+    if bits:
+        c = _dequantize(tensors[key], tensors[f"{key}.scale"], n, bits).view(like.shape).to(like.dtype)
+    else:
+        c = tensors[key].clone()  # the file's own bytes would change with it
+    require(c.isfinite().all(), f"{named(key)} must be finite, got inf or nan")
+    return c
 
 
 def _check_place(model: nn.Module, name: str, layer: AdapterLinear) -> None:
     modules = dict(model.named_modules())
-    require(name in modules, f"has {name}, which the model does not")
     there = modules[name]
     if isinstance(there, classes()):
         require(not there.merged, f"{name} is merged in the model; unmerge it first")

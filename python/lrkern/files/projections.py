@@ -7,7 +7,6 @@ loader draws the pair from torch's CPU generator.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,18 @@ from torch import Tensor, nn
 from ..functional import Basis
 from ..functional.projection import Projection
 from ..nn.linear import AdapterLinear
-from .check import check_finite, check_shape, refusal, require
-from .folder import PREFIX, Config, Tensors, features_of, peft_type, read_adapter, write_adapter
+from .check import check_finite, check_shape, is_whole, named, refusal, require, shown
+from .folder import (
+    PREFIX,
+    Config,
+    Tensors,
+    check_config,
+    features_of,
+    linear_of,
+    peft_type,
+    read_adapter,
+    write_adapter,
+)
 from .lora_config import targets
 
 Shapes = Iterable[tuple[int, int]]  # [I, O] of the adapted linears
@@ -43,8 +52,9 @@ METHODS: dict[str, Method] = {}  # by peft_type
 
 
 def kind_of(config: Config) -> str:
+    check_config(config)
     kind = peft_type(config)
-    require(kind in METHODS, f"peft_type must be {' or '.join(METHODS)}, got {kind!r}")
+    require(kind in METHODS, f"peft_type must be {' or '.join(METHODS)}, got {shown(kind)}")
     return kind
 
 
@@ -67,8 +77,7 @@ def draw_projections(config: Config, shapes: Shapes, drawn_in: torch.dtype = tor
     """
     kind, r, key = kind_of(config), config.get("r"), config.get("projection_prng_key")
     _check_rank(r)
-    fits = type(key) is int and -(2**63) <= key < 2**64
-    require(fits, f"projection_prng_key must be a 64-bit integer, got {key!r}")
+    require(key is not None, "projection_prng_key must be a 64-bit integer, got None")
     require(drawn_in in (torch.bfloat16, torch.float16), f"drawn_in must be bfloat16 or float16, got {drawn_in}")
     generator = torch.Generator("cpu").manual_seed(0)
     same = torch.rand(2, generator=generator).tolist() == [0.49625658988952637, 0.7682217955589294]
@@ -95,7 +104,18 @@ def projections(config: Config, tensors: Tensors, shapes: Shapes, drawn_in: torc
 
 
 def _check_rank(r: Any) -> None:
-    require(type(r) is int and r > 0, f"r must be a whole number above 0, got {r!r}")
+    require(is_whole(r, 1, 2**31 - 1), f"r must be a whole number above 0, got {shown(r)}")
+
+
+def check_trained(config: Config, tensors: Tensors, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """The vectors of these linears: before a pair is drawn, whose size a config of a few bytes only claims."""
+    method = METHODS[kind_of(config)]
+    _check_rank(r := config.get("r"))
+    for name, (I, O) in shapes.items():
+        for vector, shape in zip(method.vectors, method.trained(r, I, O), strict=True):
+            key = f"{PREFIX}{name}.{method.own}_{vector}"
+            require(key in tensors, f"lacks {named(key)}")
+            check_shape(key, tensors[key], shape)
 
 
 def _pair_names(method: Method) -> list[str]:
@@ -109,18 +129,19 @@ def store_projections(
 
     model: the base model, whose linears tell the sizes. RandLoRA's pair is stored once, not once per layer as PEFT does.
     """
-    with refusal(f"lrkern.convert_peft.store_projections: {folder}: ", "; nothing is written"):
+    with refusal(f"lrkern.convert_peft.store_projections: {named(str(folder))}: ", "; nothing is written"):
         config, tensors = read_adapter(folder)
         method = METHODS[kind_of(config)]
-        key = re.compile(rf"base_model\.model\.(.+)\.{method.own}_({'|'.join(method.vectors)})")
-        names = dict.fromkeys(match[1] for k in tensors if (match := key.fullmatch(k)))
+        ends = tuple(f".{method.own}_{vector}" for vector in method.vectors)
+        names = dict.fromkeys(linear_of(k, ends) for k in tensors if linear_of(k, ends))
         modules = dict(model.named_modules())
-        shapes = [features_of(modules[name]) if name in modules else None for name in names]
-        unknown = next((name for name, shape in zip(names, shapes, strict=True) if shape is None), None)
+        shapes = {name: features_of(modules[name]) if name in modules else None for name in names}
+        unknown = next((named(name) for name, shape in shapes.items() if shape is None), None)
         require(names and unknown is None, f"must be an adapter of this model's linears, got {unknown or 'none'}")
-        pair = projections(config, tensors, shapes, drawn_in)
-    shared = re.compile(rf".*\.{method.own}_[AB]")
-    kept = {k: t for k, t in tensors.items() if not shared.fullmatch(k)}
+        check_trained(config, tensors, shapes)
+        pair = projections(config, tensors, shapes.values(), drawn_in)
+    shared = tuple(f".{method.own}_{x}" for x in "AB")
+    kept = {k: t for k, t in tensors.items() if not k.endswith(shared)}
     stored = dict(zip(_pair_names(method), pair, strict=True))
     write_adapter(to, config | {"save_projection": True}, kept | stored)
 

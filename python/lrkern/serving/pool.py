@@ -15,8 +15,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..files.check import refusal
-from ..files.folder import Config, Tensors, features_of, read_adapter
+from ..files.check import is_whole, named, refusal, shown
+from ..files.folder import Config, Tensors, as_path, features_of, read_adapter
 from ..files.own import read_layers
 from ..limits import DTYPES, MAX_RANK, PAGE
 from .kinds.kind import KINDS, Adapter, Kind
@@ -60,23 +60,33 @@ class AdapterPool:
         parallel: Mapping[str, str] | None = None,
         group: Any = None,
     ):
+        must(isinstance(model, nn.Module), "model", "be an nn.Module", type(model).__name__)
         adapted = any(isinstance(m, BaseTunerLayer) for m in model.modules())
         must(not adapted, "model", "be without PEFT layers", type(model).__name__)
-        must(1 <= max_rank <= MAX_RANK, "max_rank", f"lie in 1..{MAX_RANK}", max_rank)
-        room = f"budget={budget}, pages={pages}"
+        must(is_whole(max_rank, 1, MAX_RANK), "max_rank", f"lie in 1..{MAX_RANK}", shown(max_rank))
+        must(is_whole(max_adapters, 1, 2**31 - 1), "max_adapters", "be a whole number above 0", shown(max_adapters))
+        room = f"budget={shown(budget)}, pages={shown(pages)}"
         must((budget is None) != (pages is None), "budget or pages", "be given, and not both", room)
-        must(dtype in (None, *DTYPES), "dtype", "be float32, float16 or bfloat16", dtype)
+        one, given = ("budget", budget) if pages is None else ("pages", pages)
+        must(is_whole(given, 1, 2**62), one, "be a whole number above 0", shown(given))
+        must(dtype in (None, *DTYPES), "dtype", "be float32, float16 or bfloat16", shown(dtype))
+        fits = parallel is None or (isinstance(parallel, Mapping) and all(isinstance(k, str) for k in parallel))
+        must(fits, "parallel", "say column or row by name", shown(parallel))
         parallel = dict(parallel or {})
-        others = sorted(set(parallel.values()) - {"column", "row"})
-        must(not others, "parallel", "say column or row", others)
+        others = [v for v in parallel.values() if not isinstance(v, str) or v not in ("column", "row")]
+        must(not others, "parallel", "say column or row", shown(others))
+        listed = isinstance(targets, Collection) and all(isinstance(t, str) for t in targets)
+        must(listed, "targets", "be a string or a list of them", shown(targets))
+        with refusal("lrkern.serving: targets must be a regex: ", of=(re.error, RecursionError, OverflowError)):
+            chosen = re.compile(targets) if isinstance(targets, str) and targets != "all-linear" else targets
         self.group, self._rank, world = group, 0, 1
         if parallel:
             self._rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
         head = getattr(model, "get_output_embeddings", lambda: None)()
         every = {name: m for name, m in model.named_modules() if features_of(m)}
-        modules = {name: m for name, m in every.items() if _targeted(targets, name, m is head)}
-        must(modules, "targets", "name linears of the model", targets)
+        modules = {name: m for name, m in every.items() if _targeted(chosen, name, m is head)}
+        must(modules, "targets", "name linears of the model", shown(targets))
         splits = {name: next((v for k, v in parallel.items() if _ends(name, k)), None) for name in every}
         layers = {n: Layer(-1, n, features_of(m), splits[n], world) for n, m in every.items()}
         self._linears = {name: layer.whole for name, layer in layers.items()}
@@ -142,11 +152,11 @@ class AdapterPool:
         with the old one. A refused call changes nothing."""
 
         def read():
-            if Path(path).is_file():
-                return of_layers(read_layers(path), self._linears)
+            if as_path(path).exists() and not Path(path).is_dir():
+                return of_layers(read_layers(path, self._linears), self._linears, reversed(self._kinds))
             return of_folder(*read_adapter(path), self._linears)
 
-        self._put(name, read, replace, f"{path}: ")
+        self._put(name, read, replace, f"{named(str(path))}: ")
 
     def add(self, name: str, config: Config | peft.PeftConfig, tensors: Tensors, replace: bool = False) -> None:
         """The same with what the two files hold: a config, and tensors by key as peft.get_peft_model_state_dict gives."""
@@ -178,9 +188,19 @@ class AdapterPool:
         return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
 
     def _put(self, name: str, read: Callable[[], Any], replace: bool, where: str = "") -> None:
-        must(isinstance(name, str) and name, "name", "be a string", repr(name))
-        errors = ValueError, TypeError, re.error
-        with refusal(f"lrkern.serving: adapter {name!r}: {where}", "; the pool is unchanged", errors):
+        must(isinstance(name, str) and name, "name", "be a string", shown(name))
+        # What is wrong in a file is said where it is read, as a ValueError; the others are for families of somebody's own.
+        errors = (
+            ValueError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+            RuntimeError,
+            MemoryError,
+            re.error,
+        )
+        with refusal(f"lrkern.serving: adapter {shown(name)}: {where}", "; the pool is unchanged", errors):
             parts = read()
             kind = next(kind for kind in reversed(self._kinds) if isinstance(parts, kind.parts))
             if outside := sorted(parts.keys() - self._layers.keys()):
@@ -343,9 +363,9 @@ def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
 
 
-def _targeted(targets: str | Sequence[str], name: str, is_head: bool) -> bool:
+def _targeted(targets: str | re.Pattern | Collection[str], name: str, is_head: bool) -> bool:
     if targets == "all-linear":
         return not is_head
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+    if isinstance(targets, re.Pattern):
+        return targets.fullmatch(name) is not None
     return any(_ends(name, end) for end in targets)

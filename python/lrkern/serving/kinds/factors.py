@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import ops
 from ...files.check import check_shape, require
-from ...files.folder import Config, Tensors, rank_and_scaling
+from ...files.folder import Config, Tensors, ranks_and_scalings
 from ...files.lora_config import MORE, check_base
 from ...files.own import classes, either
 from ...limits import PAGE
@@ -32,19 +32,19 @@ class LowRank(Kind):
 
     parts = Mapping  # Factors by linear
 
-    @classmethod
-    def of_layers(cls, layers):
+    def of_layers(self, layers):
         for name, layer in layers.items():
             must = either(cls for cls in classes() if issubclass(cls, LowRankLinear))
             got = f"{type(layer).__name__}, which has full rank"
             require(isinstance(layer, LowRankLinear), f"{name} must be {must}, got {got}")
+            self._check_rank(layer.r)  # before factors of any size are made
         return {name: Factors(*layer.factors()) for name, layer in layers.items()}
 
     def read(self, parts: Mapping[str, Factors]) -> Adapter:
         pool = self.pool
         rank = max(f.a.shape[0] for f in parts.values())
-        size, most = math.ceil(rank / PAGE), pool.max_rank
-        require(1 <= rank <= most, f"rank must lie in 1..{most} (the pool's max_rank), got {rank}")
+        self._check_rank(rank)
+        size = math.ceil(rank / PAGE)
         require(size <= pool.pages, f"rank {rank} needs {size} pages, the pool has {pool.pages}")
         first = next(iter(parts.values())).scale
         ranks, scales, mine = [0] * len(pool.layers), [first] * len(pool.layers), {}
@@ -56,6 +56,10 @@ class LowRank(Kind):
             mine[name] = layer.mine(f.a, "row", pool._rank), layer.mine(f.b.mT, "column", pool._rank)
         facts = torch.tensor(ranks, dtype=torch.int32), torch.tensor(scales)
         return Adapter(self, self._host(mine, PAGE, "factors"), size, facts)
+
+    def _check_rank(self, rank: int) -> None:
+        most = self.pool.max_rank
+        require(1 <= rank <= most, f"rank must lie in 1..{most} (the pool's max_rank), got {rank}")
 
     def views(self, layer):
         return layer.a.unflatten(0, (-1, PAGE)), layer.b.unflatten(0, (-1, PAGE))
@@ -111,8 +115,10 @@ def _lora(config: Config, tensors: Tensors, linears: Sizes) -> dict[str, Factors
     plain(config, ("use_dora", *MORE))
     check_base(config)
     result = {}
-    for name, (a, b) in by_linear(config, tensors, linears, "lora_A.weight", "lora_B.weight").items():
-        (I, O), (r, scaling) = linears[name], rank_and_scaling(config, name)
+    found = by_linear(config, tensors, linears, "lora_A.weight", "lora_B.weight")
+    scaled = ranks_and_scalings(config, found)
+    for name, (a, b) in found.items():
+        (I, O), (r, scaling) = linears[name], scaled[name]
         check_shape(f"{name}.lora_A", a, (r, I))
         check_shape(f"{name}.lora_B", b, (O, r))
         result[name] = Factors(a, b, scaling)

@@ -71,8 +71,7 @@ class Kind:
         self.pool = pool
         self.open: dict[int, list[int]] = {}  # by page that has room for more, its free cells
 
-    @classmethod
-    def of_layers(cls, layers: Mapping[str, AdapterLinear]) -> Any:
+    def of_layers(self, layers: Mapping[str, AdapterLinear]) -> Any:
         """The parts of these layers of a file of lrkern's own, or None where they are not of this kind."""
         return None
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...files.check import check_shape, require
+from ...files.check import require
 from ...files.folder import Config, Tensors
-from ...files.projections import projections
+from ...files.projections import check_trained, projections
 from ...functional.projection import Basis, Projection, cols_of, project, rows_of
 from ...limits import PAGE
 from .kind import FAMILIES, Adapter, Kind, Sizes
@@ -48,8 +48,7 @@ class OverPair(Kind):
         self.pair: Pair | None = None  # what the first such adapter brought: once there is, it stays
         self.pairs: list[Pair]  # of it what each layer takes
 
-    @classmethod
-    def of_layers(cls, layers):
+    def of_layers(self, layers):
         pairs = {layer.shared_pair() for layer in layers.values()}
         if len(pairs) != 1 or None in pairs:
             return None
@@ -180,10 +179,11 @@ def _vera(config: Config, tensors: Tensors, linears: Sizes) -> Shared:
     plain(config, ("modules_to_save",))
     own = {k: t for k, t in tensors.items() if k not in ("base_model.vera_A", "base_model.vera_B")}
     found = by_linear(config, own, linears, "vera_lambda_d", "vera_lambda_b")
-    A, B = projections(config, tensors, [linears[name] for name in found])
-    for name, (d, b) in found.items():
-        check_shape(f"{name}.vera_lambda_d", d, (config["r"],))
-        check_shape(f"{name}.vera_lambda_b", b, linears[name][1:])
+    sizes = {name: linears[name] for name in found}
+    check_trained(config, tensors, sizes)
+    r, most = config["r"], PAGE * min(I for I, _ in sizes.values())
+    require(r <= most, f"rank must lie in 1..{most}, got {r}")  # what no pool takes, before a pair of it is drawn
+    A, B = projections(config, tensors, sizes.values())
     return Shared(A, B.mT, {name: Vectors(*vectors) for name, vectors in found.items()})
 
 
