@@ -120,7 +120,7 @@ class FusedLoRALinear(LowRankLinear):
         base, (a, b, scale), p = self.base_layer, self.factors(), self.lora_dropout
         if not self.use_dora:
             return F.lora_linear(x, base.weight, base.bias, a, b, scale, p, self.training)
-        norm, magnitude = self._cached_norm(base.weight, a, b, scale), self.lora_magnitude_vector.weight
+        norm, magnitude = self._cached_norm(base.weight, a, b, scale, self.training), self.lora_magnitude_vector.weight
         return F.dora_linear(x, base.weight, base.bias, a, b, magnitude, scale, p, self.training, norm)
 
     @torch.no_grad()
