@@ -57,14 +57,18 @@ class DoraNorm:
             self.clear()
             return norm()
         tensors = weight, a, b
-        state = _state(tensors)
-        if self._kept is not None and state is not None:
+        if (state := _state(tensors)) is None:
+            self.clear()
+            return norm()
+        if self._kept is not None:
             of, at, result = self._kept
             if all(map(operator.is_, of, tensors)) and at == (state, scale):
                 return result
-        result = norm()
-        fresh = state is not None and type(result) is Tensor  # nothing stays of a fake run
-        self._kept = (tensors, (state, scale), result) if fresh else None
+        with torch.inference_mode(False):  # a tensor that later calls in any mode may use
+            result = norm()
+        self._kept = (
+            (tensors, (state, scale), result) if type(result) is Tensor else None
+        )  # nothing stays of a fake run
         return result
 
     def __deepcopy__(self, memo) -> "DoraNorm":

@@ -80,6 +80,7 @@ def test_what_changes_a_factor_is_seen():
     changes = (
         lambda layer: layer.lora_A["a"].weight.mul_(1.5),
         lambda layer: layer.lora_B["b"].weight.data.mul_(0.5),
+        lambda layer: layer._modules["lora_A"]["a"].weight.data[0].add_(0.5),  # which no counter and no property sees
         lambda layer: layer.scaling.__setitem__("b", 0.3),
         lambda layer: setattr(layer.lora_A["c"], "weight", nn.Parameter(layer.lora_A["c"].weight * 2))
         if "c" in layer.lora_A else None,
