@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -85,6 +86,7 @@ class MixedTraining(Swapped):
             finally:
                 self.training = training
             stack.enter_context(_remembered(self, names))
+            stack.callback(_unhook, self)
             yield
 
     def _check(self, names: Any) -> None:
@@ -97,6 +99,15 @@ class MixedTraining(Swapped):
                     raise ValueError(
                         f"lrkern.peft: adapter_names must name plain LoRA adapters in training, got {name!r} ({variant})"
                     )
+
+
+def _unhook(model: nn.Module) -> None:
+    """PEFT leaves its hooks behind where a forward raises, out of memory say: the next one would have this one's names."""
+    for m in model.modules():
+        for key, hook in list(m._forward_pre_hooks.items()):
+            if isinstance(hook, partial) and hook.func is _adapter_names_pre_forward_hook:
+                del m._forward_pre_hooks[key]
+                m._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 # Activation checkpointing runs a part of the model again in backward, when PEFT's hooks that inject the names are gone. These
