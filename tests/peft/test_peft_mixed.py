@@ -74,6 +74,27 @@ def test_base_rows_keep_every_bit():
     assert torch.equal(run(ours)[10:20], run(stock)[10:20]), "row 1 is the base's"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_rows_are_those_of_one_active_adapter(grad, dtype):
+    """As PEFT's own test of mixed batches asks, but every bit: of the same batch with this adapter active, or disabled."""
+    _, ours = (m.to(dtype) for m in pair(layers=2))
+    rows = lambda y: y[: 10 * len(WHO)].unflatten(0, (len(WHO), 10)), lambda y: y[10 * len(WHO) :]
+    with mixed_calls() as calls:
+        got = run(ours, grad=grad)
+    assert len(calls) == 13 and got.requires_grad == grad
+    for name in {*WHO}:
+        at = [i for i, n in enumerate(WHO) if n == name]
+        if name == "__base__":
+            with ours.disable_adapter():
+                alone = run(ours, None, grad, rows=len(WHO))
+        else:
+            ours.set_adapter(name)
+            alone = run(ours, None, grad, rows=len(WHO))
+        for part in rows:
+            assert torch.equal(part(got)[at], part(alone)[at]), name
+
+
 def test_what_changes_a_factor_is_seen():
     stock, ours = pair()
     same(stock, ours)

@@ -9,7 +9,8 @@ import torch.distributed as dist
 import two_processes
 
 from minilm import (  # isort: skip
-    adapted, assert_as_exact, assert_report_is_true, assert_same, batch, bert, forward, fused_calls, lora_layers, peft, with_magnitudes,
+    adapted, assert_as_exact, assert_report_is_true, assert_same, batch, bert, forward, fused_calls, lora_config, lora_layers, peft,
+    with_magnitudes,
 )  # fmt: skip
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -33,9 +34,9 @@ def inputs(rank):
     return {"inputs_embeds": batch()["inputs_embeds"].roll(rank, 0) * (1 + rank)}
 
 
-def backward(model, rank, wrapper=None):
+def backward(model, rank, wrapper=None, **kwargs):
     """Output and gradients of the rank's batch; sharded gradients are gathered."""
-    y = forward(wrapper or model, **inputs(rank))
+    y = forward(wrapper or model, **inputs(rank), **kwargs)
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(3 + rank))
     (y.float() * g).sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -138,6 +139,33 @@ def fsdp2_before_patch(rank):
     model = sharded(adapted(2))
     lrkern.peft.patch(model)
     assert_same(fused(model, rank), mean_over_ranks(lambda: adapted(2), rank))
+
+
+@check
+def mixed_training(rank):
+    """Other names on each rank. DDP finds out that an adapter has no rows on one; FSDP2 reduces what has a gradient, so there
+    each rank must have rows of the same adapters."""
+
+    def make():
+        model = adapted(2)
+        torch.manual_seed(6)
+        model.add_adapter("b", lora_config(r=20))
+        model.set_requires_grad(["default", "b"])
+        lrkern.peft.patch(model, mixed_training=True)
+        return model.train()
+
+    def want(who):
+        runs, grads = [backward(make(), r, adapter_names=who[r]) for r in range(2)], {}
+        for name, grad in [*runs[0][1].items(), *runs[1][1].items()]:
+            grads[name] = grads.get(name, 0) + grad / 2
+        return runs[rank][0], grads
+
+    who = (["default", "b", "b"], ["__base__", "default", "default"])
+    model = make()
+    wrapper = DistributedDataParallel(model, find_unused_parameters=True)
+    assert_same(backward(model, rank, wrapper, adapter_names=who[rank]), want(who))
+    who = (["default", "b", "b"], ["b", "__base__", "default"])
+    assert_same(backward(sharded(make()), rank, adapter_names=who[rank]), want(who))
 
 
 @check
