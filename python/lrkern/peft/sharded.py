@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a forward finds where FSDP keeps shards of the parameters between forwards."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 
 @contextmanager
@@ -28,10 +28,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def _sharded(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Size, torch.dtype]]:
     """module, name, shape and dtype. torch tells no one how it shards: these are its own records, in 2.11 and after."""
-    if not torch.distributed.is_available():
-        return
-    for m in model.modules():
-        if isinstance(m, FSDPModule):
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for m in model.modules() if fsdp else ():  # who has not imported it has sharded nothing
+        if isinstance(m, fsdp.FSDPModule):
             state = m._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
             for p in (p for group in groups if group for p in group.fsdp_params):
@@ -45,7 +44,7 @@ def _sharded(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Size, tor
                     *zip(info.shared_modules, info.shared_param_names, strict=True),
                 ):
                     yield module, name, p.sharded_param.shape, low or p.sharded_param.dtype
-        elif isinstance(m, FullyShardedDataParallel) and m._handle is not None and m._handle._use_orig_params:
+        elif isinstance(m, fsdp.FullyShardedDataParallel) and m._handle is not None and m._handle._use_orig_params:
             flat, dtype = m._handle.flat_param, m._handle._fwd_bwd_param_dtype
             for info, shape in zip(flat._param_infos, flat._shapes, strict=True):
                 yield info.module, info.param_name, shape, dtype
