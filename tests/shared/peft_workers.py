@@ -9,11 +9,12 @@ import torch.distributed as dist
 import two_processes
 
 from minilm import (  # isort: skip
-    adapted, assert_as_exact, assert_same, batch, bert, forward, fused_calls, lora_layers, peft, with_magnitudes,
+    adapted, assert_as_exact, assert_report_is_true, assert_same, batch, bert, forward, fused_calls, lora_config, lora_layers, peft,
+    with_magnitudes,
 )  # fmt: skip
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,9 +34,9 @@ def inputs(rank):
     return {"inputs_embeds": batch()["inputs_embeds"].roll(rank, 0) * (1 + rank)}
 
 
-def backward(model, rank, wrapper=None):
+def backward(model, rank, wrapper=None, **kwargs):
     """Output and gradients of the rank's batch; sharded gradients are gathered."""
-    y = forward(wrapper or model, **inputs(rank))
+    y = forward(wrapper or model, **inputs(rank), **kwargs)
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(3 + rank))
     (y.float() * g).sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -44,6 +45,7 @@ def backward(model, rank, wrapper=None):
 
 def fused(model, rank, wrapper=None):
     """backward(), having run every layer on lrkern."""
+    assert_report_is_true(model, lambda m: forward(wrapper or m, **inputs(rank)), len(lora_layers(model)))
     with fused_calls() as calls:
         result = backward(model, rank, wrapper)
     assert calls.total() == len(lora_layers(model)), calls
@@ -59,7 +61,13 @@ def mean_over_ranks(make, rank):
 def patched(make=lambda: adapted(2)):
     model = make()
     report = lrkern.peft.patch(model)
-    assert report.fused == len(report.layers), str(report)
+    assert report.fused == len(report.layers) == len(lora_layers(model)), str(report)
+    return model
+
+
+def patched_any(make):
+    model = make()
+    lrkern.peft.patch(model)
     return model
 
 
@@ -134,11 +142,71 @@ def fsdp2_before_patch(rank):
 
 
 @check
+def mixed_training(rank):
+    """Other names on each rank. DDP finds out that an adapter has no rows on one; FSDP2 reduces what has a gradient, so there
+    each rank must have rows of the same adapters."""
+
+    def make():
+        model = adapted(2)
+        torch.manual_seed(6)
+        model.add_adapter("b", lora_config(r=20))
+        model.set_requires_grad(["default", "b"])
+        lrkern.peft.patch(model, mixed_training=True)
+        return model.train()
+
+    def want(who):
+        runs, grads = [backward(make(), r, adapter_names=who[r]) for r in range(2)], {}
+        for name, grad in [*runs[0][1].items(), *runs[1][1].items()]:
+            grads[name] = grads.get(name, 0) + grad / 2
+        return runs[rank][0], grads
+
+    who = (["default", "b", "b"], ["__base__", "default", "default"])
+    model = make()
+    wrapper = DistributedDataParallel(model, find_unused_parameters=True)
+    assert_same(backward(model, rank, wrapper, adapter_names=who[rank]), want(who))
+    who = (["default", "b", "b"], ["b", "__base__", "default"])
+    assert_same(backward(sharded(make()), rank, adapter_names=who[rank]), want(who))
+
+
+@check
+def fsdp2_reports_what_is_not_fused(rank):
+    """A rank that is too large, a dtype that only the gathered factors have, factors that are still sharded when gathered."""
+    wide = lambda: adapted(1, target_modules=["query", "key"], rank_pattern={"key": 600}, use_dora=False)
+    for options in (
+        {},
+        {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
+        {"reshard_after_forward": False},
+    ):
+        assert_report_is_true(sharded(patched_any(wide), **options), fused=1)
+    model = sharded(
+        patched_any(lambda: adapted(1).to(torch.float64)), mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32)
+    )
+    assert_report_is_true(model, lambda m: forward(m, inputs_embeds=inputs(rank)["inputs_embeds"].double()), fused=7)
+    model = sharded(adapted(1))
+    before = dict(model.named_parameters())
+    assert lrkern.peft.report(model).fused == 0, "not patched"
+    assert lrkern.peft.patch(model).fused == 7
+    assert all(before[name] is p for name, p in model.named_parameters())
+
+
+@check
+def fsdp2_offloaded_and_checkpointed(rank):
+    want = mean_over_ranks(lambda: adapted(2), rank)
+    model = sharded(patched().train(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    assert_report_is_true(model, lambda m: backward(m, rank), fused=13)
+    model.zero_grad()
+    assert_same(backward(model, rank), want)
+
+
+@check
 def fsdp1(rank):
     """The older FSDP swaps plain tensors in for the parameters during forward and backward."""
     for make in (lambda: adapted(2), lambda: adapted(2, use_dora=True)):
         want, model = mean_over_ranks(make, rank), patched(make)
         wrapper = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        with torch.no_grad():
+            assert_report_is_true(wrapper, lambda m: forward(m, **inputs(rank)), fused=13)
         with fused_calls() as calls:
             y = forward(wrapper, **inputs(rank))
         assert calls.total() == 13
@@ -266,7 +334,10 @@ def dtensor_layer(rank):
                 for name, p in list(module.named_parameters()):
                     local = distribute_tensor(p.detach(), mesh, [placement])
                     module.register_parameter(name, torch.nn.Parameter(local, p.requires_grad))
-        y = layer(distribute_tensor(x, mesh, [Replicate()]) if shard else x)
+        given = distribute_tensor(x, mesh, [Replicate()]) if shard else x
+        if ours:
+            assert_report_is_true(model, lambda m, layer=layer, given=given: layer(given))
+        y = layer(given)
         whole = y.full_tensor() if shard else y
         whole.cos().sum().backward()
         grads = {n: p.grad.full_tensor() if shard else p.grad for n, p in layer.named_parameters() if p.requires_grad}

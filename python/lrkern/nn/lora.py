@@ -159,7 +159,7 @@ class FusedLoRALinear(LowRankLinear):
         (a, b, scale), p = self.factors(), self.lora_dropout
         if not self.use_dora:
             return F.lora_linear(x, weight, bias, a, b, scale, p, self.training)
-        norm, magnitude = self._cached_norm(weight, a, b, scale), self.lora_magnitude_vector.weight
+        norm, magnitude = self._cached_norm(weight, a, b, scale, self.training), self.lora_magnitude_vector.weight
         return F.dora_linear(x, weight, bias, a, b, magnitude, scale, p, self.training, norm)
 
     def _beside(self, y: Tensor, x: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class FusedLoRALinear(LowRankLinear):
         if not self.use_dora:
             return add_low_rank(y, x, a, b, scale, p, self.training)
         weight, magnitude = base.weight, self.lora_magnitude_vector.weight
-        g = magnitude / self._cached_norm(weight, a, b, scale)
+        g = magnitude / self._cached_norm(weight, a, b, scale, self.training)
         if self.training and p:
             x = torch.dropout(x, p, True)
             product, p = nn.functional.linear(x, weight.to(x.dtype)), 0.0

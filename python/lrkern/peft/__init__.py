@@ -10,6 +10,8 @@ base runs untouched and lrkern adds the low-rank part. DoRA is fused over both. 
 from the layer as it then is (``layer.Patched``); what is not fused runs PEFT's own forward. Only a layer's class changes:
 parameters, state_dict, configs and files stay PEFT's, and nothing in PEFT is monkeypatched.
 
+``patch(model, mixed_training=True)``: PEFT's mixed batches, adapter_names=, may also train, several adapters at once.
+
 Adapter files of lrkern's own modules: ``save_adapter`` and ``load_adapter`` write and read PEFT's format (safetensors
 only).
 """
@@ -21,13 +23,16 @@ from torch import nn
 
 from ..files.folder import rank_and_scaling, read_adapter, write_adapter  # noqa: F401
 from ..files.lora import load_adapter, save_adapter
-from .layer import KINDS, Patched, cannot_patch, patch_layer
+from .layer import KINDS, Patched, Swapped, cannot_patch, patch_layer, swap_back
 
 # isort: off
 from .lora import FusedLora as _Fused, _create, register  # noqa: F401, the first two for pickles of 0.1
 from .vera import FusedVera  # noqa: F401, the kinds of layers in the order that messages name them
 from .randlora import FusedRandLora  # noqa: F401
+
 # isort: on
+from .mixed import allow_training
+from .sharded import gathered
 
 __all__ = ["Report", "load_adapter", "patch", "register", "report", "save_adapter", "unpatch"]
 
@@ -58,25 +63,33 @@ def _layers(model: nn.Module, who: str) -> dict[str, BaseTunerLayer]:
     return layers
 
 
-def patch(model: nn.Module) -> Report:
-    """Makes the LoRA, VeRA and RandLoRA linears of a PEFT model run on lrkern, in place, and reports per layer."""
-    return Report({name: patch_layer(layer) for name, layer in _layers(model, "patch").items()})
+def patch(model: nn.Module, mixed_training: bool = False) -> Report:
+    """Makes the LoRA, VeRA and RandLoRA linears of a PEFT model run on lrkern, in place, and reports per layer.
+
+    mixed_training: ``adapter_names=`` is taken while the model trains too, where PEFT raises: a batch trains those of its
+    adapters that require gradients. Without it PEFT's refusal stays.
+    """
+    layers = _layers(model, "patch")
+    if mixed_training:
+        allow_training(model)
+    for layer in layers.values():
+        patch_layer(layer)
+    return report(model)
 
 
 def report(model: nn.Module) -> Report:
-    """What each adapted layer of the model would do if it were called now. Changes nothing."""
+    """What each adapted layer of the model would do if it were called now, with what FSDP has sharded gathered. Changes
+    nothing, and asks nothing of other processes."""
     layers = _layers(model, "report").items()
-    return Report({n: m._why() if isinstance(m, Patched) else cannot_patch(m) or "not patched" for n, m in layers})
+    with gathered(model):
+        return Report({n: m._why() if isinstance(m, Patched) else cannot_patch(m) or "not patched" for n, m in layers})
 
 
 def unpatch(model: nn.Module) -> None:
-    """Gives every layer that ``patch`` or ``register`` took its PEFT class back."""
-    patched = [m for m in model.modules() if isinstance(m, Patched)]
-    for m in patched:
+    """Gives everything that ``patch`` or ``register`` took its PEFT class back."""
+    swapped = [m for m in model.modules() if isinstance(m, Swapped)]
+    for m in swapped:
         if "_lrkern_base" not in type(m).__dict__:  # such as FSDP2's own subclass of a layer
             raise RuntimeError(f"lrkern.peft.unpatch: {type(m).__name__} was made of a patched layer, undo that first")
-    for m in patched:
-        derived = type(m)._lrkern_mixin._derived
-        m.__class__ = type(m)._lrkern_base
-        for key in derived:
-            m.__dict__.pop(key, None)
+    for m in swapped:
+        swap_back(m)

@@ -20,14 +20,25 @@ class Plan(NamedTuple):
     adapters: list[tuple]  # the active ones, as ``_adapter`` gives them
 
 
-class Patched:
-    """Comes before a layer's PEFT class; ``patch`` makes one by swapping the layer's class.
+class Swapped:
+    """Comes before a module's PEFT class in the class that ``patch`` gives it."""
+
+    _derived: ClassVar[dict[str, Callable[[], Any]]] = {}  # attributes of its own, and what makes them
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        make, args, *state = super().__reduce_ex__(protocol)
+        if "_lrkern_base" not in args[0].__dict__:
+            return make, args, *state
+        return _rebuild, (args[0]._lrkern_mixin, args[0]._lrkern_base), *state
+
+
+class Patched(Swapped):
+    """A layer.
 
     A subclass says for which of PEFT's layers it is and how an adapter acts. Its adapters are what the functional forms take
     after x and what is x's base, and the rest of the call follows.
     """
 
-    _derived: ClassVar[dict[str, Callable[[], Any]]] = {}  # of its weights: caches, by attribute
     _method: ClassVar[str]  # the kind of layer in messages
     _forwards: ClassVar[str]  # the module or package of the forwards that it stands for
     _no_linear: ClassVar[tuple[type, ...]] = ()  # what is of this kind and no linear
@@ -97,12 +108,6 @@ class Patched:
             y = self._add(y, x, adapter)
         return y
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        make, args, *state = super().__reduce_ex__(protocol)
-        if "_lrkern_base" not in args[0].__dict__:
-            return make, args, *state
-        return _rebuild, (args[0]._lrkern_mixin, args[0]._lrkern_base), *state
-
 
 KINDS: dict[type, type[Patched]] = {}  # by PEFT's class of layers
 
@@ -119,15 +124,22 @@ def cannot_patch(layer: BaseTunerLayer) -> str | None:
     return None
 
 
-def patch_layer(layer: BaseTunerLayer) -> str | None:
-    """Patches it where it can be; what ``report`` says of it then."""
-    if not isinstance(layer, Patched):
-        if why := cannot_patch(layer):
-            return why
-        kind = _kind_of(layer)
-        layer.__dict__.update({key: make() for key, make in kind._derived.items()})
-        layer.__class__ = patched_class(kind, type(layer))
-    return layer._why()
+def patch_layer(layer: BaseTunerLayer) -> None:
+    """Patches it where it can be."""
+    if not isinstance(layer, Patched) and not cannot_patch(layer):
+        swap(_kind_of(layer), layer)
+
+
+def swap(mixin: type[Swapped], m: nn.Module) -> None:
+    m.__dict__.update({key: make() for key, make in mixin._derived.items()})
+    m.__class__ = patched_class(mixin, type(m))
+
+
+def swap_back(m: Swapped) -> None:
+    derived = type(m)._lrkern_mixin._derived
+    m.__class__ = type(m)._lrkern_base
+    for key in derived:
+        m.__dict__.pop(key, None)
 
 
 def _kind_of(layer: BaseTunerLayer) -> type[Patched]:
@@ -135,13 +147,13 @@ def _kind_of(layer: BaseTunerLayer) -> type[Patched]:
 
 
 @functools.cache
-def patched_class(mixin: type[Patched], cls: type) -> type:
+def patched_class(mixin: type[Swapped], cls: type) -> type:
     """The patched subclass of a PEFT class, of the same name: repr stays PEFT's."""
     names = {"__module__": __name__, "__doc__": cls.__doc__, "_lrkern_base": cls, "_lrkern_mixin": mixin}
     return type(cls.__name__, (mixin, cls), names)
 
 
-def _rebuild(mixin: type[Patched], cls: type) -> nn.Module:
+def _rebuild(mixin: type[Swapped], cls: type) -> nn.Module:
     made = patched_class(mixin, cls)
     return made.__new__(made)
 

@@ -16,10 +16,10 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from .. import functional as F
-from .. import ops
-from ..caches import DoraNorm, MixedFactors
+from ..caches import DoraNorm
 from ..limits import DTYPES, MAX_RANK
-from .layer import PLAIN, Patched, Plan, dropout_p, hooked, patch_layer
+from .layer import PLAIN, Patched, Plan, dropout_p, hooked, patch_layer, plain_linear
+from .mixed import NAMED, check_again, in_order
 
 
 class _Adapter(NamedTuple):
@@ -31,7 +31,7 @@ class _Adapter(NamedTuple):
 
 
 class FusedLora(Patched, layers=LoraLayer):
-    _derived: ClassVar = {"_lrkern_norm": DoraNorm, "_lrkern_mixed": MixedFactors}
+    _derived: ClassVar = {"_lrkern_norm": DoraNorm, NAMED: bool}
     _method, _forwards = "LoRA", "peft.tuners.lora."
     _no_linear = (Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, ParamWrapper)
 
@@ -90,6 +90,8 @@ class FusedLora(Patched, layers=LoraLayer):
         return super()._takes(plan, x)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.training and not torch.compiler.is_compiling():
+            check_again(self, "adapter_names" in kwargs)
         if kwargs.keys() == {"adapter_names"} and not args:
             names = kwargs["adapter_names"]
             adapters = self._mixture(x, names)
@@ -101,8 +103,8 @@ class FusedLora(Patched, layers=LoraLayer):
         if f.magnitude is None:
             return F.lora_linear(x, weight, bias, *f[:4])
         norm_of: DoraNorm = self.__dict__["_lrkern_norm"]
-        p = f.dropout_p if self.training else 0.0
-        return F.dora_linear(x, weight, bias, f.a, f.b, f.magnitude, f.scale, p, True, norm_of(weight, *f[:3]))
+        p, norm = f.dropout_p if self.training else 0.0, norm_of(weight, *f[:3], self.training)
+        return F.dora_linear(x, weight, bias, f.a, f.b, f.magnitude, f.scale, p, True, norm)
 
     def _add(self, y: Tensor, x: Tensor, f: _Adapter) -> Tensor:
         if f.magnitude is None:
@@ -111,7 +113,7 @@ class FusedLora(Patched, layers=LoraLayer):
         p, base = f.dropout_p if self.training else 0.0, self._modules["base_layer"]
         turn = self.__dict__.get("fan_in_fan_out", False)
         dense = functools.cache(lambda: transpose(dequantize_module_weight(base), turn).to(x.dtype))
-        g = f.magnitude / norm_of(base.weight, *f[:3], dense)
+        g = f.magnitude / norm_of(base.weight, *f[:3], self.training, dense)
         if p:
             x = torch.dropout(x, p, True)
             product = nn.functional.linear(x, dense())
@@ -131,32 +133,28 @@ class FusedLora(Patched, layers=LoraLayer):
             if name == "__base__" or name not in self._modules["lora_A"]._modules:
                 continue
             adapter = "a variant" if name in self.lora_variant else self._adapter(name)
-            if isinstance(adapter, str) or adapter.dropout_p:
-                return None
-            if torch.is_grad_enabled() and any(t.requires_grad for t in (x, adapter.a, adapter.b)):
+            if isinstance(adapter, str):
                 return None
             found[name] = adapter
         return found
 
     def _mixed(self, x: Tensor, names: list[str], adapters: dict[str, _Adapter]) -> Tensor:
-        y = self._modules["base_layer"](x)
+        """Each adapter by the op of a batch of its own, on its rows: their bits are those of that batch, forward and in the
+        gradients of A and B, whatever the other rows are."""
+        base = self._modules["base_layer"]
+        if adapters and all(name == names[0] for name in names):
+            plan = self._over(*plain_linear(base), [*adapters.values()])
+            if not isinstance(plan, str) and self._takes(plan, x):
+                return self._run(plan, x)
+        y = base(x)
         if not adapters:
             return y
-        dtypes = {x.dtype, y.dtype, *(f.a.dtype for f in adapters.values())}
-        cached: MixedFactors = self.__dict__["_lrkern_mixed"]
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        a_pool, b_pool, *where = cached([(f.a, f.b) for f in adapters.values()], dtype)
-        number, times = {name: i for i, name in enumerate(adapters)}, x.shape[:-1].numel() // len(names)
-        index = torch.tensor([number.get(name, -1) for name in names], dtype=torch.int32)
-        scales = torch.tensor([adapters[name].scale if name in adapters else 0.0 for name in names])
-        index, scales = (t.to(x.device).repeat_interleave(times) for t in (index, scales))
-        plan = ops.multi_lora_plan(index, len(adapters))
-        s = ops.multi_lora_shrink(x, a_pool, *where, plan, scales)
-        return ops.multi_lora_expand(y, s, b_pool, *where, plan)
+        rows, back = in_order(names, adapters, y, x)
+        without = [rows.pop(0)[0]] if len(rows) > len(adapters) else []
+        return back(without + [_add_low_rank(*yx, *f[:4]) for yx, f in zip(rows, adapters.values(), strict=True)])
 
     def _forget(self) -> None:
-        for key in self._derived:
-            self.__dict__[key].clear()
+        self.__dict__["_lrkern_norm"].clear()
 
     def train(self, mode: bool = True):
         self._forget()
