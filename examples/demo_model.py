@@ -70,7 +70,7 @@ def progress(*args: Any, **options: Any) -> tqdm:
     if sys.stderr.isatty():
         return tqdm(*args, leave=False, **options)
     plain = dict(file=_Plain(), mininterval=8.0, delay=8.0, bar_format="{desc} {n_fmt} of {total_fmt}, {elapsed}")
-    return tqdm(*args, leave=False, **options, **plain)
+    return tqdm(*args, leave=False, **options | plain | dict(position=0))
 
 
 def base_path() -> str:
