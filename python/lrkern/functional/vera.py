@@ -11,13 +11,18 @@ from .projection import Basis, Projection, matmul, save, saved, scale_of
 __all__ = ["vera_add", "vera_linear"]
 
 
+def _wide(d: Tensor) -> bool:
+    """Whether x Aᵀ and its gradient are float32 over a generated A, whose scale they lack: they may leave float16's range."""
+    return d.dtype != torch.bfloat16
+
+
 class _Vera(Function):
     """y + b ⊙ ((c d ⊙ (x Aᵀ)) B), y = x Wᵀ + bias or given; c the scales of A and B, B stored as [r, out]."""
 
     @staticmethod
     def forward(ctx, y, x, weight, bias, d, b, A, B, save_output):
         d32, b32, c = d.float().contiguous(), b.float().contiguous(), scale_of(A) * scale_of(B)
-        wide = d.dtype == torch.float32
+        wide = _wide(d)
         u = matmul(x, A, True, wide=wide)
         out, w = base.output(y, x, weight, bias), None
         if save_output:
@@ -34,7 +39,7 @@ class _Vera(Function):
     def backward(ctx, dy):
         A, B, x, weight, d, b, u, w = saved(ctx)
         need_y, *need, need_d, need_b = ctx.needs_input_grad[:6]
-        wide, v, dd, db = d.dtype == torch.float32, ctx.c * d.float(), None, None
+        wide, v, dd, db = _wide(d), ctx.c * d.float(), None, None
         with torch.autocast(dy.device.type, enabled=False):  # as forward ran, wherever backward() is called
             dx, dw, dbias = base.gradients(need, dy, x, weight)
             if need[0] or need_d:
