@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import lrkern.functional as F
 import lrkern.ops
 from lrkern.reference import OPS
 
@@ -197,3 +198,32 @@ def test_s_beside_float16():
         assert lrkern.ops.linear_expand(None, None, None, s, b).dtype == torch.float16
     with pytest.raises(RuntimeError, match=r"s must be float32 or float16 \(the dtype of b\), got bfloat16"):
         lrkern.ops.linear_expand(None, None, bias, torch.randn(T, R).bfloat16(), b)
+
+
+def test_functional_forms_refuse_what_torch_would_broadcast_or_ignore():
+    x, w, a, b, m = (torch.randn(*n) for n in ((T, I), (O, I), (R, I), (O, R), (O,)))
+    A, B, d = torch.randn(R, I), torch.randn(R, O), torch.randn(R)
+    lam, gam, rand_a, rand_b = (torch.randn(*n) for n in ((R, 3), (3, O), (R, O), (3 * R, I)))
+    forms = {
+        "lora_linear": lambda p: F.lora_linear(x, w, None, a, b, 1.0, p, False),
+        "lora_add": lambda p: F.lora_add(x @ w.T, x, a, b, 1.0, p, False),
+        "dora_linear": lambda p: F.dora_linear(x, w, None, a, b, m, 1.0, p, False),
+        "vera_linear": lambda p: F.vera_linear(x, w, None, d, m, A, B, p, False),
+        "vera_add": lambda p: F.vera_add(x @ w.T, x, d, m, A, B, p, False),
+        "randlora_linear": lambda p: F.randlora_linear(x, w, None, lam, gam, rand_a, rand_b, 1.0, p, False),
+    }
+    for name, call in forms.items():
+        assert call(0.5).shape == (T, O)
+        for p in (-0.5, 1.5, math.nan):
+            with pytest.raises(RuntimeError, match=rf"lrkern::{name}: dropout_p must lie in \[0, 1\], got {p}"):
+                call(p)
+    with pytest.raises(RuntimeError, match=rf"dora_linear: magnitude must have shape \[O\] = \[{O}\], got \[1\]"):
+        F.dora_linear(x, w, None, a, b, m[:1])
+    with pytest.raises(RuntimeError, match=rf"vera_linear: d must have shape \[r\] = \[{R}\], got \[1\]"):
+        F.vera_linear(x, w, None, d[:1], m, A, B)
+    with pytest.raises(RuntimeError, match=rf"vera_linear: b must have shape \[O\] = \[{O}\], got \[1\]"):
+        F.vera_linear(x, w, None, d, m[:1], A, B)
+    with pytest.raises(
+        RuntimeError, match=rf"randlora_linear: lam must have shape \[r, n\] = \[{R}, 3\], got \[{R}, 1\]"
+    ):
+        F.randlora_linear(x, w, None, lam[:, :1], gam, rand_a, rand_b)

@@ -53,8 +53,9 @@ def dora_linear(
     x [..., I]; weight [O, I]; bias [O] or None; a [R, I]; b [O, R]; magnitude [O], float32 or of x's dtype;
     norm: ``dora_norm(weight, a, b, scale)`` where it is known.
     """
+    base.of_shape("dora_linear", "magnitude", magnitude, "[O]", len(weight))
     g = magnitude / (dora_norm(weight, a, b, scale) if norm is None else norm)
-    p = dropout_p if training else 0.0
+    p = base.probability("dora_linear", dropout_p) * training
     if base.cast(x.new_empty(0))[0].dtype == torch.float16:
         return _in_float16(x, weight, bias, a, b, g.float(), scale, p)
     gb = (g[:, None] * b).to(b.dtype)

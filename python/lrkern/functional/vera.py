@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import base
-from .projection import Basis, Projection, matmul, save, saved, scale_of
+from .projection import Basis, Projection, cols_of, matmul, rows_of, save, saved, scale_of
 
 __all__ = ["vera_add", "vera_linear"]
 
@@ -65,6 +65,12 @@ def _db(dy: Tensor, u: Tensor, v: Tensor, B: Projection, w: Tensor | None) -> Te
     return p.mul_(B._replace(scale=1.0).fill(p) if isinstance(B, Basis) else B).sum(0)
 
 
+def _check(form: str, d: Tensor, b: Tensor, A: Projection, B: Projection, dropout_p: float) -> None:
+    base.probability(form, dropout_p)
+    base.of_shape(form, "d", d, "[r]", rows_of(A))
+    base.of_shape(form, "b", b, "[O]", cols_of(B))
+
+
 def vera_linear(
     x: Tensor,
     weight: Tensor,
@@ -83,6 +89,7 @@ def vera_linear(
     ``Basis`` or frozen tensors. Saves x Aᵀ [T, r], and x where weight trains; db costs a GEMM that ``save_output`` saves by
     keeping [T, O].
     """
+    _check("vera_linear", d, b, A, B, dropout_p)
     return base.beside(_Vera, None, x, weight, bias, dropout_p, training, d, b, A, B, save_output)
 
 
@@ -98,4 +105,5 @@ def vera_add(
     save_output: bool = False,
 ) -> Tensor:
     """y + b ⊙ ((d ⊙ (dropout(x) Aᵀ)) B) as a new tensor, beside a base layer of any kind that gave y."""
+    _check("vera_add", d, b, A, B, dropout_p)
     return base.beside(_Vera, y, x, None, None, dropout_p, training, d, b, A, B, save_output)
