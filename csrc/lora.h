@@ -12,9 +12,17 @@
 // and rounds once. N is reduced in chunks of a fixed length, added in order: one row's bits do not depend on T.
 #pragma once
 
+#include <type_traits>
+
 #include "rng.h"
 
 namespace lrk {
+
+// S and dS have the factors' type, but are fp32 beside fp16 factors: with a scale folded in they leave fp16's range where
+// PEFT's order of the same products stays inside.
+constexpr DType s_dtype(DType factor) { return factor == DType::kF16 ? DType::kF32 : factor; }
+template <class F>
+using TypeOfS = std::conditional_t<std::is_same_v<F, f16>, float, F>;
 
 constexpr int kMaxRank = 512;
 constexpr int kCpuChunk = 512, kCudaChunk = 256;  // columns of N summed at a time
@@ -45,7 +53,7 @@ struct Factor {
 struct LoraShrinkParams {
   const void* x;  // [T, N] dtype
   Factor u;       // [R, N] factor_dtype
-  void* s;        // [T, R] factor_dtype, contiguous
+  void* s;        // [T, R] s_dtype(factor_dtype), contiguous
   int64_t T, N, x_pitch;
   int32_t R;
   DType dtype, factor_dtype;
@@ -59,7 +67,7 @@ struct LoraExpandParams {
   const void* base;         // [T, N] dtype; y itself to add in place; null for zeros
   const float* base_scale;  // c [N]; null for ones
   const void* bias;         // [N] dtype; null for zeros
-  const void* s;            // [T, R] factor_dtype, contiguous
+  const void* s;            // [T, R] s_dtype(factor_dtype), contiguous
   Factor u;                 // [R, N] factor_dtype
   int64_t T, N, y_pitch, base_pitch;
   int32_t R;
@@ -70,7 +78,7 @@ struct LoraExpandParams {
 };
 
 struct LoraWgradParams {
-  const void* s;  // [T, R] factor_dtype, contiguous
+  const void* s;  // [T, R] s_dtype(factor_dtype), contiguous
   const void* x;  // [T, N] dtype
   void* g;        // [R, N] factor_dtype at strides (g_stride_r, g_stride_n): dA as (I, 1), dB [O, R] as (1, R)
   int64_t g_stride_r, g_stride_n;

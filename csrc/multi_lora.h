@@ -57,7 +57,7 @@ struct MultiLoraShrinkParams {
   Adapters adapters;
   const void* x;        // [T, N] dtype
   const void* pool;     // [P, N] factor_dtype, contiguous
-  void* s;              // [T, K, L, R] factor_dtype, contiguous
+  void* s;              // [T, K, L, R] s_dtype(factor_dtype), contiguous
   const float* scales;  // [T, K], or null for ones
   int64_t N, x_pitch;
   DType dtype, factor_dtype;
@@ -67,7 +67,7 @@ struct MultiLoraExpandParams {
   Adapters adapters;
   void* y;           // [T, N] dtype
   const void* base;  // [T, N] dtype; y itself to add in place
-  const void* s;     // [T, K, L, R] factor_dtype, contiguous
+  const void* s;     // [T, K, L, R] s_dtype(factor_dtype), contiguous
   const void* pool;  // [P, N] factor_dtype, contiguous
   int64_t N, y_pitch, base_pitch;
   DType dtype, factor_dtype;
@@ -75,7 +75,7 @@ struct MultiLoraExpandParams {
 
 struct MultiLoraWgradParams {
   Adapters adapters;
-  const void* s;  // [T, K, L, R] factor_dtype, contiguous
+  const void* s;  // [T, K, L, R] s_dtype(factor_dtype), contiguous
   const void* x;  // [T, N] dtype
   void* g;        // [P, N] factor_dtype, zeros: pages of adapters that have rows in this batch are written
   int64_t N, x_pitch;
@@ -87,7 +87,7 @@ struct MultiLoraGatherParams {
   Adapters adapters;    // without dropout
   const int64_t* ids;   // [T], below N; one out of range (CUDA) gives NaN in its row, and no gradient
   const void* pool;     // [P, N] factor_dtype, contiguous
-  void* s;              // [T, K, L, R] factor_dtype, contiguous
+  void* s;              // [T, K, L, R] s_dtype(factor_dtype), contiguous
   const float* scales;  // [T, K], or null for ones
   int64_t N;
   DType factor_dtype;
@@ -95,7 +95,7 @@ struct MultiLoraGatherParams {
 struct MultiLoraScatterParams {
   Adapters adapters;
   const int64_t* ids;
-  const void* s;  // [T, K, L, R] factor_dtype, contiguous
+  const void* s;  // [T, K, L, R] s_dtype(factor_dtype), contiguous
   float* g;       // [P, N] zeros; rows of a token are added in order
   int64_t N;
   DType factor_dtype;

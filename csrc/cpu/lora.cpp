@@ -11,10 +11,10 @@ namespace {
 constexpr int kRun = 10;  // shrink: tiles a thread takes through all of N at once
 
 // S's rows [t0, t0 + rows) of ranks [r0, r0 + ranks) as fp32: S itself, or in `tile` [rows][ranks].
-template <class F>
+template <class S>
 View s_tile(const void* s, int64_t R, int64_t t0, int rows, int64_t r0, int ranks, float* tile) {
-  const F* src = static_cast<const F*>(s) + t0 * R + r0;
-  if constexpr (sizeof(F) == 4) return {src, R};
+  const S* src = static_cast<const S*>(s) + t0 * R + r0;
+  if constexpr (sizeof(S) == 4) return {src, R};
   for (int t = 0; t < rows; ++t)
     for (int r = 0; r < ranks; ++r) tile[t * ranks + r] = to_float(src[t * R + r]);
   return {tile, ranks};
@@ -34,8 +34,9 @@ void for_each_run(int64_t begin, int64_t end, int64_t inner, int64_t most, const
 
 template <class X, class F>
 void shrink(const LoraShrinkParams& p) {
+  using S = TypeOfS<F>;
   const X* x = static_cast<const X*>(p.x);
-  F* s = static_cast<F*>(p.s);
+  S* s = static_cast<S*>(p.s);
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
   const CpuTasks tasks = choose_lora_cpu_shrink(p.T, p.N, p.R);
   const int64_t tiles = ceil_div(p.T, kCpuTokens), block = tasks.ranks;
@@ -62,7 +63,7 @@ void shrink(const LoraShrinkParams& p) {
         }
       }
       for (int64_t t = 0; t < rows; ++t)
-        for (int r = 0; r < ranks; ++r) s[(t0 + t) * p.R + r0 + r] = from_float<F>(p.scale * acc[t * kCpuRanks + r]);
+        for (int r = 0; r < ranks; ++r) s[(t0 + t) * p.R + r0 + r] = from_float<S>(p.scale * acc[t * kCpuRanks + r]);
     });
   });
 }
@@ -114,7 +115,7 @@ void expand(const LoraExpandParams& p) {
       const View u = factor_tile<F>(p.u, 0, p.R, n0, n, u_tile);
       for (int64_t t0 = first * kCpuTokens; t0 < last; t0 += kCpuTokens) {
         const int rows = static_cast<int>(std::min<int64_t>(kCpuTokens, last - t0));
-        const View s = s_tile<F>(p.s, p.R, t0, rows, 0, p.R, s_rows);
+        const View s = s_tile<TypeOfS<F>>(p.s, p.R, t0, rows, 0, p.R, s_rows);
         if (p.R <= kCpuRanks && n % kBlock == 0 && !p.dropout.threshold) {  // sums go from registers to y
           for (int m0 = 0; m0 < rows; m0 += kRows)
             with_count<kRows>(std::min(rows - m0, kRows), [&](auto M) {
@@ -201,7 +202,7 @@ void wgrad_block(const LoraWgradParams& p, int64_t r0, int ranks, int64_t n0, in
     for (int64_t t0 = start; t0 < last; t0 += kCpuTokens) {
       const int rows = static_cast<int>(std::min<int64_t>(kCpuTokens, last - t0));
       load_tile(static_cast<const X*>(p.x), p.x_pitch, t0, rows, n0, n, p.dropout, seed, tile);
-      const View s = s_tile<F>(p.s, p.R, t0, rows, r0, ranks, s_rows), x{tile, kPitch};
+      const View s = s_tile<TypeOfS<F>>(p.s, p.R, t0, rows, r0, ranks, s_rows), x{tile, kPitch};
       const Ahead next = Ahead::of(static_cast<const X*>(p.x) + (t0 + rows) * p.x_pitch + n0, p.x_pitch,
                                    std::min<int64_t>(kCpuTokens, p.T - t0 - rows), n);
       outer_tiles(t0 > start, s.data, 1, s.pitch, x, rows, ranks, n, sum, next);
@@ -248,12 +249,13 @@ void shrink_wgrad(const LoraShrinkWgradParams& both, float* partial) {
       wgrad_block<X, F>(both.wgrad, 0, p.R, c * kChunk, n, sums, &u, partial + c * count);
     }
   });
-  F* s = static_cast<F*>(p.s);
+  using S = TypeOfS<F>;
+  S* s = static_cast<S*>(p.s);
   parallel_for(count, 16384, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       float sum = 0.f;
       for (int64_t c = 0; c < chunks; ++c) sum += partial[c * count + i];
-      s[i] = from_float<F>(p.scale * sum);
+      s[i] = from_float<S>(p.scale * sum);
     }
   });
 }

@@ -85,11 +85,12 @@ struct ShrinkTask {
 template <class X, class F>
 void shrink(const MultiLoraShrinkParams& p) {
   const Adapters& d = p.adapters;
+  using S = TypeOfS<F>;
   const X* x = static_cast<const X*>(p.x);
-  F* s = static_cast<F*>(p.s);
+  S* s = static_cast<S*>(p.s);
   const int64_t slot = d.L * ranks_of(d), T = d.T;
   for (int64_t i = 0; i < T * d.K; ++i)  // of the slices at hand
-    std::memset(static_cast<void*>(s + i * slot + d.first * ranks_of(d)), 0, d.slices * ranks_of(d) * sizeof(F));
+    std::memset(static_cast<void*>(s + i * slot + d.first * ranks_of(d)), 0, d.slices * ranks_of(d) * sizeof(S));
 
   const int most = cpu_page_ranks(T * d.K);
   std::vector<ShrinkTask> tasks;
@@ -136,8 +137,8 @@ void shrink(const MultiLoraShrinkParams& p) {
         const float scale = p.scales ? p.scales[row * d.K + rows.k] : 1.f;
         for (int j = 0; j < count; ++j) {
           const RankRun& run = runs[task.begin + j];
-          F* out = s + s_offset(d, row, rows.k, run);
-          for (int r = 0; r < run.ranks; ++r) out[r] = from_float<F>(scale * acc[t * kCpuRanks + j * kPageRanks + r]);
+          S* out = s + s_offset(d, row, rows.k, run);
+          for (int r = 0; r < run.ranks; ++r) out[r] = from_float<S>(scale * acc[t * kCpuRanks + j * kPageRanks + r]);
         }
       }
     }
@@ -145,11 +146,11 @@ void shrink(const MultiLoraShrinkParams& p) {
 }
 
 // out[r][0..ranks) = the run's ranks of S in rows[r], fp32 at pitch `pitch`.
-template <class F>
+template <class S>
 void gather_s(const Adapters& d, const void* s, const RowTile& tile, int first, int count, const RankRun& run,
               float* out, int64_t pitch) {
   for (int t = 0; t < count; ++t) {
-    const F* src = static_cast<const F*>(s) + s_offset(d, tile.rows[first + t], tile.k, run);
+    const S* src = static_cast<const S*>(s) + s_offset(d, tile.rows[first + t], tile.k, run);
     for (int r = 0; r < run.ranks; ++r) out[t * pitch + r] = to_float(src[r]);
   }
 }
@@ -189,7 +190,7 @@ void expand_slot(const MultiLoraExpandParams& p, int64_t k, To* to, int64_t to_p
       const auto view = [&](const RankRun& run) {
         const Factor u = run.factor(p.pool, p.N, sizeof(F));
         if (m <= kFewRows) fetch_factor<F>(u, 0, run.ranks, n0, n);
-        gather_s<F>(d, p.s, tile, 0, m, run, s_rows, kPageRanks);
+        gather_s<TypeOfS<F>>(d, p.s, tile, 0, m, run, s_rows, kPageRanks);
         return factor_tile<F>(u, 0, run.ranks, n0, n, u_tile);
       };
       if (runs.size() == 1 && n % kBlock == 0 && !dropout.threshold) {  // sums go from registers to their rows
@@ -288,7 +289,7 @@ void wgrad(const MultiLoraWgradParams& p) {
           const int m = std::min(kCpuTokens, rows.count - t);
           load_rows(d, rows, t, m, static_cast<const X*>(p.x), p.x_pitch, n0, n, dropout, tile);
           for (size_t j = task.begin; j < task.end; ++j)
-            gather_s<F>(d, p.s, rows, t, m, runs[j], s_rows + (j - task.begin) * kPageRanks, kCpuRanks);
+            gather_s<TypeOfS<F>>(d, p.s, rows, t, m, runs[j], s_rows + (j - task.begin) * kPageRanks, kCpuRanks);
           outer_tiles(tiles > 0, s_rows, 1, kCpuRanks, {tile, kPitch}, m, ranks, n, sum);
           if (++tiles == kCpuSplitRows / kCpuTokens) add_split();
         }
@@ -307,9 +308,10 @@ void wgrad(const MultiLoraWgradParams& p) {
 // Of each row: columns of the pool, `N` apart from rank to rank, are a load a rank; nothing to vectorise.
 template <class F>
 void gather(const MultiLoraGatherParams& p) {
+  using S = TypeOfS<F>;
   const Adapters& d = p.adapters;
-  F* s = static_cast<F*>(p.s);
-  std::memset(static_cast<void*>(s), 0, d.T * d.K * d.L * ranks_of(d) * sizeof(F));
+  S* s = static_cast<S*>(p.s);
+  std::memset(static_cast<void*>(s), 0, d.T * d.K * d.L * ranks_of(d) * sizeof(S));
   for (int64_t k = 0; k < d.K; ++k) {
     const std::vector<RowTile> tiles = tiles_of(d, k);
     parallel_for(static_cast<int64_t>(tiles.size()), 8, [&](int64_t begin, int64_t end) {
@@ -323,8 +325,8 @@ void gather(const MultiLoraGatherParams& p) {
           const float scale = p.scales ? p.scales[row * d.K + k] : 1.f;
           for (const RankRun& run : runs) {
             const F* from = static_cast<const F*>(p.pool) + run.row * p.N + id;
-            F* to = s + s_offset(d, row, k, run);
-            for (int r = 0; r < run.ranks; ++r) to[r] = from_float<F>(scale * to_float(from[r * p.N]));
+            S* to = s + s_offset(d, row, k, run);
+            for (int r = 0; r < run.ranks; ++r) to[r] = from_float<S>(scale * to_float(from[r * p.N]));
           }
         }
       }
@@ -347,7 +349,7 @@ void scatter(const MultiLoraScatterParams& p) {
         for (int64_t j = begin; j < end; ++j)
           for (int t = 0; t < tile.count; ++t) {
             const int64_t row = tile.rows[t];
-            const F* from = static_cast<const F*>(p.s) + s_offset(d, row, k, runs[j]);
+            const TypeOfS<F>* from = static_cast<const TypeOfS<F>*>(p.s) + s_offset(d, row, k, runs[j]);
             float* to = p.g + runs[j].row * p.N + p.ids[row];
             for (int r = 0; r < runs[j].ranks; ++r) to[r * p.N] += to_float(from[r]);
           }

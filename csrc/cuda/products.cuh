@@ -80,11 +80,12 @@ struct Shrink {
   }
 };
 
-// Y[t, n] = sum over r of S[t, r] U[r, n].
+// Y[t, n] = sum over r of S[t, r] U[r, n]. Beside S in fp32 an fp16 U is two bf16 terms, exactly.
 template <class X, class F, bool kNContig>
 struct Expand {
-  using TileS = TileOfF<X, F, kCudaTokens, kExpandK>;
-  using TileU = TileOfU<X, F, kExpandK, kBN, kNContig>;
+  using S = TypeOfS<F>;
+  using TileS = TileOfF<X, S, kCudaTokens, kExpandK>;
+  using TileU = TileOfU<X, S, kExpandK, kBN, kNContig>;
   using Sum = float[kBN / 8][4];
   static constexpr size_t kBytes = TileS::kBytes + TileU::kBytes;
 
@@ -105,8 +106,9 @@ template <class X, class F, int kRanks>
 struct Wgrad {
   static constexpr int kCols = kRanks == kCudaFewRanks ? kBN : kBN / 2;  // its accumulators grow with the ranks
   static constexpr int kWarpsM = kRanks / 16, kWarpN = kCols / (kWarps / kWarpsM);
-  using TileS = TileOfF<X, F, kCudaTokens, kRanks>;
-  using TileX = TileOfX<X, F, kCudaTokens, kCols>;
+  using S = TypeOfS<F>;
+  using TileS = TileOfF<X, S, kCudaTokens, kRanks>;
+  using TileX = TileOfX<X, S, kCudaTokens, kCols>;
   using Sum = float[kWarpN / 8][4];
   static constexpr size_t kBytes = TileS::kBytes + TileX::kBytes;
 

@@ -7,6 +7,7 @@
 //   bf16 X, fp32 F            X one bf16 term, F = hi + lo in bf16            ~2^-17 of |F|
 //   f16 X, fp32 F             X = hi + lo in bf16 (exact), F = hi + lo        ~2^-17 of |F|
 //   fp32 X, fp32 F            fp32 FMA in the same fragment layout            as fp32
+// S is fp32 beside fp16 F (lora.h): its products are those of fp32 F, and an fp16 U or X beside it two exact bf16 terms.
 #pragma once
 
 #include <type_traits>

@@ -20,7 +20,7 @@ struct BaseProduct {
 
   void check(const Arg& x, const OptTensor& bias) const {
     check_weight(x);
-    if (bias) Arg{x.op, "bias", *bias}.strided().on(x).is(x.type()).shape("[O]", {out_features()});
+    if (bias) Arg{x.op, "bias", *bias}.strided().on(x).typed_as(x).shape("[O]", {out_features()});
   }
   Tensor dbias(const Rows& dy) const {
     const Sizes rows{0};
@@ -34,7 +34,8 @@ struct AtenLinear : BaseProduct {
 
   explicit AtenLinear(const Tensor& w) : weight(w) {}
   void check_weight(const Arg& x) const override {
-    Arg{x.op, "weight", weight}.strided().on(x).is(x.type()).shape("[O, I]", {-1, x.last()});
+    const Arg w{x.op, "weight", weight};
+    x.features_of(w.strided().on(x).typed_as(x).shape("[O, I]", {-1, -1}), "[O, I]", 1);
   }
   int64_t out_features() const override { return weight.size(0); }
   Tensor forward(const Tensor& x, const OptTensor& bias) const override {

@@ -166,10 +166,13 @@ void addmm(const char* op, const Tensor& out, const Tensor& a, const Tensor& b, 
   STABLE_TORCH_ERROR_CODE_CHECK(call(out.get(), out.get(), a.get(), b.get(), add ? 1.0 : 0.0, 1.0));
 }
 
-// U, with both scales in it, in strips in scratch memory, and ATen's GEMM: in the dtype of x and out, or fp32.
+// U, with both scales in it, in strips in scratch memory, and ATen's GEMM: in the dtype of x and out, or fp32, which an
+// fp16 x needs too where there are scales, since their product may leave fp16's range.
 void matmul_by_gemm(const char* op, const BasisMatmulParams& p, const BasisMatmulConfig& config, const Tensor& x,
                     const Tensor& out) {
-  const bool wide = p.x_dtype != p.out_dtype, wide_out = wide && p.out_dtype != DType::kF32;
+  const bool scaled = p.in_scale || p.out_scale;
+  const bool wide = p.x_dtype != p.out_dtype || (scaled && p.x_dtype == DType::kF16);
+  const bool wide_out = wide && p.out_dtype != DType::kF32;
   const Tensor flat = torch::stable::reshape(x, Sizes{p.T, x.size(x.dim() - 1)});
   const Tensor a = wide ? torch::stable::to(flat, ScalarType::Float) : flat;
   Tensor scratch = torch::stable::new_empty(a, Sizes{config.rows, config.cols});

@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <sstream>
@@ -60,24 +61,68 @@ template <class... Args>
   throw std::runtime_error(out.str());
 }
 
+// As torch names its dtypes, in the order of ScalarType, whose numbers are part of the stable ABI.
 inline std::string name_of(ScalarType t) {
-  switch (t) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    default: return "ScalarType " + std::to_string(static_cast<int>(t));
-  }
+  static constexpr const char* names[] = {"uint8",
+                                          "int8",
+                                          "int16",
+                                          "int32",
+                                          "int64",
+                                          "float16",
+                                          "float32",
+                                          "float64",
+                                          "complex32",
+                                          "complex64",
+                                          "complex128",
+                                          "bool",
+                                          "qint8",
+                                          "quint8",
+                                          "qint32",
+                                          "bfloat16",
+                                          "quint4x2",
+                                          "quint2x4",
+                                          "bits1x8",
+                                          "bits2x4",
+                                          "bits4x2",
+                                          "bits8",
+                                          "bits16",
+                                          "float8_e5m2",
+                                          "float8_e4m3fn",
+                                          "float8_e5m2fnuz",
+                                          "float8_e4m3fnuz",
+                                          "uint16",
+                                          "uint32",
+                                          "uint64",
+                                          "uint1",
+                                          "uint2",
+                                          "uint3",
+                                          "uint4",
+                                          "uint5",
+                                          "uint6",
+                                          "uint7",
+                                          "int1",
+                                          "int2",
+                                          "int3",
+                                          "int4",
+                                          "int5",
+                                          "int6",
+                                          "int7",
+                                          "float8_e8m0fnu",
+                                          "float4_e2m1fn_x2"};
+  const size_t i = static_cast<size_t>(t);
+  return i < std::size(names) ? names[i] : "of a dtype that lrkern does not know";
 }
 
 inline std::string device_name(const Tensor& t) {
   if (t.is_cpu()) return "cpu";
   if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
-  return "device type " + std::to_string(static_cast<int>(t.device().type()));
+  switch (t.device().type()) {
+    case torch::headeronly::DeviceType::Meta: return "meta";
+    case torch::headeronly::DeviceType::MPS: return "mps";
+    case torch::headeronly::DeviceType::XPU: return "xpu";
+    case torch::headeronly::DeviceType::HPU: return "hpu";
+    default: return "device type " + std::to_string(static_cast<int>(t.device().type()));
+  }
 }
 // Which side of the contract a tensor goes to.
 inline bool on_cuda(const char* op, const Tensor& t) {

@@ -25,6 +25,11 @@ SmallFactor checked(const Arg& arg, bool is_a) {
 SmallFactor factor_a(const Arg& a, const Arg& x) {
   return checked(a.factor_of(x).shape("[R, I]", {-1, x.last()}), true);
 }
+// The same where nothing else says what x [..., I] should be.
+SmallFactor factor_of(const Arg& a, const Arg& x) {
+  x.features_of(a.factor_of(x).shape("[R, I]", {-1, -1}), "[R, I]", 1);
+  return factor_a(a, x);
+}
 SmallFactor factor_b(const Arg& b, const Arg& like, int64_t O, int64_t R) {
   return checked(b.factor_of(like).shape("[O, R]", {O, R}), false);
 }
@@ -33,16 +38,16 @@ SmallFactor factor_b(const Arg& b, const Arg& like, int64_t O, int64_t R) {
 struct Pair {
   SmallFactor a, b;
 };
-Pair check_pair(const Arg& x, const Tensor& a, const Arg& like, const Tensor& b, int64_t O) {
+Pair check_pair(const Arg& x, const Tensor& a, const Arg& like, const Tensor& b, int64_t O, bool base = true) {
   const Arg a_arg{x.op, "a", a}, b_arg{x.op, "b", b};
-  Pair pair{factor_a(a_arg, x), factor_b(b_arg, like, O, a.size(0))};
+  Pair pair{base ? factor_a(a_arg, x) : factor_of(a_arg, x), factor_b(b_arg, like, O, a.size(0))};
   b_arg.typed_as(a_arg);
   return pair;
 }
 
-// S [..., R], of the dtype of the factor u, beside the [..., N] tensor it belongs to.
+// S [..., R] of the factor u, beside the [..., N] tensor it belongs to.
 Tensor check_s(const Arg& s, const Arg& like, const Arg& u, int64_t R) {
-  return as_contiguous(s.strided().on(like).shape("[..., R]", with_last(like.tensor, R)).typed_as(u).tensor);
+  return s.strided().on(like).shape("[..., R]", with_last(like.tensor, R)).s_beside(u);
 }
 
 struct DropoutArgs {
@@ -74,7 +79,7 @@ LoraShrinkParams shrink_params(const Rows& x, const SmallFactor& u, const Tensor
 }
 
 Tensor shrink(const Rows& x, const SmallFactor& u, float scale, const DropoutArgs& d) {
-  Tensor s = torch::stable::new_empty(x.tensor, with_last(x.tensor, u.R), u.tensor.scalar_type());
+  Tensor s = torch::stable::new_empty(x.tensor, with_last(x.tensor, u.R), s_type(u.tensor.scalar_type()));
   if (!s.numel()) return s;
   if (!x.N) return torch::stable::zero_(s);
   run(x.op, x.tensor, shrink_params(x, u, s, scale, d), LRK_RUN(lora_shrink));
@@ -202,14 +207,14 @@ Tensor check_base_scale(const Tensor& c, const Arg& x, int64_t O) {
 Tensor lora_shrink(const Tensor& x_, const Tensor& a, double scale, double dropout_p, const OptTensor& seed) {
   const Arg x{"lora_shrink", "x", x_};
   const Rows rows = x.floats().rows();
-  const SmallFactor u = factor_a({x.op, "a", a}, x);
+  const SmallFactor u = factor_of({x.op, "a", a}, x);
   const DropoutArgs d = check_dropout(x, dropout_p, seed);
   return shrink(rows, u, finite(x.op, "scale", scale), d);
 }
 
 std::tuple<Tensor, Tensor> lora_shrink_bwd(const Tensor& ds, const Tensor& x_, const Tensor& a_, double scale,
                                            double dropout_p, const OptTensor& seed, bool need_dx, bool need_da) {
-  const Arg x{"lora_shrink_bwd", "x", x_}, a{x.op, "a", a_};
+  const Arg x{"lora_shrink (backward)", "x", x_}, a{x.op, "a", a_};
   const Rows rows = x.floats().rows();
   const SmallFactor u = factor_a(a, x);
   const Tensor s = check_s({x.op, "ds", ds}, x, a, u.R);
@@ -221,6 +226,7 @@ std::tuple<Tensor, Tensor> lora_shrink_bwd(const Tensor& ds, const Tensor& x_, c
 void lora_expand_(Tensor y_, const Tensor& s, const Tensor& b_, double scale) {
   const Arg y{"lora_expand_", "y", y_}, b{y.op, "b", b_};
   const Rows rows = y.floats().rows_in_place();
+  y.features_of(b.factor_of(y).shape("[O, R]", {-1, -1}), "[O, R]", 0);
   const SmallFactor u = factor_b(b, y, rows.N, -1);
   const float k = finite(y.op, "scale", scale);
   expand(rows, {.base = rows}, check_s({y.op, "s", s}, y, b, u.R), u, k, {});
@@ -230,7 +236,7 @@ Tensor linear_expand(const OptTensor& x, const OptTensor& weight, const OptTenso
                      const Tensor& b_, double scale) {
   constexpr const char* op = "linear_expand";
   if (x.has_value() != weight.has_value()) fail(op, "x and weight must come together, got only ", x ? "x" : "weight");
-  const Arg s{op, "s", s_}, b{op, "b", b_}, like = x ? Arg{op, "x", *x} : bias ? Arg{op, "bias", *bias} : s;
+  const Arg s{op, "s", s_}, b{op, "b", b_}, like = x ? Arg{op, "x", *x} : bias ? Arg{op, "bias", *bias} : b;
   like.floats();
   if (s_.dim() < 1) s.refuse("have at least one dimension, got a scalar");
   const float k = finite(op, "scale", scale);
@@ -258,18 +264,24 @@ using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Five linear_expand_bwd(const Tensor& dy_, const OptTensor& x, const OptTensor& weight, const Tensor& s,
                        const Tensor& b_, double scale, bool need_dx, bool need_dw, bool need_dbias, bool need_ds,
                        bool need_db) {
-  const Arg dy{"linear_expand_bwd", "dy", dy_}, b{dy.op, "b", b_};
+  const Arg dy{"linear_expand (backward)", "dy", dy_}, b{dy.op, "b", b_};
   const Rows rows = dy.floats().rows();
   const SmallFactor u = factor_b(b, dy, rows.N, -1);
   const Tensor sc = check_s({dy.op, "s", s}, dy, b, u.R);
   const float k = finite(dy.op, "scale", scale);
   if (need_dx && !weight) fail(dy.op, "weight is needed for the gradient of x, got None");
   if (need_dw && !x) fail(dy.op, "x is needed for the gradient of weight, got None");
-  if (need_dx) Arg{dy.op, "weight", *weight}.shape("[O, I]", {rows.N, -1});
+  if (need_dx) Arg{dy.op, "weight", *weight}.strided().on(dy).typed_as(dy).shape("[O, I]", {rows.N, -1});
+  if (need_dw) {
+    const Arg given{dy.op, "x", *x};
+    given.strided().on(dy).typed_as(dy);
+    if (x->dim() < 1) given.refuse("have at least one dimension, got a scalar");
+    given.shape("[..., I]", with_last(dy_, given.last()));
+  }
   const AtenLinear product(weight ? *weight : dy_);  // dw and dbias do not read it
   const ExpandGrads g = expand_grads(rows, sc, u, k, k, need_ds, need_db);
   return {need_dx ? product.dx(rows) : nothing(), need_dw ? product.dw(rows, Arg{dy.op, "x", *x}.rows()) : nothing(),
-          need_dbias ? product.dbias(rows) : nothing(), g.ds, g.db};
+          need_dbias ? product.dbias(rows) : nothing(), as_type(g.ds, s.scalar_type()), g.db};
 }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
@@ -299,7 +311,7 @@ Three lora_forward(const char* op, const Tensor& x_, const BaseProduct& product,
 
 Three lora_linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a, const Tensor& b,
                       double scale, double dropout_p, const OptTensor& seed, const OptTensor& base_scale) {
-  return lora_forward("lora_linear_fwd", x, AtenLinear(weight), bias, a, b, scale, dropout_p, seed, base_scale);
+  return lora_forward("lora_linear", x, AtenLinear(weight), bias, a, b, scale, dropout_p, seed, base_scale);
 }
 
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a, const Tensor& b,
@@ -315,7 +327,7 @@ Six lora_linear_bwd(const Tensor& dy_, const Tensor& x_, const Tensor& weight, c
                     const Tensor& s, double scale, double dropout_p, const OptTensor& seed, const OptTensor& base_scale,
                     const OptTensor& base, bool need_dx, bool need_dw, bool need_dbias, bool need_da, bool need_db,
                     bool need_dbase_scale) {
-  constexpr const char* op = "lora_linear_bwd";
+  constexpr const char* op = "lora_linear (backward)";
   const Arg x{op, "x", x_}, dy{op, "dy", dy_};
   x.floats(), dy.floats();
   const Rows dy_rows = dy.rows(), x_rows = x.rows();
@@ -323,7 +335,7 @@ Six lora_linear_bwd(const Tensor& dy_, const Tensor& x_, const Tensor& weight, c
   product.check(x, std::nullopt);
   const int64_t O = product.out_features();
   const Sizes y_sizes = with_last(x_, O);
-  dy.on(x).is(x.type()).shape("[..., O]", y_sizes);
+  dy.on(x).typed_as(x).shape("[..., O]", y_sizes);
   const auto [a, b] = check_pair(x, a_, x, b_, O);
   const Tensor sc = check_s({op, "s", s}, x, {op, "a", a_}, a.R);
   const float k = finite(op, "scale", scale);
@@ -333,8 +345,8 @@ Six lora_linear_bwd(const Tensor& dy_, const Tensor& x_, const Tensor& weight, c
   if (base_scale) {
     std::optional<Rows> base_rows;
     if (need_dbase_scale) {
-      if (!base) fail(op, "base must be what lora_linear_fwd returned where dbase_scale is needed, got None");
-      base_rows = Arg{op, "base", *base}.strided().on(x).is(x.type()).shape("[..., O]", y_sizes).rows();
+      if (!base) fail(op, "base, the forward's x W^T, is needed for the gradient of base_scale, got None");
+      base_rows = Arg{op, "base", *base}.strided().on(x).typed_as(x).shape("[..., O]", y_sizes).rows();
     }
     const RescaleGrads g = rescale(dy_rows, base_rows, check_base_scale(*base_scale, x, O), need_dx || need_dw);
     if (need_dx || need_dw) dz = rows_of(op, g.dz);
@@ -362,7 +374,7 @@ std::tuple<Tensor, Tensor> add_forward(const char* op, const Tensor& y_, const T
   x.floats(), y.floats();
   const Rows rows = x.rows();
   y.on(x);
-  const auto [a, b] = check_pair(x, a_, y, b_, -1);
+  const auto [a, b] = check_pair(x, a_, y, b_, -1, false);
   y.shape("[..., O]", with_last(x_, b.N));
   const DropoutArgs d = check_dropout(x, dropout_p, seed);
   const Tensor s = shrink(rows, a, finite(op, "scale", scale), d), out = new_like(y_);
@@ -372,7 +384,7 @@ std::tuple<Tensor, Tensor> add_forward(const char* op, const Tensor& y_, const T
 
 std::tuple<Tensor, Tensor> lora_add_fwd(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
                                         double scale, double dropout_p, const OptTensor& seed) {
-  return add_forward("lora_add_fwd", y, x, a, b, scale, dropout_p, seed);
+  return add_forward("lora_add", y, x, a, b, scale, dropout_p, seed);
 }
 
 Tensor lora_add(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, double scale, double dropout_p,
@@ -383,7 +395,7 @@ Tensor lora_add(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor&
 // The gradient of y is dy itself.
 Three lora_add_bwd(const Tensor& dy_, const Tensor& x_, const Tensor& a_, const Tensor& b_, const Tensor& s,
                    double scale, double dropout_p, const OptTensor& seed, bool need_dx, bool need_da, bool need_db) {
-  const Arg x{"lora_add_bwd", "x", x_}, dy{x.op, "dy", dy_};
+  const Arg x{"lora_add (backward)", "x", x_}, dy{x.op, "dy", dy_};
   x.floats(), dy.floats();
   const Rows dy_rows = dy.rows(), x_rows = x.rows();
   dy.on(x);

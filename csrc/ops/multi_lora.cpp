@@ -7,7 +7,7 @@
 namespace lrk::ops {
 namespace {
 
-// A pool [P, N] in whole pages.
+// A pool [P, N] in whole pages; N: any where it is negative.
 void check_pool(const Arg& pool, const Arg& like, int64_t N) {
   pool.factor_of(like).shape("[P, N]", {-1, N});
   if (const int64_t P = pool.tensor.size(0); P % kPageRanks)
@@ -92,6 +92,8 @@ Adapters check_adapters(const Arg& like, const Metadata& m, int64_t T, const Arg
 Adapters check_pages(const Arg& like, const Rows& rows, const Arg& pool, const Metadata& m,
                      std::optional<int64_t> slice = {}) {
   if (slice && *slice < 0) fail(like.op, "slice must lie in [0, L), got ", *slice);
+  pool.factor_of(like).shape("[P, N]", {-1, -1});
+  like.features_of(pool, "[P, N]", 1);
   check_pool(pool, like, rows.N);
   return check_adapters(like, m, rows.T, pool, slice);
 }
@@ -109,14 +111,13 @@ Sizes s_sizes(const Tensor& x, const Adapters& d, int64_t drop = 1) {
   return with_last(x, {d.K, d.L, kPageRanks * d.M}, drop);
 }
 Tensor check_s(const Arg& s, const Arg& like, const Adapters& d, const Arg& pool) {
-  s.strided().on(like).shape("[..., K, L, R]", s_sizes(like.tensor, d)).typed_as(pool);
-  return as_contiguous(s.tensor);
+  return s.strided().on(like).shape("[..., K, L, R]", s_sizes(like.tensor, d)).s_beside(pool);
 }
 
 // ---- one kernel each
 
 Tensor shrink(const Rows& x, const Arg& pool, const Adapters& d, const float* scales) {
-  Tensor s = torch::stable::new_empty(x.tensor, s_sizes(x.tensor, d), pool.type());
+  Tensor s = torch::stable::new_empty(x.tensor, s_sizes(x.tensor, d), s_type(pool.type()));
   if (!s.numel()) return s;
   if (d.slices < d.L || !d.P || !x.N) torch::stable::zero_(s);
   if (!d.P || !x.N) return s;
@@ -202,7 +203,7 @@ std::tuple<Tensor, Tensor> multi_lora_shrink_bwd(const Tensor& ds, const Tensor&
                                                  const Tensor& pages, const Tensor& ranks, const Tensor& plan,
                                                  const OptTensor& dropout_p, const OptTensor& seed, bool need_dx,
                                                  bool need_da) {
-  const Arg x{"multi_lora_shrink_bwd", "x", x_}, pool{x.op, "a_pool", a_pool};
+  const Arg x{"multi_lora_shrink (backward)", "x", x_}, pool{x.op, "a_pool", a_pool};
   const Rows rows = x.floats().rows();
   const Adapters d = check_pages(x, rows, pool, {pages, ranks, plan, dropout_p, seed});
   const Tensor s = check_s({x.op, "ds", ds}, x, d, pool), dx = need_dx ? new_zeros(x_) : nothing();
@@ -231,11 +232,12 @@ Tensor multi_lora_expand(const Tensor& y_, const Tensor& s, const Tensor& b_pool
 std::tuple<Tensor, Tensor> multi_lora_expand_bwd(const Tensor& dy_, const Tensor& s, const Tensor& b_pool,
                                                  const Tensor& pages, const Tensor& ranks, const Tensor& plan,
                                                  int64_t slice, bool need_ds, bool need_db) {
-  const Arg dy{"multi_lora_expand_bwd", "dy", dy_}, pool{dy.op, "b_pool", b_pool};
+  const Arg dy{"multi_lora_expand (backward)", "dy", dy_}, pool{dy.op, "b_pool", b_pool};
   const Rows rows = dy.floats().rows();
   const Adapters d = check_pages(dy, rows, pool, {pages, ranks, plan, kNone, kNone}, slice);
   const Tensor sc = check_s({dy.op, "s", s}, dy, d, pool);
-  return {need_ds ? shrink(rows, pool, d, nullptr) : nothing(), need_db ? wgrad(rows, sc, pool, d) : nothing()};
+  return {need_ds ? as_type(shrink(rows, pool, d, nullptr), s.scalar_type()) : nothing(),
+          need_db ? wgrad(rows, sc, pool, d) : nothing()};
 }
 
 // ids [...] as T tokens below N; on CUDA values are not validated.
@@ -256,7 +258,7 @@ Tensor multi_lora_embedding(const Tensor& ids, const Tensor& a_pool, const Tenso
   const Tensor tokens = check_ids({pool.op, "ids", ids}, pool);
   const Adapters d = check_adapters(pool, {pages, ranks, plan, kNone, kNone}, ids.numel(), pool);
   const float* scale = scales_data(scales, d, pool);
-  Tensor s = torch::stable::new_empty(a_pool, s_sizes(ids, d, 0));
+  Tensor s = torch::stable::new_empty(a_pool, s_sizes(ids, d, 0), s_type(pool.type()));
   if (!s.numel()) return s;
   const MultiLoraGatherParams p{.adapters = d,
                                 .ids = static_cast<const int64_t*>(tokens.const_data_ptr()),
@@ -272,12 +274,11 @@ Tensor multi_lora_embedding(const Tensor& ids, const Tensor& a_pool, const Tenso
 // ds is the gradient of S / scales.
 Tensor multi_lora_embedding_bwd(const Tensor& ds_, const Tensor& ids, const Tensor& a_pool, const Tensor& pages,
                                 const Tensor& ranks, const Tensor& plan) {
-  const Arg pool{"multi_lora_embedding_bwd", "a_pool", a_pool}, ds{pool.op, "ds", ds_};
+  const Arg pool{"multi_lora_embedding (backward)", "a_pool", a_pool}, ds{pool.op, "ds", ds_};
   check_pool(pool, pool, -1);
   const Tensor tokens = check_ids({pool.op, "ids", ids}, pool);
   const Adapters d = check_adapters(pool, {pages, ranks, plan, kNone, kNone}, ids.numel(), pool);
-  ds.factor_of(pool).is(pool.type()).shape("[..., K, L, R]", s_sizes(ids, d, 0));
-  const Tensor s = as_contiguous(ds_);
+  const Tensor s = ds.strided().on(pool).shape("[..., K, L, R]", s_sizes(ids, d, 0)).s_beside(pool);
   Tensor g = torch::stable::new_empty(a_pool, sizes_of(a_pool), ScalarType::Float);
   torch::stable::zero_(g);
   if (g.numel() && s.numel()) {
@@ -328,7 +329,7 @@ std::tuple<Tensor, Tensor> multi_lora_linear_fwd(const Tensor& x, const Tensor& 
                                                  const Tensor& a_pool, const Tensor& b_pool, const Tensor& pages,
                                                  const Tensor& ranks, const Tensor& plan, const OptTensor& scales,
                                                  const OptTensor& dropout_p, const OptTensor& seed) {
-  return linear_forward("multi_lora_linear_fwd", x, AtenLinear(weight), bias, a_pool, b_pool,
+  return linear_forward("multi_lora_linear", x, AtenLinear(weight), bias, a_pool, b_pool,
                         {pages, ranks, plan, dropout_p, seed}, scales);
 }
 Tensor multi_lora_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a_pool,
@@ -346,11 +347,11 @@ Five multi_lora_linear_bwd(const Tensor& dy_, const Tensor& x_, const Tensor& we
                            const Tensor& plan, const OptTensor& scales, const OptTensor& dropout_p,
                            const OptTensor& seed, bool need_dx, bool need_dw, bool need_dbias, bool need_da,
                            bool need_db) {
-  constexpr const char* op = "multi_lora_linear_bwd";
+  constexpr const char* op = "multi_lora_linear (backward)";
   const Arg x{op, "x", x_}, dy{op, "dy", dy_}, a{op, "a_pool", a_pool}, b{op, "b_pool", b_pool};
   const AtenLinear product(weight);
   const Linear l = check_linear(x, product, std::nullopt, a, b, {pages, ranks, plan, dropout_p, seed}, scales);
-  dy.floats().on(x).is(x.type()).shape("[..., O]", with_last(x_, product.out_features()));
+  dy.floats().on(x).typed_as(x).shape("[..., O]", with_last(x_, product.out_features()));
   const Tensor sc = check_s({op, "s", s}, x, l.a, a);
   const Rows rows = dy.rows();
   Tensor dx = need_dx ? product.dx(rows) : nothing(), da = nothing();

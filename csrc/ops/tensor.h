@@ -32,6 +32,12 @@ inline std::string text_of(const Sizes& sizes) {  // -1: any size
   return out.str();
 }
 
+// Of S and dS beside factors of a type, see lora.h.
+inline ScalarType s_type(ScalarType factor) { return factor == ScalarType::Half ? ScalarType::Float : factor; }
+inline Tensor as_type(const Tensor& t, ScalarType type) {
+  return t.defined() && t.scalar_type() != type ? torch::stable::to(t, type) : t;
+}
+
 inline Tensor nothing() { return Tensor(); }  // a gradient nobody asked for: None in Python
 inline Tensor new_like(const Tensor& t) { return torch::stable::new_empty(t, sizes_of(t)); }
 inline Tensor new_zeros(const Tensor& t) {
@@ -121,9 +127,26 @@ struct Arg {
   // A factor beside activations x is of their dtype or fp32 (PEFT keeps A and B in fp32 over a 16-bit base).
   const Arg& factor_of(const Arg& x) const {
     strided().on(x).float_type();
+    if (x.type() == ScalarType::Float) return typed_as(x);
     if (type() != x.type() && type() != ScalarType::Float)
       refuse("be ", name_of(x.type()), " (the dtype of ", x.name, ") or float32, got ", name_of(type()));
     return *this;
+  }
+  // Activations [..., N] beside the first parameter they meet, whose sizes are the layer's: where they differ, these are wrong.
+  const Arg& features_of(const Arg& parameter, const char* letters, int64_t dim) const {
+    if (tensor.dim() < 1) refuse("have at least one dimension, got a scalar");
+    if (const int64_t n = parameter.tensor.size(dim); n != last())
+      refuse("have ", n, " features (", parameter.name, " is ", letters, " = ", text_of(sizes_of(parameter.tensor)),
+             "), got ", last());
+    return *this;
+  }
+  // S or dS as kernels take it beside the factor u (s_dtype in lora.h): of u's dtype, or fp32 beside fp16, where fp16 is
+  // widened.
+  Tensor s_beside(const Arg& u) const {
+    if (u.type() != ScalarType::Half) return as_contiguous(typed_as(u).tensor);
+    if (type() != ScalarType::Float && type() != ScalarType::Half)
+      refuse("be float32 or float16 (the dtype of ", u.name, "), got ", name_of(type()));
+    return as_contiguous(as_type(tensor, ScalarType::Float));
   }
 
   // Strides that are not those of rows at one pitch are copied once.

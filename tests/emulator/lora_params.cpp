@@ -55,11 +55,12 @@ Case draw_case() {
 }
 
 std::string judge(const Case& c, const std::vector<int>& schedules) {
-  const bool mixed = c.dtype != c.factor_dtype;
+  const DType s_type = s_dtype(c.factor_dtype);
+  const bool exact = c.dtype == c.factor_dtype, mixed = !exact || c.factor_dtype != s_type;  // mixed: two bf16 terms
   Matrix x(c.dtype, c.T, c.N, c.pad, c.shift, true);
   Matrix u(c.factor_dtype, c.n_contig ? c.R : c.N, c.n_contig ? c.N : c.R, 0, c.shift, true);
-  Matrix s_in(c.factor_dtype, c.T, c.R, 0, 0, true);
-  Matrix s_out(c.factor_dtype, c.T, c.R, 0, 0, false);
+  Matrix s_in(s_type, c.T, c.R, 0, 0, true);
+  Matrix s_out(s_type, c.T, c.R, 0, 0, false);
   Matrix g(c.factor_dtype, c.n_contig ? c.R : c.N, c.n_contig ? c.N : c.R, 0, 0, false);
   Matrix out(c.dtype, c.T, c.N, c.op == "expand" ? c.pad : 0, 0, false), bias(c.dtype, 1, c.N, 0, 0, true);
   Matrix base_scale(DType::kF32, 1, c.N, 0, 0, true), dc(DType::kF32, 1, c.N, 0, 0, false);
@@ -154,7 +155,7 @@ std::string judge(const Case& c, const std::vector<int>& schedules) {
           const double v = mask(t, n) * x.fresh_at(t, n) * u_at(r, n);
           sum += v, magnitude += std::fabs(v);
         }
-        error.add(s_out.at(t, r), c.scale * sum, c.scale * magnitude, c.factor_dtype, mixed);
+        error.add(s_out.at(t, r), c.scale * sum, c.scale * magnitude, s_type, c.op == "shrink" ? !exact : mixed);
       }
   }
   if (c.op == "wgrad" || c.op == "shrink_wgrad") {

@@ -70,7 +70,8 @@ std::string judge(const Case& c, const std::vector<int>& schedules) {
 
   Matrix x(c.dtype, c.T, c.N, c.pad, c.shift, true), pool(c.factor, P, c.N, 0, 0, true);
   Matrix out(c.dtype, c.T, c.N, c.pad, 0, false), g(c.factor, P, c.N, 0, 0, true), g32(DType::kF32, P, c.N, 0, 0, true);
-  Matrix s_in(c.factor, c.T * c.K * c.L, R, 0, 0, true), s_out(c.factor, c.T * c.K * c.L, R, 0, 0, false);
+  const DType s_type = s_dtype(c.factor);
+  Matrix s_in(s_type, c.T * c.K * c.L, R, 0, 0, true), s_out(s_type, c.T * c.K * c.L, R, 0, 0, false);
   for (Matrix* m : {&g, &g32}) {
     std::fill(m->bytes.begin(), m->bytes.end(), 0);
     m->fresh = m->bytes;
@@ -171,7 +172,7 @@ std::string judge(const Case& c, const std::vector<int>& schedules) {
     if (a < 0 || r >= ranks[a * c.L + l]) return int64_t{-1};
     return int64_t{pages[(a * c.L + l) * c.M + r / kPageRanks]} * kPageRanks + r % kPageRanks;
   };
-  const bool mixed = c.dtype != c.factor;
+  const bool exact = c.dtype == c.factor, mixed = !exact || c.factor != s_type;  // mixed: two bf16 terms
   Error error;
   for (int64_t t = 0; t < c.T; ++t)
     for (int64_t k = 0; k < c.K; ++k)
@@ -185,7 +186,7 @@ std::string judge(const Case& c, const std::vector<int>& schedules) {
                 c.op == "gather" ? (n == ids[t]) * pool.at(row, n) : mask(t, k, n) * x.fresh_at(t, n) * pool.at(row, n);
             sum += v, magnitude += std::fabs(v);
           }
-          error.add(s_out.at((t * c.K + k) * c.L + l, r), times * sum, std::fabs(times) * magnitude, c.factor, mixed);
+          error.add(s_out.at((t * c.K + k) * c.L + l, r), times * sum, std::fabs(times) * magnitude, s_type, !exact);
         }
   for (int64_t t = 0; t < c.T && c.op == "expand"; ++t)
     for (int64_t n = 0; n < c.N; ++n) {

@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
+import lrkern.functional as F
 import lrkern.ops
+from lrkern.reference import OPS
 
 T, I, O, R = 6, 16, 12, 4
 
@@ -27,6 +29,7 @@ def good(name):
             "dropout_p": 0.0,
             "seed": None,
         },
+        "lora_add": {"y": torch.randn(T, O), "x": x, "a": a, "b": b, "scale": 1.0, "dropout_p": 0.0, "seed": None},
         "lora_expand_": {"y": torch.randn(T, O), "s": s, "b": b, "scale": 1.0},
     }[name]
 
@@ -36,9 +39,12 @@ CASES = [
     # op, changed arguments, what the message says
     ("lora_shrink", {"x": torch.randn(T, I).double()}, "x must be float32, float16 or bfloat16, got float64"),
     ("lora_shrink", {"x": torch.tensor(1.0)}, "x must have at least one dimension, got a scalar"),
-    ("lora_shrink", {"a": torch.randn(R, I + 1)}, rf"a must have shape \[R, I\] = \[\*, {I}\], got \[{R}, {I + 1}\]"),
-    ("lora_shrink", {"a": torch.randn(I)}, rf"a must have shape \[R, I\] = \[\*, {I}\], got \[{I}\]"),
-    ("lora_shrink", {"a": torch.randn(R, I).half()}, r"a must be float32 \(the dtype of x\) or float32, got float16"),
+    ("lora_shrink", {"x": torch.randn(T, I).to(torch.complex64)}, "x must be float32, float16 or bfloat16, got complex64"),
+    ("lora_shrink", {"x": torch.randn(T, I).to(torch.float8_e4m3fn)}, "x must be .*, got float8_e4m3fn"),
+    ("lora_shrink", {"x": torch.randn(T, I + 1)}, rf"x must have {I} features \(a is \[R, I\] = \[{R}, {I}\]\), got {I + 1}"),
+    ("lora_shrink", {"a": torch.randn(I)}, rf"a must have shape \[R, I\] = \[\*, \*\], got \[{I}\]"),
+    ("lora_shrink", {"a": torch.randn(R, I).half()}, r"a must be float32 \(the dtype of x\), got float16"),
+    ("lora_shrink", {"a": torch.randn(R, I).char()}, "a must be float32, float16 or bfloat16, got int8"),
     ("lora_shrink", {"a": torch.randn(R, I).int()}, "a must be float32, float16 or bfloat16, got int32"),
     ("lora_shrink", {"a": torch.randn(513, I)}, "a must have a rank of at most 512, got 513"),
     ("lora_shrink", {"scale": math.inf}, "scale must be finite in float32, got inf"),
@@ -52,32 +58,38 @@ CASES = [
     ("lora_shrink", {"dropout_p": 0.5, "seed": torch.tensor([1, 2])}, r"seed must have shape \[1\] = \[1\], got \[2\]"),
     ("linear_expand", {"x": None}, "x and weight must come together, got only weight"),
     ("linear_expand", {"weight": None}, "x and weight must come together, got only x"),
-    ("linear_expand", {"weight": torch.randn(O, I + 1)}, rf"weight must have shape \[O, I\] = \[\*, {I}\], got"),
-    ("linear_expand", {"weight": torch.randn(O, I).half()}, "weight must be float32, got float16"),
+    ("linear_expand", {"x": torch.randn(T, I + 1)}, rf"x must have {I} features \(weight is \[O, I\] = \[{O}, {I}\]\), got {I + 1}"),
+    ("linear_expand", {"weight": torch.randn(O, I).half()}, r"weight must be float32 \(the dtype of x\), got float16"),
+    ("linear_expand", {"weight": torch.randn(O, I).short()}, r"weight must be float32 \(the dtype of x\), got int16"),
     ("linear_expand", {"bias": torch.randn(O + 1)}, rf"bias must have shape \[O\] = \[{O}\], got \[{O + 1}\]"),
-    ("linear_expand", {"bias": torch.randn(O).bfloat16()}, "bias must be float32, got bfloat16"),
+    ("linear_expand", {"bias": torch.randn(O).bfloat16()}, r"bias must be float32 \(the dtype of x\), got bfloat16"),
     ("linear_expand", {"s": torch.randn(T + 1, R)}, rf"s must have shape \[..., R\] = \[{T}, {R}\], got \[{T + 1}, {R}\]"),
     ("linear_expand", {"s": torch.randn(T, R).half()}, r"s must be float32 \(the dtype of b\), got float16"),
     ("linear_expand", {"b": torch.randn(O + 1, R)}, rf"b must have shape \[O, R\] = \[{O}, \*\], got \[{O + 1}, {R}\]"),
-    ("linear_expand", {"b": torch.randn(O, R).half()}, "b must be float32"),
+    ("linear_expand", {"b": torch.randn(O, R).half()}, r"b must be float32 \(the dtype of x\), got float16"),
     ("linear_expand", {"scale": -math.inf}, "scale must be finite in float32, got -inf"),
     ("lora_linear", {"x": torch.randn(T, I).long()}, "x must be float32, float16 or bfloat16, got int64"),
     ("lora_linear", {"x": torch.randn(T, I).to_sparse()}, "x must be a dense strided tensor"),
     ("lora_linear", {"weight": torch.randn(O, I).to_sparse()}, "weight must be a dense strided tensor"),
     ("lora_linear", {"bias": torch.randn(O).to_sparse()}, "bias must be a dense strided tensor"),
+    ("lora_linear", {"x": torch.randn(T, I + 1)}, rf"x must have {I} features \(weight is \[O, I\] = \[{O}, {I}\]\), got {I + 1}"),
+    ("lora_linear", {"a": torch.randn(R, I + 1)}, rf"a must have shape \[R, I\] = \[\*, {I}\], got \[{R}, {I + 1}\]"),
     ("lora_linear", {"weight": torch.randn(O)}, r"weight must have shape \[O, I\]"),
-    ("lora_linear", {"weight": torch.randn(O, I).bfloat16()}, "weight must be float32, got bfloat16"),
+    ("lora_linear", {"weight": torch.randn(O, I).bfloat16()}, r"weight must be float32 \(the dtype of x\), got bfloat16"),
     ("lora_linear", {"bias": torch.randn(1, O)}, rf"bias must have shape \[O\] = \[{O}\], got \[1, {O}\]"),
     ("lora_linear", {"a": torch.randn(R + 1, I)}, rf"b must have shape \[O, R\] = \[{O}, {R + 1}\], got \[{O}, {R}\]"),
     ("lora_linear", {"b": torch.randn(R, O)}, rf"b must have shape \[O, R\] = \[{O}, {R}\], got \[{R}, {O}\]"),
     ("lora_linear", {"scale": math.nan}, "scale must be finite in float32, got nan"),
     ("lora_linear", {"dropout_p": 2.0}, r"dropout_p must lie in \[0, 1\], got 2"),
     ("lora_linear", {"dropout_p": 0.1, "seed": SEED.float()}, "seed must be int64, got float32"),
+    ("lora_add", {"x": torch.randn(T, I + 1)}, rf"x must have {I} features \(a is \[R, I\] = \[{R}, {I}\]\), got {I + 1}"),
+    ("lora_add", {"y": torch.randn(T, O + 1)}, rf"y must have shape \[..., O\] = \[{T}, {O}\], got \[{T}, {O + 1}\]"),
+    ("lora_expand_", {"y": torch.randn(T, O + 1)}, rf"y must have {O} features \(b is \[O, R\] = \[{O}, {R}\]\), got {O + 1}"),
     ("lora_expand_", {"y": torch.randn(O, T).T}, "y must be rows of contiguous elements at one pitch, since it is written"),
     ("lora_expand_", {"y": torch.randn(O)}, r"s must have shape \[..., R\]"),
     ("lora_expand_", {"y": torch.randn(T, O).double()}, "y must be float32, float16 or bfloat16, got float64"),
     ("lora_expand_", {"s": torch.randn(T, R + 1)}, rf"s must have shape \[..., R\] = \[{T}, {R}\], got"),
-    ("lora_expand_", {"b": torch.randn(O + 2, R)}, rf"b must have shape \[O, R\] = \[{O}, \*\], got"),
+    ("lora_expand_", {"b": torch.randn(O)}, rf"b must have shape \[O, R\] = \[\*, \*\], got \[{O}\]"),
     ("lora_expand_", {"scale": math.inf}, "scale must be finite in float32, got inf"),
 ]  # fmt: skip
 
@@ -111,10 +123,10 @@ def test_backward_refuses_factors_of_two_dtypes(a_dtype):
     x, dy, w = (torch.randn(*shape).bfloat16() for shape in ((T, I), (T, O), (O, I)))
     a, s, b = torch.randn(R, I).to(a_dtype), torch.randn(T, R).to(a_dtype), torch.randn(O, R).to(b_dtype)
     text = rf"b must be {str(a_dtype)[6:]} \(the dtype of a\), got {str(b_dtype)[6:]}"
-    with pytest.raises(RuntimeError, match=f"lrkern::lora_add_bwd: {text}"):
+    with pytest.raises(RuntimeError, match=rf"lrkern::lora_add \(backward\): {text}"):
         torch.ops.lrkern.lora_add_bwd(dy, x, a, b, s, 1.0, 0.0, None, True, True, True)
     tail = (1.0, 0.0, None, None, None, True, False, False, True, True, False)
-    with pytest.raises(RuntimeError, match=f"lrkern::lora_linear_bwd: {text}"):
+    with pytest.raises(RuntimeError, match=rf"lrkern::lora_linear \(backward\): {text}"):
         torch.ops.lrkern.lora_linear_bwd(dy, x, w, a, b, s, *tail)
 
 
@@ -130,8 +142,88 @@ def test_backward_refuses_a_gradient_of_another_shape_or_dtype():
     x, w, a, b, s = torch.randn(T, I), torch.randn(O, I), torch.randn(R, I), torch.randn(O, R), torch.randn(T, R)
     tail = (1.0, 0.0, None, None, None, True, False, False, True, True, False)
     with pytest.raises(
-        RuntimeError, match=rf"lora_linear_bwd: dy must have shape \[..., O\] = \[{T}, {O}\], got \[{T}, {I}\]"
+        RuntimeError, match=rf"lora_linear \(backward\): dy must have shape \[..., O\] = \[{T}, {O}\], got \[{T}, {I}\]"
     ):
         torch.ops.lrkern.lora_linear_bwd(torch.randn(T, I), x, w, a, b, s, *tail)
-    with pytest.raises(RuntimeError, match="lora_linear_bwd: dy must be float32, got bfloat16"):
+    text = r"lora_linear \(backward\): dy must be float32 \(the dtype of x\), got bfloat16"
+    with pytest.raises(RuntimeError, match=text):
         torch.ops.lrkern.lora_linear_bwd(torch.randn(T, O).bfloat16(), x, w, a, b, s, *tail)
+
+
+def test_backward_refuses_what_does_not_fit_the_gradient():
+    x, w, s, b, dy = torch.randn(T, I), torch.randn(O, I), torch.randn(T, R), torch.randn(O, R), torch.randn(T, O)
+    needs = (1.0, True, True, False, False, False)
+    for wrong, text in (
+        ((dy, x[:-1], w), rf"x must have shape \[..., I\] = \[{T}, {I}\], got \[{T - 1}, {I}\]"),
+        ((dy, x.half(), w), r"x must be float32 \(the dtype of dy\), got float16"),
+        ((dy, x, w.half()), r"weight must be float32 \(the dtype of dy\), got float16"),
+        ((dy, x, w[:-1]), rf"weight must have shape \[O, I\] = \[{O}, \*\], got"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"lrkern::linear_expand \(backward\): {text}"):
+            torch.ops.lrkern.linear_expand_bwd(*wrong, s, b, *needs)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.differentiable], ids=lambda op: op.name)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex128, torch.float64], ids=lambda d: str(d)[6:])
+def test_errors_name_what_was_called(op, dtype):
+    """Where gradients are recorded X_fwd runs; the user called X. Dtypes are named as torch names them."""
+    s = op.sample(op.family.direct_sample, "cpu", torch.float32)
+    name = str(dtype).removeprefix("torch.")
+    for i, argument in enumerate(op.parameters[: len(s.args)]):
+        args = op.leaves(s)
+        if not isinstance(args[i], torch.Tensor):
+            continue
+        args[i] = args[i].detach().to(dtype)
+        with pytest.raises(RuntimeError) as error:
+            getattr(lrkern.ops, op.name)(*args, **s.kwargs)
+        assert str(error.value).startswith(f"lrkern::{op.name}: {argument} must be "), argument
+        assert f", got {name}" in str(error.value) and "_fwd" not in str(error.value)
+
+
+def test_devices_do_not_mix_where_gradients_are_recorded():
+    kw = good("lora_linear")
+    kw["x"].requires_grad_()
+    with pytest.raises(RuntimeError, match="lrkern::lora_linear: all tensors must be on one device, got cpu and meta"):
+        lrkern.ops.lora_linear(**(kw | {"a": kw["a"].to("meta")}))
+
+
+def test_s_beside_float16():
+    """float32, or float16 as PEFT's own is; its gradient has its dtype."""
+    b, bias = torch.randn(O, R).half().requires_grad_(), torch.randn(O).half()
+    for dtype in (torch.float16, torch.float32):
+        s = torch.randn(T, R).to(dtype).requires_grad_()
+        y = lrkern.ops.linear_expand(None, None, bias, s, b)
+        y.sum().backward()
+        assert y.dtype == torch.float16 and s.grad.dtype == dtype and b.grad.dtype == torch.float16
+        assert lrkern.ops.linear_expand(None, None, None, s, b).dtype == torch.float16
+    with pytest.raises(RuntimeError, match=r"s must be float32 or float16 \(the dtype of b\), got bfloat16"):
+        lrkern.ops.linear_expand(None, None, bias, torch.randn(T, R).bfloat16(), b)
+
+
+def test_functional_forms_refuse_what_torch_would_broadcast_or_ignore():
+    x, w, a, b, m = (torch.randn(*n) for n in ((T, I), (O, I), (R, I), (O, R), (O,)))
+    A, B, d = torch.randn(R, I), torch.randn(R, O), torch.randn(R)
+    lam, gam, rand_a, rand_b = (torch.randn(*n) for n in ((R, 3), (3, O), (R, O), (3 * R, I)))
+    forms = {
+        "lora_linear": lambda p: F.lora_linear(x, w, None, a, b, 1.0, p, False),
+        "lora_add": lambda p: F.lora_add(x @ w.T, x, a, b, 1.0, p, False),
+        "dora_linear": lambda p: F.dora_linear(x, w, None, a, b, m, 1.0, p, False),
+        "vera_linear": lambda p: F.vera_linear(x, w, None, d, m, A, B, p, False),
+        "vera_add": lambda p: F.vera_add(x @ w.T, x, d, m, A, B, p, False),
+        "randlora_linear": lambda p: F.randlora_linear(x, w, None, lam, gam, rand_a, rand_b, 1.0, p, False),
+    }
+    for name, call in forms.items():
+        assert call(0.5).shape == (T, O)
+        for p in (-0.5, 1.5, math.nan):
+            with pytest.raises(RuntimeError, match=rf"lrkern::{name}: dropout_p must lie in \[0, 1\], got {p}"):
+                call(p)
+    with pytest.raises(RuntimeError, match=rf"dora_linear: magnitude must have shape \[O\] = \[{O}\], got \[1\]"):
+        F.dora_linear(x, w, None, a, b, m[:1])
+    with pytest.raises(RuntimeError, match=rf"vera_linear: d must have shape \[r\] = \[{R}\], got \[1\]"):
+        F.vera_linear(x, w, None, d[:1], m, A, B)
+    with pytest.raises(RuntimeError, match=rf"vera_linear: b must have shape \[O\] = \[{O}\], got \[1\]"):
+        F.vera_linear(x, w, None, d, m[:1], A, B)
+    with pytest.raises(
+        RuntimeError, match=rf"randlora_linear: lam must have shape \[r, n\] = \[{R}, 3\], got \[{R}, 1\]"
+    ):
+        F.randlora_linear(x, w, None, lam[:, :1], gam, rand_a, rand_b)

@@ -73,6 +73,11 @@ def math_of(x: str, f: str) -> tuple[str, int, int, str]:
     return elem, 2 if (x, f) == ("f16", "float") else 1, 2 if f != x else 1, "" if x == "float" else "HMMA"
 
 
+def type_of_s(f: str) -> str:
+    """Of S beside factors of type f, as TypeOfS in csrc/lora.h."""
+    return "float" if f == "f16" else f
+
+
 def vectors(rows: int, cols: int, source: str) -> int:
     """128-bit loads with which each of 128 threads fetches its part of a tile."""
     return max(1, rows * cols * SIZE[source] // 16 // 128)
@@ -84,7 +89,8 @@ def streams(blocks: int, **plan: int) -> Callable[..., Plan]:
 
 
 def wgrad(x: str, f: str, ranks: int) -> Plan:
-    elem, xt, ft, tensor = math_of(x, f)
+    s = type_of_s(f)
+    elem, xt, ft, tensor = math_of(x, s)
     cols = 128 if ranks == 16 else 64
     shared = tile(64, ranks, elem, ft) + tile(64, cols, elem, xt)
-    return Plan(2, shared, tensor, vectors(64, ranks, f) + vectors(64, cols, x))
+    return Plan(2, shared, tensor, vectors(64, ranks, s) + vectors(64, cols, x))

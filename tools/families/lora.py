@@ -4,7 +4,7 @@
 from collections.abc import Iterator
 from itertools import product
 
-from tools.families import SIZE, Kernel, Plan, Timed, math_of, streams, tile, vectors, wgrad
+from tools.families import SIZE, Kernel, Plan, Timed, math_of, streams, tile, type_of_s, vectors, wgrad
 
 # Beyond the registry: batch invariance, thousands of tokens, what lies between rows, dropout's bits.
 TESTS = {"tests/ops/test_lora.py": "cpu and rank_0"}
@@ -18,17 +18,19 @@ def shrink(x: str, f: str, ranks: int, n_contig: bool) -> Plan:
 
 
 def expand(x: str, f: str, n_contig: bool) -> Plan:
-    elem, _, ft, tensor = math_of(x, f)
+    s = type_of_s(f)
+    elem, _, ft, tensor = math_of(x, s)
     shared = tile(64, 32, elem, ft) + (tile(32, 128, elem, ft) if n_contig else tile(128, 32, elem, ft))
-    return Plan(2, shared, tensor, vectors(64, 32, f) + vectors(32, 128, f) + vectors(64, 128, x))
+    return Plan(2, shared, tensor, vectors(64, 32, s) + vectors(32, 128, f) + vectors(64, 128, x))
 
 
 def shrink_wgrad(x: str, f: str) -> Plan:
     """Its [64, 256] tile of dY leaves room for a second block only where the tile is one 16-bit term."""
-    elem, xt, ft, tensor = math_of(x, f)
+    s = type_of_s(f)
+    elem, xt, ft, tensor = math_of(x, s)
     shared = tile(64, 256, elem, xt) + tile(256, 16, elem, ft) + tile(64, 16, elem, ft)
     unrolled = 4 if SIZE[x] == 2 else 2
-    return Plan(2 if x == f != "float" else 1, shared, tensor, vectors(256, 16, f) + vectors(64, 16, f) + unrolled)
+    return Plan(2 if x == s != "float" else 1, shared, tensor, vectors(256, 16, f) + vectors(64, 16, s) + unrolled)
 
 
 def rescale(x: str) -> Plan:
@@ -50,6 +52,7 @@ def timed(op, device: str, dtype, T: int, N: int, R: int) -> Iterator[Timed]:
 
     draw = lambda *shape: torch.randn(*shape, device=device).to(dtype)
     x, a, b, s, flop = draw(T, N), draw(R, N), draw(N, R), draw(T, R), 2 * T * N * R
+    s = s.float() if dtype == torch.float16 else s
     yield Timed("lora_shrink", lambda: op.lora_shrink(x, a), [x, a, s], flop)
     yield Timed("lora_expand", lambda: op.lora_expand_(x, s, b, 1e-4), [x, x, s, b], flop)
     da = False, True  # that gradient alone

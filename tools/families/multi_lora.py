@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from tools import families
-from tools.families import Kernel, Plan, Timed, math_of, streams, tile, vectors
+from tools.families import Kernel, Plan, Timed, math_of, streams, tile, type_of_s, vectors
 
 # Beyond the registry: the grid, invariances, isolation.
 TESTS = {"tests/ops/test_multi_lora.py": "cpu and no_adapter"}
@@ -24,9 +24,10 @@ def shrink(x: str, f: str, ranks: int) -> Plan:
 
 
 def expand(x: str, f: str, to: str) -> Plan:
-    elem, _, ft, tensor = math_of(x, f)
+    s = type_of_s(f)
+    elem, _, ft, tensor = math_of(x, s)
     shared = tile(64, 32, elem, ft) + tile(32, 128, elem, ft) + lists(32)
-    return Plan(2, shared, tensor, vectors(64, 32, f) + vectors(32, 128, f) + vectors(64, 128, to))
+    return Plan(2, shared, tensor, vectors(64, 32, s) + vectors(32, 128, f) + vectors(64, 128, to))
 
 
 def wgrad(x: str, f: str, ranks: int) -> Plan:

@@ -42,7 +42,8 @@ __global__ __launch_bounds__(kBlockThreads, kShrinkBlocks<X, kRanks>) void lora_
       [](float before, float chunk) { return before + chunk; });
   for_each_element(sum, t0 + warp_id() * 16, r0, [&](int64_t t, int64_t r, float v) {
     if (t >= p.T || r >= p.R) return;
-    store_sum(partial, (int64_t{blockIdx.z} * p.T + t) * p.R + r, static_cast<F*>(p.s) + t * p.R + r, p.scale, v);
+    store_sum(partial, (int64_t{blockIdx.z} * p.T + t) * p.R + r, static_cast<TypeOfS<F>*>(p.s) + t * p.R + r, p.scale,
+              v);
   });
 }
 
@@ -54,8 +55,9 @@ __global__ __launch_bounds__(kBlockThreads, 2) void lora_expand_kernel(LoraExpan
   Smem smem;
   const Product product(smem);
   const int64_t t0 = int64_t{blockIdx.x} * kCudaTokens, n0 = int64_t{blockIdx.y} * kBN;
-  const auto s_slab = [&](int r) { return slab<F>(p.s, p.R, t0, r, p.T, p.R, vec.s); };
-  Stage<F, typename Product::TileS> ss;
+  using S = typename Product::S;
+  const auto s_slab = [&](int r) { return slab<S>(p.s, p.R, t0, r, p.T, p.R, vec.s); };
+  Stage<S, typename Product::TileS> ss;
   Stage<F, typename Product::TileU> su;
   ss.fetch(s_slab(0));
   su.fetch(factor_slab<F>(p.u, kNContig, 0, n0, p.R, p.N, vec.u));
@@ -147,9 +149,10 @@ __global__ __launch_bounds__(kBlockThreads, 2) void lora_wgrad_kernel(LoraWgradP
   const int64_t length = split_tokens(p.T, kCudaSplit), begin = blockIdx.x * length;
   const int64_t end = begin + length < p.T ? begin + length : p.T;
   const uint64_t seed = seed_of(p.dropout, p.seed);
-  const auto s_slab = [&](int64_t t) { return slab<F>(p.s, p.R, t, r0, end, p.R, vec.s); };
+  using S = typename Product::S;
+  const auto s_slab = [&](int64_t t) { return slab<S>(p.s, p.R, t, r0, end, p.R, vec.s); };
   const auto x_slab = [&](int64_t t) { return slab<X>(p.x, p.x_pitch, t, n0, end, p.N, vec.x); };
-  Stage<F, typename Product::TileS> ss;
+  Stage<S, typename Product::TileS> ss;
   Stage<X, typename Product::TileX> sx;
   ss.fetch(s_slab(begin));
   sx.fetch(x_slab(begin));
@@ -174,9 +177,10 @@ __global__ __launch_bounds__(kBlockThreads, 2) void lora_wgrad_kernel(LoraWgradP
 
 template <class X, class F>
 struct ShrinkWgrad {
-  using TileX = TileOfX<X, F, kCudaTokens, kCudaChunk>;
-  using TileU = TileOfU<X, F, kCudaFewRanks, kCudaChunk, false>;
-  using TileS = TileOfF<X, F, kCudaTokens, kCudaFewRanks>;
+  using S = TypeOfS<F>;
+  using TileX = TileOfX<X, S, kCudaTokens, kCudaChunk>;
+  using TileU = TileOfU<X, S, kCudaFewRanks, kCudaChunk, false>;
+  using TileS = TileOfF<X, S, kCudaTokens, kCudaFewRanks>;
   static constexpr int kWarpN = kCudaChunk / kWarps;
   static constexpr size_t kBytes = TileX::kBytes + TileU::kBytes + TileS::kBytes;
 };
@@ -202,8 +206,8 @@ __global__ __launch_bounds__(kBlockThreads, 2) void lora_shrink_wgrad_kernel(Lor
   su.put(tu);
   float db[Product::kWarpN / 8][4] = {};  // rows: ranks; columns n0 + col0 ..
   for (int64_t t = begin; t < end; t += kCudaTokens) {
-    Stage<F, TileS> ss;
-    ss.fetch(slab<F>(both.wgrad.s, p.R, t, 0, end, p.R, vec.s));
+    Stage<typename Product::S, TileS> ss;
+    ss.fetch(slab<typename Product::S>(both.wgrad.s, p.R, t, 0, end, p.R, vec.s));
     sync_threads();
     ss.put(ts);
     const auto dy = slab<X>(p.x, p.x_pitch, t, n0, end, p.N, vec.x);
@@ -275,7 +279,7 @@ int lora_shrink_cuda(const LoraShrinkParams& params, void* workspace, Stream str
       });
     });
     if (error || !partial) return error;
-    return sum_to<F>(p.s, p.R, 1, partial, config.chunks, p.T, p.R, p.scale, stream);
+    return sum_to<TypeOfS<F>>(p.s, p.R, 1, partial, config.chunks, p.T, p.R, p.scale, stream);
   });
 }
 
@@ -284,7 +288,7 @@ int lora_expand_cuda(const LoraExpandParams& params, void*, Stream stream) {
   const size_t size = size_of(p.dtype), factor = size_of(p.factor_dtype);
   const Vectorize vec{.x = can_vectorize(p.y, p.y_pitch, size) && can_vectorize(p.base, p.base_pitch, size),
                       .u = can_vectorize(p.u.data, pitch_of(p.u), factor),
-                      .s = can_vectorize(p.s, p.R, factor)};
+                      .s = can_vectorize(p.s, p.R, size_of(s_dtype(p.factor_dtype)))};
   return with_types(p.dtype, p.factor_dtype, [&]<class X, class F>(X, F) {
     return with_bool(p.u.stride_n == 1, [&](auto n_contig) {
       return launch("lora_expand", lora_expand_kernel<X, F, n_contig.value>,
@@ -313,7 +317,7 @@ int lora_wgrad_cuda(const LoraWgradParams& params, void* workspace, Stream strea
   const int64_t splits = ceil_div(p.T, split_tokens(p.T, kCudaSplit));
   float* partial = splits > 1 ? static_cast<float*>(workspace) : nullptr;
   const Vectorize vec{.x = can_vectorize(p.x, p.x_pitch, size_of(p.dtype)),
-                      .s = can_vectorize(p.s, p.R, size_of(p.factor_dtype))};
+                      .s = can_vectorize(p.s, p.R, size_of(s_dtype(p.factor_dtype)))};
   return with_types(p.dtype, p.factor_dtype, [&]<class X, class F>(X, F) {
     const int error = with_ranks(p.R, [&](auto ranks) {
       using Product = Wgrad<X, F, ranks.value>;
@@ -335,11 +339,11 @@ int lora_shrink_wgrad_cuda(const LoraShrinkWgradParams& both, void* workspace, S
   float *s_partial = static_cast<float*>(workspace), *g_partial = at.splits > 1 ? s_partial + at.db : nullptr;
   const Vectorize vec{.x = can_vectorize(p.x, p.x_pitch, size_of(p.dtype)),
                       .u = can_vectorize(p.u.data, p.u.stride_n, size_of(p.factor_dtype)),
-                      .s = can_vectorize(g.s, p.R, size_of(p.factor_dtype))};
+                      .s = can_vectorize(g.s, p.R, size_of(s_dtype(p.factor_dtype)))};
   return with_types(p.dtype, p.factor_dtype, [&]<class X, class F>(X, F) {
     int error = launch("lora_shrink_wgrad", lora_shrink_wgrad_kernel<X, F>, grid_of(at.splits, at.chunks),
                        dim3(kBlockThreads), ShrinkWgrad<X, F>::kBytes, stream, both, vec, s_partial, g_partial);
-    if (!error) error = sum_to<F>(p.s, p.R, 1, s_partial, at.chunks, p.T, p.R, p.scale, stream);
+    if (!error) error = sum_to<TypeOfS<F>>(p.s, p.R, 1, s_partial, at.chunks, p.T, p.R, p.scale, stream);
     if (!error && g_partial)
       error = sum_to<F>(g.g, g.g_stride_r, g.g_stride_n, g_partial, at.splits, p.R, p.N, g.scale, stream);
     return error;

@@ -99,7 +99,8 @@ __global__ __launch_bounds__(kBlockThreads) void multi_lora_gather_kernel(MultiL
     } else if (from >= 0) {
       v = scale_of(p, row, tile.k) * to_float_fast(static_cast<const F*>(p.pool)[from * p.N + id]);
     }
-    static_cast<F*>(p.s)[s_at(d, row, tile.k) + r0 + i % kPageRanks] = from_float_fast<F>(v);
+    using S = TypeOfS<F>;
+    static_cast<S*>(p.s)[s_at(d, row, tile.k) + r0 + i % kPageRanks] = from_float_fast<S>(v);
   }
 }
 
@@ -123,7 +124,7 @@ __global__ __launch_bounds__(kBlockThreads) void multi_lora_scatter_kernel(Multi
     for (int64_t t = span.begin; t < span.end; ++t) {
       const int64_t row = order[t], id = row >= 0 && row < d.T ? p.ids[row] : -1;
       if (id < 0 || id >= p.N || id % kParts != part) continue;
-      const F v = static_cast<const F*>(p.s)[s_at(d, row, k) + first + r];
+      const auto v = static_cast<const TypeOfS<F>*>(p.s)[s_at(d, row, k) + first + r];
       p.g[ranks[r] * p.N + id] += to_float_fast(v);
     }
   }

@@ -14,7 +14,8 @@ static_assert(kPlanRows == kCudaTokens, "a tile of the plan is one of the produc
 // S's rank `at`, counted through the slices at hand.
 template <class F>
 __device__ __forceinline__ void store_s(const MultiLoraShrinkParams& p, int64_t row, int64_t k, int64_t at, float v) {
-  static_cast<F*>(p.s)[s_at(p.adapters, row, k) + at] = from_float_fast<F>(scale_of(p, row, k) * v);
+  using S = TypeOfS<F>;
+  static_cast<S*>(p.s)[s_at(p.adapters, row, k) + at] = from_float_fast<S>(scale_of(p, row, k) * v);
 }
 
 // ---- S. Block (slot and tile, ranks, chunk of N): all chunks, or one, its sum to partial [chunk][T][K][slices R].
@@ -91,9 +92,10 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_expand_kernel(Mul
       fill_ranks(d, tile.adapter, r, end, kExpandK, ranks);
       sync_threads();
       unknown = unknown || any(ranks, kExpandK, [](int32_t row) { return row == kUnknown; });
-      Stage<F, typename Product::TileS> ss;
+      using S = typename Product::S;
+      Stage<S, typename Product::TileS> ss;
       Stage<F, typename Product::TileU> su;
-      ss.fetch(Gathered<F>{static_cast<const F*>(p.s) + s_at(d, 0, k) + r, d.K * d.L * R, rows, end - r, vec.s, ranks});
+      ss.fetch(Gathered<S>{static_cast<const S*>(p.s) + s_at(d, 0, k) + r, d.K * d.L * R, rows, end - r, vec.s, ranks});
       su.fetch(Gathered<F>{static_cast<const F*>(p.pool) + n0, p.N, ranks, p.N - n0, vec.u});
       ss.put(product.ts);
       su.put(product.tu);
@@ -156,9 +158,10 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_wgrad_kernel(Mult
   for (int64_t t = begin; t < end; t += kPlanRows) {
     fill_rows(d, order, t, static_cast<int32_t>(end - t < kPlanRows ? end - t : kPlanRows), rows);
     sync_threads();
-    Stage<F, typename Product::TileS> ss;
+    using S = typename Product::S;
+    Stage<S, typename Product::TileS> ss;
     Stage<X, typename Product::TileX> sx;
-    ss.fetch(Gathered<F>{static_cast<const F*>(p.s) + s_at(d, 0, k) + r0, s_at(d, 1, 0) - s_at(d, 0, 0), rows, all - r0,
+    ss.fetch(Gathered<S>{static_cast<const S*>(p.s) + s_at(d, 0, k) + r0, s_at(d, 1, 0) - s_at(d, 0, 0), rows, all - r0,
                          vec.s});
     sx.fetch(Gathered<X>{static_cast<const X*>(p.x) + n0, p.x_pitch, rows, p.N - n0, vec.x});
     ss.put(product.ts);
@@ -231,7 +234,7 @@ int multi_lora_expand_cuda(const MultiLoraExpandParams& p, void* workspace, Stre
       const size_t size = sizeof(To);
       const Vectorize vec{.x = can_vectorize(to, to_pitch, size) && can_vectorize(from, from_pitch, size),
                           .u = can_vectorize(p.pool, p.N, factor),
-                          .s = can_vectorize(p.s, kPageRanks, factor)};
+                          .s = can_vectorize(p.s, kPageRanks, size_of(s_dtype(p.factor_dtype)))};
       return launch("multi_lora_expand", multi_lora_expand_kernel<X, F, To>,
                     grid_of(plan_layout(d.T, d.A).G, ceil_div(p.N, kBN)), dim3(kBlockThreads),
                     Expand<X, F, true>::kBytes + Lists<kExpandK>::kBytes, stream, p, vec, k, to, to_pitch, from,
@@ -251,7 +254,7 @@ int multi_lora_wgrad_cuda(const MultiLoraWgradParams& p, void* workspace, Stream
   const int64_t all = all_ranks(d), splits = d.K * splits_of(d);
   float* partial = splits > 1 ? static_cast<float*>(workspace) : nullptr;
   const Vectorize vec{.x = can_vectorize(p.x, p.x_pitch, size_of(p.dtype)),
-                      .s = can_vectorize(p.s, kPageRanks, size_of(p.factor_dtype))};
+                      .s = can_vectorize(p.s, kPageRanks, size_of(s_dtype(p.factor_dtype)))};
   if (!d.A || !all) return 0;
   return with_types(p.dtype, p.factor_dtype, [&]<class X, class F>(X, F) {
     const int error = with_ranks(all, [&](auto ranks) {

@@ -34,6 +34,19 @@ def cast(x: Tensor, *base: Tensor | None) -> tuple[Any, ...]:
     return x.to(low), *(None if t is None else t.to(low) for t in base)
 
 
+def probability(form: str, p: float) -> float:
+    """A dropout_p that acts or not is a probability all the same."""
+    if not 0.0 <= p <= 1.0:
+        raise RuntimeError(f"lrkern::{form}: dropout_p must lie in [0, 1], got {p}")
+    return p
+
+
+def of_shape(form: str, name: str, t: Tensor, letters: str, *sizes: int) -> None:
+    """Refuses what torch would broadcast without a word."""
+    if t.shape != sizes:
+        raise RuntimeError(f"lrkern::{form}: {name} must have shape {letters} = {list(sizes)}, got {list(t.shape)}")
+
+
 def beside(
     function: type[Function], y, x: Tensor, weight, bias, dropout_p: float, training: bool, *args: Any
 ) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from . import base
 
 __all__ = ["dora_linear", "dora_norm"]
 
@@ -52,10 +53,29 @@ def dora_linear(
     x [..., I]; weight [O, I]; bias [O] or None; a [R, I]; b [O, R]; magnitude [O], float32 or of x's dtype;
     norm: ``dora_norm(weight, a, b, scale)`` where it is known.
     """
+    base.of_shape("dora_linear", "magnitude", magnitude, "[O]", len(weight))
     g = magnitude / (dora_norm(weight, a, b, scale) if norm is None else norm)
+    p = base.probability("dora_linear", dropout_p) * training
+    if base.cast(x.new_empty(0))[0].dtype == torch.float16:
+        return _in_float16(x, weight, bias, a, b, g.float(), scale, p)
     gb = (g[:, None] * b).to(b.dtype)
-    if training and dropout_p > 0.0:
-        dropped = torch.dropout(x, dropout_p, True)
-        base = torch.nn.functional.linear(x, weight, bias)
-        return base + ops.lora_linear(dropped, weight, None, a, gb, scale, base_scale=g - 1)
+    if p > 0.0:
+        dropped = torch.dropout(x, p, True)
+        y = torch.nn.functional.linear(x, weight, bias)
+        return y + ops.lora_linear(dropped, weight, None, a, gb, scale, base_scale=g - 1)
     return ops.lora_linear(x, weight, bias, a, gb, scale, base_scale=g)
+
+
+def _in_float16(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, p: float
+) -> Tensor:
+    """Over a float16 base the adapter is float32: g ⊙ b, and (g - 1) ⊙ (x Wᵀ) with what is added to it, may leave float16's
+    range where PEFT's products, in another order, stay inside."""
+    dropped = torch.dropout(x, p, True) if p > 0.0 else x
+    x, dropped, weight, bias = base.cast(x, dropped, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        a, gb = a.float(), g[:, None] * b.float()
+        if p == 0.0:
+            return ops.lora_linear(x, weight, bias, a, gb, scale, base_scale=g)
+        y = torch.nn.functional.linear(x, weight, bias) + (g - 1) * torch.nn.functional.linear(dropped, weight)
+        return ops.lora_add(y, dropped, a, gb, scale).to(x.dtype)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .base import probability
 
 __all__ = ["lora_add", "lora_linear", "lora_scaling"]
 
@@ -22,9 +23,9 @@ def dropout_seed(x: Tensor) -> Tensor:
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
 
 
-def dropout_of(x: Tensor, p: float, training: bool) -> tuple:
+def dropout_of(form: str, x: Tensor, p: float, training: bool) -> tuple:
     """The ops' dropout_p and seed, or nothing where dropout does not act."""
-    return (p, dropout_seed(x)) if training and p > 0.0 else ()
+    return (p, dropout_seed(x)) if probability(form, p) and training else ()
 
 
 def lora_linear(
@@ -41,11 +42,11 @@ def lora_linear(
 
     x [..., I]; weight [O, I]; bias [O] or None; a [R, I]; b [O, R]. Dropout acts where training and dropout_p > 0.
     """
-    return ops.lora_linear(x, weight, bias, a, b, scale, *dropout_of(x, dropout_p, training))
+    return ops.lora_linear(x, weight, bias, a, b, scale, *dropout_of("lora_linear", x, dropout_p, training))
 
 
 def lora_add(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, dropout_p: float = 0.0, training: bool = True
 ) -> Tensor:
     """y + scale · (dropout(x) Aᵀ) Bᵀ, beside a base layer of any kind that gave y [..., O]; ``ops.lora_add``."""
-    return ops.lora_add(y, x, a, b, scale, *dropout_of(x, dropout_p, training))
+    return ops.lora_add(y, x, a, b, scale, *dropout_of("lora_add", x, dropout_p, training))

@@ -3,6 +3,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -52,10 +53,12 @@ def matmul(x: Tensor, p: Projection, transposed: bool, in_scale=None, out_scale=
             return ops.basis_matmul(*args, wide)
         ops.basis_matmul_(into, *args)
         return into
-    x = x.to(p.dtype) if in_scale is None else x.to(p.dtype) * in_scale.to(p.dtype)
-    y = x @ (p.mT if transposed else p)
+    wide_type = torch.float32 if p.dtype == torch.float16 else p.dtype  # of what a scale is part of
+    if in_scale is not None:
+        x = x.to(wide_type) * in_scale.to(wide_type)
+    y = x.to(p.dtype) @ (p.mT if transposed else p)
     if out_scale is not None:
-        y = y * out_scale.to(y.dtype)
+        y = y.to(wide_type) * out_scale.to(wide_type)
     return y if into is None else into.add_(y)
 
 

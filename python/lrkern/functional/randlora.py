@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import base
-from .projection import Basis, Projection, cols_of, matmul, save, saved, scale_of
+from .projection import Basis, Projection, cols_of, matmul, rows_of, save, saved, scale_of
 
 __all__ = ["randlora_add", "randlora_delta", "randlora_linear", "randlora_way"]
 
@@ -217,6 +217,13 @@ def randlora_delta(
     return _Update.of(lam, gam, A, B, scale, paper_pairing, in_features <= out_features).delta()
 
 
+def _check(form: str, lam: Tensor, gam: Tensor, A: Projection, B: Projection, dropout_p: float) -> None:
+    base.probability(form, dropout_p)
+    r, n = rows_of(A), rows_of(B) // max(1, rows_of(A))
+    base.of_shape(form, "lam", lam, "[r, n]", r, n)
+    base.of_shape(form, "gam", gam, "[n, min(I, O)]", n, cols_of(A))
+
+
 def randlora_linear(
     x: Tensor,
     weight: Tensor,
@@ -238,6 +245,7 @@ def randlora_linear(
     that column j' of B's stack meets another λ A γ than Eq. 4 says; it is the default, ``paper_pairing`` is Eq. 4.
     Neither U = Λ A Γ nor x Uᵀ is saved; for in > out dU costs a GEMM more for it. How it is computed: ``randlora_way``.
     """
+    _check("randlora_linear", lam, gam, A, B, dropout_p)
     return base.beside(_RandLora, None, x, weight, bias, dropout_p, training, lam, gam, A, B, scale, paper_pairing)
 
 
@@ -254,4 +262,5 @@ def randlora_add(
     paper_pairing: bool = False,
 ) -> Tensor:
     """y + scale · dropout(x) ΔWᵀ as a new tensor, beside a base layer of any kind that gave y."""
+    _check("randlora_add", lam, gam, A, B, dropout_p)
     return base.beside(_RandLora, y, x, None, None, dropout_p, training, lam, gam, A, B, scale, paper_pairing)

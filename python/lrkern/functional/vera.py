@@ -6,9 +6,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import base
-from .projection import Basis, Projection, matmul, save, saved, scale_of
+from .projection import Basis, Projection, cols_of, matmul, rows_of, save, saved, scale_of
 
 __all__ = ["vera_add", "vera_linear"]
+
+
+def _wide(d: Tensor) -> bool:
+    """Whether x Aᵀ and its gradient are float32 over a generated A, whose scale they lack: they may leave float16's range."""
+    return d.dtype != torch.bfloat16
 
 
 class _Vera(Function):
@@ -17,7 +22,7 @@ class _Vera(Function):
     @staticmethod
     def forward(ctx, y, x, weight, bias, d, b, A, B, save_output):
         d32, b32, c = d.float().contiguous(), b.float().contiguous(), scale_of(A) * scale_of(B)
-        wide = d.dtype == torch.float32
+        wide = _wide(d)
         u = matmul(x, A, True, wide=wide)
         out, w = base.output(y, x, weight, bias), None
         if save_output:
@@ -34,7 +39,7 @@ class _Vera(Function):
     def backward(ctx, dy):
         A, B, x, weight, d, b, u, w = saved(ctx)
         need_y, *need, need_d, need_b = ctx.needs_input_grad[:6]
-        wide, v, dd, db = d.dtype == torch.float32, ctx.c * d.float(), None, None
+        wide, v, dd, db = _wide(d), ctx.c * d.float(), None, None
         with torch.autocast(dy.device.type, enabled=False):  # as forward ran, wherever backward() is called
             dx, dw, dbias = base.gradients(need, dy, x, weight)
             if need[0] or need_d:
@@ -60,6 +65,12 @@ def _db(dy: Tensor, u: Tensor, v: Tensor, B: Projection, w: Tensor | None) -> Te
     return p.mul_(B._replace(scale=1.0).fill(p) if isinstance(B, Basis) else B).sum(0)
 
 
+def _check(form: str, d: Tensor, b: Tensor, A: Projection, B: Projection, dropout_p: float) -> None:
+    base.probability(form, dropout_p)
+    base.of_shape(form, "d", d, "[r]", rows_of(A))
+    base.of_shape(form, "b", b, "[O]", cols_of(B))
+
+
 def vera_linear(
     x: Tensor,
     weight: Tensor,
@@ -78,6 +89,7 @@ def vera_linear(
     ``Basis`` or frozen tensors. Saves x Aᵀ [T, r], and x where weight trains; db costs a GEMM that ``save_output`` saves by
     keeping [T, O].
     """
+    _check("vera_linear", d, b, A, B, dropout_p)
     return base.beside(_Vera, None, x, weight, bias, dropout_p, training, d, b, A, B, save_output)
 
 
@@ -93,4 +105,5 @@ def vera_add(
     save_output: bool = False,
 ) -> Tensor:
     """y + b ⊙ ((d ⊙ (dropout(x) Aᵀ)) B) as a new tensor, beside a base layer of any kind that gave y."""
+    _check("vera_add", d, b, A, B, dropout_p)
     return base.beside(_Vera, y, x, None, None, dropout_p, training, d, b, A, B, save_output)

@@ -3,7 +3,7 @@
 """The ops: typed wrappers over ``torch.ops.lrkern``, their fakes, autograd and autocast. Nothing else calls _C.so.
 
 Letters: T tokens (any leading dimensions), I in, O out, R rank (0 to 512). Activations and base weights are float32,
-float16 or bfloat16; a, b and s are of that dtype or float32. D is dropout by Philox: element (row, column) of x
+float16 or bfloat16; a, b and s are of that dtype or float32, and s is float32 where a and b are float16. D is dropout by Philox: element (row, column) of x
 flattened to [T, I] is kept iff its 16 random bits under ``seed`` are >= round(65536 dropout_p), and kept elements are
 divided by the keep probability. The mask is recomputed wherever it is needed and never stored.
 Bad arguments raise RuntimeError as ``lrkern::op: argument must ..., got ...``.

@@ -217,6 +217,16 @@ def pick(names: Sequence[str], wanted: Sequence[str]) -> Callable[[Sequence[Any]
     return itemgetter(*at) if len(at) > 1 else lambda values: [values[i] for i in at]
 
 
+def s_dtype(factor: torch.dtype) -> torch.dtype:
+    """Of S and its gradient beside factors of a dtype: theirs, but float32 beside float16, whose range scale · S leaves."""
+    return torch.float32 if factor == torch.float16 else factor
+
+
+def spoken(name: str) -> str:
+    """X, or of X_bwd that it is X's backward: how errors call what the user called X."""
+    return f"{name.removesuffix('_bwd')} (backward)" if name.endswith("_bwd") else name.removesuffix("_fwd")
+
+
 def like_contiguous(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
@@ -292,7 +302,8 @@ def fake(name: str, results: Callable[..., Any]) -> None:
     def kernel(*args):
         devices = sorted({str(a.device) for a in args if isinstance(a, Tensor)})
         if len(devices) > 1:
-            raise RuntimeError(f"lrkern::{name}: all tensors must be on one device, got {' and '.join(devices)}")
+            where = " and ".join(devices)
+            raise RuntimeError(f"lrkern::{spoken(name)}: all tensors must be on one device, got {where}")
         defaults = (a.default_value for a in arguments[len(args) :])
         return results(**dict(zip((a.name for a in arguments), (*args, *defaults), strict=True)))
 

@@ -4,11 +4,11 @@
 import torch
 from torch import Tensor
 
-from .dispatch import Op, like_contiguous
+from .dispatch import Op, like_contiguous, s_dtype
 
 
 def _shrunk(x, a, **_):
-    return a.new_empty((*x.shape[:-1], a.shape[0]))
+    return a.new_empty((*x.shape[:-1], a.shape[0]), dtype=s_dtype(a.dtype))
 
 
 _shrink = Op(
@@ -21,7 +21,8 @@ _shrink = Op(
 
 
 def lora_shrink(x: Tensor, a: Tensor, scale: float = 1.0, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """S = scale · D(x) Aᵀ, the low-rank activations [..., R] in the dtype of ``a``.
+    """S = scale · D(x) Aᵀ, the low-rank activations [..., R] in the dtype of ``a``; in float32 where that is float16, whose
+    range scale · S leaves before PEFT's order of the same products does.
 
     x [..., I]; a [R, I]; seed int64 [1] on x's device where dropout_p > 0. Differentiable in x and a.
     fp32 accumulation, one rounding. A row's bits do not depend on the other rows.
@@ -30,8 +31,12 @@ def lora_shrink(x: Tensor, a: Tensor, scale: float = 1.0, dropout_p: float = 0.0
 
 
 def _expanded(x, bias, s, b, **_):
-    like = x if x is not None else bias if bias is not None else s
+    like = x if x is not None else bias if bias is not None else b
     return like.new_empty((*s.shape[:-1], b.shape[0]))
+
+
+def _casts_beside_s(low, *_):
+    return low, low, low, s_dtype(low), low, None
 
 
 _expand = Op(
@@ -39,7 +44,7 @@ _expand = Op(
     results=_expanded,
     trains="x weight bias s b",
     saved_for={"x": "weight", "weight": "x"},
-    casts="x weight bias s b",
+    casts=_casts_beside_s,
     shards={"": {"tokens": "TRRTR>T", "column": "R00R0>L"}, "_bwd": {"tokens": "TTRTR>TPPTP", "column": "LR0R0>P00P0"}},
 )
 
@@ -49,7 +54,8 @@ def linear_expand(
 ) -> Tensor:
     """y = x Wᵀ + bias + scale · S Bᵀ [..., O]. Without x and weight: y = bias + scale · S Bᵀ.
 
-    x [..., I]; weight [O, I]; bias [O]; s [..., R]; b [O, R]. Differentiable in all tensors. The base product is
+    x [..., I]; weight [O, I]; bias [O]; s [..., R], of b's dtype or beside a float16 b float32; b [O, R]. Without x and bias y
+    has b's dtype. Differentiable in all tensors. The base product is
     ATen's linear; S Bᵀ is added into its result, so y is rounded twice.
     """
     return _expand(x, weight, bias, s, b, scale)
@@ -134,7 +140,7 @@ _expand_into = Op("lora_expand_", instead="lora_add")
 
 
 def lora_expand_(y: Tensor, s: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """y += scale · S Bᵀ in place, beside anyone's base GEMM. y [..., O]; s [..., R]; b [O, R].
+    """y += scale · S Bᵀ in place, beside anyone's base GEMM. y [..., O]; s [..., R] as in ``linear_expand``; b [O, R].
 
     Not differentiable: raises when gradients are recorded and an argument requires one; use ``lora_add`` or
     ``linear_expand`` then.

@@ -6,7 +6,8 @@ of a pool. Factors lie rank-major in pools: a_pool [P, I] holds rows of A, b_poo
 dtype or float32. pages int32 [A, L, M]: page m of an adapter and slice is the pool's rows 16 pages[a, l, m] and the 15 after
 it; ranks int32 [A, L] says how many of its rows count. A page belongs to one adapter. plan is what multi_lora_plan made of
 index int32 [T, K] (or [T]), an adapter per row and slot, negative for none: made once, it serves all layers of a batch.
-scales float32 [T, K] (or [T]); dropout_p float32 [A], one probability an adapter; seed int64 [1].
+scales float32 [T, K] (or [T]); dropout_p float32 [A], one probability an adapter; seed int64 [1]. S has the pools' dtype, but
+is float32 beside float16 pools, whose range scales · S leaves; a float16 S is taken there too.
 
 All of this stays on the device: nothing is read back, so a captured CUDA graph replays with other adapters, ranks, scales
 and rows. A row or page that does not exist is refused on the CPU; on CUDA, where values are not validated, that row is NaN and no other.
@@ -16,7 +17,7 @@ The adapter part is batch-invariant: a row alone and the row in any batch give t
 from torch import Tensor
 
 from ..limits import PAGE, plan_length
-from .dispatch import Op, like_contiguous
+from .dispatch import Op, like_contiguous, s_dtype
 
 
 def _plans(index, adapters):
@@ -38,7 +39,8 @@ def multi_lora_plan(index: Tensor, adapters: int) -> Tensor:
 
 
 def _s(x, a_pool, pages, plan, **_):
-    return a_pool.new_empty((*x.shape[:-1], plan.shape[0], pages.shape[1], PAGE * pages.shape[2]))
+    sizes = *x.shape[:-1], plan.shape[0], pages.shape[1], PAGE * pages.shape[2]
+    return a_pool.new_empty(sizes, dtype=s_dtype(a_pool.dtype))
 
 
 def _weigh(ds, scales):

@@ -11,8 +11,14 @@ from .registry import Family, Sample, register
 from .rng import dropout
 
 
+def s_dtype(factor):
+    """Of S beside factors of a dtype: scale * S leaves the range of float16."""
+    return torch.float32 if factor == torch.float16 else factor
+
+
 def lora_shrink(x, a, scale=1.0, dropout_p=0.0, seed=None):
     """S = scale D(x) A^T"""
+    a = a.to(s_dtype(a.dtype))
     return scale * (dropout(x.to(a.dtype), dropout_p, seed) @ a.mT)
 
 
@@ -22,9 +28,9 @@ def add(y, delta):
 
 def linear_expand(x, weight, bias, s, b, scale=1.0):
     """y = x W^T + bias + scale S B^T"""
-    delta = scale * (s @ b.mT)
+    delta = scale * (s @ b.to(s.dtype).mT)
     if x is None:
-        return delta if bias is None else add(bias, delta)
+        return delta.to(b.dtype) if bias is None else add(bias, delta)
     return add(torch.nn.functional.linear(x, weight, bias), delta)
 
 
@@ -33,18 +39,19 @@ def lora_linear(x, weight, bias, a, b, scale=1.0, dropout_p=0.0, seed=None, base
     s = lora_shrink(x, a, scale, dropout_p, seed)
     if base_scale is None:
         return linear_expand(x, weight, bias, s, b)
-    y = torch.nn.functional.linear(x, weight).to(s.dtype) * base_scale.to(s.dtype) + s @ b.mT
+    y = torch.nn.functional.linear(x, weight).to(s.dtype) * base_scale.to(s.dtype) + s @ b.to(s.dtype).mT
     return (y if bias is None else y + bias.to(s.dtype)).to(x.dtype)
 
 
 def lora_add(y, x, a, b, scale=1.0, dropout_p=0.0, seed=None):
     """y + scale (D(x) A^T) B^T"""
-    return add(y, lora_shrink(x, a, scale, dropout_p, seed) @ b.mT)
+    s = lora_shrink(x, a, scale, dropout_p, seed)
+    return add(y, s @ b.to(s.dtype).mT)
 
 
 def lora_expand_(y, s, b, scale=1.0):
     """y += scale S B^T, in place"""
-    y.copy_(add(y, scale * (s @ b.mT)))
+    y.copy_(add(y, scale * (s @ b.to(s.dtype).mT)))
 
 
 class Layer:
@@ -61,7 +68,7 @@ class Layer:
         self.options = self.scale | {"dropout_p": dropout_p, "seed": draw.seed() if dropout_p else None}
 
     def s(self) -> Tensor:
-        return self.draw(*self.lead, self.R, dtype=self.factor_dtype)
+        return self.draw(*self.lead, self.R, dtype=s_dtype(self.factor_dtype))
 
     def y(self) -> Tensor:
         return self.draw(*self.lead, self.O, pitch=self.O + 13 if self.pitch else 0)
@@ -103,7 +110,8 @@ def shrink_samples(name: str, t: Layer) -> Iterator[Sample]:
     yield Sample(name, (t.x, t.a), t.options)
 
 
-@register(linear_expand, differentiable="x weight bias s b", casts="x weight bias s b", products="TIO TOR")
+# In float16; in bfloat16 autocast casts s too.
+@register(linear_expand, differentiable="x weight bias s b", casts="x weight bias b", products="TIO TOR")
 def linear_expand_samples(name: str, t: Layer) -> Iterator[Sample]:
     if t.dropout_p:
         return

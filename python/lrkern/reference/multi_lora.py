@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .lora import add
+from .lora import add, s_dtype
 from .registry import Family, Sample, register
 from .rng import dropout
 
@@ -44,6 +44,7 @@ def factor(pool, pages, ranks, a, l):
 
 def multi_lora_shrink(x, a_pool, pages, ranks, plan, scales=None, dropout_p=None, seed=None):
     """S[t, k] = scales[t, k] D(x[t]) A[index[t, k]]^T"""
+    a_pool = a_pool.to(s_dtype(a_pool.dtype))
     flat, K = x.flatten(0, -2).to(a_pool.dtype), plan.shape[0]
     T = len(flat)
     s = a_pool.new_zeros(T, K, pages.shape[1], 16 * pages.shape[2])
@@ -67,6 +68,7 @@ def multi_lora_embedding(ids, a_pool, pages, ranks, plan, scales=None):
 def multi_lora_expand(y, s, b_pool, pages, ranks, plan, slice=0):
     """y[t] + sum over k of S[t, k] B[index[t, k]]^T"""
     flat = y.flatten(0, -2)
+    b_pool = b_pool.to(s.dtype)
     s, delta = s.reshape(len(flat), *s.shape[-3:]), b_pool.new_zeros(flat.shape)
     for k, a, rows in rows_of(plan, len(flat)):
         f, rank = factor(b_pool, pages, ranks, a, slice)
@@ -182,7 +184,7 @@ def embedding_samples(name: str, t: Layer) -> Iterator[Sample]:
 def expand_samples(name: str, t: Layer) -> Iterator[Sample]:
     (_, L, M), K = t.table[0].shape, len(t.table[2])
     y = t.draw(*t.lead, t.O, pitch=t.O + 13 if t.pitch else 0)
-    s = t.draw(*t.lead, K, L, 16 * M, dtype=t.b_pool.dtype)
+    s = t.draw(*t.lead, K, L, 16 * M, dtype=s_dtype(t.b_pool.dtype))
     yield Sample(name, (y, s, t.b_pool, *t.table), {"slice": L - 1})
 
 

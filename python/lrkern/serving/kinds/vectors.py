@@ -155,8 +155,12 @@ class _Batch:
                 u = project(x if rows is None else x[rows], A, transposed=True)
                 if layer.split == "row":
                     torch.distributed.all_reduce(u, group=self._kind.pool.group)
-                v = u * (d_of[cells] * scales)
-                w = (project(v, B) * b_of[cells]).to(y.dtype)
+                d, b = d_of[cells], b_of[cells]
+                if b.dtype == torch.float16:  # scale and d together may leave its range, where b brings them back
+                    b = b * scales
+                else:
+                    d = d * scales
+                w = (project(u * d, B) * b).to(y.dtype)
                 if mine is not None:
                     y.copy_(torch.where(mine, y + w, y))
                 elif rows is None:
