@@ -204,7 +204,7 @@ def fused_calls():
         return wrapper
 
     with ExitStack() as stack:
-        for name in ("lora_linear", "lora_add", "dora_linear"):
+        for name in ("lora_linear", "lora_add", "dora_linear", "dora_add"):
             function = getattr(lrkern.functional, name)
             stack.enter_context(mock.patch.object(lrkern.functional, name, counting(name, function)))
         yield calls

@@ -11,5 +11,4 @@ from .vera import *
 
 __all__ = sorted(name for name, thing in vars().items() if getattr(thing, "__module__", "").startswith(__name__))
 
-from .dora import row_norm  # helpers that keep their place here beside __all__
 from .lora import dropout_seed

@@ -6,30 +6,24 @@ from torch import Tensor
 
 from .. import ops
 from . import base
+from .lora import lora_add
 
-__all__ = ["dora_linear", "dora_norm"]
-
-
-@torch.no_grad()
-def row_norm(weight: Tensor) -> Tensor:
-    """‖W‖ of every row [O] in float32."""
-    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+__all__ = ["dora_add", "dora_linear", "dora_norm"]
 
 
 @torch.no_grad()
-def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, weight_norm: Tensor | None = None) -> Tensor:
+def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """‖W + scale · B A‖ of every row [O] in float32, without gradient and without an O x I product:
 
         ‖w + s b A‖² = ‖w‖² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ    for a row w of W and b of B
 
-    weight [O, I]; a [R, I]; b [O, R]; weight_norm: ``row_norm(weight)`` where it is known. Where W and scale · B A nearly
-    cancel, the relative error grows as (‖w‖ / norm)².
+    weight [O, I]; a [R, I]; b [O, R]. Where W and scale · B A nearly cancel, the relative error grows as (‖w‖ / norm)².
     """
     with torch.autocast(weight.device.type, enabled=False):
         wa = ops.lora_shrink(weight, a if a.dtype == weight.dtype else a.float()).float()  # W Aᵀ [O, R]
         a, b = a.float(), b.float()
         low = 2 * scale * wa + scale**2 * (b @ (a @ a.mT))
-        weight_norm = row_norm(weight) if weight_norm is None else weight_norm
+        weight_norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
         return (weight_norm.square() + (b * low).sum(1)).clamp_min(0).sqrt()
 
 
@@ -64,6 +58,18 @@ def dora_linear(
         y = torch.nn.functional.linear(x, weight, bias)
         return y + ops.lora_linear(dropped, weight, None, a, gb, scale, base_scale=g - 1)
     return ops.lora_linear(x, weight, bias, a, gb, scale, base_scale=g)
+
+
+def dora_add(y: Tensor, x: Tensor, product: Tensor, a: Tensor, b: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:
+    """y + (g - 1) ⊙ product + g ⊙ scale · (x Aᵀ) Bᵀ, DoRA beside a base layer of any kind that gave y = x' Wᵀ + bias.
+
+    x [..., I], dropped out where dropout acts; product = x Wᵀ [..., O]; g = magnitude / ``dora_norm`` [O].
+    """
+    if torch.float16 in (y.dtype, b.dtype):  # as in _in_float16
+        wide = y.float() + (g - 1).float() * product.float()
+        return ops.lora_add(wide, x, a.float(), g[:, None].float() * b.float(), scale).to(y.dtype)
+    y = (y + (g - 1) * product).to(y.dtype)
+    return lora_add(y, x, a, (g[:, None] * b).to(b.dtype), scale)
 
 
 def _in_float16(

@@ -48,5 +48,8 @@ def lora_linear(
 def lora_add(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, dropout_p: float = 0.0, training: bool = True
 ) -> Tensor:
-    """y + scale · (dropout(x) Aᵀ) Bᵀ, beside a base layer of any kind that gave y [..., O]; ``ops.lora_add``."""
+    """y + scale · (dropout(x) Aᵀ) Bᵀ, beside a base layer of any kind that gave y [..., O], in a dtype of its own too;
+    ``ops.lora_add``."""
+    if a.dtype != torch.float32 and not a.dtype == x.dtype == y.dtype:
+        a, b = a.float(), b.float()
     return ops.lora_add(y, x, a, b, scale, *dropout_of("lora_add", x, dropout_p, training))

@@ -34,13 +34,6 @@ def _snapshot(m: nn.Module) -> nn.Module:
     return copy
 
 
-def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float, training: bool) -> Tensor:
-    """``functional.lora_add`` beside a base layer that may answer in a dtype of its own."""
-    if a.dtype != torch.float32 and not a.dtype == x.dtype == y.dtype:
-        a, b = a.float(), b.float()
-    return F.lora_add(y, x, a, b, scale, p, training)
-
-
 class AdapterLinear(nn.Module):
     """y = x Wᵀ + bias + what the adapter adds. W stays frozen, the coefficients train; with r = 0 it is the base layer alone.
 
@@ -279,7 +272,7 @@ class LowRankLinear(AdapterLinear):
         return F.lora_linear(x, weight, bias, *self.factors(), self.dropout, self.training)
 
     def _beside(self, y: Tensor, x: Tensor) -> Tensor:
-        return add_low_rank(y, x, *self.factors(), self.dropout, self.training)
+        return F.lora_add(y, x, *self.factors(), self.dropout, self.training)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

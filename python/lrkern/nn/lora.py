@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..caches import DoraNorm
 from ..limits import MAX_RANK
-from .linear import LowRankLinear, add_low_rank
+from .linear import LowRankLinear
 from .plain import plain_linear
 
 Init = Callable[["FusedLoRALinear"], None]
@@ -165,16 +165,14 @@ class FusedLoRALinear(LowRankLinear):
     def _beside(self, y: Tensor, x: Tensor) -> Tensor:
         base, (a, b, scale), p = self.base_layer, self.factors(), self.lora_dropout
         if not self.use_dora:
-            return add_low_rank(y, x, a, b, scale, p, self.training)
-        weight, magnitude = base.weight, self.lora_magnitude_vector.weight
-        g = magnitude / self._cached_norm(weight, a, b, scale, self.training)
+            return F.lora_add(y, x, a, b, scale, p, self.training)
+        g = self.lora_magnitude_vector.weight / self._cached_norm(base.weight, a, b, scale, self.training)
         if self.training and p:
             x = torch.dropout(x, p, True)
-            product, p = nn.functional.linear(x, weight.to(x.dtype)), 0.0
+            product = nn.functional.linear(x, base.weight.to(x.dtype))
         else:
             product = y if base.bias is None else y - base.bias
-        y = (y + (g - 1) * product).to(y.dtype)
-        return add_low_rank(y, x, a, (g[:, None] * b).to(b.dtype), scale, 0.0, self.training)
+        return F.dora_add(y, x, product, a, b, g, scale)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

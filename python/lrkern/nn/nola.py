@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import functional as F
 from ..limits import MAX_RANK
 from .basis import BasisLinear
-from .linear import LowRankLinear, add_low_rank, constant
+from .linear import LowRankLinear, constant
 
 
 class NOLALinear(BasisLinear, LowRankLinear):
@@ -62,7 +62,7 @@ class NOLALinear(BasisLinear, LowRankLinear):
     def _beside(self, y: Tensor, x: Tensor) -> Tensor:
         coef, options = self._made_of()
         a, b = F.nola_factors(*coef, self.in_features, self.out_features, *options)
-        return add_low_rank(y, x, a, b, self.scaling, self.dropout, self.training)
+        return F.lora_add(y, x, a, b, self.scaling, self.dropout, self.training)
 
     def _made_of(self) -> tuple[tuple, tuple]:
         return (self.nola_alpha, self.nola_beta, self.seed, self.r), (self.normalize, self.frozen_a, self.distribution)

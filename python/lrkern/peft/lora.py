@@ -71,6 +71,8 @@ class FusedLora(Patched, layers=LoraLayer):
             return "hooks on lora_A, lora_B or lora_dropout"
         scale = self.scaling[name]
         if isinstance(scale, Tensor):  # peft.utils.hotswap.prepare_model_for_compiled_hotswap
+            if wb.dtype == torch.float16:  # whose range scale · B may leave
+                wa, wb = wa.float(), wb.float()
             wb, scale = wb * scale.to(wb), 1.0
         return _Adapter(wa, wb, float(scale), p, magnitude)
 
@@ -108,7 +110,7 @@ class FusedLora(Patched, layers=LoraLayer):
 
     def _add(self, y: Tensor, x: Tensor, f: _Adapter) -> Tensor:
         if f.magnitude is None:
-            return _add_low_rank(y, x, *f[:4])
+            return F.lora_add(y, x, *f[:4])
         norm_of: DoraNorm = self.__dict__["_lrkern_norm"]
         p, base = f.dropout_p if self.training else 0.0, self._modules["base_layer"]
         turn = self.__dict__.get("fan_in_fan_out", False)
@@ -119,8 +121,7 @@ class FusedLora(Patched, layers=LoraLayer):
             product = nn.functional.linear(x, dense())
         else:
             product = y if base.bias is None else y - base.bias
-        y = (y + (g - 1) * product).to(y.dtype)
-        return _add_low_rank(y, x, f.a, (g[:, None] * f.b).to(f.b.dtype), f.scale, 0.0)
+        return F.dora_add(y, x, product, f.a, f.b, g, f.scale)
 
     def _mixture(self, x: Tensor, names: Any) -> dict[str, _Adapter] | None:
         """The adapters of PEFT's mixed batch, adapter_names= of one name a row, or None where PEFT's own code must run."""
@@ -151,7 +152,7 @@ class FusedLora(Patched, layers=LoraLayer):
             return y
         rows, back = in_order(names, adapters, y, x)
         without = [rows.pop(0)[0]] if len(rows) > len(adapters) else []
-        return back(without + [_add_low_rank(*yx, *f[:4]) for yx, f in zip(rows, adapters.values(), strict=True)])
+        return back(without + [F.lora_add(*yx, *f[:4]) for yx, f in zip(rows, adapters.values(), strict=True)])
 
     def _forget(self) -> None:
         self.__dict__["_lrkern_norm"].clear()
@@ -178,12 +179,6 @@ def _reached(name: str) -> property:
 
 for _name in ("base_layer", "lora_A", "lora_B"):
     setattr(FusedLora, _name, _reached(_name))
-
-
-def _add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
-    if a.dtype != torch.float32 and not a.dtype == x.dtype == y.dtype:  # a base layer may answer in a dtype of its own
-        a, b = a.float(), b.float()
-    return F.lora_add(y, x, a, b, scale, p)
 
 
 def register(config: peft.LoraConfig, model: nn.Module) -> None:
