@@ -9,15 +9,18 @@ import torch
 from torch import nn
 
 import lrkern.peft
+from lrkern.nn import FusedLoRALinear
 
 X = torch.zeros(3, 16)
 X[:, 0] = 1000.0
 ANSWER = torch.full((3, 8), 160.0)  # 16 · (1000 · 10) · 1e-3
 
 
-def pair(dtype=torch.float16, **config):
-    """Two adapters over W = 0, stock and patched."""
+def pair(dtype=torch.float16, watched=False, **config):
+    """Two adapters over W = 0, stock and patched; a watched base runs itself, the adapter beside it."""
     net = nn.Sequential(nn.Linear(16, 8, bias=False))
+    if watched:
+        net[0].register_forward_hook(lambda *_: None)
     nn.init.zeros_(net[0].weight)
     config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["0"], **config)
     model = peft.get_peft_model(net.to(dtype), config, adapter_name="a", autocast_adapter_dtype=False)
@@ -43,9 +46,10 @@ def same(got, want, of=ANSWER):
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_float16_models(dora, train):
+@pytest.mark.parametrize("watched", [False, True], ids=["plain", "watched"])
+def test_float16_models(dora, train, watched):
     grads, answers = [], []
-    for model in pair(use_dora=dora):
+    for model in pair(use_dora=dora, watched=watched):
         x = X.half().requires_grad_(train)
         y = model.train(train)(x)
         answers.append(y.detach())
@@ -69,3 +73,31 @@ def test_mixed_batches():
     stock, ours = (model.eval() for model in pair())
     who = ["b", "__base__", "a"]
     same(*(m(X.half(), adapter_names=who) for m in (ours, stock)), of=ANSWER * torch.tensor([[1.0], [0.0], [1.0]]))
+
+
+@torch.no_grad()
+def test_a_scale_that_is_a_tensor():
+    """peft.utils.hotswap.prepare_model_for_compiled_hotswap; scale · B would leave the range."""
+    stock, ours = pair()
+    for model in (stock, ours):
+        layer = model.base_model.model[0]
+        layer.lora_A["a"].weight[0, 0], layer.lora_B["a"].weight[:, 0] = 1e-3, 5000.0
+        layer.scaling["a"] = torch.tensor(16.0)
+    x = (X / 1000).half()
+    same(ours(x), stock(x), of=torch.full((3, 8), 80.0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("watched", [False, True], ids=["plain", "watched"])
+def test_layers_of_our_own(dora, watched):
+    linear = nn.Linear(16, 8, bias=False).half()
+    nn.init.zeros_(linear.weight)
+    layer = FusedLoRALinear.from_linear(linear, r=4, lora_alpha=64, use_dora=dora, adapter_dtype=torch.float16)
+    layer.lora_A.weight.zero_()
+    layer.lora_A.weight[0, 0], layer.lora_B.weight[:, 0] = 10.0, 1e-3
+    if dora:
+        layer.lora_magnitude_vector.weight.fill_(0.16)
+    if watched:
+        linear.register_forward_hook(lambda *_: None)
+    same(layer(X.half()), layer(X.half()))
