@@ -19,6 +19,7 @@ import lrkern.serving
 from lrkern.files.own import save_adapter
 from lrkern.nn import NOLALinear, RandLoRALinear, VeRALinear
 from lrkern.serving import AdapterPool, MultiLoraModel, PoolFull, Shared, Vectors
+from lrkern.serving.kinds import vectors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not:UserWarning")
 
@@ -390,6 +391,15 @@ def test_another_pair_is_refused(folders, tmp_path, options, message, saved):
         assert "the pool is unchanged" in str(refusal.value) and f"adapter '{name}'" in str(refusal.value)
     assert pool.names == ["v1"]
     pool.load("v3", folders / "v3")  # without its projections: drawn again, they are the stored ones
+
+
+def test_a_pair_of_another_size_is_refused_before_it_is_drawn(folders, tmp_path, monkeypatch):
+    """It may be gigabytes, of a file of kilobytes."""
+    pool = full_pool(bert(1), folders, ["v1"])
+    peft.get_peft_model(bert(1), vera_config(save_projection=False, r=16)).save_pretrained(tmp_path)
+    monkeypatch.setattr(vectors, "projections", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match="projections must be the pool's"):
+        pool.load("new", tmp_path)
 
 
 def test_a_pair_over_a_basis_is_never_stored(monkeypatch):

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters that are vectors over one pair of projections, which all of a pool share: VeRA."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...files.check import require
+from ...files.check import refusal, require
 from ...files.folder import Config, Tensors
-from ...files.projections import check_trained, projections
+from ...files.projections import check_trained, pair_shapes, projections
 from ...functional.projection import Basis, Projection, cols_of, project, rows_of
 from ...limits import PAGE
 from .kind import FAMILIES, Adapter, Kind, Sizes
@@ -23,11 +24,19 @@ class Vectors(NamedTuple):
     b: Tensor  # [O]
 
 
+class Drawn(NamedTuple):
+    """A projection that is made once its shape is seen to be right: it may be gigabytes, of a file of kilobytes."""
+
+    rows: int
+    cols: int
+    make: Callable[[], Tensor]
+
+
 class Shared(NamedTuple):
     """Adapters of vectors. All of a pool have the same pair, of which a linear takes the first columns."""
 
-    a: Projection  # [r, largest I]
-    b: Projection  # [r, largest O]
+    a: Projection | Drawn  # [r, largest I]
+    b: Projection | Drawn  # [r, largest O]
     vectors: dict[str, Vectors]  # by linear
 
     def keys(self) -> Iterable[str]:
@@ -67,16 +76,24 @@ class OverPair(Kind):
             got = f"vectors {list(d.shape)} and {list(b.shape)} of projections {[r, i]} and {[r_b, o]}"
             require(fit, f"{name} {list(layer.whole)} got {got}")
             mine[name] = d[None], layer.mine(b, "column", pool._rank)[None]
-        return Adapter(self, self._host(mine, 1, "vectors"), 1, parts[:2])
+        with pool._changed:
+            self._check_sizes(parts[:2])
+        pair = tuple(p.make() if isinstance(p, Drawn) else p for p in parts[:2])
+        return Adapter(self, self._host(mine, 1, "vectors"), 1, pair)
+
+    def _check_sizes(self, pair: Sequence[Projection | Drawn]) -> None:
+        if self.pair is not None:
+            mine, new = ([[rows_of(p), cols_of(p)] for p in each] for each in (self.pair, pair))
+            require(mine == new, f"its projections must be the pool's, of shapes {mine}, got {new}")
 
     def agree(self, adapter: Adapter, name: str) -> None:
         new, adapter.facts = adapter.facts, None
         if self.pair is None:
             self._take(new)
             return
-        sizes = [[[rows_of(p), cols_of(p)] for p in pair] for pair in (self.pair, new)]
+        with refusal(f"lrkern.serving: adapter {name!r}: ", "; the pool is unchanged"):
+            self._check_sizes(new)
         must = f"lrkern.serving: adapter {name!r}: its projections must be the pool's"
-        require(sizes[0] == sizes[1], f"{must}, of shapes {sizes[0]}, got {sizes[1]}; the pool is unchanged")
         for x, a, b in zip("AB", self.pair, new, strict=True):
             same = type(a) is type(b) and (torch.equal(a, b) if isinstance(a, Tensor) else a == b)
             got = f"another {x} (of another projection_prng_key?)"
@@ -187,8 +204,10 @@ def _vera(config: Config, tensors: Tensors, linears: Sizes) -> Shared:
     check_trained(config, tensors, sizes)
     r, most = config["r"], PAGE * min(I for I, _ in sizes.values())
     require(r <= most, f"rank must lie in 1..{most}, got {r}")  # what no pool takes, before a pair of it is drawn
-    A, B = projections(config, tensors, sizes.values())
-    return Shared(A, B.mT, {name: Vectors(*vectors) for name, vectors in found.items()})
+    a, b = pair_shapes("VERA", r, sizes.values())
+    pair = functools.cache(lambda: projections(config, tensors, sizes.values()))
+    A, B = Drawn(*a, lambda: pair()[0]), Drawn(*b[::-1], lambda: pair()[1].mT)
+    return Shared(A, B, {name: Vectors(*vectors) for name, vectors in found.items()})
 
 
 FAMILIES["VERA"] = _vera
