@@ -62,7 +62,7 @@ Tensor basis_fill(const Tensor& like_, const OptTensor& row_scale, const OptTens
   const BasisStream u =
       check_stream(op, {seed, method, distribution, tensor, first}, R, ceil_div(q0 + Q, R), 1, c0 + C);
   const float k = finite(op, "scale", scale), *cols = scale_data("col_scale", col_scale, C, like);
-  Tensor out = torch::stable::new_empty(like_, Sizes{Q, C});
+  Tensor out = new_empty(like_, Sizes{Q, C});
   fill(op, out,
        {.u = u,
         .out = nullptr,
@@ -113,7 +113,7 @@ Tensor basis_combine(const Tensor& coef_, const OptTensor& base, int64_t seed, i
     const Arg arg{op, "base", *base};
     b = as_contiguous(arg.on(coef).strided().is(ScalarType::Float).shape("[R, W]", {R, W}).tensor);
   }
-  Tensor out = torch::stable::new_empty(coef_, with_last(coef_, {R, W}));
+  Tensor out = new_empty(coef_, with_last(coef_, {R, W}));
   if (!out.numel()) return out;
   const BasisCombineParams p{.u = u,
                              .segments = s,
@@ -138,7 +138,7 @@ Tensor basis_dot(const Tensor& g_, int64_t seed, int64_t method, int64_t distrib
   const int64_t R = g_.size(g_.dim() - 2);
   const BasisStream u =
       check_stream(op, {seed, method, distribution, tensor, 0}, R, largest(counts), s.count, largest(widths));
-  Tensor out = torch::stable::new_empty(g_, with_last(g_, {K}, 2));
+  Tensor out = new_empty(g_, with_last(g_, {K}, 2));
   if (!out.numel()) return out;
   if (!g_.numel()) return torch::stable::zero_(out);
   const BasisDotParams p{.u = u,
@@ -175,7 +175,7 @@ void matmul_by_gemm(const char* op, const BasisMatmulParams& p, const BasisMatmu
   const bool wide_out = wide && p.out_dtype != DType::kF32;
   const Tensor flat = torch::stable::reshape(x, Sizes{p.T, x.size(x.dim() - 1)});
   const Tensor a = wide ? torch::stable::to(flat, ScalarType::Float) : flat;
-  Tensor scratch = torch::stable::new_empty(a, Sizes{config.rows, config.cols});
+  Tensor scratch = new_empty(a, Sizes{config.rows, config.cols});
   const float *row_scale = p.transposed ? p.out_scale : p.in_scale,
               *col_scale = p.transposed ? p.in_scale : p.out_scale;
   const int64_t all = p.transposed ? p.Q : p.C, step = p.transposed ? config.rows : config.cols;
@@ -255,7 +255,7 @@ Tensor basis_matmul(const Tensor& x_, const OptTensor& in_scale, const OptTensor
   const Stack stack{R, Q, C, transposed};
   check_stack(x, stack);
   x.floats();
-  Tensor out = torch::stable::new_empty(x_, with_last(x_, stack.out()), fp32 ? ScalarType::Float : x.type());
+  Tensor out = new_empty(x_, with_last(x_, stack.out()), fp32 ? ScalarType::Float : x.type());
   matmul(x, out, in_scale, out_scale, {seed, method, distribution, tensor, first}, stack, false);
   return out;
 }

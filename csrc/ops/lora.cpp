@@ -62,11 +62,11 @@ DropoutArgs check_dropout(const Arg& x, double p, const OptTensor& seed) {
 
 // ---- one kernel each; `s` is [T, R] contiguous
 
-LoraShrinkParams shrink_params(const Rows& x, const SmallFactor& u, const Tensor& s, float scale,
+LoraShrinkParams shrink_params(const Rows& x, const SmallFactor& u, void* s, float scale,
                                const DropoutArgs& d) {
   return {.x = x.data(),
           .u = u.factor,
-          .s = s.mutable_data_ptr(),
+          .s = s,
           .T = x.T,
           .N = x.N,
           .x_pitch = x.pitch,
@@ -79,10 +79,10 @@ LoraShrinkParams shrink_params(const Rows& x, const SmallFactor& u, const Tensor
 }
 
 Tensor shrink(const Rows& x, const SmallFactor& u, float scale, const DropoutArgs& d) {
-  Tensor s = torch::stable::new_empty(x.tensor, with_last(x.tensor, u.R), s_type(u.tensor.scalar_type()));
+  Tensor s = new_empty(x.tensor, with_last(x.tensor, u.R), s_type(u.tensor.scalar_type()));
   if (!s.numel()) return s;
   if (!x.N) return torch::stable::zero_(s);
-  run(x.op, x.tensor, shrink_params(x, u, s, scale, d), LRK_RUN(lora_shrink));
+  run(x.op, x.tensor, shrink_params(x, u, s.mutable_data_ptr(), scale, d), LRK_RUN(lora_shrink));
   return s;
 }
 
@@ -93,7 +93,7 @@ struct Addend {
 };
 
 // y = c * base + bias + scale * D(S U); y may be base itself.
-void expand(const Rows& y, const Addend& add, const Tensor& s, const SmallFactor& u, float scale,
+void expand(const Rows& y, const Addend& add, const void* s, const SmallFactor& u, float scale,
             const DropoutArgs& d) {
   const bool in_place = add.base && add.base->data() == y.data();
   if (!y.T || !y.N || (in_place && !u.R && !add.base_scale)) return;
@@ -102,7 +102,7 @@ void expand(const Rows& y, const Addend& add, const Tensor& s, const SmallFactor
       .base = add.base ? add.base->data() : nullptr,
       .base_scale = add.base_scale ? static_cast<const float*>(add.base_scale->const_data_ptr()) : nullptr,
       .bias = add.bias ? add.bias->const_data_ptr() : nullptr,
-      .s = s.const_data_ptr(),
+      .s = s,
       .u = u.factor,
       .T = y.T,
       .N = y.N,
@@ -115,6 +115,10 @@ void expand(const Rows& y, const Addend& add, const Tensor& s, const SmallFactor
       .dropout = d.dropout,
       .seed = d.seed};
   run(y.op, y.tensor, p, LRK_RUN(lora_expand));
+}
+void expand(const Rows& y, const Addend& add, const Tensor& s, const SmallFactor& u, float scale,
+            const DropoutArgs& d) {
+  expand(y, add, s.const_data_ptr(), u, scale, d);
 }
 
 // dX = D(dS A), of x's shape.
@@ -163,8 +167,8 @@ ExpandGrads expand_grads(const Rows& dy, const Tensor& s, const SmallFactor& b, 
   if (!both || !choose_lora_backward({.T = dy.T, .O = dy.N, .R = b.R, .dtype = dy.dtype}, target).fused) {
     return {need_ds ? shrink(dy, b, scale, {}) : nothing(), need_db ? wgrad(dy, s, b, scale_b, {}) : nothing()};
   }
-  Tensor ds = torch::stable::new_empty(s, with_last(dy.tensor, b.R)), db = new_like(b.tensor);
-  const LoraShrinkWgradParams p{.shrink = shrink_params(dy, b, ds, scale, {}),
+  Tensor ds = new_empty(s, with_last(dy.tensor, b.R)), db = new_like(b.tensor);
+  const LoraShrinkWgradParams p{.shrink = shrink_params(dy, b, ds.mutable_data_ptr(), scale, {}),
                                 .wgrad = wgrad_params(dy, s, b, db, scale_b, {})};
   run(dy.op, dy.tensor, p, LRK_RUN(lora_shrink_wgrad));
   return {ds, db};
@@ -177,7 +181,7 @@ struct RescaleGrads {
 RescaleGrads rescale(const Rows& dy, const std::optional<Rows>& base, const Tensor& c, bool need_dz) {
   RescaleGrads g{nothing(), nothing()};
   if (need_dz) g.dz = new_like(dy.tensor);
-  if (base) g.dc = torch::stable::new_empty(c, {dy.N});
+  if (base) g.dc = new_empty(c, Sizes{dy.N});
   if (!dy.T || !dy.N) {
     if (base) torch::stable::zero_(g.dc);
     return g;
@@ -254,7 +258,7 @@ Tensor linear_expand(const OptTensor& x, const OptTensor& weight, const OptTenso
   const SmallFactor u = factor_b(b, like, -1, s.last());
   const Tensor sc = check_s(s, s, b, u.R);
   s.on(like);
-  Tensor y = torch::stable::new_empty(like.tensor, with_last(s_, u.N));
+  Tensor y = new_empty(like.tensor, with_last(s_, u.N));
   expand(rows_of(op, y), {.bias = bias ? OptTensor(as_contiguous(*bias)) : std::nullopt}, sc, u, k, {});
   return y;
 }
@@ -286,10 +290,23 @@ Five linear_expand_bwd(const Tensor& dy_, const OptTensor& x, const OptTensor& w
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
+// Whether an S that nobody keeps fits on the stack: a tensor costs as much as the products of few tokens.
+constexpr int64_t kBrief = 2048;
+bool is_brief(const Rows& x, const SmallFactor& a) {
+  return x.N && x.T * a.R > 0 && x.T * a.R <= kBrief && !on_cuda(x.op, x.tensor);
+}
+// y = base + scale * D(x) A^T B^T with such an S.
+void add_brief(const Rows& y, const Rows& base, const Rows& x, const SmallFactor& a, const SmallFactor& b, float scale,
+               const DropoutArgs& d) {
+  alignas(64) float s[kBrief];
+  run(x.op, x.tensor, shrink_params(x, a, s, scale, d), LRK_RUN(lora_shrink));
+  expand(y, {.base = base}, s, b, 1.f, {});
+}
+
 // (y, s, the base product where base_scale asks for it in backward)
 Three lora_forward(const char* op, const Tensor& x_, const BaseProduct& product, const OptTensor& bias,
                    const Tensor& a_, const Tensor& b_, double scale, double dropout_p, const OptTensor& seed,
-                   const OptTensor& base_scale) {
+                   const OptTensor& base_scale, bool keeps_s) {
   const Arg x{op, "x", x_};
   const Rows rows = x.floats().rows();
   product.check(x, bias);
@@ -297,6 +314,12 @@ Three lora_forward(const char* op, const Tensor& x_, const BaseProduct& product,
   const auto [a, b] = check_pair(x, a_, x, b_, O);
   const float k = finite(op, "scale", scale);
   const DropoutArgs d = check_dropout(x, dropout_p, seed);
+  if (!base_scale && !keeps_s && is_brief(rows, a)) {
+    const Tensor y = product.forward(x_, bias);
+    const Rows out = rows_of(op, y);
+    add_brief(out, out, rows, a, b, k, d);
+    return {y, nothing(), nothing()};
+  }
   if (!base_scale) {
     const Tensor y = product.forward(x_, bias), s = shrink(rows, a, k, d);
     const Rows out = rows_of(op, y);
@@ -304,20 +327,21 @@ Three lora_forward(const char* op, const Tensor& x_, const BaseProduct& product,
     return {y, s, nothing()};
   }
   const Tensor c = check_base_scale(*base_scale, x, O), base = product.forward(x_, std::nullopt);
-  const Tensor s = shrink(rows, a, k, d), y = torch::stable::new_empty(x_, with_last(x_, O));
+  const Tensor s = shrink(rows, a, k, d), y = new_empty(x_, with_last(x_, O));
   expand(rows_of(op, y), {rows_of(op, base), c, bias ? OptTensor(as_contiguous(*bias)) : std::nullopt}, s, b, 1.f, {});
   return {y, s, base};
 }
 
 Three lora_linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a, const Tensor& b,
                       double scale, double dropout_p, const OptTensor& seed, const OptTensor& base_scale) {
-  return lora_forward("lora_linear", x, AtenLinear(weight), bias, a, b, scale, dropout_p, seed, base_scale);
+  return lora_forward("lora_linear", x, AtenLinear(weight), bias, a, b, scale, dropout_p, seed, base_scale,
+                      true);
 }
 
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a, const Tensor& b,
                    double scale, double dropout_p, const OptTensor& seed, const OptTensor& base_scale) {
   return std::get<0>(
-      lora_forward("lora_linear", x, AtenLinear(weight), bias, a, b, scale, dropout_p, seed, base_scale));
+      lora_forward("lora_linear", x, AtenLinear(weight), bias, a, b, scale, dropout_p, seed, base_scale, false));
 }
 
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -369,7 +393,8 @@ Six lora_linear_bwd(const Tensor& dy_, const Tensor& x_, const Tensor& weight, c
 // ---- beside a base layer of any kind, whose result y is
 
 std::tuple<Tensor, Tensor> add_forward(const char* op, const Tensor& y_, const Tensor& x_, const Tensor& a_,
-                                       const Tensor& b_, double scale, double dropout_p, const OptTensor& seed) {
+                                       const Tensor& b_, double scale, double dropout_p, const OptTensor& seed,
+                                       bool keeps_s) {
   const Arg x{op, "x", x_}, y{op, "y", y_};
   x.floats(), y.floats();
   const Rows rows = x.rows();
@@ -377,19 +402,25 @@ std::tuple<Tensor, Tensor> add_forward(const char* op, const Tensor& y_, const T
   const auto [a, b] = check_pair(x, a_, y, b_, -1, false);
   y.shape("[..., O]", with_last(x_, b.N));
   const DropoutArgs d = check_dropout(x, dropout_p, seed);
-  const Tensor s = shrink(rows, a, finite(op, "scale", scale), d), out = new_like(y_);
+  const float k = finite(op, "scale", scale);
+  const Tensor out = new_like(y_);
+  if (!keeps_s && is_brief(rows, a)) {
+    add_brief(rows_of(op, out), y.rows(), rows, a, b, k, d);
+    return {out, nothing()};
+  }
+  const Tensor s = shrink(rows, a, k, d);
   expand(rows_of(op, out), {.base = y.rows()}, s, b, 1.f, {});
   return {out, s};
 }
 
 std::tuple<Tensor, Tensor> lora_add_fwd(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
                                         double scale, double dropout_p, const OptTensor& seed) {
-  return add_forward("lora_add", y, x, a, b, scale, dropout_p, seed);
+  return add_forward("lora_add", y, x, a, b, scale, dropout_p, seed, true);
 }
 
 Tensor lora_add(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, double scale, double dropout_p,
                 const OptTensor& seed) {
-  return std::get<0>(add_forward("lora_add", y, x, a, b, scale, dropout_p, seed));
+  return std::get<0>(add_forward("lora_add", y, x, a, b, scale, dropout_p, seed, false));
 }
 
 // The gradient of y is dy itself.

@@ -117,7 +117,7 @@ Tensor check_s(const Arg& s, const Arg& like, const Adapters& d, const Arg& pool
 // ---- one kernel each
 
 Tensor shrink(const Rows& x, const Arg& pool, const Adapters& d, const float* scales) {
-  Tensor s = torch::stable::new_empty(x.tensor, s_sizes(x.tensor, d), s_type(pool.type()));
+  Tensor s = new_empty(x.tensor, s_sizes(x.tensor, d), s_type(pool.type()));
   if (!s.numel()) return s;
   if (d.slices < d.L || !d.P || !x.N) torch::stable::zero_(s);
   if (!d.P || !x.N) return s;
@@ -182,7 +182,7 @@ Tensor multi_lora_plan(const Tensor& index_, int64_t adapters) {
   if (!on_cuda(index.op, index_))
     for (int64_t i = 0; i < T * K; ++i)
       if (data[i] >= adapters) index.refuse("lie below adapters = ", adapters, ", got ", data[i], " in row ", i / K);
-  Tensor plan = torch::stable::new_empty(index_, {K, plan_layout(T, adapters).length});
+  Tensor plan = new_empty(index_, Sizes{K, plan_layout(T, adapters).length});
   const MultiLoraPlanParams p{
       .index = data, .plan = static_cast<int32_t*>(plan.mutable_data_ptr()), .T = T, .K = K, .A = adapters};
   run(index.op, index_, p, LRK_RUN(multi_lora_plan));
@@ -258,7 +258,7 @@ Tensor multi_lora_embedding(const Tensor& ids, const Tensor& a_pool, const Tenso
   const Tensor tokens = check_ids({pool.op, "ids", ids}, pool);
   const Adapters d = check_adapters(pool, {pages, ranks, plan, kNone, kNone}, ids.numel(), pool);
   const float* scale = scales_data(scales, d, pool);
-  Tensor s = torch::stable::new_empty(a_pool, s_sizes(ids, d, 0), s_type(pool.type()));
+  Tensor s = new_empty(a_pool, s_sizes(ids, d, 0), s_type(pool.type()));
   if (!s.numel()) return s;
   const MultiLoraGatherParams p{.adapters = d,
                                 .ids = static_cast<const int64_t*>(tokens.const_data_ptr()),
@@ -279,7 +279,7 @@ Tensor multi_lora_embedding_bwd(const Tensor& ds_, const Tensor& ids, const Tens
   const Tensor tokens = check_ids({pool.op, "ids", ids}, pool);
   const Adapters d = check_adapters(pool, {pages, ranks, plan, kNone, kNone}, ids.numel(), pool);
   const Tensor s = ds.strided().on(pool).shape("[..., K, L, R]", s_sizes(ids, d, 0)).s_beside(pool);
-  Tensor g = torch::stable::new_empty(a_pool, sizes_of(a_pool), ScalarType::Float);
+  Tensor g = new_empty(a_pool, sizes_of(a_pool), ScalarType::Float);
   torch::stable::zero_(g);
   if (g.numel() && s.numel()) {
     const MultiLoraScatterParams p{.adapters = d,

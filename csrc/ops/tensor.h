@@ -39,7 +39,17 @@ inline Tensor as_type(const Tensor& t, ScalarType type) {
 }
 
 inline Tensor nothing() { return Tensor(); }  // a gradient nobody asked for: None in Python
-inline Tensor new_like(const Tensor& t) { return torch::stable::new_empty(t, sizes_of(t)); }
+// A new tensor like t. torch::stable::new_empty calls it by name, through a stack of boxed values, which costs more than a
+// product of few tokens.
+inline Tensor new_empty(const Tensor& t, const Sizes& sizes, ScalarType type) {
+  int32_t dtype = static_cast<int32_t>(type);
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(t.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
+                                                          &dtype, nullptr, nullptr, 0, nullptr, &made));
+  return Tensor(made);
+}
+inline Tensor new_empty(const Tensor& t, const Sizes& sizes) { return new_empty(t, sizes, t.scalar_type()); }
+inline Tensor new_like(const Tensor& t) { return new_empty(t, sizes_of(t)); }
 inline Tensor new_zeros(const Tensor& t) {
   Tensor made = new_like(t);
   return torch::stable::zero_(made);
