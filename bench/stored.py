@@ -37,7 +37,7 @@ class StoredLinear(nn.Linear):
         self.y, self.dx = y, dx
 
     def forward(self, x: Tensor) -> Tensor:
-        return Stored.apply(x, self.y, self.dx)
+        return Stored.apply(x, self.y, self.dx) if torch.is_grad_enabled() else self.y
 
 
 def frozen(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -63,24 +63,28 @@ class LayerSuite(Suite):
 
 class StoredOps:
     """lrkern's ops with the base GEMM left out of lora_linear: the same kernels, adding into the stored y and dx in place
-    as lora_linear adds into what the GEMM made (lora_add beside a stored base would write a new y and leave one more sum
-    of two dx to autograd). Layer, wrapper and autograd around them are the real ones.
+    as lora_linear adds into what the GEMM made (lora_add beside a stored base would leave one more sum of two dx to
+    autograd). Where no gradient is asked for, lora_add of y stands there, which writes a new y. Layer, wrapper and autograd
+    around them are the real ones.
 
-    Never cheaper than the op without its GEMM: two or three op calls take the place of one; under dropout the stored dx
-    costs a pass of its own; with base_scale a GEMM of one column stays. The base is frozen; x and all of the adapter take
-    gradients.
+    Never cheaper than the op without its GEMM: in training two or three op calls take the place of one; under dropout the
+    stored dx costs a pass of its own; with base_scale a GEMM of one column stays. The base is frozen; x and all of the
+    adapter take gradients.
     """
 
     def __init__(self, y: Tensor, dx: Tensor, z: Tensor | None = None):
         """y = x Wᵀ + bias, or with base_scale c · x Wᵀ + bias; z = x Wᵀ."""
         self.y, self.dx, self.z = y, dx, z
         self.a_as_b: Tensor | None = None  # A [R, I] as a factor B [I, R], of the first call
-        self.lora_linear = SimpleNamespace(default=lambda *args: self.forward(*args)[0])
+        self.lora_linear = SimpleNamespace(default=self.without_gradient)
         self.lora_linear_fwd = SimpleNamespace(default=self.forward)
         self.lora_linear_bwd = SimpleNamespace(default=self.backward)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(OPS, name)
+
+    def without_gradient(self, x, weight, bias, a, b, scale, p, seed, c):
+        return OPS.lora_add.default(self.y, x, a, b, scale, p, seed)
 
     def forward(self, x, weight, bias, a, b, scale, p, seed, c):
         if c is not None:

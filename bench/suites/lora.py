@@ -8,9 +8,8 @@
     lrkern    the same PEFT layer after lrkern.peft.patch: what users call, through the same Python entry
 
 The adapter alone (adapter_ms) has the base GEMM replaced by a stored result, the same for all (stored.py). For peft it is
-still PEFT's layer. For lrkern it is functional.lora_linear, without the patched layer's own Python; with DoRA it is the
-patched layer. DoRA's norm is computed in every call; norm=kept is inside peft.helpers.DoraCaching, where PEFT keeps it and
-B A, and lrkern the norm.
+still PEFT's layer and for lrkern the patched one, each called as a module, with all of its own Python. DoRA's norm is computed
+in every call; norm=kept is inside peft.helpers.DoraCaching, where PEFT keeps it and B A, and lrkern the norm.
 """
 
 import copy
@@ -30,7 +29,6 @@ from suite import Call
 from torch import Tensor
 
 import lrkern.peft
-from lrkern import functional
 from lrkern.ops.dispatch import use_library
 from lrkern.reference import Draw, add
 
@@ -182,11 +180,10 @@ class Suite(LayerSuite):
 
     def lrkern(self, d: Data) -> Call:
         layer = lambda: d.patched(d.inputs["x"])
-        op = lambda: functional.lora_linear(**d.inputs, scale=SCALE, dropout_p=d.p or 0.0)
 
         @contextmanager
         def stored():
             with d.around(), use_library(d.lrkern_alone):
                 yield
 
-        return Call(layer, Call(op if d.method == "lora" else layer, around=stored), around=d.around)
+        return Call(layer, Call(layer, around=stored), around=d.around)
