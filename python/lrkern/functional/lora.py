@@ -42,6 +42,8 @@ def lora_linear(
 
     x [..., I]; weight [O, I]; bias [O] or None; a [R, I]; b [O, R]. Dropout acts where training and dropout_p > 0.
     """
+    if dropout_p == 0.0:
+        return ops.lora_linear(x, weight, bias, a, b, scale)
     return ops.lora_linear(x, weight, bias, a, b, scale, *dropout_of("lora_linear", x, dropout_p, training))
 
 

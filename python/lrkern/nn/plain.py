@@ -10,13 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-PLAIN = (Tensor, nn.Parameter, FakeTensor)  # torch.export traces a layer whose parameters are fake
+PLAIN = (nn.Parameter, Tensor, FakeTensor)  # torch.export traces a layer whose parameters are fake
 watched = nn.modules.module._has_any_global_hook  # by hooks of all modules at once
 
 
 def hooked(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) or (
-        "forward" in m.__dict__
+    own = m.__dict__  # nn.Module has a __getattr__, which makes every attribute of a module slow
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 
@@ -26,9 +31,9 @@ def plain_linear(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     parameters = base._parameters  # a pruned or parametrized layer has its weight elsewhere
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if type(weight) not in PLAIN or not (bias is None or type(bias) in PLAIN):
-        return None, None
-    return weight, bias
+    if type(weight) in PLAIN and (bias is None or type(bias) in PLAIN):
+        return weight, bias
+    return None, None
 
 
 def no_linear(module: Any) -> str | None:

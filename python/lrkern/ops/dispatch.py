@@ -28,6 +28,11 @@ _registrations = torch.library.Library("lrkern", "FRAGMENT")
 _library: Any = torch.ops.lrkern
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, bool, list))  # what is no tensor subclass
 below_autograd = torch._C._AutoDispatchBelowAutograd
+is_compiling, any_autocast, grad_enabled = (
+    torch.compiler.is_compiling,
+    torch._C._is_any_autocast_enabled,
+    torch.is_grad_enabled,
+)
 
 
 def library() -> Any:
@@ -116,13 +121,17 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """Plain eager tensors take a classic autograd.Function, a third of the host time of the dispatcher's way through
         autograd. Everything else (compile, autocast, tensor subclasses, FakeTensor) goes through the op itself."""
-        if not self.trained or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        if not self.trained or is_compiling() or any_autocast():
             return getattr(_library, self.name).default(*args)
-        for arg in args:
-            if type(arg) not in PLAIN and isinstance(arg, Tensor):
-                learn_sharding(arg)
-                return getattr(_library, self.name).default(*args)
-        return self.eager(*args)
+        if not PLAIN.issuperset(map(type, args)):
+            for arg in args:
+                if type(arg) not in PLAIN and isinstance(arg, Tensor):
+                    learn_sharding(arg)
+                    return getattr(_library, self.name).default(*args)
+        if grad_enabled():
+            return self.eager(*args)
+        with below_autograd():
+            return getattr(_library, self.name).default(*args)
 
     def from_dispatcher(self, *args: Any) -> Any:
         """The Autograd kernel. The dispatcher leaves defaults at the end out."""

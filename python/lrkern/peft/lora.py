@@ -30,6 +30,14 @@ class _Adapter(NamedTuple):
     magnitude: Tensor | None = None  # DoRA
 
 
+def _fits(dtype: torch.dtype, adapters: list[_Adapter]) -> bool:
+    """Whether the ops take these factors over a base of that dtype."""
+    for f in adapters:
+        if f.a.dtype != dtype and f.a.dtype != torch.float32:
+            return False
+    return True
+
+
 class FusedLora(Patched, layers=LoraLayer):
     _derived: ClassVar = {"_lrkern_norm": DoraNorm, NAMED: bool}
     _method, _forwards = "LoRA", "peft.tuners.lora."
@@ -55,21 +63,25 @@ class FusedLora(Patched, layers=LoraLayer):
         a, b, dropout = a_of[name], modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
         if type(a) is not nn.Linear or type(b) is not nn.Linear:
             return f"lora_A and lora_B are {type(a).__name__} and {type(b).__name__}, fused with nn.Linear"
-        wa, wb = a._parameters.get("weight"), b._parameters.get("weight")
+        of_a, of_b = a._parameters, b._parameters
+        wa, wb = of_a.get("weight"), of_b.get("weight")
         if type(wa) not in PLAIN or type(wb) not in PLAIN:
             return f"factors of type {type(wa).__name__} and {type(wb).__name__}"
-        if wa.dtype != wb.dtype or wa.dtype not in DTYPES:
-            return f"factors of dtype {wa.dtype} and {wb.dtype}"
-        if a.bias is not None or b.bias is not None:
+        dtype = wa.dtype
+        if wb.dtype != dtype or dtype not in DTYPES:
+            return f"factors of dtype {dtype} and {wb.dtype}"
+        if of_a.get("bias", a) is not None or of_b.get("bias", b) is not None:
             return "lora_bias"
         p = dropout_p(dropout)
-        if isinstance(p, str):
+        if type(p) is str:
             return p
-        if wa.shape[0] > MAX_RANK:
-            return f"rank {wa.shape[0]}, fused up to {MAX_RANK}"
+        if wa.size(0) > MAX_RANK:
+            return f"rank {wa.size(0)}, fused up to {MAX_RANK}"
         if hooked(a) or hooked(b) or hooked(dropout):
             return "hooks on lora_A, lora_B or lora_dropout"
         scale = self.scaling[name]
+        if type(scale) is float:
+            return _Adapter(wa, wb, scale, p, magnitude)
         if isinstance(scale, Tensor):  # peft.utils.hotswap.prepare_model_for_compiled_hotswap
             if wb.dtype == torch.float16:  # whose range scale · B may leave
                 wa, wb = wa.float(), wb.float()
@@ -78,8 +90,7 @@ class FusedLora(Patched, layers=LoraLayer):
 
     def _over(self, weight: Tensor | None, bias: Tensor | None, adapters: list[_Adapter]) -> Plan | str:
         plan = super()._over(weight, bias, adapters)
-        fits = weight is not None and all(f.a.dtype in (weight.dtype, torch.float32) for f in adapters)
-        if fits or isinstance(plan, str):
+        if type(plan) is str or (weight is not None and _fits(weight.dtype, adapters)):
             return plan
         base = self._modules["base_layer"]
         if adapters[0].magnitude is not None and not (hasattr(base, "weight") and hasattr(base, "bias")):
@@ -94,7 +105,7 @@ class FusedLora(Patched, layers=LoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.training and not torch.compiler.is_compiling():
             check_again(self, "adapter_names" in kwargs)
-        if kwargs.keys() == {"adapter_names"} and not args:
+        if kwargs and kwargs.keys() == {"adapter_names"} and not args:
             names = kwargs["adapter_names"]
             adapters = self._mixture(x, names)
             if adapters is not None:
@@ -103,7 +114,7 @@ class FusedLora(Patched, layers=LoraLayer):
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, f: _Adapter) -> Tensor:
         if f.magnitude is None:
-            return F.lora_linear(x, weight, bias, *f[:4])
+            return F.lora_linear(x, weight, bias, f.a, f.b, f.scale, f.dropout_p)
         norm_of: DoraNorm = self.__dict__["_lrkern_norm"]
         p, norm = f.dropout_p if self.training else 0.0, norm_of(weight, *f[:3], self.training)
         return F.dora_linear(x, weight, bias, f.a, f.b, f.magnitude, f.scale, p, True, norm)
