@@ -5,8 +5,10 @@ base        the linear layer alone
 peft        stock PEFT's layer (VeRA, RandLoRA), bases stored in float32
 published   NOLA's published way: seed torch's generator, draw k matrices, one einsum; forward and again in backward
 stored      the bases as stored tensors in plain PyTorch
-lrkern      lrkern.functional over a seed; method=vera_saved keeps the output of B for backward
+lrkern      vera, randlora: that PEFT layer after lrkern.peft.patch, over the same stored bases; vera_seed, randlora_seed:
+            lrkern.nn's layer over a seed; vera_small: that with save_output=False; nola: functional.nola_linear
 
+peft and lrkern are layers called as modules, each with all of its own Python, but for nola, whose peers are functions too.
 basis MB is what stays in memory between calls. The adapter alone has the base GEMM replaced by a stored result.
 """
 
@@ -27,7 +29,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 import lrkern.functional.base
-from lrkern.functional import Basis, nola_linear, randlora_linear, vera_linear
+import lrkern.peft
+from lrkern.functional import Basis, nola_linear
+from lrkern.nn import RandLoRALinear, VeRALinear
 from lrkern.ops.dispatch import use_library
 from lrkern.reference import Draw
 
@@ -65,7 +69,7 @@ class Data(suite.Data):
         n = -(-least // R)
         if case.method == "nola":
             trained = {"alpha": draw(case.k), "beta": draw(case.k)}
-        elif case.method == "randlora":
+        elif case.method.startswith("randlora"):
             trained = {"lam": draw(R, n), "gam": draw(n, least, std=1 / max(n, least))}
             self.a = Basis(SEED, "randlora", R, least, R, math.sqrt(3), DISTRIBUTION)
             self.b = Basis(SEED, "randlora", n * R, max(I, O), R, math.sqrt(3), DISTRIBUTION, tensor=1)
@@ -107,7 +111,7 @@ class Data(suite.Data):
             a, b = a.view(*shape, case.I), b.view(*shape, case.O)
             down = case.I**-0.5 * a[-1] + torch.einsum("k,krc->rc", first, a[:-1]) / math.sqrt(case.k)
             return SCALE * (x @ down.mT) @ (torch.einsum("k,krc->rc", second, b) / math.sqrt(case.k))
-        if case.method == "randlora":
+        if case.method.startswith("randlora"):
             u = (first[:, :, None] * a[:, None] * second).flatten(0, 1)
             return SCALE * ((x @ u.mT) @ b if case.I <= case.O else (x @ b.mT) @ u)
         return second * ((first * (x @ a.mT)) @ b)
@@ -125,8 +129,10 @@ class Suite(LayerSuite):
         aim = [
             *(case("nola", T, passes, k=1024) for T, passes in both),
             *(case("vera", T, passes, R=256) for T, passes in both),
-            case("vera_saved", 512, "fwd+bwd", R=256),
+            *(case("vera_seed", T, passes, R=256) for T, passes in both),
+            case("vera_small", 512, "fwd+bwd", R=256),
             *(case("randlora", T, passes, R=32) for T, passes in both),
+            *(case("randlora_seed", T, passes, R=32) for T, passes in both),
         ]
         if quick:
             return aim
@@ -134,9 +140,9 @@ class Suite(LayerSuite):
             *aim,
             case("nola", 512, "fwd+bwd", k=64, R=16),
             case("vera", 16, "no_grad", R=256),
-            case("vera", 512, "fwd+bwd", R=256, dtype=torch.bfloat16),
+            case("vera_seed", 512, "fwd+bwd", R=256, dtype=torch.bfloat16),
             case("vera", 512, "fwd+bwd", R=256, I=2048, O=4096),
-            case("randlora", 512, "fwd+bwd", R=32, I=2048, O=1024),
+            *(case(method, 512, "fwd+bwd", R=32, I=2048, O=1024) for method in ("randlora", "randlora_seed")),
             case("randlora", 2048, "fwd+bwd", R=32, I=1024, O=1024),
         ]
 
@@ -144,21 +150,19 @@ class Suite(LayerSuite):
         """The base GEMM (twice with its dx), the adapter's products, a multiply-add for each element of a basis that is
         summed; W, x, y and the trained tensors once, in backward dy and dx too."""
         I, O, R, T = case.I, case.O, case.R, case.T
-        rank = min(I, O) if case.method == "randlora" else R
+        rank = min(I, O) if case.method.startswith("randlora") else R
         low = 2 * T * rank * (I + O) * (3 if d.train else 1)
         summed = 2 * case.k * R * (I + O) * (2 if d.train else 1) if case.method == "nola" else 0
         size = d.linear.weight.element_size()
         moved = size * (I * O + T * (I + O)) + sum(t.nbytes for t in d.trained)
         return 2 * T * I * O * (2 if d.train else 1) + low + summed, moved * (2 if d.train else 1)
 
-    def peft(self, d: Data) -> Call | None:
-        case = d.case
-        if case.method == "nola" or case.dtype != torch.float32:  # PEFT would take bases of its own dtype
-            return None
+    @staticmethod
+    def layer(d: Data) -> nn.Module:
+        """PEFT's, over stored bases and the very tensors that train, so that gradients meet."""
+        case, (first, second) = d.case, d.trained
         buffer = lambda t: BufferDict({"default": t})
-        first, second = d.trained
-        stored = StoredLinear(d.linear, d.y, d.dx)
-        if case.method == "randlora":
+        if case.method.startswith("randlora"):
             n = first.shape[1]
             a, b = d.stack("a")[:, None], d.stack("b").view(n, case.R, -1).permute(2, 0, 1).contiguous()
             config = RandLoraConfig(r=case.R, randlora_alpha=SCALE * case.R)
@@ -169,16 +173,18 @@ class Suite(LayerSuite):
             a, b = d.stack("a"), d.stack("b").mT.contiguous()
             layer = VeraLayer(d.linear, buffer(a), buffer(b), "default", VeraConfig(r=case.R), r=case.R)
             names = "vera_lambda_d", "vera_lambda_b"
-        for name, t in zip(names, d.trained, strict=True):  # the very tensors, so that gradients meet
-            del getattr(layer, name)["default"]
-            getattr(layer, name)._parameters["default"] = t
-            getattr(layer, name)._keys["default"] = None
+        for name, t in zip(names, d.trained, strict=True):
+            holder = getattr(layer, name)
+            holder._parameters["default"] = nn.Parameter(t.data, t.requires_grad) if not d.train else t
+        return layer.train(d.train)
 
-        def run(base: nn.Module):
-            layer.base_layer = base
-            return layer(d.inputs["x"])
-
-        return Call(lambda: run(d.linear), Call(lambda: run(stored)), basis_bytes=a.nbytes + b.nbytes)
+    def peft(self, d: Data) -> Call | None:
+        if d.case.method == "nola" or d.case.dtype != torch.float32:  # PEFT would take bases of its own dtype
+            return None
+        layer, stored = self.layer(d), self.layer(d)
+        stored.base_layer = StoredLinear(d.linear, d.y, d.dx)
+        x, held = d.inputs["x"], d.stack("a").nbytes + d.stack("b").nbytes
+        return Call(lambda: layer(x), Call(lambda: stored(x)), basis_bytes=held)
 
     def published(self, d: Data) -> Call | None:
         case = d.case
@@ -199,19 +205,29 @@ class Suite(LayerSuite):
         return self.beside(d, run, basis_bytes=d.stack("a").nbytes + d.stack("b").nbytes)
 
     def lrkern(self, d: Data) -> Call:
-        case = d.case
-
-        def run():
-            x, weight, bias = (d.inputs[name] for name in ("x", "weight", "bias"))
-            first, second = d.trained
-            if case.method == "nola":
-                return nola_linear(x, weight, bias, first, second, SEED, case.R, SCALE, distribution=DISTRIBUTION)
-            if case.method == "randlora":
-                return randlora_linear(x, weight, bias, first, second, d.a, d.b, SCALE)
-            return vera_linear(x, weight, bias, first, second, d.a, d.b, save_output=case.method == "vera_saved")
-
-        around = lambda: use_library(StoredOps(d.y, d.dx)) if case.method == "nola" else without_base(d.y, d.dx)
-        return Call(run, Call(run, around=around), basis_bytes=0)
+        case, x, held = d.case, d.inputs["x"], 0
+        around = lambda: without_base(d.y, d.dx)
+        if case.method == "nola":
+            run = lambda: nola_linear(
+                x, d.inputs["weight"], d.inputs["bias"], *d.trained, SEED, case.R, SCALE, distribution=DISTRIBUTION
+            )
+            around = lambda: use_library(StoredOps(d.y, d.dx))
+        elif case.method in ("vera", "randlora"):
+            layer, held = self.layer(d), d.stack("a").nbytes + d.stack("b").nbytes
+            if (report := lrkern.peft.patch(layer)).fused != 1:
+                raise RuntimeError(f"lrkern.peft.patch left PEFT's own code in this layer: {report}")
+            run = lambda: layer(x)
+        else:
+            settings = {"r": case.R, "seed": SEED, "distribution": DISTRIBUTION, "adapter_dtype": torch.float32}
+            if case.method == "randlora_seed":
+                layer = RandLoRALinear.from_linear(d.linear, randlora_alpha=SCALE * case.R, **settings)
+            else:
+                layer = VeRALinear.from_linear(d.linear, save_output=case.method == "vera_seed", **settings)
+            own = [name for name in layer._parameters if layer._parameters[name] is not None]
+            for name, t in zip(own, d.trained, strict=True):
+                layer._parameters[name] = t if d.train else nn.Parameter(t.data, False)
+            run = lambda: layer(x)
+        return Call(run, Call(run, around=around), basis_bytes=held)
 
 
 def without_base(y: Tensor, dx: Tensor):

@@ -62,8 +62,7 @@ DropoutArgs check_dropout(const Arg& x, double p, const OptTensor& seed) {
 
 // ---- one kernel each; `s` is [T, R] contiguous
 
-LoraShrinkParams shrink_params(const Rows& x, const SmallFactor& u, void* s, float scale,
-                               const DropoutArgs& d) {
+LoraShrinkParams shrink_params(const Rows& x, const SmallFactor& u, void* s, float scale, const DropoutArgs& d) {
   return {.x = x.data(),
           .u = u.factor,
           .s = s,
@@ -93,8 +92,7 @@ struct Addend {
 };
 
 // y = c * base + bias + scale * D(S U); y may be base itself.
-void expand(const Rows& y, const Addend& add, const void* s, const SmallFactor& u, float scale,
-            const DropoutArgs& d) {
+void expand(const Rows& y, const Addend& add, const void* s, const SmallFactor& u, float scale, const DropoutArgs& d) {
   const bool in_place = add.base && add.base->data() == y.data();
   if (!y.T || !y.N || (in_place && !u.R && !add.base_scale)) return;
   const LoraExpandParams p{
@@ -334,8 +332,7 @@ Three lora_forward(const char* op, const Tensor& x_, const BaseProduct& product,
 
 Three lora_linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a, const Tensor& b,
                       double scale, double dropout_p, const OptTensor& seed, const OptTensor& base_scale) {
-  return lora_forward("lora_linear", x, AtenLinear(weight), bias, a, b, scale, dropout_p, seed, base_scale,
-                      true);
+  return lora_forward("lora_linear", x, AtenLinear(weight), bias, a, b, scale, dropout_p, seed, base_scale, true);
 }
 
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a, const Tensor& b,

@@ -27,7 +27,7 @@ class _Vera(Function):
         out, w = base.output(y, x, weight, bias), None
         if save_output:
             w = matmul(u, B, False, in_scale=c * d32, wide=wide)
-            out.addcmul_(w, b.to(w.dtype))
+            out.add_(w * b32.to(w.dtype))  # the roundings of the other way
         else:
             matmul(u, B, False, c * d32, b32, into=out)
         save(ctx, A, B, x if ctx.needs_input_grad[2] else None, weight, d, b, u, w)
@@ -81,16 +81,17 @@ def vera_linear(
     B: Projection,
     dropout_p: float = 0.0,
     training: bool = True,
-    save_output: bool = False,
+    save_output: bool = True,
 ) -> Tensor:
     """y = x Wᵀ + bias + b ⊙ ((d ⊙ (dropout(x) Aᵀ)) B): VeRA (Kopiczko et al., arXiv 2310.11454).
 
     x [..., I]; weight [O, I]; d [r] and b [O] train, float32 or x's dtype; A [r, I] and B [r, O], the transpose of the paper's, are a
-    ``Basis`` or frozen tensors. Saves x Aᵀ [T, r], and x where weight trains; db costs a GEMM that ``save_output`` saves by
-    keeping [T, O].
+    ``Basis`` or frozen tensors. Saves x Aᵀ [T, r], x where weight trains, and where b trains (d ⊙ (x Aᵀ)) B [T, O] as PEFT
+    does; ``save_output=False`` does not keep that one, and db costs a GEMM more.
     """
     _check("vera_linear", d, b, A, B, dropout_p)
-    return base.beside(_Vera, None, x, weight, bias, dropout_p, training, d, b, A, B, save_output)
+    keep = save_output and b.requires_grad and torch.is_grad_enabled()
+    return base.beside(_Vera, None, x, weight, bias, dropout_p, training, d, b, A, B, keep)
 
 
 def vera_add(
@@ -102,8 +103,9 @@ def vera_add(
     B: Projection,
     dropout_p: float = 0.0,
     training: bool = True,
-    save_output: bool = False,
+    save_output: bool = True,
 ) -> Tensor:
     """y + b ⊙ ((d ⊙ (dropout(x) Aᵀ)) B) as a new tensor, beside a base layer of any kind that gave y."""
     _check("vera_add", d, b, A, B, dropout_p)
-    return base.beside(_Vera, y, x, None, None, dropout_p, training, d, b, A, B, save_output)
+    keep = save_output and b.requires_grad and torch.is_grad_enabled()
+    return base.beside(_Vera, y, x, None, None, dropout_p, training, d, b, A, B, keep)

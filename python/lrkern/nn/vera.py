@@ -26,7 +26,7 @@ class VeRALinear(BasisLinear, LowRankLinear):
         d_initial: of lambda_d.
         max_in, max_out: the largest in and out features of the layers that share the pair; None means this layer's own.
             A's bound follows from max_in; B's does not depend on max_out.
-        save_output: keep d ⊙ (A x) Bᵀ [T, out] for backward as PEFT does, which saves a GEMM there.
+        save_output: keep d ⊙ (A x) Bᵀ [T, out] for backward as PEFT does; False saves that memory for a GEMM more there.
         the rest: as BasisLinear.
     """
 
@@ -42,7 +42,7 @@ class VeRALinear(BasisLinear, LowRankLinear):
         d_initial: float = 0.1,
         max_in: int | None = None,
         max_out: int | None = None,
-        save_output: bool = False,
+        save_output: bool = True,
         **common: Any,
     ) -> None:
         self._whole("r", r, 1)

@@ -32,10 +32,7 @@ class _Adapter(NamedTuple):
 
 def _fits(dtype: torch.dtype, adapters: list[_Adapter]) -> bool:
     """Whether the ops take these factors over a base of that dtype."""
-    for f in adapters:
-        if f.a.dtype != dtype and f.a.dtype != torch.float32:
-            return False
-    return True
+    return all(f.a.dtype == dtype or f.a.dtype == torch.float32 for f in adapters)
 
 
 class FusedLora(Patched, layers=LoraLayer):

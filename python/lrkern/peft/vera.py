@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's VeRA layers on lrkern: x Aᵀ [T, r] is saved for backward where PEFT's code saves a [T, O] as well."""
+"""PEFT's VeRA layers on lrkern."""
 
 from peft.tuners.vera.layer import VeraLayer
 
@@ -8,7 +8,13 @@ from .basis import FusedBasis
 
 
 class FusedVera(FusedBasis, layers=VeraLayer):
-    """vera_A [r, Max] and vera_B [Max, r] are prefixes of a pair that the layers share."""
+    """vera_A [r, Max] and vera_B [Max, r] are prefixes of a pair that the layers share.
+
+    save_output: of a layer, False saves for backward x Aᵀ [T, r] alone where PEFT's code saves a [T, O] as well, for a GEMM
+    more there.
+    """
+
+    save_output = True
 
     _method, _forwards = "VeRA", "peft.tuners.vera.layer"
     _own, _vectors = "vera", ("lambda_d", "lambda_b")
@@ -26,7 +32,7 @@ class FusedVera(FusedBasis, layers=VeraLayer):
         return (casts or x.dtype == plan.adapters[0][0].dtype) and super()._takes(plan, x)
 
     def _linear(self, x, weight, bias, adapter):
-        return F.vera_linear(x, weight, bias, *adapter)
+        return F.vera_linear(x, weight, bias, *adapter, save_output=self.save_output)
 
     def _add(self, y, x, adapter):
-        return F.vera_add(y, x, *adapter)
+        return F.vera_add(y, x, *adapter, save_output=self.save_output)
