@@ -52,10 +52,12 @@ def beside(
 ) -> Tensor:
     """function(y, x, weight, bias, *args), out of autocast: an adapter beside x Wᵀ + bias, or beside a base layer of any
     kind that gave y, with dropout on the adapter's x alone."""
-    x, weight, bias = cast(x, weight, bias)
-    with torch.autocast(x.device.type, enabled=False):
-        if weight is not None and training and dropout_p > 0.0:
+    if torch.is_autocast_enabled(x.device.type):  # entering a context costs as much as the products of few tokens
+        x, weight, bias = cast(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return beside(function, y, x, weight, bias, dropout_p, training, *args)
+    if training and dropout_p > 0.0:
+        if weight is not None:
             y, weight, bias = linear(x, weight, bias), None, None
-        if weight is None:
-            x = torch.dropout(x, dropout_p, training)
-        return function.apply(y, x, weight, bias, *args)
+        x = torch.dropout(x, dropout_p, True)
+    return function.apply(y, x, weight, bias, *args)

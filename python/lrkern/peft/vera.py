@@ -32,7 +32,7 @@ class FusedVera(FusedBasis, layers=VeraLayer):
         return (casts or x.dtype == plan.adapters[0][0].dtype) and super()._takes(plan, x)
 
     def _linear(self, x, weight, bias, adapter):
-        return F.vera_linear(x, weight, bias, *adapter, save_output=self.save_output)
+        return F.vera_linear(x, weight, bias, *adapter, True, self.save_output)
 
     def _add(self, y, x, adapter):
-        return F.vera_add(y, x, *adapter, save_output=self.save_output)
+        return F.vera_add(y, x, *adapter, True, self.save_output)
