@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import MODELS, V, adapt, parts, tiny
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrkern.serving import AdapterPool, MultiLoraModel
 from lrkern.serving.rows import Along, Follow, Owners
@@ -156,6 +157,34 @@ def test_a_tower_over_images_is_refused():
         served += case.check(*(parts := images(rng, len(who)))[:1], who, parts[1], refused="pixel_values" in parts[0])
     inputs, each = images(random.Random(1), 3)
     assert case.check(inputs, ["a"] * 3, each), "requests that want the same may have their rows anywhere"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_no_layer_waits_for_the_device(kind):
+    """A value that goes to Python is what CUDA is waited for; served, a model reads none beyond its own."""
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            reads.append(func) if str(func) in READ else None
+            return func(*args, **kwargs or {})
+
+    case, (inputs, _) = Case(tiny(kind), TARGETS.get(kind, DECODER)), text(random.Random(3), kind, 3)
+    counts = []
+    for call in (case.model, lambda **kw: case.served(**kw, adapters=["a", None, "b"])):
+        for _ in range(2):  # followed, and known
+            reads = []
+            with torch.no_grad(), Reads():
+                call(**inputs)
+            counts.append(len(reads))
+    assert len({*counts}) == 1, counts
+
+
+READ = {
+    "aten._local_scalar_dense.default",
+    "aten.nonzero.default",
+    "aten.repeat_interleave.Tensor",
+    "aten.equal.default",
+}
 
 
 # ---- the rules
