@@ -142,8 +142,8 @@ def test_grid(kind, case, stack):
     truth, yardstick = (batch.run(reference, convert, grads) for convert in (testing.to64, lambda t: t))
     fp32 = case["fp32"] and case["dtype"] != torch.float32
     for name, *values in zip(("S", "y", "dx", "dy", "da", "db"), got, truth, yardstick, strict=False):
-        # A handful of rows or one rank: the expression is now and then exact by luck.
-        testing.check(*values, f"{name} of {name_of(case)}", fp32, ulps=4 if values[0].numel() > 64 else 64)
+        # Seen beyond 2 x: 2.82 ulps of a float32 S of float16 factors.
+        testing.check(*values, f"{name} of {name_of(case)}", fp32, ulps=4)
 
 
 BASE = {"dtype": torch.float32, "fp32": False, "shape": (300, 264), "rank": (8, 16, 20, 3, 0), "T": 97, "A": 5, "K": 1, "L": 1,
@@ -284,7 +284,7 @@ def test_one_adapter_for_all_rows_is_lora(device, dtype):
     assert torch.equal(s[:, 0, 0], want)
     out = batch.y.clone()
     ops.lora_expand_(out, want, b)
-    testing.check(y, batch.y.double() + want.double() @ b.double().mT, out, "y", ulps=4)
+    testing.check(y, batch.y.double() + want.double() @ b.double().mT, out, "y")
 
 
 def test_mixture_of_experts():

@@ -59,9 +59,12 @@ def test_what_the_tolerance_says_is_what_it_does():
     finite = good.clone()
     finite[0] = 65504
     assert testing.mismatch(finite, truth, good) == "isposinf in other places than the expression"
-    few = truth[1:200]  # below 256 elements the largest error alone
-    assert testing.mismatch((few * 1.0001).half(), few, few.half()) is None
-    assert testing.mismatch((few + 1e-3).half(), few, few.half()).startswith("max error")
+    few = truth[1:200]  # below 256 elements the largest error, and one ulp beside it: of 2**-10 here
+    assert testing.mismatch((few + 1.2e-3).half(), few, few.half(), ulps=64) is None
+    assert testing.mismatch((few + 2.5e-3).half(), few, few.half(), ulps=64).startswith("max error")
+    fp32 = few.float()
+    assert testing.mismatch(fp32 + 2**-21, few, fp32, ulps=64) is None
+    assert testing.mismatch(fp32 + 2**-21, few, fp32).startswith("max error")
     assert "dtype" in testing.mismatch(good.float(), truth, good) and "shape" in testing.mismatch(good[1:], truth, good)
     assert testing.mismatch(few.int(), few.int(), few.int()) is None
     assert testing.mismatch(few.int() + 1, few.int(), few.int()) == "integers differ"
