@@ -8,6 +8,8 @@ import torch
 from layer_kinds import shake
 from torch import nn
 
+pytest.importorskip("peft")  # as on a bare machine with a GPU
+
 from lrkern.files import save
 from lrkern.nn import FusedLoRALinear, VeRALinear
 from lrkern.serving import AdapterPool, MultiLoraModel
