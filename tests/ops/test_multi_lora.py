@@ -243,6 +243,17 @@ def test_rows_in_another_order_give_the_rows_in_that_order(device, dtype):
         assert torch.equal(got, want[order])
 
 
+def test_adapters_in_another_order_give_the_same_bits(device, dtype):
+    """Which number an adapter has says nothing of its rows: tables and index turned about together."""
+    batch = batch_of(device, dtype, K=2, L=2, A=8, dropout=True)
+    order = torch.randperm(8, device=batch.index.device)
+    turned = part(batch, list(range(97)))
+    turned.pages, turned.ranks, turned.p = batch.pages[order], batch.ranks[order], batch.p[order]
+    turned.index = torch.where(batch.index < 0, -1, order.argsort()[batch.index.clamp(0).long()]).int()
+    for got, want in zip(turned.run(grads=True), batch.run(grads=True), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_no_adapter_no_rank_or_no_scale_is_the_base_bit_for_bit(device, dtype):
     draw = Draw(device, dtype)
     x, w, bias = draw(9, 40), draw(24, 40), draw(24)
@@ -355,6 +366,18 @@ def test_a_gradient_that_would_be_lost_raises():
 # ---- refusals
 
 
+def linear(b, **changed):
+    args = {"x": b.x, "weight": b.x.new_zeros(264, 300), "bias": None, "a_pool": b.a, "b_pool": b.b}
+    return ops.multi_lora_linear(**args | dict(zip(("pages", "ranks", "plan"), b.table(), strict=True)) | changed)
+
+
+def embedding(b, **changed):
+    args = {"ids": b.index[:, 0].clamp(0).long(), "a_pool": b.a} | dict(
+        zip(("pages", "ranks", "plan"), b.table(), strict=True)
+    )
+    return ops.multi_lora_embedding(**args | changed)
+
+
 REFUSED = [
     ("plan", lambda b: ops.multi_lora_plan(b.index, 3), "index must lie below adapters = 3, got"),
     ("plan", lambda b: ops.multi_lora_plan(b.index.long(), 5), "index must be int32, got int64"),
@@ -377,6 +400,18 @@ REFUSED = [
     ("s", lambda b: ops.multi_lora_expand(b.y, b.run()[0][:, 0], b.b, *b.table()), r"s must have shape \[..., K, L, R\]"),
     ("y", lambda b: ops.multi_lora_expand_(b.y.T.contiguous().T, b.run()[0], b.b, *b.table()), "y must be rows of contiguous elements"),
     ("pools", lambda b: ops.multi_lora_linear(b.x, b.x.new_zeros(264, 300), None, b.a, b.b[:-16], *b.table()), "b_pool must have the rows of a_pool"),
+    ("x", lambda b: linear(b, x=b.x[:, :-1]), r"x must have 300 features"),
+    ("x", lambda b: linear(b, x=b.x.int()), "x must be float32, float16 or bfloat16, got int32"),
+    ("weight", lambda b: linear(b, weight=b.x.new_zeros(264, 299)), "x must have 299 features .weight is .*got 300"),
+    ("weight", lambda b: linear(b, weight=b.x.new_zeros(264, 300).half()), r"weight must be float32 \(the dtype of x\), got float16"),
+    ("bias", lambda b: linear(b, bias=b.x.new_zeros(263)), r"bias must have shape \[O\] = \[264\], got \[263\]"),
+    ("bias", lambda b: linear(b, bias=b.x.new_zeros(264).half()), r"bias must be float32 \(the dtype of x\), got float16"),
+    ("ids", lambda b: embedding(b, ids=b.index[:, 0]), "ids must be int64, got int32"),
+    ("a_pool", lambda b: embedding(b, a_pool=b.a[:-1]), "a_pool must hold whole pages of 16 rows, got"),
+    ("pages", lambda b: embedding(b, pages=b.pages.long()), "pages must be int32, got int64"),
+    ("ranks", lambda b: embedding(b, ranks=b.ranks[:4]), r"ranks must have shape \[A, L\] = \[5, 1\]"),
+    ("plan", lambda b: embedding(b, ids=b.index[:5, 0].long()), r"plan must have shape \[K, plan length\]"),
+    ("scales", lambda b: embedding(b, scales=b.scales.double()), "scales must be float32, got float64"),
 ]  # fmt: skip
 
 
