@@ -4,6 +4,7 @@
 import pytest
 import torch
 from grid import all_pairs
+from torch.profiler import ProfilerActivity, profile
 
 import lrkern.ops as ops
 from lrkern import reference, testing
@@ -241,6 +242,31 @@ def test_rows_in_another_order_give_the_rows_in_that_order(device, dtype):
     order = torch.randperm(97)
     for got, want in zip(part(batch, order).run(), batch.run(), strict=True):
         assert torch.equal(got, want[order])
+
+
+def test_memory_grows_with_the_adapters_in_use_alone():
+    """No copy of B for each token, and none of adapters that no row has: the peak of what torch's allocator hands out."""
+    peaks = {}
+    for A, used in ((1, 1), (64, 1), (64, 64)):
+        batch = batch_of("cpu", torch.float32, T=64, A=A, rank=16, shape=(512, 512), assignment="distinct")
+        batch.index %= used
+        x, table = batch.x, batch.table()
+
+        def call(batch=batch, x=x, table=table):
+            s = ops.multi_lora_shrink(x, batch.a, *table, batch.scales)
+            ops.multi_lora_expand_(batch.y, s, batch.b, *table)
+
+        call()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            call()
+        events = sorted(
+            (e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+        )
+        sizes = [e.nbytes() for e in events]
+        peaks[A, used] = max(sum(sizes[: i + 1]) for i in range(len(sizes)))
+    s_bytes, copies = 64 * 16 * 4, 64 * 16 * 512 * 4
+    assert all(s_bytes <= peak <= 4 * s_bytes for peak in peaks.values()), (peaks, copies)
+    assert peaks[64, 64] < copies / 100
 
 
 def test_adapters_in_another_order_give_the_same_bits(device, dtype):
