@@ -221,8 +221,8 @@ class Demo:
         left = 60 * plan.minutes - (time.perf_counter() - self.start)
         text = self.summary["cost_per_step"]["base_ms"] / 2000 / plan.batch  # seconds to embed one line, about
         fixed = 4 * 10 + 30 * plan.held * text  # to start 4 pairs of processes, and to score the held-out lines
-        slower = max(1.0, self.summary["phases"].get("load", 0.0) / plan.expected["load"])
-        fixed += slower * (plan.expected["round trip"] + plan.expected["mixed batch"])
+        slower = max(1.0, self.summary["phases"].get("load", 0.0) / plan.expected.get("load", 6))
+        fixed += slower * sum(plan.expected.get(name, 0) for name in ("round trip", "mixed batch"))
         per_step = 1.2 * 4 * sum(self.summary["cost_per_step"]["step_ms"].values()) / 1000
         per_batch = plan.epochs * per_step + 4 * plan.batch * text
         batches = min(plan.lines // plan.batch, max(10, int((left - fixed) / per_batch)))

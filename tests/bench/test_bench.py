@@ -32,7 +32,7 @@ KEYS = {
     *("saved_bytes", "bytes", "flops", "roof_ms", "of_roof", "error", "peak_bytes", "command", "noise_ms", "noisy"),
     *("basis_bytes", "elements", "eager"),
 }
-ORDER = ("method", "type", "k", "A", "T", "I", "O", "R", "ab", "p", "pass")
+ORDER = ("method", "type", "k", "A", "T", "I", "O", "R", "ab", "p", "norm", "pass")
 SIZES = (32, 48, 40, 4)  # T, I, O, R
 BF16 = torch.bfloat16
 
