@@ -63,6 +63,10 @@ def table(rows: list[Row], against: str | None) -> str:
             lines = [line + cell.rjust(width) for line, cell in zip(lines, (head, *cells), strict=True)]
     if any(row["of_roof"] and row["of_roof"] > 1 for row in rows):
         lines.append(ABOVE)
+    lines += textwrap.wrap(
+        "; ".join(f"{row['provider']} without a graph, host time included: {row['eager']}" for row in rows if row["eager"]),
+        118, initial_indent="  ", subsequent_indent="  ",
+    )  # fmt: skip
     return "\n".join([f"\n{rows[0]['case']} {rows[0]['dtype']}   {verdict(rows[0])}", *lines])
 
 

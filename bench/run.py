@@ -7,6 +7,8 @@ the medians of the two differ by more than 20% of the smallest figure compared, 
 most three times in all; if it stays so it is marked noisy, not to be cited. Compared is the adapter alone where a suite
 times it, else what a provider adds to the base, else its whole time.
 
+On CUDA graphs are timed. A provider that cannot be captured is timed as it is called, host time included, and the run says so.
+
 --quick takes under two minutes a suite: the time that is left is shared among the cases that are left.
 """
 
@@ -193,7 +195,8 @@ def measure(
         gemm, copy = ceilings(device, case.dtype)
         roof_ms = max(flop / gemm, moved / copy) * 1e3
 
-    round_ms = sum(times[0] for times in timing.interleaved(steps, 2, device).values())
+    eager: dict[Key, str] = {}
+    round_ms = sum(times[0] for times in timing.interleaved(steps, 2, device, eager=eager).values())
     rounds = min(max(int(seconds * 1e3 / round_ms), ROUNDS[0]), ROUNDS[1])
     for attempt in range(ATTEMPTS):
         count = rounds * 2**attempt
@@ -227,6 +230,7 @@ def measure(
                 "basis_bytes": ready.calls[provider].basis_bytes,
                 "noise_ms": noise_ms,
                 "noisy": noisy,
+                "eager": next((why for (name, _), why in eager.items() if name == provider), None),
                 "command": command,
             }
         )

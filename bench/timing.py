@@ -60,6 +60,28 @@ def captured(step: Step) -> Step:
     return Step(lambda _: run(), prepare)
 
 
+def waits(step: Step) -> str:
+    """Why the step cannot be captured, or "": it waits for the device, as indexing with a Python list does. Asked before a
+    capture, since one that fails leaves torch's random generator as if it went on."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step.run(step.ready())
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return ""
+
+
+def as_graphs(steps: list[Step]) -> tuple[list[Step], str]:
+    """The steps captured, or as they are and why not."""
+    why = waits(steps[0])
+    return (steps, why) if why else ([captured(step) for step in steps], "")
+
+
 def once_cpu(step: Step) -> float:
     ready = step.ready()
     begin = clock()
@@ -71,25 +93,34 @@ def once_cpu(step: Step) -> float:
 
 def once_cuda(step: Step, flush: Tensor) -> float:
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    step.ready()
+    ready = step.ready()
     flush.zero_()
     start.record()
-    step.run(None)
+    out = step.run(ready)
     stop.record()
     stop.synchronize()
+    del out, ready
     return start.elapsed_time(stop)
 
 
 def interleaved(
-    steps: dict[str, list[Step]], rounds: int, device: str, tick: Callable[[float], Any] = lambda share: None
-) -> dict[str, list[float]]:
+    steps: dict[Any, list[Step]],
+    rounds: int,
+    device: str,
+    tick: Callable[[float], Any] = lambda share: None,
+    eager: dict[Any, str] | None = None,
+) -> dict[Any, list[float]]:
     """{name: sorted milliseconds, one per round}. Each name's steps do the same over different copies of the data. In a
     round every name has a turn, in an order drawn anew, so that noise and what a predecessor leaves in the caches hit all
     alike. A turn on the CPU is an untimed call and a timed one over the next copy: code is warm and weights are cold, as
-    in a model whose layers follow one another."""
+    in a model whose layers follow one another. On CUDA graphs are timed; what cannot be captured is timed as it is called,
+    host time included, and ``eager`` is told why."""
     if device == "cuda":
         flush = torch.empty(256 << 20, dtype=torch.int8, device=device)  # more than any L2
-        steps = {name: [captured(s) for s in copies] for name, copies in steps.items()}
+        graphs = {name: as_graphs(copies) for name, copies in steps.items()}
+        steps = {name: copies for name, (copies, _) in graphs.items()}
+        if eager is not None:
+            eager |= {name: why for name, (_, why) in graphs.items() if why}
         turn = lambda warm, timed: once_cuda(timed, flush)
     else:
         turn = lambda warm, timed: (once_cpu(warm), once_cpu(timed))[1]

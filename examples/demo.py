@@ -55,8 +55,8 @@ FULL = Plan(
     expected={"data": 1, "load": 6, "cost per step": 45, "frozen base": 35, "training": 300, "round trip": 10, "mixed batch": 15},
 )  # fmt: skip
 QUICK = Plan(
-    lines=256, held=100, batch=16, epochs=1, rounds=10, lr=3e-3, minutes=1.8,
-    expected={"data": 1, "load": 6, "cost per step": 10, "frozen base": 10, "training": 65, "round trip": 5, "mixed batch": 10},
+    lines=256, held=80, batch=16, epochs=1, rounds=8, lr=3e-3, minutes=1.8,
+    expected={"data": 1, "load": 6, "cost per step": 10, "frozen base": 10, "training": 75, "round trip": 4, "mixed batch": 14},
 )  # fmt: skip
 
 
@@ -221,8 +221,8 @@ class Demo:
         left = 60 * plan.minutes - (time.perf_counter() - self.start)
         text = self.summary["cost_per_step"]["base_ms"] / 2000 / plan.batch  # seconds to embed one line, about
         fixed = 4 * 10 + 30 * plan.held * text  # to start 4 pairs of processes, and to score the held-out lines
-        slower = max(1.0, self.summary["phases"].get("load", 0.0) / plan.expected["load"])
-        fixed += slower * (plan.expected["round trip"] + plan.expected["mixed batch"])
+        slower = max(1.0, self.summary["phases"].get("load", 0.0) / plan.expected.get("load", 6))
+        fixed += slower * sum(plan.expected.get(name, 0) for name in ("round trip", "mixed batch"))
         per_step = 1.2 * 4 * sum(self.summary["cost_per_step"]["step_ms"].values()) / 1000
         per_batch = plan.epochs * per_step + 4 * plan.batch * text
         batches = min(plan.lines // plan.batch, max(10, int((left - fixed) / per_batch)))
@@ -335,7 +335,7 @@ class Demo:
         batch = {key: value.to(self.device) for key, value in self.tokenize(asked).items()}
         load = lambda: self.model.load_base(self.device).eval()
         models = load(), demo_serving.stock_model(load(), folders), demo_serving.Served(load(), folders)
-        self.summary["mixed_batch"] = demo_serving.mixed_batch(*models, folders, names, batch)
+        self.summary["mixed_batch"] = demo_serving.mixed_batch(*models, folders, names, batch, self.plan.rounds)
 
     def write(self, runs: dict[str, dict[str, dict]]) -> None:
         keep = ("losses", "train_seconds", "peak_bytes", "process_peak_bytes", "trainable", "lrkern_layers")

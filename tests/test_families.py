@@ -31,7 +31,6 @@ EXCEPTIONS = {
     "python/lrkern/peft/__init__.py": "kinds of patched layers, in the order in which messages name them",
     "python/lrkern/files/__init__.py": "the door imports those who make themselves known to it",
     "python/lrkern/files/folder.py": "LORA is the peft_type of what has factors, whatever its method",
-    "python/lrkern/files/conversions.py": "to_lora turns any method into plain LoRA",
     "python/lrkern/files/own.py": "the file says which stream its seeds mean: ops.basis.STREAM_VERSION",
     "bench/stored.py": "a layer without its GEMM stands in for lora_linear",
 }

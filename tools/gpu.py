@@ -41,6 +41,8 @@ PROBES = sources.KEPT.parent  # wrappers and planted, prebuilt or built here
 OUTPUT_LIMIT = 1_500_000  # bytes one command may leave in a log
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZER_FOUND = 66
+LEAST = 1.0  # seconds that a command is given where its part's time is up
+LAYERS = ("tests/nn/test_nn_devices.py", "tests/peft/test_peft_devices.py", "tests/serving/test_serving_devices.py")
 Outcome = tuple[str, str]  # (passed | failed | refused | skipped, note)
 
 
@@ -93,7 +95,7 @@ class Session:
                 env={**os.environ, "PYTHONPATH": str(ROOT / "python"), "PYTHONUNBUFFERED": "1", **env},
             )  # fmt: skip
             try:
-                code = process.wait(max(1.0, self.deadline - time.monotonic()))
+                code = process.wait(max(LEAST, self.deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 code = None
             except KeyboardInterrupt:
@@ -253,7 +255,7 @@ def ptx(session: Session, known: dict) -> Outcome:
     else:
         program = probe(session, "wrappers", "tests.txt")
     if not program:
-        return "skipped", f"no nvcc and no {(PROBES / 'wrappers').relative_to(ROOT)}"
+        return "skipped", f"no nvcc and no {PROBES / 'wrappers'}"
     code, text = session.python("tests/emulator/wrapper_words.py", program, log="tests.txt")
     return plain(code, text, f"{len(re.findall(r' ok$', text, re.M))} wrappers")
 
@@ -406,6 +408,7 @@ def parts_of(session: Session) -> list[Part]:
         ("tests:registry", limit(400, 70), pytest_part(["tests/ops/test_ops.py"], registry)),
         *([("tests:families", limit(580, 90), pytest_part(beyond, families, full=True))] if beyond else []),
         ("tests:device", limit(300, 50), device),
+        ("tests:layers", limit(200, 60), pytest_part(LAYERS, select("not emulated", "emulated and float32"))),
         ("tests:library", limit(120, 40), pytest_part([f"tests/csrc/{name}.py" for name in library], "")),
         *((f"sanitizer:{check}", limit(200, 40), sanitizer(check)) for check in TOOLS),
         ("ceilings", limit(60, 20), json_part("ceilings")),

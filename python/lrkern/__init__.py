@@ -7,6 +7,16 @@ import lrkern.peft; lrkern.peft.patch(model)   # a PEFT model, in place
 
 __version__ = "0.1.0"
 
+import importlib
+from types import ModuleType
+
 from . import _moved, functional, nn, ops  # noqa: F401
 
 __all__ = ["__version__", "functional", "nn", "ops"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Those that import PEFT, which takes seconds, come when they are used."""
+    if name in ("convert", "files", "peft", "serving"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tolerance policy and its reports, used by tests/ and bench/.
 
-A result is compared with the truth (the reference in float64) by the yardstick of the same-dtype PyTorch expression:
+A result is compared with the truth (the reference in float64) by the yardstick: the larger of the error of the same-dtype
+PyTorch expression and of the truth rounded once to the result's dtype.
 
-    max error        <= 2   x the expression's max error + one ulp of the result's dtype at max |truth|
-    Frobenius error  <= 1.5 x the expression's           + half that ulp per element (from 256 elements on: a few
-                        elements of the expression can be exact by luck)
-    inf and nan      in the same places as in the expression
+                       16-bit results                       fp32 results
+    max error          <= 2 x, below 256 elements + 1 ulp   <= 2 x + 1 ulp, at max |truth|
+    Frobenius error    <= 1.25 x                            <= 1.5 x + half an ulp per element      from 256 elements on
+    inf and nan        in the same places as in the expression
 
-(torch.testing.assert_close's defaults fail for torch's own fp32 linear at I >= 512.) Gradients of fp32 factors over a
-16-bit base, which PyTorch would compute in fp32: relative Frobenius error <= FP32_FACTOR_ERROR, where two bf16 terms of
-an fp32 operand give 3.5e-6. Integers, indices, codes and random bits are equal.
+A 16-bit result is its roundings, the same in op and expression: seen are 1.04 x over the registry, and beyond 2 x nothing but
+0.17 ulp of 16 elements in 700 random layers. So a result 0.5% off shows (tests/ops/test_tolerance.py). An fp32 result is the
+order of its sums, and the expression can be exact by luck: seen are 3.2 x where one row is all there is, 0.9 ulp beyond 2 x and
+0.13 ulp per element beyond 1.5 x. ``ulps`` widens what fp32 results may have beside it. (torch.testing.assert_close's defaults
+fail for torch's own fp32 linear at I >= 512.)
+
+fp32 results beside 16-bit operands (S, and gradients of fp32 factors), which tensor cores sum: also relative Frobenius
+error <= FP32_FACTOR_ERROR, where two bf16 terms of an fp32 operand give 3.5e-6. Integers, indices, codes and random bits
+are equal.
 """
 
 from typing import Any
@@ -19,7 +26,7 @@ import torch
 from torch import Tensor
 
 MAX_ERROR_FACTOR = 2.0
-FROBENIUS_FACTOR = 1.5
+FROBENIUS_FACTOR = {torch.float32: 1.5, torch.bfloat16: 1.25, torch.float16: 1.25}
 FROBENIUS_FROM = 256
 FP32_FACTOR_ERROR = 1e-5
 
@@ -54,17 +61,21 @@ def mismatch(got: Tensor, truth: Tensor, yardstick: Tensor, fp32_factor: bool = 
             return f"{test.__name__} in other places than the expression"
     if got.numel() == 0:
         return None
-    (max_got, fro_got), (max_ref, fro_ref) = errors(got, truth), errors(yardstick, truth)
+    truth = truth.masked_fill(~yardstick.isfinite(), torch.inf)
+    once = truth.to(got.dtype)
+    once = torch.where(once.isfinite(), once, yardstick)
+    (max_got, fro_got), expression, rounded = errors(got, truth), errors(yardstick, truth), errors(once, truth)
+    max_ref, fro_ref = map(max, expression, rounded)
     finite = truth[truth.isfinite()]
-    step = ulps * ulp(finite.abs().max().item() if finite.numel() else 0.0, got.dtype)
     if fp32_factor and fro_got <= FP32_FACTOR_ERROR * finite.norm().item():
         return None
+    fp32, few = got.dtype == torch.float32, got.numel() < FROBENIUS_FROM
+    step = (ulps if fp32 else float(few)) * ulp(finite.abs().max().item() if finite.numel() else 0.0, got.dtype)
     if max_got > MAX_ERROR_FACTOR * max_ref + step:
-        return f"max error {max_got:.3e}, the same-dtype expression has {max_ref:.3e}, allowed beside it {step:.3e}"
-    if got.numel() >= FROBENIUS_FROM and fro_got > FROBENIUS_FACTOR * fro_ref + 0.5 * step * got.numel() ** 0.5:
-        return (
-            f"Frobenius error {fro_got:.3e}, the same-dtype expression has {fro_ref:.3e}, allowed beside it {step:.3e}"
-        )
+        return f"max error {max_got:.3e}, the yardstick is {max_ref:.3e}, allowed beside it {step:.3e}"
+    step *= 0.5 * got.numel() ** 0.5
+    if not few and fro_got > FROBENIUS_FACTOR[got.dtype] * fro_ref + step:
+        return f"Frobenius error {fro_got:.3e}, the yardstick is {fro_ref:.3e}, allowed beside it {step:.3e}"
     return None
 
 

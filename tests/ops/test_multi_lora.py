@@ -4,6 +4,7 @@
 import pytest
 import torch
 from grid import all_pairs
+from torch.profiler import ProfilerActivity, profile
 
 import lrkern.ops as ops
 from lrkern import reference, testing
@@ -12,7 +13,8 @@ from lrkern.reference import Draw, pages_of
 from tests.conftest import FULL, enter_device
 
 # The values of facts and competitors' test matrices (vLLM's punica tests, Punica, SGLang, LoRAFusion), small ones added so
-# that each pair of values has a case of bearable size.
+# that each pair of values has a case of bearable size. A pair too large for any case is left out: 77 of 2,856 on the CPU, with
+# LRK_TEST_FULL 21, which draws the pairs eight times over (2,209 cases of 464,531,760).
 AXES = {
     "dtype": [torch.float32, torch.bfloat16, torch.float16],
     "fp32": [False, True],
@@ -142,8 +144,8 @@ def test_grid(kind, case, stack):
     truth, yardstick = (batch.run(reference, convert, grads) for convert in (testing.to64, lambda t: t))
     fp32 = case["fp32"] and case["dtype"] != torch.float32
     for name, *values in zip(("S", "y", "dx", "dy", "da", "db"), got, truth, yardstick, strict=False):
-        # A handful of rows or one rank: the expression is now and then exact by luck.
-        testing.check(*values, f"{name} of {name_of(case)}", fp32, ulps=4 if values[0].numel() > 64 else 64)
+        # Seen beyond 2 x: 2.82 ulps of a float32 S of float16 factors.
+        testing.check(*values, f"{name} of {name_of(case)}", fp32, ulps=4)
 
 
 BASE = {"dtype": torch.float32, "fp32": False, "shape": (300, 264), "rank": (8, 16, 20, 3, 0), "T": 97, "A": 5, "K": 1, "L": 1,
@@ -243,6 +245,42 @@ def test_rows_in_another_order_give_the_rows_in_that_order(device, dtype):
         assert torch.equal(got, want[order])
 
 
+def test_memory_grows_with_the_adapters_in_use_alone():
+    """No copy of B for each token, and none of adapters that no row has: the peak of what torch's allocator hands out."""
+    peaks = {}
+    for A, used in ((1, 1), (64, 1), (64, 64)):
+        batch = batch_of("cpu", torch.float32, T=64, A=A, rank=16, shape=(512, 512), assignment="distinct")
+        batch.index %= used
+        x, table = batch.x, batch.table()
+
+        def call(batch=batch, x=x, table=table):
+            s = ops.multi_lora_shrink(x, batch.a, *table, batch.scales)
+            ops.multi_lora_expand_(batch.y, s, batch.b, *table)
+
+        call()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            call()
+        events = sorted(
+            (e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+        )
+        sizes = [e.nbytes() for e in events]
+        peaks[A, used] = max(sum(sizes[: i + 1]) for i in range(len(sizes)))
+    s_bytes, copies = 64 * 16 * 4, 64 * 16 * 512 * 4
+    assert all(s_bytes <= peak <= 4 * s_bytes for peak in peaks.values()), (peaks, copies)
+    assert peaks[64, 64] < copies / 100
+
+
+def test_adapters_in_another_order_give_the_same_bits(device, dtype):
+    """Which number an adapter has says nothing of its rows: tables and index turned about together."""
+    batch = batch_of(device, dtype, K=2, L=2, A=8, dropout=True)
+    order = torch.randperm(8, device=batch.index.device)
+    turned = part(batch, list(range(97)))
+    turned.pages, turned.ranks, turned.p = batch.pages[order], batch.ranks[order], batch.p[order]
+    turned.index = torch.where(batch.index < 0, -1, order.argsort()[batch.index.clamp(0).long()]).int()
+    for got, want in zip(turned.run(grads=True), batch.run(grads=True), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_no_adapter_no_rank_or_no_scale_is_the_base_bit_for_bit(device, dtype):
     draw = Draw(device, dtype)
     x, w, bias = draw(9, 40), draw(24, 40), draw(24)
@@ -284,7 +322,7 @@ def test_one_adapter_for_all_rows_is_lora(device, dtype):
     assert torch.equal(s[:, 0, 0], want)
     out = batch.y.clone()
     ops.lora_expand_(out, want, b)
-    testing.check(y, batch.y.double() + want.double() @ b.double().mT, out, "y", ulps=4)
+    testing.check(y, batch.y.double() + want.double() @ b.double().mT, out, "y")
 
 
 def test_mixture_of_experts():
@@ -355,6 +393,18 @@ def test_a_gradient_that_would_be_lost_raises():
 # ---- refusals
 
 
+def linear(b, **changed):
+    args = {"x": b.x, "weight": b.x.new_zeros(264, 300), "bias": None, "a_pool": b.a, "b_pool": b.b}
+    return ops.multi_lora_linear(**args | dict(zip(("pages", "ranks", "plan"), b.table(), strict=True)) | changed)
+
+
+def embedding(b, **changed):
+    args = {"ids": b.index[:, 0].clamp(0).long(), "a_pool": b.a} | dict(
+        zip(("pages", "ranks", "plan"), b.table(), strict=True)
+    )
+    return ops.multi_lora_embedding(**args | changed)
+
+
 REFUSED = [
     ("plan", lambda b: ops.multi_lora_plan(b.index, 3), "index must lie below adapters = 3, got"),
     ("plan", lambda b: ops.multi_lora_plan(b.index.long(), 5), "index must be int32, got int64"),
@@ -377,6 +427,18 @@ REFUSED = [
     ("s", lambda b: ops.multi_lora_expand(b.y, b.run()[0][:, 0], b.b, *b.table()), r"s must have shape \[..., K, L, R\]"),
     ("y", lambda b: ops.multi_lora_expand_(b.y.T.contiguous().T, b.run()[0], b.b, *b.table()), "y must be rows of contiguous elements"),
     ("pools", lambda b: ops.multi_lora_linear(b.x, b.x.new_zeros(264, 300), None, b.a, b.b[:-16], *b.table()), "b_pool must have the rows of a_pool"),
+    ("x", lambda b: linear(b, x=b.x[:, :-1]), r"x must have 300 features"),
+    ("x", lambda b: linear(b, x=b.x.int()), "x must be float32, float16 or bfloat16, got int32"),
+    ("weight", lambda b: linear(b, weight=b.x.new_zeros(264, 299)), "x must have 299 features .weight is .*got 300"),
+    ("weight", lambda b: linear(b, weight=b.x.new_zeros(264, 300).half()), r"weight must be float32 \(the dtype of x\), got float16"),
+    ("bias", lambda b: linear(b, bias=b.x.new_zeros(263)), r"bias must have shape \[O\] = \[264\], got \[263\]"),
+    ("bias", lambda b: linear(b, bias=b.x.new_zeros(264).half()), r"bias must be float32 \(the dtype of x\), got float16"),
+    ("ids", lambda b: embedding(b, ids=b.index[:, 0]), "ids must be int64, got int32"),
+    ("a_pool", lambda b: embedding(b, a_pool=b.a[:-1]), "a_pool must hold whole pages of 16 rows, got"),
+    ("pages", lambda b: embedding(b, pages=b.pages.long()), "pages must be int32, got int64"),
+    ("ranks", lambda b: embedding(b, ranks=b.ranks[:4]), r"ranks must have shape \[A, L\] = \[5, 1\]"),
+    ("plan", lambda b: embedding(b, ids=b.index[:5, 0].long()), r"plan must have shape \[K, plan length\]"),
+    ("scales", lambda b: embedding(b, scales=b.scales.double()), "scales must be float32, got float64"),
 ]  # fmt: skip
 
 

@@ -58,7 +58,8 @@ def test_forward(op, sample_name, device, dtype):
     got = run_op(op, getattr(lrkern.ops, op.name), s.args, s.kwargs)
     truth = run_op(op, op.truth, [testing.to64(a) for a in s.args], s.kwargs)
     yardstick = run_op(op, op.truth, s.args, s.kwargs)
-    testing.check(got, truth, yardstick, f"{op.name}[{s.name}]", has_fp32_factor(s.args, dtype))
+    fp32 = has_fp32_factor(s.args, dtype) or got.dtype == torch.float32 != dtype  # S of float16 factors
+    testing.check(got, truth, yardstick, f"{op.name}[{s.name}]", fp32)
 
 
 def gradients(op, fn, sample, cotangent=None):
@@ -173,7 +174,7 @@ def test_each_gradient_alone(op, sample_name):
         y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
         grads = {n: a.grad for n, a in zip(names, args, strict=False) if isinstance(a, Tensor) and a.grad is not None}
         assert grads.keys() == {name}
-        testing.check(grads[name], expected.double(), expected, name, ulps=4)  # dS and dB may take separate passes
+        testing.check(grads[name], expected.double(), expected, name)  # dS and dB may take separate passes
 
 
 @every_sample

@@ -93,14 +93,15 @@ def test_base_alone_is_the_base_bit_for_bit(folders, monkeypatch):
 
 def test_close_leaves_the_model_as_it_was(folders):
     model = bert(1)
-    before = {name: dict(vars(m)) for name, m in model.named_modules()}
+    before = {name: (type(m), dict(vars(m))) for name, m in model.named_modules()}
     served = MultiLoraModel(model, full_pool(model, folders))
     served(**batch(8), adapters=["r8"] * 8)
     served.close()
     served.close()
     for name, m in model.named_modules():
-        assert {k: v for k, v in vars(m).items() if k in before[name]}.keys() == before[name].keys()
-        assert type(m) in (type(m), nn.Linear) and not m._forward_hooks
+        kind, attributes = before[name]
+        assert type(m) is kind and vars(m).keys() == attributes.keys()
+        assert all(vars(m)[k] is v for k, v in attributes.items()) and not m._forward_hooks
     assert torch.equal(hidden(model(**batch(8))), alone(None))
     with pytest.raises(RuntimeError, match="closed"):
         served(**batch(8), adapters=["r8"] * 8)

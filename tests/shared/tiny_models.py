@@ -55,6 +55,15 @@ MODELS = {
             decoder_sparse_step=1,
         )
     ),
+    "bloom": lambda t: t.BloomForCausalLM(t.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=2)),
+    "xlnet": lambda t: t.XLNetModel(t.XLNetConfig(vocab_size=V, d_model=32, n_layer=2, n_head=2, d_inner=48)),
+    "longt5": lambda t: t.LongT5ForConditionalGeneration(
+        t.LongT5Config(
+            vocab_size=V, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, decoder_start_token_id=0, local_radius=4,
+            encoder_attention_type="local",
+        )
+    ),
+    "mixtral": lambda t: t.MixtralForCausalLM(t.MixtralConfig(**_DECODER, num_local_experts=3, num_experts_per_tok=2)),
     "llava": lambda t: t.LlavaForConditionalGeneration(
         t.LlavaConfig(
             vision_config=t.CLIPVisionConfig(

@@ -95,6 +95,37 @@ def test_a_command_that_hangs_is_ended_with_its_children(session):
     assert not alive(int(text))
 
 
+PARTS = [name for name, *_ in gpu.parts_of(gpu.Session(Path(), sources.families()))]
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "env"])
+def test_each_part_holds_its_time_limit(name, session, tmp_path, monkeypatch):
+    """Whatever it runs hangs: it has failed soon after its time, and nothing it started is left."""
+    hangs = tmp_path / "hangs"
+    hangs.write_text('#!/bin/sh\necho $$ >> "$0.pids"\nsleep 61 &\necho $! >> "$0.pids"\nwait\n')
+    hangs.chmod(0o755)
+    monkeypatch.setattr(gpu, "PYTHON", str(hangs))
+    monkeypatch.setattr(gpu, "tool", lambda name: str(hangs))
+    monkeypatch.setattr(gpu, "PROBES", tmp_path / "probes")
+    monkeypatch.setattr(gpu, "LEAST", 0.1)
+    session.families, session.device, start = sources.families(), "cuda", time.monotonic()
+    ((seconds, part),) = [(seconds, part) for each, seconds, part in gpu.parts_of(session) if each == name]
+    assert 10 <= seconds <= 600
+    session.deadline = start + 0.3
+    status, note = part(session, {"gpus": [["a GPU", "90", 1, 1]]})
+    assert status != "passed" and time.monotonic() - start < 10, (status, note)
+    pids = list(map(int, (tmp_path / "hangs.pids").read_text().split()))
+    assert len(pids) >= 2
+    deadline = time.monotonic() + 5
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, pids))
+
+
+def test_the_layers_tests_are_there():
+    assert all((ROOT / file).exists() for file in gpu.LAYERS)
+
+
 @pytest.mark.skipif(not gpu.tool("nvcc"), reason="no nvcc")
 def test_the_programs_for_the_device_build(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PROBES", tmp_path)

@@ -128,8 +128,9 @@ def unsourced(text: str) -> list[str]:
     return faults
 
 
-def test_no_number_of_the_readme_lacks_a_source():
-    assert unsourced((ROOT / "README.md").read_text()) == []
+@pytest.mark.parametrize("page", ["README.md", "docs/measured.md"])
+def test_no_measured_number_lacks_a_source(page):
+    assert unsourced((ROOT / page).read_text()) == []
 
 
 HEAD = "# x\n\n## Measured\n\n"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .check import require
-from .folder import Config
+from .folder import LORA, Config
 
 # Of a LoraConfig, what makes an adapter more than A, B and a magnitude beside frozen weights.
 MORE = (
@@ -42,7 +42,7 @@ def lora_config(layers: Mapping[str, tuple[int, float]], every: Iterable[str], *
     others are in rank_pattern and alpha_pattern, whose keys are regexes of the end of a name."""
     r, alpha = max(layers.values(), key=lambda layer: layer[0])
     config = {
-        "peft_type": "LORA",
+        "peft_type": LORA,
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,

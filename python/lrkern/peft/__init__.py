@@ -31,7 +31,7 @@ from .vera import FusedVera  # noqa: F401, the kinds of layers in the order that
 from .randlora import FusedRandLora  # noqa: F401
 
 # isort: on
-from .mixed import allow_training
+from .lora.mixed import allow_training
 from .sharded import gathered
 
 __all__ = ["Report", "load_adapter", "patch", "register", "report", "save_adapter", "unpatch"]

@@ -302,7 +302,8 @@ def _matmul(f: Follow, out: Tensor, a: Tensor, b: Tensor, **__: Any) -> Dims | L
 
 
 @_rule("addmm baddbmm")
-def _addmm(f: Follow, out: Tensor, c: Tensor, a: Tensor, b: Tensor, **__: Any) -> Dims | Lost:
+def _addmm(f: Follow, out: Tensor, c: Tensor, *factors: Tensor, **named: Any) -> Dims | Lost:
+    a, b = factors or (named.get(f"batch{i}", named.get(f"mat{i}")) for i in (1, 2))
     product = _matmul(f, out, a, b)
     return product if isinstance(product, Lost) else _union(_aligned(f, c, out.ndim), product)
 
@@ -310,14 +311,15 @@ def _addmm(f: Follow, out: Tensor, c: Tensor, a: Tensor, b: Tensor, **__: Any) -
 @_rule("einsum")
 def _einsum(f: Follow, out: Tensor, equation: str, *operands: Any) -> Dims | Lost:
     operands = operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
-    inputs, result = equation.replace(" ", "").split("->")
-    if "." in equation:
-        raise ValueError
-    letters = [
-        {result.index(letters[d]): along for d, along in (f.of(t) or {}).items() if letters[d] in result}
-        for letters, t in zip(inputs.split(","), operands, strict=True)
-    ]
-    return _union(*letters)
+    inputs, result = equation.replace(" ", "").replace("...", ".").split("->")
+    leading = "0123456789"  # letters of the dimensions that ... stands for, aligned at its end
+    spell = lambda letters, ndim: letters.replace(".", leading[len(leading) - (ndim - len(letters) + 1) :])
+    result = spell(result, out.ndim)
+    each = []
+    for letters, t in zip(inputs.split(","), operands, strict=True):
+        letters = spell(letters, t.ndim)
+        each.append({result.index(letters[d]): a for d, a in (f.of(t) or {}).items() if letters[d] in result})
+    return _union(*each)
 
 
 @_rule("scaled_dot_product_attention")

@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .layer import Swapped, swap
+from ..layer import Swapped, swap
 
 NAMED = "_lrkern_named"  # of a layer: whether its last forward in training had adapter_names
 

@@ -15,10 +15,10 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from .. import functional as F
-from ..caches import DoraNorm
-from ..limits import DTYPES, MAX_RANK
-from .layer import PLAIN, Patched, Plan, dropout_p, hooked, patch_layer, plain_linear
+from ... import functional as F
+from ...caches import DoraNorm
+from ...limits import DTYPES, MAX_RANK
+from ..layer import PLAIN, Patched, Plan, dropout_p, hooked, patch_layer, plain_linear
 from .mixed import NAMED, check_again, in_order
 
 
