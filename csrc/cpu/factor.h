@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the low-rank families do with a factor on the CPU: view or pack a part of it as a tile, prefetch it;
+// What the low-rank families do with a factor on the CPU: view or pack a part of it as a tile;
 // and how they choose types, share tasks and keep scratch memory.
 #pragma once
 
@@ -14,7 +14,9 @@ namespace lrk::LRK_ISA {
 
 static_assert(kChunk == kCpuChunk, "workspace sizes follow lora.h");
 
-constexpr int kFewRows = 16;     // tokens that do not pay for reading a factor
+constexpr int kFewRows =
+    16;  // tokens that do not pay for reading a factor: the hardware's own prefetch is the best there
+constexpr int kFewCols = 128;    // columns of a factor [N, R] that are then packed at a time: they stay in L1
 constexpr int kWgradCols = 256;  // columns of one task of wgrad
 
 // Memory of this thread, kept for its next call.
@@ -60,14 +62,6 @@ View factor_tile(const Factor& u, int64_t r0, int ranks, int64_t n0, int n, floa
   }
   pack<F>(u, r0, ranks, n0, n, tile);
   return {tile, kPitch};
-}
-
-// Prefetches that part of U, for few tokens: there is no arithmetic to hide the wait behind, but all lines can be under way
-// at once.
-template <class F>
-void fetch_factor(const Factor& u, int64_t r0, int ranks, int64_t n0, int64_t n) {
-  const F* data = static_cast<const F*>(u.data) + r0 * u.stride_r + n0 * u.stride_n;
-  (u.stride_n == 1 ? Ahead::of(data, u.stride_r, ranks, n) : Ahead::of(data, u.stride_n, n, ranks)).all();
 }
 
 }  // namespace lrk::LRK_ISA

@@ -40,6 +40,7 @@ void shrink(const LoraShrinkParams& p) {
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
   const CpuTasks tasks = choose_lora_cpu_shrink(p.T, p.N, p.R);
   const int64_t tiles = ceil_div(p.T, kCpuTokens), block = tasks.ranks;
+  const bool few = p.T <= kFewRows;
   parallel_for(tasks.count, tasks.grain, [&](int64_t begin, int64_t end) {
     alignas(64) float tile[kCpuTokens * kPitch], u_tile[kCpuRanks * kPitch], acc[kRun * kCpuTokens * kCpuRanks];
     for_each_run(begin, end, tiles, kRun, [&](int64_t rank_block, int64_t first, int64_t count) {
@@ -47,12 +48,16 @@ void shrink(const LoraShrinkParams& p) {
       const int64_t rows = std::min<int64_t>(count * kCpuTokens, p.T - t0);
       const int ranks = static_cast<int>(std::min<int64_t>(block, p.R - r0));
       std::fill_n(acc, rows * kCpuRanks, 0.f);
-      if (rows <= kFewRows) fetch_factor<F>(p.u, r0, ranks, 0, p.N);
       for (int64_t n0 = 0; n0 < p.N; n0 += kChunk) {
         const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - n0));
         const View u = factor_tile<F>(p.u, r0, ranks, n0, n, u_tile);
         for (int64_t t = 0; t < rows; t += kCpuTokens) {
           const int m = static_cast<int>(std::min<int64_t>(kCpuTokens, rows - t));
+          if (few) {
+            const View rows_x = tile_of(x, p.x_pitch, t0 + t, m, n0, n, p.dropout, seed, tile);
+            dot_tiles(rows_x, m, u, ranks, n, acc + t * kCpuRanks, kCpuRanks);
+            continue;
+          }
           load_tile(x, p.x_pitch, t0 + t, m, n0, n, p.dropout, seed, tile);
           const bool wraps = t + kCpuTokens >= rows;  // then the first tile of the next chunk
           const int64_t next = wraps ? 0 : t + kCpuTokens, next_n0 = wraps ? n0 + kChunk : n0;
@@ -97,8 +102,9 @@ struct AddendRow {
 template <class X, class F>
 void expand(const LoraExpandParams& p) {
   const uint64_t seed = p.dropout.threshold ? static_cast<uint64_t>(*p.seed) : 0;
-  const int64_t tiles = ceil_div(p.T, kCpuTokens), chunks = ceil_div(p.N, kChunk);
-  const int64_t task = cpu_grain(std::min<int64_t>(p.T, kCpuTokens), std::min<int64_t>(p.N, kChunk), p.R);
+  const bool few = p.T <= kFewRows;
+  const int64_t cols = few ? kFewCols : kChunk, tiles = ceil_div(p.T, kCpuTokens), chunks = ceil_div(p.N, cols);
+  const int64_t task = cpu_grain(std::min<int64_t>(p.T, kCpuTokens), std::min(p.N, cols), p.R);
   const auto y_at = [&](int64_t t, int64_t n) { return static_cast<X*>(p.y) + t * p.y_pitch + n; };
   const auto addend = [&](int64_t t, int64_t n) {
     return AddendRow<X>{p.base ? static_cast<const X*>(p.base) + t * p.base_pitch + n : nullptr,
@@ -109,9 +115,8 @@ void expand(const LoraExpandParams& p) {
     alignas(64) float tile[kCpuTokens * kPitch], s_rows[kCpuTokens * kMaxRank];
     float* u_tile = thread_scratch(p.R * kPitch);
     for_each_run(begin, end, tiles, tiles, [&](int64_t chunk, int64_t first, int64_t count) {
-      const int64_t n0 = chunk * kChunk, last = std::min<int64_t>((first + count) * kCpuTokens, p.T);
-      const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - n0));
-      if (last - first * kCpuTokens <= kFewRows) fetch_factor<F>(p.u, 0, p.R, n0, n);
+      const int64_t n0 = chunk * cols, last = std::min<int64_t>((first + count) * kCpuTokens, p.T);
+      const int n = static_cast<int>(std::min(cols, p.N - n0));
       const View u = factor_tile<F>(p.u, 0, p.R, n0, n, u_tile);
       for (int64_t t0 = first * kCpuTokens; t0 < last; t0 += kCpuTokens) {
         const int rows = static_cast<int>(std::min<int64_t>(kCpuTokens, last - t0));
@@ -122,8 +127,9 @@ void expand(const LoraExpandParams& p) {
               for (int i = 0; i < n; i += kBlock) {
                 const bool wraps = i + kBlock >= n;  // then the first columns of the next rows
                 const int64_t next = t0 + m0 + (wraps ? M.value : 0);
-                Ahead lines = addend(next, n0 + (wraps ? 0 : i + kBlock))
-                                  .ahead(p.base_pitch, std::min<int64_t>(M.value, p.T - next), kBlock);
+                Ahead lines = few ? Ahead{}
+                                  : addend(next, n0 + (wraps ? 0 : i + kBlock))
+                                        .ahead(p.base_pitch, std::min<int64_t>(M.value, p.T - next), kBlock);
                 outer_tile<M.value>(s.at(m0).data, s.pitch, 1, u.at(0, i), p.R, lines, [&](int m, int v, vf sums) {
                   const int64_t t = t0 + m0 + m, col = n0 + i + v * kLanes;
                   store(y_at(t, col), addend(t, col).template plus<kLanes>(p.scale * sums, 0));

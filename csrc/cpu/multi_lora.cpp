@@ -113,9 +113,6 @@ void shrink(const MultiLoraShrinkParams& p) {
       const Dropout dropout = dropout_of(d, rows.adapter);
       const int count = static_cast<int>(task.end - task.begin);
       std::fill_n(acc, int64_t{rows.count} * kCpuRanks, 0.f);
-      if (rows.count <= kFewRows)
-        for (size_t j = task.begin; j < task.end; ++j)
-          fetch_factor<F>(runs[j].factor(p.pool, p.N, sizeof(F)), 0, runs[j].ranks, 0, p.N);
       for (int64_t n0 = 0; n0 < p.N; n0 += kChunk) {
         const int n = static_cast<int>(std::min<int64_t>(kChunk, p.N - n0));
         View u[kCpuRanks / kPageRanks];
@@ -189,7 +186,6 @@ void expand_slot(const MultiLoraExpandParams& p, int64_t k, To* to, int64_t to_p
       const auto from_row = [&](int t) { return from ? from + tile.rows[t] * from_pitch + n0 : nullptr; };
       const auto view = [&](const RankRun& run) {
         const Factor u = run.factor(p.pool, p.N, sizeof(F));
-        if (m <= kFewRows) fetch_factor<F>(u, 0, run.ranks, n0, n);
         gather_s<TypeOfS<F>>(d, p.s, tile, 0, m, run, s_rows, kPageRanks);
         return factor_tile<F>(u, 0, run.ranks, n0, n, u_tile);
       };

@@ -41,6 +41,18 @@ struct View {
   View at(int64_t row, int64_t col = 0) const { return {data + row * pitch + col, pitch}; }
 };
 
+// That tile as a view: of x itself where it is fp32 rows of whole blocks and nothing is dropped. For few rows: many of them, a
+// power of two apart, would fall into the same cache sets, which the copy avoids.
+template <class T>
+View tile_of(const T* x, int64_t pitch, int64_t row0, int rows, int64_t col0, int n, const Dropout& d, uint64_t seed,
+             float* tile) {
+  if constexpr (sizeof(T) == 4) {
+    if (n % kBlock == 0 && !d.threshold) return {x + row0 * pitch + col0, pitch};
+  }
+  load_tile(x, pitch, row0, rows, col0, n, d, seed, tile);
+  return {tile, kPitch};
+}
+
 // Rows of memory that come next, drawn into the cache line by line while the micro-kernels work: the wait for DRAM is then
 // spent on arithmetic.
 struct Ahead {
@@ -62,9 +74,6 @@ struct Ahead {
     at += skip;
     row_end += pitch;
     --rows;
-  }
-  void all() {
-    while (rows > 0) next();
   }
 };
 

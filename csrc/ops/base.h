@@ -8,6 +8,26 @@
 
 namespace lrk::ops {
 
+// ATen's GEMM by its type: out = a b, plus `add` where it is given ([N] or of out's sizes). Calls by name go through the
+// dispatcher's table and a stack of boxed values, which costs as much as a product of few tokens.
+inline void gemm(const char* op, const Tensor& out, const Tensor& a, const Tensor& b, const OptTensor& add) {
+  auto call = aoti_torch_cpu_addmm_out;
+#if !defined(LRK_EMULATE)
+  if (!out.is_cpu()) call = aoti_torch_cuda_addmm_out;
+#endif
+  if (!call) fail(op, "this torch has no addmm for cuda");
+  STABLE_TORCH_ERROR_CODE_CHECK(call(out.get(), add ? add->get() : out.get(), a.get(), b.get(), add ? 1.0 : 0.0, 1.0));
+}
+// Another tensor over the memory of t.
+inline Tensor seen_as(const Tensor& t, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides) {
+  int64_t offset = 0;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), 2, sizes.data(), strides.data(), offset, &made));
+  return Tensor(made);
+}
+
 inline Tensor flat(const Rows& t) { return torch::stable::reshape(t.tensor, Sizes{t.T, t.N}); }
 
 struct BaseProduct {
@@ -38,7 +58,17 @@ struct AtenLinear : BaseProduct {
     x.features_of(w.strided().on(x).typed_as(x).shape("[O, I]", {-1, -1}), "[O, I]", 1);
   }
   int64_t out_features() const override { return weight.size(0); }
+  // The bits of F.linear: its own way, which for rows and a bias is one addmm.
   Tensor forward(const Tensor& x, const OptTensor& bias) const override {
+    const int64_t dims = x.dim(), O = out_features(), I = weight.size(1);
+    if (bias && x.is_cpu() && x.numel() && O && (dims == 2 || (dims == 3 && x.is_contiguous()))) {
+      const Tensor y = new_empty(x, with_last(x, O));
+      const auto rows = [&](const Tensor& t, int64_t n) {
+        return dims == 2 ? t : seen_as(t, {t.numel() / n, n}, {n, 1});
+      };
+      gemm("linear", rows(y, O), rows(x, I), seen_as(weight, {I, O}, {weight.stride(1), weight.stride(0)}), bias);
+      return y;
+    }
     std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                       torch::stable::detail::from(bias)};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));

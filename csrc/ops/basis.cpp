@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "tensor.h"
+#include "base.h"
 
 namespace lrk::ops {
 namespace {
@@ -157,15 +157,6 @@ Tensor narrow(Tensor t, int64_t dim, int64_t start, int64_t length) {
   return torch::stable::narrow(t, dim, start, length);
 }
 
-void addmm(const char* op, const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
-  auto call = aoti_torch_cpu_addmm_out;
-#if !defined(LRK_EMULATE)
-  if (!out.is_cpu()) call = aoti_torch_cuda_addmm_out;
-#endif
-  if (!call) fail(op, "this torch has no addmm for cuda");
-  STABLE_TORCH_ERROR_CODE_CHECK(call(out.get(), out.get(), a.get(), b.get(), add ? 1.0 : 0.0, 1.0));
-}
-
 // U, with both scales in it, in strips in scratch memory, and ATen's GEMM: in the dtype of x and out, or fp32, which an
 // fp16 x needs too where there are scales, since their product may leave fp16's range.
 void matmul_by_gemm(const char* op, const BasisMatmulParams& p, const BasisMatmulConfig& config, const Tensor& x,
@@ -197,7 +188,7 @@ void matmul_by_gemm(const char* op, const BasisMatmulParams& p, const BasisMatmu
           .dtype = wide ? DType::kF32 : p.x_dtype});
     if (p.transposed) strip = torch::stable::transpose(strip, 0, 1);
     Tensor target = narrow(out, 1, i, n), sum = wide_out ? torch::stable::to(target, ScalarType::Float) : target;
-    addmm(op, sum, a, strip, p.add);
+    gemm(op, sum, a, strip, p.add ? OptTensor(sum) : std::nullopt);
     if (wide_out) torch::stable::copy_(target, sum);
   }
 }

@@ -33,7 +33,7 @@ ShrinkConfig choose_lora_shrink(int64_t T, int64_t N, int32_t R, Target) {
 }
 
 CpuTasks choose_lora_cpu_shrink(int64_t T, int64_t N, int64_t R) {
-  const int64_t tiles = ceil_div(T, kCpuTokens), ranks = tiles > 1 ? kCpuRanks : 8;
+  const int64_t tiles = ceil_div(T, kCpuTokens), ranks = tiles > 1 ? kCpuRanks : 4;
   return {ranks, ceil_div(R, ranks) * tiles, cpu_grain(std::min<int64_t>(T, kCpuTokens), N, std::min(R, ranks))};
 }
 
