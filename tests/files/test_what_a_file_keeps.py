@@ -142,7 +142,8 @@ def own_samples(draw, shared=None):
                            "frozen_a": draw(flags)},
             "VeRALinear": {"d_initial": draw(st.sampled_from([0.1, 1, 0.0])), "max_in": 24 if shared else draw(st.integers(I, 40)),
                            "max_out": 20 if shared else draw(st.integers(O, 40)), "save_output": draw(flags)},
-            "RandLoRALinear": {"randlora_alpha": alpha, "paper_pairing": not shared and draw(flags)},
+            "RandLoRALinear": {"randlora_alpha": alpha, "paper_pairing": not shared and draw(flags),
+                               "save_output": draw(flags)},
         }[cls]  # fmt: skip
         adapter_dtype = draw(st.sampled_from([None, "float32", dtype]))
         layers[name] = {"class": cls, "adapter_dtype": adapter_dtype} | common | special

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import lrkern.ops
-from lrkern.functional import nola_factors
+from lrkern.functional import nola_factors, randlora_way
 from lrkern.nn import NOLALinear, RandLoRALinear, VeRALinear
 from lrkern.ops.basis import DISTRIBUTIONS, STREAM_VERSION
 
@@ -114,6 +114,7 @@ def test_forward_and_gradients_are_the_formulas(cls, settings, sizes, T):
     (NOLALinear, {"r": 3, "k": 5, "l": 2, "normalize": False}), (NOLALinear, {"r": 3, "k": 5, "l": 4, "frozen_a": False}),
     (NOLALinear, {"r": 1, "k": 1, "l": 70, "lora_alpha": 7}), (VeRALinear, {"r": 50, "save_output": True}),
     (VeRALinear, {"r": 5, "max_in": 99, "max_out": 177}), (RandLoRALinear, {"r": 7, "paper_pairing": True}),
+    (RandLoRALinear, {"r": 6, "save_output": False}),
     (RandLoRALinear, {"r": 50}), (RandLoRALinear, {"r": 1, "randlora_alpha": 2}),
 ])  # fmt: skip
 def test_options_are_the_formulas(cls, settings):
@@ -437,10 +438,26 @@ def test_vera_saves_no_output():
     assert largest_allocation(lambda: layer(x)) == 4 * T * O, "y, and nothing larger"
 
 
+@pytest.mark.parametrize(("T", "way"), [(9, "vector"), (30, "factors"), (400, "merged")])
+@pytest.mark.parametrize(("I", "O"), [(60, 100), (100, 60)])
+@pytest.mark.parametrize("paper", [False, True])
+def test_what_randlora_saves_changes_no_bit(T, way, I, O, paper):
+    assert randlora_way(T, I, O) == way
+    layer, x = made(RandLoRALinear, {"r": 7, "paper_pairing": paper}, I, O), torch.randn(T, I, requires_grad=True)
+    product = (T, 63)  # x Bᵀ [T, n r]
+    assert (product in kept(layer, x)[0]) == (I > O and way == "factors")
+    check(layer, x.detach())
+    got = step(layer, x)
+    layer.save_output = False
+    assert product not in kept(layer, x)[0]
+    for a, b in zip(got, step(layer, x), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("T", [4, 20, 400])
 @pytest.mark.parametrize("sizes", [(48, 64), (64, 48)], ids=str)
 def test_randlora_saves_neither_u_nor_what_it_gives(T, sizes):
-    layer = made(RandLoRALinear, {"r": 8}, *sizes)
+    layer = made(RandLoRALinear, {"r": 8, "save_output": False}, *sizes)
     x = torch.randn(T, sizes[0], requires_grad=True)
     shapes, y = kept(layer, x)
     assert shapes == [(T, sizes[0])], shapes  # U is [48, 48], x Uᵀ [T, 48]

@@ -30,7 +30,9 @@ WRONG = {
     VeRALinear: SEEDED | {
         "r": [*WHOLE, 0], "d_initial": NUMBERS, "max_in": [7, 8.0, True], "max_out": [7, 8.0, True], "save_output": FLAGS,
     },
-    RandLoRALinear: SEEDED | {"r": [*WHOLE, 0], "randlora_alpha": NUMBERS, "paper_pairing": FLAGS},
+    RandLoRALinear: SEEDED | {
+        "r": [*WHOLE, 0], "randlora_alpha": NUMBERS, "paper_pairing": FLAGS, "save_output": FLAGS,
+    },
 }  # fmt: skip
 
 

@@ -292,7 +292,7 @@ def saved_sizes(model, x):
 @pytest.mark.parametrize(("kind", "shape", "sizes"), [
     ("vera", (24, 40), [(61, 40)]),  # w = v B [T, O]
     ("randlora", (24, 40), [(25, 24), (24, 25)]),  # U = Λ A Γ [n r, I]
-    ("randlora", (40, 24), [(61, 25)]),  # x B [T, n r]
+    ("randlora", (140, 121), [(61, 125)]),  # x B [T, n r]
 ])  # fmt: skip
 def test_what_is_not_saved(kind, shape, sizes):
     torch.manual_seed(1)
@@ -300,8 +300,8 @@ def test_what_is_not_saved(kind, shape, sizes):
     x = torch.randn(61, shape[0])
     before = saved_sizes(model, x)
     lrkern.peft.patch(model)
-    if kind == "vera":
-        assert saved_sizes(model, x)[61, 40]  # by default as PEFT, for the faster backward
+    if (kind, shape) != ("randlora", (24, 40)):
+        assert saved_sizes(model, x)[sizes[0]]  # by default as PEFT, for the faster backward
         model.base_model.model[0].save_output = False
     after = saved_sizes(model, x)
     assert any(before[size] for size in sizes) and not any(after[size] for size in sizes), (before, after)

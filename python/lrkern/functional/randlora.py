@@ -94,29 +94,33 @@ class _Factors:
     """Two GEMMs a panel, for the tokens."""
 
     @classmethod
-    def forward(cls, update: _Update, y, x, weight, bias) -> Tensor:
+    def forward(cls, update: _Update, y, x, weight, bias, kept: list[Tensor] | None) -> Tensor:
         out = base.output(y, x, weight, bias)
-        cls.add(update, out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]).float())
+        cls.add(update, out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]).float(), kept)
         return out
 
     @staticmethod
-    def add(update: _Update, y: Tensor, x: Tensor) -> None:
-        """y [T, O] += scale · x ΔWᵀ, in place; x [T, I] float32."""
+    def add(update: _Update, y: Tensor, x: Tensor, kept: list[Tensor] | None) -> None:
+        """y [T, O] += scale · x ΔWᵀ, in place; x [T, I] float32. ``kept`` gets each panel's x Inᵀ [T, panel]."""
         sums = y.float()
         for inner, outer in update.factors():
-            sums.addmm_(x @ inner.mT, outer, alpha=update.scale)
+            h = x @ inner.mT
+            sums.addmm_(h, outer, alpha=update.scale)
+            if kept is not None:
+                kept.append(h)
         y.copy_(sums)
 
     @staticmethod
-    def backward(update: _Update, need, need_coef: bool, dy, x, weight, dlam, dgam) -> list[Tensor | None]:
-        """dx, dW and dbias, those that are needed; with ``need_coef`` dlam and dgam, which are zeros, are filled."""
+    def backward(update: _Update, need, need_coef: bool, dy, x, weight, dlam, dgam, kept) -> list[Tensor | None]:
+        """dx, dW and dbias, those that are needed; with ``need_coef`` dlam and dgam, which are zeros, are filled. ``kept``:
+        the forward's, or empty."""
         grads = base.gradients(need, dy, x, weight)
         rows, g = x.reshape(-1, x.shape[-1]).float(), dy.reshape(-1, dy.shape[-1]).float()
         if need[0]:
             dx = torch.zeros_like(rows) if grads[0] is None else grads[0].reshape(rows.shape).float()
         at_b, at_u = (g, rows) if update.narrow_in else (rows, g)
-        for span, b in update.panels() if need[0] or need_coef else ():
-            h = at_b @ b.mT if update.narrow_in or need_coef else None  # [T, panel]
+        for i, (span, b) in enumerate(update.panels() if need[0] or need_coef else ()):
+            h = kept[i] if kept else at_b @ b.mT if update.narrow_in or need_coef else None  # [T, panel]
             b = None if update.narrow_in else b  # its memory is free for U
             u = update.u(span)
             if need[0]:
@@ -130,7 +134,7 @@ class _Vector(_Factors):
     """Λ A Γ applied to few tokens factor by factor."""
 
     @staticmethod
-    def add(update: _Update, y: Tensor, x: Tensor) -> None:
+    def add(update: _Update, y: Tensor, x: Tensor, kept: list[Tensor] | None) -> None:
         lam, gam, a, B, scale, paper, narrow_in = update
         if narrow_in:  # x's columns meet A
             h = ((x[:, None] * gam) @ a.mT) * lam.mT  # [T, n, r]
@@ -161,11 +165,11 @@ class _Merged:
     """W + ΔW formed once, in place of W."""
 
     @staticmethod
-    def forward(update: _Update, y, x, weight, bias) -> Tensor:
+    def forward(update: _Update, y, x, weight, bias, kept: list[Tensor] | None) -> Tensor:
         return base.linear(x, update.delta().add_(weight), bias)
 
     @staticmethod
-    def backward(update: _Update, need, need_coef: bool, dy, x, weight, dlam, dgam) -> list[Tensor | None]:
+    def backward(update: _Update, need, need_coef: bool, dy, x, weight, dlam, dgam, kept) -> list[Tensor | None]:
         grads = base.gradients(need, dy, x, update.delta().add_(weight) if need[0] else weight)
         if need_coef:
             delta = dy.flatten(0, -2).mT @ x.flatten(0, -2)  # dL/dΔW [O, I]
@@ -181,25 +185,27 @@ class _RandLora(Function):
     """y + scale · x ΔWᵀ, y = x Wᵀ + bias or given."""
 
     @staticmethod
-    def forward(ctx, y, x, weight, bias, lam, gam, A, B, scale, paper):
+    def forward(ctx, y, x, weight, bias, lam, gam, A, B, scale, paper, save_output):
         I, O = x.shape[-1], y.shape[-1] if weight is None else weight.shape[0]
         way, may_merge = randlora_way(x.shape[:-1].numel(), I, O), weight is not None and x.dtype == torch.float32
         way = way if may_merge or way != "merged" else "factors"
         ctx.way, ctx.rest = way, (scale, paper, I <= O)
-        save(ctx, A, B, x, weight, lam, gam)
-        return _WAYS[way].forward(_Update.of(lam, gam, A, B, *ctx.rest), y, x, weight, bias)
+        kept = [] if save_output and I > O and any(ctx.needs_input_grad[4:6]) else None  # else dU needs none
+        out = _WAYS[way].forward(_Update.of(lam, gam, A, B, *ctx.rest), y, x, weight, bias, kept)
+        save(ctx, A, B, x, weight, lam, gam, *(kept or ()))
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        A, B, x, weight, lam, gam = saved(ctx)
+        A, B, x, weight, lam, gam, *kept = saved(ctx)
         need_y, *need, need_lam, need_gam = ctx.needs_input_grad[:6]
         with torch.autocast(dy.device.type, enabled=False):  # as forward ran, wherever backward() is called
             update = _Update.of(lam, gam, A, B, *ctx.rest)
             dlam, dgam = torch.zeros_like(update.lam), torch.zeros_like(update.gam)
-            grads = _WAYS[ctx.way].backward(update, need, need_lam or need_gam, dy, x, weight, dlam, dgam)
+            grads = _WAYS[ctx.way].backward(update, need, need_lam or need_gam, dy, x, weight, dlam, dgam, kept)
         dlam, dgam = dlam.to(lam.dtype) if need_lam else None, dgam.to(gam.dtype) if need_gam else None
-        return dy if need_y else None, *grads, dlam, dgam, None, None, None, None
+        return dy if need_y else None, *grads, dlam, dgam, None, None, None, None, None
 
 
 @torch.no_grad()
@@ -236,6 +242,7 @@ def randlora_linear(
     dropout_p: float = 0.0,
     training: bool = True,
     paper_pairing: bool = False,
+    save_output: bool = True,
 ) -> Tensor:
     """y = x Wᵀ + bias + scale · dropout(x) ΔWᵀ, ΔW = Σⱼ Bⱼ diag(λⱼ) A diag(γⱼ), transposed where in > out: RandLoRA
     (Albert et al., arXiv 2502.00987), full rank from n = ceil(min(I, O) / r) products.
@@ -243,10 +250,12 @@ def randlora_linear(
     x [..., I]; weight [O, I]; lam [r, n] and gam [n, min(I, O)] train; A [r, min(I, O)] and B [n r, max(I, O)], whose row j r + k
     is column k of Bⱼ, are a ``Basis`` or frozen tensors. The reference's code (and PEFT's) flattens λ A γ the other way round, so
     that column j' of B's stack meets another λ A γ than Eq. 4 says; it is the default, ``paper_pairing`` is Eq. 4.
-    Neither U = Λ A Γ nor x Uᵀ is saved; for in > out dU costs a GEMM more for it. How it is computed: ``randlora_way``.
+    U = Λ A Γ is not saved, and for in <= out nothing else that is not x's. For in > out the output of B's stack, x Bᵀ
+    [T, min(I, O)] float32, is, as PEFT does; ``save_output=False`` does not keep it, and dU costs a GEMM more. How it is
+    computed: ``randlora_way``.
     """
     _check("randlora_linear", lam, gam, A, B, dropout_p)
-    return base.beside(_RandLora, None, x, weight, bias, dropout_p, training, lam, gam, A, B, scale, paper_pairing)
+    return base.beside(_RandLora, None, x, weight, bias, dropout_p, training, lam, gam, A, B, scale, paper_pairing, save_output)
 
 
 def randlora_add(
@@ -260,7 +269,8 @@ def randlora_add(
     dropout_p: float = 0.0,
     training: bool = True,
     paper_pairing: bool = False,
+    save_output: bool = True,
 ) -> Tensor:
     """y + scale · dropout(x) ΔWᵀ as a new tensor, beside a base layer of any kind that gave y."""
     _check("randlora_add", lam, gam, A, B, dropout_p)
-    return base.beside(_RandLora, y, x, None, None, dropout_p, training, lam, gam, A, B, scale, paper_pairing)
+    return base.beside(_RandLora, y, x, None, None, dropout_p, training, lam, gam, A, B, scale, paper_pairing, save_output)

@@ -24,15 +24,25 @@ class RandLoRALinear(BasisLinear):
         r: rank of one basis, 1 or more.
         randlora_alpha: see scaling; PEFT's default is 640.
         paper_pairing: pair λ, γ and B as the paper's Eq. 4; the reference's code and PEFT pair them otherwise.
+        save_output: where in > out, keep x Bᵀ [T, out] for backward as PEFT does; False saves that memory for a GEMM more
+            there.
         the rest: as BasisLinear.
     """
 
     METHOD = "randlora"
     PEFT_TYPE = "RANDLORA"
     PEFT_SHARES = ("r", "seed", "distribution", "dropout", "randlora_alpha")
-    SETTINGS = ("r", "randlora_alpha", "paper_pairing", "dropout", "seed", "distribution")
+    SETTINGS = ("r", "randlora_alpha", "paper_pairing", "save_output", "dropout", "seed", "distribution")
 
-    def _set_up(self, base, r: int = 32, randlora_alpha: float = 640.0, paper_pairing: bool = False, **common: Any):
+    def _set_up(
+        self,
+        base,
+        r: int = 32,
+        randlora_alpha: float = 640.0,
+        paper_pairing: bool = False,
+        save_output: bool = True,
+        **common: Any,
+    ) -> None:
         self._whole("r", r, 1)
         narrow = min(base.in_features, base.out_features)
         self.n = -(-narrow // r)
@@ -40,9 +50,10 @@ class RandLoRALinear(BasisLinear):
             raise ValueError(f"RandLoRALinear: r must be at least min(in, out) / 65536 = {narrow / 2**16:g}, got r={r}")
         self._finite("randlora_alpha", randlora_alpha)
         self._flag("paper_pairing", paper_pairing)
+        self._flag("save_output", save_output)
         like = self._adopt(base, r, **common)
         self.randlora_alpha, self.scaling = randlora_alpha, F.lora_scaling(randlora_alpha, r)
-        self.paper_pairing = paper_pairing
+        self.paper_pairing, self.save_output = paper_pairing, save_output
         self.randlora_lambda = constant(0.0, r, self.n, **like)
         self.randlora_gamma = constant(1 / max(self.n, narrow, 1), self.n, narrow, **like)
 
@@ -64,7 +75,7 @@ class RandLoRALinear(BasisLinear):
         return F.randlora_add(y, x, *self._operands(), *self._act())
 
     def _act(self) -> tuple:
-        return self.scaling, self.dropout, self.training, self.paper_pairing
+        return self.scaling, self.dropout, self.training, self.paper_pairing, self.save_output
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

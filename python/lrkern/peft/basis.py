@@ -28,10 +28,11 @@ class FusedBasis(Patched):
         if name not in a_of or name not in b_of:
             return f"no projections of {name}"
         tensors = v_of[name], w_of[name], a_of[name], b_of[name]
-        if any(type(t) not in PLAIN for t in tensors):
-            return f"tensors of type {', '.join(sorted({type(t).__name__ for t in tensors}))}"
-        if any(t.dtype not in DTYPES for t in tensors):
-            return f"tensors of dtype {', '.join(sorted({str(t.dtype) for t in tensors}))}"
+        for t in tensors:
+            if type(t) not in PLAIN:
+                return f"tensors of type {', '.join(sorted({type(t).__name__ for t in tensors}))}"
+            if t.dtype not in DTYPES:
+                return f"tensors of dtype {', '.join(sorted({str(t.dtype) for t in tensors}))}"
         dropout = modules[f"{self._own}_dropout"]._modules[name]
         p = dropout_p(dropout)
         if isinstance(p, str):

@@ -8,7 +8,13 @@ from .basis import FusedBasis
 
 
 class FusedRandLora(FusedBasis, layers=RandLoraLayer):
-    """randlora_A [r, 1, Min] and randlora_B [Max, N, r] are prefixes of a pair that the layers share."""
+    """randlora_A [r, 1, Min] and randlora_B [Max, N, r] are prefixes of a pair that the layers share.
+
+    save_output: of a layer with in > out, False does not save for backward the [T, out] that PEFT's code saves, for a GEMM
+    more there.
+    """
+
+    save_output = True
 
     _method, _forwards = "RandLoRA", "peft.tuners.randlora.layer"
     _own, _vectors = "randlora", ("lambda", "gamma")
@@ -25,7 +31,7 @@ class FusedRandLora(FusedBasis, layers=RandLoraLayer):
         return lam, gam, A[:, 0, :small].to(lam.device), B.to(lam.device), float(self.scaling[name])
 
     def _linear(self, x, weight, bias, adapter):
-        return F.randlora_linear(x, weight, bias, *adapter)
+        return F.randlora_linear(x, weight, bias, *adapter, True, False, self.save_output)
 
     def _add(self, y, x, adapter):
-        return F.randlora_add(y, x, *adapter)
+        return F.randlora_add(y, x, *adapter, True, False, self.save_output)
