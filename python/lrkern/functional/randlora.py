@@ -255,7 +255,9 @@ def randlora_linear(
     computed: ``randlora_way``.
     """
     _check("randlora_linear", lam, gam, A, B, dropout_p)
-    return base.beside(_RandLora, None, x, weight, bias, dropout_p, training, lam, gam, A, B, scale, paper_pairing, save_output)
+    return base.beside(
+        _RandLora, None, x, weight, bias, dropout_p, training, lam, gam, A, B, scale, paper_pairing, save_output
+    )
 
 
 def randlora_add(
@@ -273,4 +275,6 @@ def randlora_add(
 ) -> Tensor:
     """y + scale · dropout(x) ΔWᵀ as a new tensor, beside a base layer of any kind that gave y."""
     _check("randlora_add", lam, gam, A, B, dropout_p)
-    return base.beside(_RandLora, y, x, None, None, dropout_p, training, lam, gam, A, B, scale, paper_pairing, save_output)
+    return base.beside(
+        _RandLora, y, x, None, None, dropout_p, training, lam, gam, A, B, scale, paper_pairing, save_output
+    )
