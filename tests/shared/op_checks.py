@@ -34,13 +34,13 @@ def copy_rows(t):
     return view.copy_(t)
 
 
-def check_forward(op, s, dtype):
+def check_forward(op, s, dtype, ulps=1.0):
     """Against the reference. dtype: of the sample's activations."""
     got = run_op(op, getattr(lrkern.ops, op.name), s.args, s.kwargs)
     truth = run_op(op, op.truth, [testing.to64(a) for a in s.args], s.kwargs)
     yardstick = run_op(op, op.truth, s.args, s.kwargs)
     fp32 = has_fp32_factor(s.args, dtype) or got.dtype == torch.float32 != dtype  # S of float16 factors
-    testing.check(got, truth, yardstick, f"{op.name}[{s.name}]", fp32)
+    testing.check(got, truth, yardstick, f"{op.name}[{s.name}]", fp32, ulps)
 
 
 def gradients(op, fn, sample, cotangent=None):
@@ -60,10 +60,10 @@ def as64(sample):
     return type(sample)(sample.name, tuple(testing.to64(a) for a in sample.args), sample.kwargs)
 
 
-def check_gradient(op, s, dtype):
+def check_gradient(op, s, dtype, ulps=1.0):
     got = gradients(op, getattr(lrkern.ops, op.name), s)
     truth = gradients(op, op.truth, as64(s))
     yardstick = gradients(op, op.truth, s)
     for name in truth:
         what = f"d {op.name}[{s.name}] / d {name}"
-        testing.check(got[name], truth[name], yardstick[name], what, has_fp32_factor(s.args, dtype))
+        testing.check(got[name], truth[name], yardstick[name], what, has_fp32_factor(s.args, dtype), ulps)
