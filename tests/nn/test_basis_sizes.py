@@ -77,14 +77,15 @@ def test_layers_are_the_formulas(cls, case, device):
     layer.eval().merge()
     got.append(layer(x.to(device)))
 
-    p = {name: t.detach().double().requires_grad_() for name, t in trainable(host).items()}
-    wide, bias = x.double().requires_grad_(), host.base_layer.bias
+    exact = lambda t: t.detach().to(device, torch.float64)
+    p = {name: exact(t).requires_grad_() for name, t in trainable(host).items()}
+    wide, bias = exact(x).requires_grad_(), host.base_layer.bias
     with use_library(torch.ops.lrkern):  # its elements are those of docs/rng.md: test_rng.py
         delta = delta64(host, p)
-    truth = wide @ (host.base_layer.weight.double() + delta).T + (0 if bias is None else bias.double())
-    want = [truth, *torch.autograd.grad(truth, [wide, *p.values()], dy.double()), delta, truth]
+    truth = wide @ (exact(host.base_layer.weight) + delta).T + (0 if bias is None else exact(bias))
+    want = [truth, *torch.autograd.grad(truth, [wide, *p.values()], exact(dy)), delta, truth]
     for g, w in zip(got, want, strict=True):
-        assert_close(g.detach().cpu(), w.detach(), 1e-5)
+        assert_close(g.detach(), w.detach(), 1e-5)
 
 
 def few(case):

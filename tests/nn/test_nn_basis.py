@@ -43,7 +43,7 @@ def delta64(layer, p):
     like, I, O, r = torch.empty(0), layer.in_features, layer.out_features, layer.r
     U = lambda tensor, k, rows, cols, method: lrkern.ops.basis_fill(
         like, None, None, layer.seed, method, DISTRIBUTIONS[layer.distribution], tensor, k, rows, 0, 0, rows, cols
-    ).double()
+    ).to(next(iter(p.values())))
     if isinstance(layer, NOLALinear):
         alpha, beta = p["nola_alpha"], p["nola_beta"]
         c, d = (len(v) ** -0.5 if layer.normalize else 1 for v in (alpha, beta))
