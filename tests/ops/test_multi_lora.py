@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from grid import all_pairs
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
 import lrkern.ops as ops
@@ -368,7 +369,8 @@ def test_plan_and_layer_compile_to_one_graph():
         return ops.multi_lora_linear(x, w, None, a, b, pages, ranks, plan)
 
     torch._dynamo.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    counted = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counted, fullgraph=True, dynamic=True)
     for T in (7, 97, 64):
         batch, w = batch_of("cpu", torch.float32, T=T), torch.randn(264, 300)
         leaves = [t.detach().requires_grad_() for t in (batch.x, batch.a, batch.b)]
@@ -378,6 +380,7 @@ def test_plan_and_layer_compile_to_one_graph():
             results.append((y, *torch.autograd.grad(y.cos().sum(), leaves)))
         for p, q in zip(*results, strict=True):
             torch.testing.assert_close(p, q)
+    assert counted.frame_count == 1, "for any number of rows"
     torch._dynamo.reset()
 
 
