@@ -30,6 +30,8 @@ def test_a_python_that_did_not_run_is_named(outcomes, arguments, code, said, mon
     (tmp_path / "dist" / "lrkern-0-py3-none-any.whl").touch()
     monkeypatch.setattr(smoke_wheel, "ROOT", tmp_path)
     monkeypatch.setattr(smoke_wheel, "try_wheel", try_wheel)
-    monkeypatch.setattr(smoke_wheel, "interpreters", lambda named: dict.fromkeys(smoke_wheel.TORCH, ["python"]))
+    monkeypatch.setattr(
+        smoke_wheel, "interpreters", lambda named: {version: ["python"] for version in smoke_wheel.TORCH}
+    )
     assert smoke_wheel.main(["--no-build", *arguments]) == code
     assert capsys.readouterr().out.splitlines()[-1].endswith(said)
