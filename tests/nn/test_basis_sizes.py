@@ -100,6 +100,9 @@ def test_ops_at_sizes_of_layers(op, case, device):
     keywords |= {"method": 2, "lead": (case["T"],), "segments": ([case["C"]], [case["K"]], [0.5])}
     dtype = case["dtype"]
     for s in op.samples_of("sizes", op.family.layer(Draw(device, dtype), **keywords)):
-        check_forward(op, s, dtype)
+        # Seen beyond 2 x: 1.7 ulps of 8 elements. In place, for many tokens, ATen's GEMM begins its sum of 1,024 terms at y and
+        # rounds at y's magnitude in each step: 12.6.
+        ulps = 16 if op.mutates else 4
+        check_forward(op, s, dtype, ulps)
         if op.differentiable:
-            check_gradient(op, s, dtype)
+            check_gradient(op, s, dtype, ulps)
