@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds dist/lrkern-*-py3-none-*.whl (all CUDA architectures, no _host) and tries it in fresh environments.
 
-python tools/smoke_wheel.py [--download] [--python PATH ...] [--no-build]
+python tools/smoke_wheel.py [--download] [--python PATH ...] [--require VERSION ...] [--no-build]
 
 One wheel has to serve every Python, so 3.11, 3.12 and 3.13 are tried: those found as python3.X on PATH, under pyenv, or
 named. An interpreter that imports a torch >= 2.11 lends it to its fresh environment; for the others --download fetches
-the version in TORCH below (a CUDA build brings 2 to 3 GB with it and takes 5 GB of disk until the test is over).
+the version in TORCH below (a CUDA build brings 2 to 3 GB with it and takes 5 GB of disk until the test is over). The last
+line names the Pythons that did not run and why; that is a failure where --require names one, or where none ran.
 """
 
 import argparse
@@ -103,26 +104,30 @@ def try_wheel(wheel: Path, version: str, pythons: list[str], download: bool) -> 
         return f"OK, {said}"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--download", action="store_true")
     parser.add_argument("--python", action="append", default=[])
+    parser.add_argument("--require", action="append", default=[], choices=TORCH, help="a Python that has to run")
     parser.add_argument("--no-build", action="store_true", help="try the wheel that dist/ holds")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     start = time.monotonic()
     wheel = next((ROOT / "dist").glob("lrkern-*-py3-none-*.whl")) if args.no_build else build()
     size, took = wheel.stat().st_size / 1e6, time.monotonic() - start
     print(f"{wheel.relative_to(ROOT)}: {size:.2f} MB, {took:.0f} s", flush=True)
-    tried = failed = 0
+    outcome = {}
     for version, pythons in interpreters(args.python).items():
         start = time.monotonic()
         try:
             line = try_wheel(wheel, version, pythons, args.download)
-            tried += line.startswith("OK")
         except RuntimeError as error:
-            line, failed = f"FAILED\n{error}", failed + 1
+            line = f"FAILED\n{error}"
+        outcome[version] = line.split(",")[0].split("\n")[0]
         print(f"python {version}: {line} ({time.monotonic() - start:.0f} s)", flush=True)
-    return bool(failed) or not tried
+    ran = [version for version, how in outcome.items() if how == "OK"]
+    others = ", ".join(f"{version} {how}" for version, how in outcome.items() if how != "OK")
+    print(f"the wheel ran in Python {', '.join(ran) or 'none'}" + (f"; NOT in {others}" if others else ""))
+    return not ran or "FAILED" in outcome.values() or not set(args.require) <= set(ran)
 
 
 if __name__ == "__main__":

@@ -62,10 +62,8 @@ class Data(suite.Data):
                                   "b_pool": draw(P, case.O, std=0.25)}  # fmt: skip
         table = (*self.table, reference.multi_lora_plan(self.index.cpu(), A).to(device), self.scales)
         truth = lambda **wide: reference.multi_lora_linear(*wide.values(), *table)
-        self.adapters = {
-            i: tuple(reference.factor(inputs[pool], *self.table, i, 0)[0] for pool in ("a_pool", "b_pool"))
-            for i in range(A)
-        }
+        factors = (reference.factors(inputs[pool], *self.table) for pool in ("a_pool", "b_pool"))
+        self.adapters = {i: (a.clone(), b.clone()) for i, (a, b) in enumerate(zip(*factors, strict=True))}
         self.linear = frozen(weight, bias)
         self.rows = {i: (names == i).nonzero().flatten().to(device) for i in names.unique().tolist()}
         self.names = [f"a{i}" if ranks[i] else "__base__" for i in names.tolist()]

@@ -11,6 +11,7 @@ import pytest
 import wrapper_words
 
 import build as emulator
+from tests.conftest import FULL
 from tools.sources import closure
 
 VARIANTS = ("plain", "sanitized", "tracked")
@@ -219,7 +220,7 @@ def test_every_source_is_read():
 @pytest.mark.parametrize(
     ("variant", "cases", "schedules"),
     [
-        ("plain", 200, (0, 1, 2, 3)),
+        ("plain", 400 if FULL else 80, (0, 1, 2, 3)),
         pytest.param("sanitized", 80, (1,), marks=pytest.mark.slow),
         pytest.param("tracked", 80, (0,), marks=pytest.mark.slow),
     ],

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -43,7 +44,7 @@ def delta64(layer, p):
     like, I, O, r = torch.empty(0), layer.in_features, layer.out_features, layer.r
     U = lambda tensor, k, rows, cols, method: lrkern.ops.basis_fill(
         like, None, None, layer.seed, method, DISTRIBUTIONS[layer.distribution], tensor, k, rows, 0, 0, rows, cols
-    ).double()
+    ).to(next(iter(p.values())))
     if isinstance(layer, NOLALinear):
         alpha, beta = p["nola_alpha"], p["nola_beta"]
         c, d = (len(v) ** -0.5 if layer.normalize else 1 for v in (alpha, beta))
@@ -364,14 +365,19 @@ def test_two_runs_and_a_checkpointed_one_are_bit_equal(cls, settings, dropout):
 
 @LAYERS
 def test_compiles_to_one_graph(cls, settings):
-    torch._dynamo.reset()
+    """Without a break; one for few tokens and one for many where their kernels differ, none for a number of its own."""
     layer = made(cls, settings)
     for dynamic in (None, True):
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-        for T in (3, 40, 20):
+        torch._dynamo.reset()
+        graphs = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(layer, fullgraph=True, backend=graphs, dynamic=dynamic)
+        counts = []
+        for T in (3, 40, 20, 5, 600, 9, 30):
             x = torch.randn(T, 24)
             for got, want in zip(step(layer, x, compiled), step(layer, x), strict=True):
                 assert_close(got, want.double(), 1e-5)
+            counts.append(graphs.frame_count)
+        assert counts[3] == counts[-1] <= 4, (dynamic, counts)
     layer.seed ^= 1  # the graph has the seed in it: it must notice
     assert_close(compiled(x), layer(x).double(), 1e-5)
     layer.disable_adapter()

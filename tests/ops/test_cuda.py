@@ -6,7 +6,8 @@ import os
 
 import pytest
 import torch
-from test_ops import as64, every_sample, get_sample, gradients, has_fp32_factor, run_op
+from op_checks import as64, gradients, has_fp32_factor, run_op
+from test_ops import every_sample, get_sample
 from torch import Tensor
 
 import lrkern.ops

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from op_checks import gradients, run_op
 from recorder import Recorder
-from test_ops import every_sample, get_sample, gradients, run_op
+from test_ops import every_sample, get_sample
 
 import lrkern.ops
 from lrkern.ops.dispatch import library, use_library

@@ -117,6 +117,39 @@ def test_a_slice_is_the_slice_of_the_whole(distribution, dtype, device):
         assert torch.equal(whole.double().cpu(), reference.basis_elements(7, 2, distribution, 0, 0, 5, 0, 0, 15, 1100))
 
 
+FEW_VALUES = pytest.mark.parametrize("distribution", [5, 6, 7], ids=NAMES.get)  # -1, 0 and 1
+
+
+@FEW_VALUES
+@pytest.mark.parametrize("scale", [1.0, 0.75, -3.0, 1 / 3])
+def test_signs_and_ternaries_are_exact_in_every_dtype(distribution, scale, dtype, device):
+    """Minus the scale, 0 or the scale, once rounded; and what a table of 8 bits would hold are the same numbers."""
+    like = torch.empty(0, dtype=dtype, device=device)
+    stream = 7, METHODS["randlora"], distribution, 1, 0, 5, 3, 40, 12, 500
+    units = reference.basis_elements(*stream)
+    got = ops.basis_fill(like, None, None, *stream, scale=scale).cpu()
+    assert got.dtype == dtype and torch.equal(got, units.to(dtype) * torch.tensor(scale).to(dtype))
+    assert units.unique().tolist() == ([-1, 1] if distribution == 5 else [-1, 0, 1])
+    for small in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2):
+        assert torch.equal(units.to(small).double(), units)
+
+
+@FEW_VALUES
+@pytest.mark.parametrize("T", [5, 40])  # U in registers, and in scratch memory
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_of_whole_numbers_are_exact(distribution, T, transposed, dtype, device):
+    """As integers sum them, in every dtype: no element is off, nothing is lost on the way."""
+    Q, C = 33, 700
+    stream = 9, METHODS["randlora"], distribution, 1, 2, 8
+    U = reference.basis_elements(*stream, 0, 0, Q, C).to(torch.int8).int()
+    x = torch.randint(-1, 2, (T, C if transposed else Q), dtype=torch.int32)
+    want = x @ (U.T if transposed else U)
+    assert 2 < want.abs().max() <= 256, "whole numbers that bfloat16 has"
+    for fp32 in (False, True):
+        y = ops.basis_matmul(x.to(device, dtype), None, None, *stream, Q, C, transposed, fp32)
+        assert torch.equal(y.cpu(), want.to(torch.float32 if fp32 else dtype))
+
+
 def digest() -> str:
     """Of every distribution's elements."""
     pieces = [fill(d, 3, 2, 37, 40, 3000, 2**40 + d) for d in ALL]
@@ -202,6 +235,7 @@ DOT = {k: v for k, v in COMBINE.items() if k not in ("coef", "base", "R")} | {"g
 @pytest.mark.parametrize(
     ("op", "changed", "message"),
     [
+        ("basis_fill", {"like": torch.empty(0).to(torch.int8)}, "like must be float32, float16 or bfloat16, got int8"),
         ("basis_fill", {"seed": -1}, r"seed must lie in \[0, 2\^63\), got -1"),
         ("basis_fill", {"method": 64}, r"method must lie in \[0, 64\), got 64"),
         ("basis_fill", {"distribution": 1}, r"distribution must lie in \[2, 8\), got 1"),
@@ -247,6 +281,7 @@ DOT = {k: v for k, v in COMBINE.items() if k not in ("coef", "base", "R")} | {"g
         ("basis_matmul", {"transposed": True}, r"x must have shape \[..., C\] = \[..., 8\], got \[1, 4\]"),
         ("basis_matmul", {"in_scale": torch.ones(5)}, r"in_scale must have shape \[N\] = \[4\], got \[5\]"),
         ("basis_matmul", {"x": torch.ones(1, 4).double()}, "x must be float32, float16 or bfloat16, got float64"),
+        ("basis_matmul", {"x": torch.ones(1, 4).to(torch.float8_e4m3fn)}, "x must be .*, got float8_e4m3fn"),
         ("basis_matmul_", {"y": torch.ones(2, 8)}, r"y must have shape \[..., C\] = \[1, 8\], got \[2, 8\]"),
     ],
 )

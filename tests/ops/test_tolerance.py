@@ -3,7 +3,8 @@
 
 import pytest
 import torch
-from test_ops import OP_SAMPLES, as64, get_sample, gradients, has_fp32_factor, run_op
+from op_checks import as64, gradients, has_fp32_factor, run_op
+from test_ops import OP_SAMPLES, get_sample
 
 import lrkern.ops
 from lrkern import testing

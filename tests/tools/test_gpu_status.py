@@ -95,36 +95,44 @@ def test_a_page_without_markers_is_refused():
 
 # ---------------------------------------------------------------------------------------------- README
 
-UNITS = r"(?:\s?(?:[mµu]s|ns|s|min|minutes|[kMGT]i?B|[kMGT]?B/s|T?FLOP/s|tokens/s|%)|x|×)"
+UNITS = r"(?:\s?(?:[mµu]s|ns|s|min|minutes|seconds|[kMGT]i?B|[kMGT]?B/s|T?FLOP/s|tokens/s|%)|x|×)"
 MEASURED = re.compile(rf"(?<![\w.*/-])\d[\d,.:]*{UNITS}(?![\w/])")
 SIZE = re.compile(r"[kMGT]i?B$")
-CELL = re.compile(r"[+-]?\d[\d.,]*(?:\s?[^\s\d].*)?")  # of a table: begins with a number
+CELL = re.compile(r"[+-]?\d[\d.,]*(?:\s?[^\s\d].*)?")  # of a table, but its first column: begins with a number
 COMMAND = re.compile(r"`(?:\w+=\S+ )*(?:python3?|make) [^`]+`|^(?:python3?|make) \S", re.M)
-MACHINE = re.compile(r"\b\d+ cores\b|\b(?:A|B|H|L)\d{2,3}\b|same machine")
+MACHINE = re.compile(r"\b\d+ cores\b|\b(?:A|B|H|L)\d{2,3}\b")
 FOLDER = re.compile(r"bench/evidence/([\w-]+)")
 
 
+def figures(block: str) -> list[str]:
+    """What a paragraph, list, table or fenced block says was measured."""
+    rows = [line.strip("| ").split("|") for line in block.splitlines() if line.startswith("|")]
+    cells = [cell.strip() for _, *others in rows for cell in others]
+    words = block if block.startswith("```") else re.sub(r"`[^`]*`", "", block)
+    return MEASURED.findall(words) + [cell for cell in cells if CELL.fullmatch(cell)]
+
+
 def unsourced(text: str) -> list[str]:
-    """Faults of a page: sections with measured numbers but no command that made them, or no machine it ran on. A
-    bench/evidence/ folder stands for both. Sizes need a command only."""
-    faults = []
+    """Faults of a page: paragraphs, tables and other blocks with figures that have no command and no machine beside them, which
+    is in the block itself, in the one before or in the one after, of one section. A bench/evidence/ folder stands for both,
+    "the same machine" for one that the page has named. Sizes need a command only."""
+    faults, before = [], ""
     for section in re.split(r"^(?=## )", text, flags=re.M):
-        title = section.splitlines()[0] if section.strip() else ""
-        folders = FOLDER.findall(section)
-        faults += [
-            f"{title}: bench/evidence/{f} does not exist" for f in folders if not (gpu_status.EVIDENCE / f).is_dir()
-        ]
-        prose = re.sub(r"```.*?```|`[^`]*`", "", section, flags=re.S)
-        found = MEASURED.findall(prose)
-        for line in prose.splitlines():
-            if line.startswith("|"):
-                found += [c.strip() for c in line.strip("| ").split("|")[1:] if CELL.fullmatch(c.strip())]
-        if not found or folders:
-            continue
-        if not COMMAND.search(section):
-            faults.append(f"{title}: {found[0]} ... without the command that measured it")
-        if not all(SIZE.search(f) for f in found) and not MACHINE.search(section):
-            faults.append(f"{title}: {found[0]} ... without the machine")
+        blocks = [block for block in re.findall(r"```.*?```|(?:(?!\n\n|```).)+", section, re.S) if block.strip()]
+        blocks = [block.strip("\n") for block in blocks]
+        for i, block in enumerate(blocks):
+            near = "\n\n".join(blocks[max(i - 1, 0) : i + 2])
+            folders, found = FOLDER.findall(near), figures(block)
+            missing = [f for f in FOLDER.findall(block) if not (gpu_status.EVIDENCE / f).is_dir()]
+            faults += [f"bench/evidence/{f} does not exist" for f in missing]
+            what = f"{blocks[0].splitlines()[0]}: {found[:1]} in {block[:60]!r}"
+            earlier = before + "\n".join(blocks[:i])
+            named = MACHINE.search(near) or ("same machine" in near and MACHINE.search(earlier))
+            if found and not folders and not COMMAND.search(near):
+                faults.append(f"{what} without the command that measured it")
+            if found and not folders and not named and not all(SIZE.search(f) for f in found):
+                faults.append(f"{what} without the machine")
+        before += section
     return faults
 
 
@@ -148,7 +156,13 @@ TABLE = "| case | ms |\n|---|---|\n| fp32 | 52.5 |\n"
         ("The wheel has 5 MB.", ["command"]),
         ("`make wheel` leaves 5 MB.", []),
         (TABLE, ["command", "machine"]),
-        ("`make bench` on the same machine\n\n" + TABLE, []),
+        ("`make bench` on the same machine\n\n" + TABLE, ["machine"]),
+        ("On 2 cores.\n\nWords.\n\n`make bench` on the same machine\n\n" + TABLE, []),
+        ("`make bench` on 2 cores\n\n" + TABLE + "\nWords.\n\nIt takes 3 ms.", ["command", "machine"]),
+        ("`make bench` on 2 cores: 1 ms\n\nWords.\n\n" + TABLE, ["command", "machine"]),
+        ("`make bench` on 2 cores:\n\n- 12 ms\n- 15 ms", []),
+        ("```\nrun()  # 3.5 ms\n```", ["command", "machine"]),
+        ("| 3.5 ms | 8 |\n|---|---|\n| 4.5 ms | few |", ["command", "machine"]),
         ("12 ms, see bench/evidence/2020-01-01-none-0.", ["does not exist"]),
         ("Ranks 0 to 512, tiles of 16 x 8, sm_90, fp32/bf16, 2^16, torch 2.11, 3 steps, `--limit 5s`.", []),
         ("| op | shape |\n|---|---|\n| a | [T, R] |", []),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from tools.families import Kernel, Timed, streams
 
 # Beyond the registry: equal bits of the random stream.
-TESTS = {"tests/ops/test_rng.py": "cpu and adjoint"}
+TESTS = {"tests/ops/test_rng.py": "cpu and adjoint", "tests/nn/test_basis_sizes.py": "nothing"}
 
 # Products of elements made in registers. Sums over rows keep 4 rows by 16 columns of them, and what they are multiplied by
 # is the same for a whole warp; sums over columns load eight rows at 4 columns a piece, more where there are more.

@@ -7,7 +7,7 @@ from itertools import product
 from tools.families import SIZE, Kernel, Plan, Timed, math_of, streams, tile, type_of_s, vectors, wgrad
 
 # Beyond the registry: batch invariance, thousands of tokens, what lies between rows, dropout's bits.
-TESTS = {"tests/ops/test_lora.py": "cpu and rank_0"}
+TESTS = {"tests/ops/test_lora.py": "cpu and rank_0", "tests/ops/test_lora_sizes.py": "nothing"}
 
 
 def shrink(x: str, f: str, ranks: int, n_contig: bool) -> Plan:

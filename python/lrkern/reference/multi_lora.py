@@ -36,27 +36,36 @@ def rows_of(plan, T):
                 yield k, a, plan[k, group[a + 1] : group[a + 2]].long()
 
 
-def factor(pool, pages, ranks, a, l):
-    rank = int(ranks[a, l])
-    rows = (16 * pages[a, l].long().unsqueeze(1) + torch.arange(16, device=pages.device)).flatten()
-    return pool[rows[:rank]], rank
+def pieces(t, rows):
+    """t[r] of each r, by one indexing: its gradient is one tensor like t."""
+    return t[torch.cat(rows)].split([len(r) for r in rows]) if rows else ()
+
+
+def factors(pool, pages, ranks):
+    """Of adapter a and slice l, at a L + l: its rows of the pool, in order."""
+    rows = (16 * pages.long().unsqueeze(-1) + torch.arange(16, device=pages.device)).flatten(2)
+    true = torch.arange(rows.shape[2], device=pages.device) < ranks.unsqueeze(-1)
+    return pool[rows[true]].split(ranks.flatten().tolist())
 
 
 def multi_lora_shrink(x, a_pool, pages, ranks, plan, scales=None, dropout_p=None, seed=None):
     """S[t, k] = scales[t, k] D(x[t]) A[index[t, k]]^T"""
     a_pool = a_pool.to(s_dtype(a_pool.dtype))
-    flat, K = x.flatten(0, -2).to(a_pool.dtype), plan.shape[0]
-    T = len(flat)
-    s = a_pool.new_zeros(T, K, pages.shape[1], 16 * pages.shape[2])
-    for k, a, rows in rows_of(plan, T):
-        xs = flat[rows]
+    flat, K, L, R = x.flatten(0, -2).to(a_pool.dtype), plan.shape[0], pages.shape[1], 16 * pages.shape[2]
+    T, every = len(flat), factors(a_pool, pages, ranks)
+    groups, dropped, at, parts = list(rows_of(plan, T)), {}, [], []
+    for (k, a, rows), xs in zip(groups, pieces(flat, [rows for *_, rows in groups]), strict=True):
         if dropout_p is not None:
-            xs = dropout(flat.repeat_interleave(K, 0), float(dropout_p[a]), seed)[rows * K + k]
+            if (p := float(dropout_p[a])) not in dropped:
+                dropped[p] = dropout(flat.repeat_interleave(K, 0), p, seed)
+            xs = dropped[p][rows * K + k]
         scale = 1.0 if scales is None else scales.reshape(T, K)[rows, k].unsqueeze(1)
-        for l in range(pages.shape[1]):
-            f, rank = factor(a_pool, pages, ranks, a, l)
-            s[rows, k, l, :rank] = (scale * (xs @ f.mT)).to(s.dtype)
-    return s.reshape(*x.shape[:-1], *s.shape[1:])
+        for l, f in enumerate(every[a * L : a * L + L]):
+            at.append((rows * K + k) * L + l)
+            parts.append(torch.nn.functional.pad((scale * (xs @ f.mT)).to(a_pool.dtype), (0, R - len(f))))
+    s = a_pool.new_zeros(T * K * L, R)
+    s = s.index_copy(0, torch.cat(at), torch.cat(parts)) if at else s
+    return s.reshape(*x.shape[:-1], K, L, R)
 
 
 def multi_lora_embedding(ids, a_pool, pages, ranks, plan, scales=None):
@@ -67,12 +76,15 @@ def multi_lora_embedding(ids, a_pool, pages, ranks, plan, scales=None):
 
 def multi_lora_expand(y, s, b_pool, pages, ranks, plan, slice=0):
     """y[t] + sum over k of S[t, k] B[index[t, k]]^T"""
-    flat = y.flatten(0, -2)
+    flat, L = y.flatten(0, -2), pages.shape[1]
     b_pool = b_pool.to(s.dtype)
-    s, delta = s.reshape(len(flat), *s.shape[-3:]), b_pool.new_zeros(flat.shape)
-    for k, a, rows in rows_of(plan, len(flat)):
-        f, rank = factor(b_pool, pages, ranks, a, slice)
-        delta = delta.index_add(0, rows, s[rows, k, slice, :rank] @ f)
+    every, delta = factors(b_pool, pages, ranks), b_pool.new_zeros(flat.shape)
+    groups, parts = list(rows_of(plan, len(flat))), []
+    s = s.reshape(len(flat), *s.shape[-3:])[:, :, slice].flatten(0, 1)
+    for (_, a, _), part in zip(groups, pieces(s, [rows * len(plan) + k for k, _, rows in groups]), strict=True):
+        f = every[a * L + slice]
+        parts.append(part[:, : len(f)] @ f)
+    delta = delta.index_add(0, torch.cat([rows for *_, rows in groups]), torch.cat(parts)) if groups else delta
     return add(flat, delta).reshape(y.shape)
 
 
