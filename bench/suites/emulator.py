@@ -44,6 +44,7 @@ class Suite(suite.Suite):
 
     def notes(self) -> Iterable[str]:
         """switch_cost.cu: what a round of each call costs, and the switches between threads in it."""
+        build.ops()  # here, so that no case waits for it
         program = build.executable("switch_cost", [build.HERE / "switch_cost.cu"], "plain")
         for line in build.execute(program).stdout.splitlines():
             found = re.match(r"(\w+)\s+([\d.]+) ns per switch\s+([\d.]+) ns per (\w+)", line)
