@@ -15,7 +15,8 @@ ABOVE = (
 
 
 def verdict(row: Row) -> str:
-    return f"A/A {row['noise_ms']:.2g} ms" + (", NOISY: not to be cited" if row["noisy"] else "")
+    said = f"A/A {row['noise_ms']:.2g} ms, {row['rounds']} rounds"
+    return said + ", NOISY: not to be cited" if row["noisy"] else said
 
 
 def table(rows: list[Row], against: str | None) -> str:
@@ -32,7 +33,17 @@ def table(rows: list[Row], against: str | None) -> str:
 
     def ratio(figure: Callable[[Row], float | None]) -> Callable[[Row], str]:
         reference = figure(of[against]) if against in of else None
-        return lambda row: f"{mine / reference:.2f}x" if reference and (mine := figure(row)) else ""
+
+        def show(row: Row) -> str:
+            if not reference or (mine := figure(row)) is None:
+                return ""
+            return format(mine / reference, ".2f" if mine < 100 * reference else ".0f") + "x"
+
+        return show
+
+    def extra_share(row: Row) -> str:
+        share = row["extra_over_base"]
+        return "" if share is None else format(share, "+.1%" if share < 10 else "+.0%")
 
     def speed(row: Row) -> str:
         return "" if row["elements"] is None else format(row["elements"] * 1e-6 / row["p50_ms"], ".3g")
@@ -46,7 +57,7 @@ def table(rows: list[Row], against: str | None) -> str:
         ("p20", number("p20_ms", ".4g"), 9),
         ("p80", number("p80_ms", ".4g"), 9),
         (share, ratio(lambda row: row["p50_ms"]), 7),
-        ("extra", number("extra_over_base", "+.1%"), 9),
+        ("extra", extra_share, 9),
         (share, ratio(extra), 7),
         ("adapter", number("adapter_ms", ".4g"), 9),
         (share, ratio(lambda row: row["adapter_ms"]), 7),

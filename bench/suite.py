@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Ids are fixed for all suites; tables list them in this order.
+# Ids are fixed for all suites; tables list them in this order. A row "again" is the first one's second run.
 PROVIDERS = ("base", "eager", "compile", "peft", "published", "full", "stored", "loop", "gather", "followed", "vllm",
              "torchao", "bf16", "fp32", "lrkern")  # fmt: skip
 # Other people's code that need not be there: any failure of these lists them as missing, with the reason.
 OPTIONAL = ("compile", "published", "vllm", "torchao")
+SLOW = ("compile",)  # many seconds a case before the first result: not with --quick
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

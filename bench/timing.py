@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,12 +110,14 @@ def interleaved(
     device: str,
     tick: Callable[[float], Any] = lambda share: None,
     eager: dict[Any, str] | None = None,
+    warm: bool = False,
 ) -> dict[Any, list[float]]:
     """{name: sorted milliseconds, one per round}. Each name's steps do the same over different copies of the data. In a
     round every name has a turn, in an order drawn anew, so that noise and what a predecessor leaves in the caches hit all
     alike. A turn on the CPU is an untimed call and a timed one over the next copy: code is warm and weights are cold, as
     in a model whose layers follow one another. On CUDA graphs are timed; what cannot be captured is timed as it is called,
-    host time included, and ``eager`` is told why."""
+    host time included, and ``eager`` is told why. ``warm`` says that on the CPU every step was run before: else each is once,
+    for the pages and whatever else its first call makes."""
     if device == "cuda":
         flush = torch.empty(256 << 20, dtype=torch.int8, device=device)  # more than any L2
         graphs = {name: as_graphs(copies) for name, copies in steps.items()}
@@ -124,9 +127,8 @@ def interleaved(
         turn = lambda warm, timed: once_cuda(timed, flush)
     else:
         turn = lambda warm, timed: (once_cpu(warm), once_cpu(timed))[1]
-        for copies in steps.values():
-            for step in copies:
-                once_cpu(step)
+        for step in () if warm else chain.from_iterable(steps.values()):
+            once_cpu(step)
     order, shuffle = list(steps), random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in order}
     turns = 0
@@ -151,15 +153,18 @@ def percentiles(times: list[float]) -> dict[str, float]:
 
 
 SIZES = {"cuda": (1 << 28, 8192), "cpu": (1 << 26, 2048)}  # bytes of a large copy, rows and columns of a large GEMM
+QUICK = 1024  # rows and columns on the CPU with --quick: 2048 in 16 bits without instructions for them take seconds
 
 
-def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """(flop/s of a large GEMM, bytes/s of a large copy, read plus written), measured here and now."""
+def ceilings(device: str, dtype: torch.dtype, quick: bool = False) -> tuple[float, float]:
+    """(flop/s of a large GEMM, bytes/s of a large copy, read plus written), measured here and now. The GEMM is x Wᵀ, a
+    layer's forward: without it torch has only a plain loop for 16 bits on CPUs that lack instructions for them."""
     n, m = SIZES[device]
+    m = min(m, QUICK) if quick and device == "cpu" else m
     source, target = (torch.empty(n, dtype=torch.int8, device=device) for _ in range(2))
     a, b = (torch.randn(m, m, device=device).to(dtype) for _ in range(2))
-    steps = {"gemm": [Step(lambda _: a @ b)], "copy": [Step(lambda _: target.copy_(source))]}
-    best = {name: times[0] * 1e-3 for name, times in interleaved(steps, 7, device).items()}
+    steps = {"gemm": [Step(lambda _: a @ b.mT)], "copy": [Step(lambda _: target.copy_(source))]}
+    best = {name: times[0] * 1e-3 for name, times in interleaved(steps, 3 if quick else 7, device).items()}
     return 2 * m**3 / best["gemm"], 2 * n / best["copy"]
 
 

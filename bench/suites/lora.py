@@ -137,7 +137,7 @@ class Suite(LayerSuite):
             return [
                 case("lora", large, "fwd+bwd"),
                 case("lora", large, "fwd+bwd", bf16),
-                case("lora", few(1), "no_grad"),
+                *(case("lora", few(1), "no_grad", dtype) for dtype in (torch.float32, bf16)),
                 *(case("dora", few(1), "no_grad", norm=norm) for norm in (None, "kept")),
             ]
         return [

@@ -61,9 +61,10 @@ class Suite(suite.Suite):
 
     def cases(self, quick: bool) -> list[Case]:
         f32, bf16 = torch.float32, torch.bfloat16
-        kinds = [(512, "no_grad", f32), (512, "fwd+bwd", f32)]
+        kinds = [(64, "no_grad", f32), (64, "fwd+bwd", f32)]  # of two dozen ops
         if not quick:
-            kinds += [(512, "no_grad", bf16), (512, "fwd+bwd", bf16), (1, "no_grad", f32)]
+            kinds = [(T, passes, dtype) for dtype in (f32, bf16) for T, passes in ((512, "no_grad"), (512, "fwd+bwd"))]
+            kinds.append((1, "no_grad", f32))
         return [
             Case(method=name, T=T, I=2048, O=2048, R=16, ab=f32 if dtype == bf16 else None, passes=passes, dtype=dtype)
             for name in self.names
