@@ -9,7 +9,7 @@ times it, else what a provider adds to the base, else its whole time.
 
 On CUDA graphs are timed. A provider that cannot be captured is timed as it is called, host time included, and the run says so.
 
---quick takes under two minutes a suite on two idle cores, the emulator's first build left out. The time that is left is
+--quick aims at under two minutes a suite on two idle cores, the emulator's first build left out. The time that is left is
 shared among the cases that are left, all of a case counted: its data, its figures for which calls run once, its timing. Cases
 are fewer; rounds are as many as fit, at least three; a noisy case runs again only where that fits; the roof's GEMM is smaller
 on the CPU. Left out, and named at the end: what torch.compile compiles, training in 16 bits of more than 64 rows on a CPU
