@@ -122,20 +122,18 @@ void expand(const LoraExpandParams& p) {
         const int rows = static_cast<int>(std::min<int64_t>(kCpuTokens, last - t0));
         const View s = s_tile<TypeOfS<F>>(p.s, p.R, t0, rows, 0, p.R, s_rows);
         if (p.R <= kCpuRanks && n % kBlock == 0 && !p.dropout.threshold) {  // sums go from registers to y
-          for (int m0 = 0; m0 < rows; m0 += kRows)
-            with_count<kRows>(std::min(rows - m0, kRows), [&](auto M) {
-              for (int i = 0; i < n; i += kBlock) {
-                const bool wraps = i + kBlock >= n;  // then the first columns of the next rows
-                const int64_t next = t0 + m0 + (wraps ? M.value : 0);
-                Ahead lines = few ? Ahead{}
-                                  : addend(next, n0 + (wraps ? 0 : i + kBlock))
-                                        .ahead(p.base_pitch, std::min<int64_t>(M.value, p.T - next), kBlock);
+          for (int i = 0; i < n; i += kBlock)  // these columns of the factor stay in L1 for all rows
+            for (int m0 = 0; m0 < rows; m0 += kOuterRows)
+              with_count<kOuterRows>(std::min(rows - m0, kOuterRows), [&](auto M) {
+                const bool wraps = m0 + M.value >= rows;  // then the first rows of the next columns
+                const int64_t next = t0 + (wraps ? 0 : m0 + M.value), ahead_n = n0 + i + (wraps ? kBlock : 0);
+                const int64_t left = std::min<int64_t>(kOuterRows, t0 + rows - next);
+                Ahead lines = few || ahead_n >= p.N ? Ahead{} : addend(next, ahead_n).ahead(p.base_pitch, left, kBlock);
                 outer_tile<M.value>(s.at(m0).data, s.pitch, 1, u.at(0, i), p.R, lines, [&](int m, int v, vf sums) {
                   const int64_t t = t0 + m0 + m, col = n0 + i + v * kLanes;
                   store(y_at(t, col), addend(t, col).template plus<kLanes>(p.scale * sums, 0));
                 });
-              }
-            });
+              });
           continue;
         }
         int64_t r = 0;

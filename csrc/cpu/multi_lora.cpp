@@ -191,8 +191,8 @@ void expand_slot(const MultiLoraExpandParams& p, int64_t k, To* to, int64_t to_p
       };
       if (runs.size() == 1 && n % kBlock == 0 && !dropout.threshold) {  // sums go from registers to their rows
         const View u = view(runs[0]);
-        for (int m0 = 0; m0 < m; m0 += kRows)
-          with_count<kRows>(std::min(m - m0, kRows), [&](auto M) {
+        for (int m0 = 0; m0 < m; m0 += kOuterRows)
+          with_count<kOuterRows>(std::min(m - m0, kOuterRows), [&](auto M) {
             for (int c = 0; c < n; c += kBlock) {
               Ahead none;
               outer_tile<M.value>(s_rows + m0 * kPageRanks, kPageRanks, 1, u.at(0, c), runs[0].ranks, none,

@@ -8,9 +8,11 @@
 
 namespace lrk::LRK_ISA {
 
-constexpr int kChunk = 512;                  // columns of a tile; sums over N go chunk by chunk, in order
-constexpr int kPitch = kChunk + 16;          // rows a power of two apart would fall into the same few cache sets
-constexpr int kRows = kLanes == 16 ? 6 : 3;  // rows a micro-kernel holds in registers
+constexpr int kChunk = 512;          // columns of a tile; sums over N go chunk by chunk, in order
+constexpr int kPitch = kChunk + 16;  // rows a power of two apart would fall into the same few cache sets
+// What the micro-kernels hold in registers: enough sums under way for the latency of a multiply-add, of 32 registers or 16.
+constexpr int kRows = kLanes == 16 ? 6 : 3;  // rows of dot_tile, beside 4 of the factor
+constexpr int kOuterRows = 6;                // rows of outer_tile
 constexpr int kCols = kLanes == 16 ? 4 : 2;  // vectors of a row it holds beside them
 constexpr int kBlock = kCols * kLanes;       // columns per outer_tile call; divides kChunk
 
@@ -145,8 +147,8 @@ template <bool kAdd>
 inline void outer_tiles(const float* p, int64_t pm, int64_t pk, View q, int64_t K, int rows, int n, float* c,
                         Ahead ahead) {
   for (int i = 0; i < n; i += kBlock)
-    for (int m0 = 0; m0 < rows; m0 += kRows)
-      with_count<kRows>(rows - m0 < kRows ? rows - m0 : kRows, [&](auto M) {
+    for (int m0 = 0; m0 < rows; m0 += kOuterRows)
+      with_count<kOuterRows>(rows - m0 < kOuterRows ? rows - m0 : kOuterRows, [&](auto M) {
         outer_tile<M.value>(p + m0 * pm, pm, pk, q.at(0, i), K, ahead, [&](int m, int v, vf sums) {
           float* dst = c + (m0 + m) * kPitch + i + v * kLanes;
           store(dst, kAdd ? load(dst) + sums : sums);
