@@ -415,6 +415,7 @@ def test_the_large_case_has_every_argument():
         assert {p.name for p in parameters if p.default is p.empty} <= sample.keys() <= set(op.parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPS)
 def test_ops_are_timed_beside_their_truth(name):
     suite = op_suite.Suite([name])

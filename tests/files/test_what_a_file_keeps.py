@@ -195,6 +195,7 @@ def test_own_layers_as_pefts_method(ask, tmp_path_factory, sample):
         close(ask("pool", path, sample), want, plain, sample)
 
 
+@pytest.mark.slow
 def test_the_samples_have_every_setting():
     seen: dict[str, set] = {}
 

@@ -363,6 +363,7 @@ def test_two_runs_and_a_checkpointed_one_are_bit_equal(cls, settings, dropout):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.slow
 @LAYERS
 def test_compiles_to_one_graph(cls, settings):
     """Without a break; one for few tokens and one for many where their kernels differ, none for a number of its own."""

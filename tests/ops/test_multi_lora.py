@@ -138,7 +138,12 @@ GRID = {kind: cases(kind) for kind in DRAWINGS}
 
 
 @pytest.mark.parametrize(
-    ("kind", "case"), [pytest.param(kind, c, id=f"{kind} {name_of(c)}") for kind, grid in GRID.items() for c in grid]
+    ("kind", "case"),
+    [
+        pytest.param(kind, c, id=f"{kind} {name_of(c)}", marks=[pytest.mark.slow] if i % 6 else [])
+        for kind, grid in GRID.items()
+        for i, c in enumerate(grid)
+    ],
 )
 def test_grid(kind, case, stack):
     device = enter_device(kind, stack)

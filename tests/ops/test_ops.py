@@ -97,6 +97,7 @@ def test_double_backward_is_refused(op):  # of random bases: test_rng.py
 OPCHECKED = [(d, t) for d in ("cpu", "emulated", "cuda") for t in DTYPES] if FULL else [("cpu", torch.float32)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dtype"), OPCHECKED, ids=lambda v: str(v).removeprefix("torch."))
 @every_sample
 def test_opcheck(op, sample_name, kind, dtype, stack):

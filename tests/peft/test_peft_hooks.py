@@ -30,7 +30,7 @@ HOOKS = {
 PLACES = [(place, dora) for place in INNER for dora in (False, True) if dora or place != "lora_magnitude_vector"]
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", [pytest.param("before", marks=pytest.mark.slow), "after"])
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize(("place", "dora"), PLACES)
 def test_a_hook_on_an_inner_module_acts_as_in_peft(place, dora, kind, order):

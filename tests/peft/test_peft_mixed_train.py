@@ -124,6 +124,7 @@ def backward_of(layer, x, dy, active=None, **names):
 @pytest.mark.parametrize(
     ("dtype", "autocast"), [(d, a) for d in DTYPES for a in (False, True) if not a or "fp16" not in d]
 )
+@pytest.mark.slow
 def test_a_layer_has_the_bits_of_one_adapter_at_a_time(dtype, tokens, watched, autocast):
     """y of the same batch with one adapter active, and dA, dB of the adapter's rows alone, for equal x and dY."""
     layer = layer_of(*DTYPES[dtype], watched=watched)

@@ -173,6 +173,7 @@ def test_what_a_quantised_model_saves_stock_peft_loads(base, tmp_path):
     assert calls == {"lora_add": 13}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("base", [name for name in BASES if name != "bnb.Linear8bitLt"])  # PEFT's own fails on the CPU
 def test_dora_over_a_quantised_base(base, training):

@@ -38,6 +38,7 @@ OFFLOADS = {  # and how many of 13 layers that leaves fused where patch comes fi
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
 @pytest.mark.parametrize("patch_first", [True, False])
 @pytest.mark.parametrize("offload", OFFLOADS)

@@ -285,7 +285,14 @@ def test_hostile_configs(doors, tmp_path, family, change, message):
 
 
 @pytest.mark.parametrize(
-    "key", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
+    "key",
+    [
+        "target_modules",
+        *(
+            pytest.param(key, marks=pytest.mark.slow)
+            for key in ("exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern")
+        ),
+    ],
 )
 @pytest.mark.parametrize("name", REGEX)
 def test_hostile_regexes(doors, tmp_path, running, name, key):

@@ -61,6 +61,7 @@ def test_rehearsal_on_the_cpu(tmp_path):
 FAMILIES = pytest.mark.parametrize("family", sources.families())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [f for f in sources.families() if families.load(f).TESTS])
 def test_rehearsal_of_a_familys_own_tests(tmp_path, family):
     done = run("--out", tmp_path, "--rehearse", "--only", family, "--parts", "tests:families")
