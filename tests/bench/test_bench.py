@@ -323,13 +323,13 @@ def slow_suite(monkeypatch):
 
 
 def test_a_quick_case_keeps_to_its_share(slow_suite, monkeypatch, tmp_path, capsys):
-    """A sixth of the time each, its data counted, though all three attempts are noisy."""
+    """A sixth of the time each, its data counted, though all three attempts are noisy; the last one what the others left."""
     monkeypatch.setattr(run, "noise", lambda p50: (1.0, True))
     clock, begun = slow_suite(seconds=0.1)
     rows_file = tmp_path / "rows.json"
     assert run.main(["op", "--quick", "--json", str(rows_file)]) == 0
     starts = [*begun.values(), clock.now]
-    assert all(0.5 < (end - begin) / (run.QUICK / 6) <= 1.1 for begin, end in itertools.pairwise(starts))
+    assert all(0.5 < (end - begin) / (run.QUICK / 6) <= 1.3 for begin, end in itertools.pairwise(starts))
     assert clock.now < run.QUICK
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     assert len(rows) == 12 and all(r["noisy"] and r["rounds"] >= 3 for r in rows)

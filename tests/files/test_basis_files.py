@@ -131,6 +131,7 @@ BROKEN = {
     "newer format": (lambda h, t: put(h, "format", 2), "format must be 1, got 2, another lrkern's"),
     "newer stream": (lambda h, t: put(h, "stream", 1), "stream must be 0, the random stream .*, got 1"),
     "bits": (lambda h, t: put(h, "bits", 3), "bits must be null, 8 or 4, got 3"),
+    "no bits": (lambda h, t: h.pop("bits"), "bits must be null, 8 or 4, got none"),
     "no layers": (lambda h, t: h.pop("layers"), "must list kinds and layers"),
     "lacks a tensor": (lambda h, t: t.pop(KEY), f"lacks {KEY}"),
     "more tensors": (lambda h, t: put(t, "5.nola_alpha", torch.ones(1)), "has 5.nola_alpha and 0 more"),

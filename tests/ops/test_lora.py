@@ -313,6 +313,24 @@ def test_rank_0_is_the_base_layer(device, dtype):
     assert torch.equal(y, torch.nn.functional.linear(x, w, bias))
 
 
+@pytest.mark.parametrize("sizes", [(9,), (1, 9), (20, 9), (2, 5, 9), (2, 3, 2, 9), (0, 9)], ids=str)
+@pytest.mark.parametrize("layout", ["whole", "part of a larger one", "transposed"])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_base_product_has_the_bits_of_torchs_linear(sizes, layout, with_bias, device, dtype):
+    """Wherever its operands lie in their storage."""
+    draw = Draw(device, dtype)
+    bias = draw(30)[7:18] if with_bias else None
+    if layout == "transposed":
+        x, w = draw(*sizes[:-1][::-1], 9).permute(*range(len(sizes) - 1)[::-1], len(sizes) - 1), draw(9, 11).mT
+    elif layout == "whole":
+        x, w = draw(*sizes), draw(11, 9)
+    else:
+        x, w = draw(3, *sizes)[1], draw(24, 9)[5:16]
+    with torch.no_grad():
+        y = lrkern.ops.lora_linear(x, w, bias, draw(4, 9), torch.zeros(11, 4, dtype=dtype, device=x.device), 0.5)
+        assert torch.equal(y, torch.nn.functional.linear(x, w, bias))
+
+
 def test_what_lies_between_rows_is_neither_read_nor_written(device, dtype):
     draw = Draw(device, dtype)
     y = draw(20, 40, pitch=64)

@@ -181,7 +181,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     require(same(found, FORMAT), f"format must be {FORMAT}, got {shown(found)}, another lrkern's")
     ours = f"{STREAM_VERSION}, the random stream this lrkern generates"
     require(same(stream, STREAM_VERSION), f"stream must be {ours}, got {shown(stream)}")
-    require(bits is None or same(bits, 8) or same(bits, 4), f"bits must be null, 8 or 4, got {shown(bits)}")
+    known = "bits" in header and (bits is None or same(bits, 8) or same(bits, 4))
+    require(known, f"bits must be null, 8 or 4, got {shown(bits) if 'bits' in header else 'none'}")
     listed = isinstance(header.get("layers"), dict) and isinstance(header.get("kinds"), list)
     require(listed, "must list kinds and layers in its metadata")
     return header, tensors
