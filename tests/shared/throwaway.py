@@ -65,7 +65,7 @@ def try_all(folder: Path) -> None:
     says(test("tests/ops", "tests/csrc/test_emulator.py", "tests/tools", "tests/bench", "-k", "throwaway"), " passed")
     test("tests/test_layers.py", "tests/test_families.py", "tests/tools/test_gpu_status.py", "-k", "not new_family")
     test("tests/tools/test_gpu.py", "tests/tools/test_static.py", "-k", "every_kernel")
-    says(run(folder, "bench/run.py", "op", "throwaway", "--quick"), "method=throwaway T=512", "lrkern")
+    says(run(folder, "bench/run.py", "op", "throwaway", "--quick"), "method=throwaway T=64", "lrkern")
     print("a family is its own files and a line in each face: built, emulated, checked, timed and documented")
 
 
