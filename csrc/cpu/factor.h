@@ -14,8 +14,8 @@ namespace lrk::LRK_ISA {
 
 static_assert(kChunk == kCpuChunk, "workspace sizes follow lora.h");
 
-constexpr int kFewRows =
-    16;  // tokens that do not pay for reading a factor: the hardware's own prefetch is the best there
+// Tokens that do not pay for reading a factor. The hardware's own prefetch is the best there.
+constexpr int kFewRows = 16;
 constexpr int kFewCols = 128;    // columns of a factor [N, R] that are then packed at a time: they stay in L1
 constexpr int kWgradCols = 256;  // columns of one task of wgrad
 

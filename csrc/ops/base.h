@@ -18,7 +18,7 @@ inline void gemm(const char* op, const Tensor& out, const Tensor& a, const Tenso
   if (!call) fail(op, "this torch has no addmm for cuda");
   STABLE_TORCH_ERROR_CODE_CHECK(call(out.get(), add ? add->get() : out.get(), a.get(), b.get(), add ? 1.0 : 0.0, 1.0));
 }
-// Another tensor over the memory of t. The offset that it asks for is one more than t's own.
+// Another tensor over the memory of t, from its first element on: the offset given here counts from there.
 inline Tensor seen_as(const Tensor& t, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides) {
   AtenTensorHandle made = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes.data(), strides.data(), 0, &made));

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from op_checks import is_float
+from torch.autograd import forward_ad
 
 import lrkern.functional as F
 import lrkern.ops
@@ -190,6 +192,36 @@ def test_errors_name_what_was_called(op, dtype):
             getattr(lrkern.ops, op.name)(*args, **s.kwargs)
         assert str(error.value).startswith(f"lrkern::{op.name}: {argument} must be "), argument
         assert f", got {name}" in str(error.value) and "_fwd" not in str(error.value)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if any(map(is_float, next(op.samples("cpu", torch.float32)).args))],
+                         ids=lambda op: op.name)  # fmt: skip
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_forward_mode_is_refused_and_not_lost(op, grad):
+    """By the wrapper, by the op itself, and under torch.func."""
+    sample = next(op.samples("cpu", torch.float32))
+    i = next(i for i, arg in enumerate(sample.args) if is_float(arg))
+    args, t = list(sample.args), sample.args[i]
+    refused = pytest.raises(RuntimeError, match=f"lrkern::{op.name}.*: forward-mode differentiation is not supported")
+    for fn in (getattr(lrkern.ops, op.name), getattr(torch.ops.lrkern, op.name)):
+
+        def call(t, fn=fn):
+            return fn(*args[:i], t, *args[i + 1 :], **sample.kwargs)
+
+        with torch.set_grad_enabled(grad):
+            with forward_ad.dual_level(), refused:
+                call(forward_ad.make_dual(t.detach().clone(), torch.ones_like(t)))
+            with refused:
+                torch.func.jvp(call, (t.detach().clone(),), (torch.ones_like(t),))
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "seed"])
+def test_forms_of_random_bases_refuse_forward_mode_without_gradients(stored):
+    a, b = (F.Basis(1, "vera", R, n, R, tensor=i) for i, n in enumerate((I, O)))
+    a, b = (p.fill(torch.empty(0)) if stored else p for p in (a, b))
+    dual = lambda: forward_ad.make_dual(torch.randn(T, I), torch.ones(T, I))
+    with forward_ad.dual_level(), torch.no_grad(), pytest.raises(NotImplementedError, match="forward mode"):
+        F.vera_linear(dual(), torch.randn(O, I), None, torch.randn(R), torch.randn(O), a, b)
 
 
 def test_devices_do_not_mix_where_gradients_are_recorded():

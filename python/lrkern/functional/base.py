@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 linear = F.linear  # bench/ puts its own here and in place of ``gradients`` to time an adapter alone
 
@@ -60,7 +60,7 @@ def beside(
         if weight is not None:
             y, weight, bias = linear(x, weight, bias), None, None
         x = torch.dropout(x, dropout_p, True)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return function.forward(_Untracked(), y, x, weight, bias, *args)
     return function.apply(y, x, weight, bias, *args)
 

@@ -24,7 +24,7 @@ class RandLoRALinear(BasisLinear):
         r: rank of one basis, 1 or more.
         randlora_alpha: see scaling; PEFT's default is 640.
         paper_pairing: pair λ, γ and B as the paper's Eq. 4; the reference's code and PEFT pair them otherwise.
-        save_output: where in > out, keep x Bᵀ [T, out] for backward as PEFT does; False saves that memory for a GEMM more
+        save_output: where in > out, keep x Bᵀ [T, n r] for backward as PEFT does; False saves that memory for a GEMM more
             there.
         the rest: as BasisLinear.
     """

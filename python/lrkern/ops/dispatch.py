@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 LIBRARY = Path(__file__).parents[1] / "_C.so"
 if not LIBRARY.exists():
@@ -128,7 +128,7 @@ class Op:
                 if type(arg) not in PLAIN and isinstance(arg, Tensor):
                     learn_sharding(arg)
                     return getattr(_library, self.name).default(*args)
-        if grad_enabled():
+        if grad_enabled() or forward_ad._current_level >= 0:
             return self.eager(*args)
         with below_autograd():
             return getattr(_library, self.name).default(*args)
@@ -141,6 +141,7 @@ class Op:
         return self.eager(*args, *self.defaults[len(args) :])
 
     def eager(self, *args: Any) -> Any:
+        refuse_tangents(self.name, args)
         if torch.is_grad_enabled():
             for name, i in self.refused:
                 if args[i] is not None and args[i].requires_grad:
@@ -260,12 +261,22 @@ def once(name: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ..
 # ---------------------------------------------------------------------------------------------------- kernels by dispatch key
 
 
+def refuse_tangents(name: str, args: Sequence[Any]) -> None:
+    """Forward-mode differentiation, which would lose them without a word below autograd."""
+    if forward_ad._current_level < 0:
+        return
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise RuntimeError(f"lrkern::{name}: forward-mode differentiation is not supported, got a dual tensor")
+
+
 def refuse(name: str, why: str) -> None:
     """Gives an op without a gradient an Autograd kernel that raises where a gradient would be lost without a word. One
     that mutates its first argument also counts up that tensor's version, so that autograd sees a saved tensor change."""
     op, mutates = getattr(torch.ops.lrkern, name).default, schema_of(name).arguments[0].alias_info is not None
 
     def kernel(*args):
+        refuse_tangents(name, args)
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
             raise RuntimeError(f"lrkern::{name}: {why}")
         with below_autograd():

@@ -10,7 +10,7 @@ from .basis import FusedBasis
 class FusedRandLora(FusedBasis, layers=RandLoraLayer):
     """randlora_A [r, 1, Min] and randlora_B [Max, N, r] are prefixes of a pair that the layers share.
 
-    save_output: of a layer with in > out, False does not save for backward the [T, out] that PEFT's code saves, for a GEMM
+    save_output: of a layer with in > out, False does not save for backward the [T, n r] that PEFT's code saves, for a GEMM
     more there.
     """
 
