@@ -176,6 +176,24 @@ def test_dora_is_its_formula(bias):
         torch.testing.assert_close(layer(x), y, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_dora_of_fewer_rows_than_ranks_is_its_formula(bias, autocast):
+    """They take another way without gradients: g scales y there, and g B elsewhere."""
+    layer, x = dora(bias=bias, lora_alpha=6), torch.randn(9, 24)
+    assert layer.r > 3
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for rows in (0, 1, 3, layer.r, 9):
+            y = layer(x[:rows])
+            with torch.no_grad():
+                got = layer(x[:rows])
+            tight = autocast or rows >= layer.r  # the very same way
+            assert got.dtype == (torch.bfloat16 if autocast else torch.float32)
+            torch.testing.assert_close(got, y, atol=0 if tight else 1e-5, rtol=0 if tight else 1e-5)
+            if not autocast:
+                torch.testing.assert_close(got, dora_expression(layer, x[:rows]), atol=1e-5, rtol=1e-5)
+
+
 def test_dora_dropout_drops_in_the_base_term_too():
     layer, x = dora(lora_dropout=0.4), torch.randn(6, 24)
     torch.manual_seed(5)

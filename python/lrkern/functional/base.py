@@ -26,11 +26,17 @@ def output(y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | No
     return linear(x, weight, bias).contiguous() if y is None else y.clone(memory_format=torch.contiguous_format)
 
 
+def dtype_of(x: Tensor) -> torch.dtype:
+    """In which x is multiplied: its own, or autocast's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def cast(x: Tensor, *base: Tensor | None) -> tuple[Any, ...]:
     """As F.linear under autocast: activations and base are cast, the adapter's own parameters stay."""
     if not torch.is_autocast_enabled(x.device.type):
         return x, *base
-    low = torch.get_autocast_dtype(x.device.type)
+    low = dtype_of(x)
     return x.to(low), *(None if t is None else t.to(low) for t in base)
 
 
@@ -50,7 +56,7 @@ def of_shape(form: str, name: str, t: Tensor, letters: str, *sizes: int) -> None
 def beside(
     function: type[Function], y, x: Tensor, weight, bias, dropout_p: float, training: bool, *args: Any
 ) -> Tensor:
-    """function(y, x, weight, bias, *args), out of autocast: an adapter beside x Wᵀ + bias, or beside a base layer of any
+    """function(y, x, weight, bias, *args), its ctx None where no backward follows, out of autocast: an adapter beside x Wᵀ + bias, or beside a base layer of any
     kind that gave y, with dropout on the adapter's x alone."""
     if torch.is_autocast_enabled(x.device.type):  # entering a context costs as much as the products of few tokens
         x, weight, bias = cast(x, weight, bias)
@@ -61,13 +67,5 @@ def beside(
             y, weight, bias = linear(x, weight, bias), None, None
         x = torch.dropout(x, dropout_p, True)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        return function.forward(_Untracked(), y, x, weight, bias, *args)
+        return function.forward(None, y, x, weight, bias, *args)  # applying it costs as much as the products of few tokens
     return function.apply(y, x, weight, bias, *args)
-
-
-class _Untracked:
-    """The context of a forward that no backward follows: applying a Function costs as much as the products of few tokens."""
-
-    needs_input_grad = (False,) * 16
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None: ...

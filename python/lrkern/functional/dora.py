@@ -50,14 +50,24 @@ def dora_linear(
     base.of_shape("dora_linear", "magnitude", magnitude, "[O]", len(weight))
     g = magnitude / (dora_norm(weight, a, b, scale) if norm is None else norm)
     p = base.probability("dora_linear", dropout_p) * training
-    if base.cast(x.new_empty(0))[0].dtype == torch.float16:
+    dtype = base.dtype_of(x)
+    if dtype == torch.float16:
         return _in_float16(x, weight, bias, a, b, g.float(), scale, p)
+    if dtype == g.dtype == torch.float32 and p == 0.0 and _fewer_rows_than_ranks(x, a):
+        y = ops.lora_linear(x, weight, None, a, b, scale).mul_(g)
+        return y if bias is None else y.add_(bias)
     gb = (g[:, None] * b).to(b.dtype)
     if p > 0.0:
         dropped = torch.dropout(x, p, True)
         y = torch.nn.functional.linear(x, weight, bias)
         return y + ops.lora_linear(dropped, weight, None, a, gb, scale, base_scale=g - 1)
     return ops.lora_linear(x, weight, bias, a, gb, scale, base_scale=g)
+
+
+def _fewer_rows_than_ranks(x: Tensor, a: Tensor) -> bool:
+    """So that g ⊙ y is less work than g ⊙ b. Not where a gradient follows, which needs g ⊙ b in any case, and not while
+    compiling, when the number of rows may be any."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.numel() < a.numel()
 
 
 def dora_add(y: Tensor, x: Tensor, product: Tensor, a: Tensor, b: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:

@@ -53,13 +53,31 @@ def matmul(x: Tensor, p: Projection, transposed: bool, in_scale=None, out_scale=
             return ops.basis_matmul(*args, wide)
         ops.basis_matmul_(into, *args)
         return into
-    wide_type = torch.float32 if p.dtype == torch.float16 else p.dtype  # of what a scale is part of
+    dtype = p.dtype
+    wide_type = torch.float32 if dtype == torch.float16 else dtype  # of what a scale is part of
     if in_scale is not None:
-        x = x.to(wide_type) * in_scale.to(wide_type)
-    y = x.to(p.dtype) @ (p.mT if transposed else p)
-    if out_scale is not None:
-        y = y.to(wide_type) * out_scale.to(wide_type)
-    return y if into is None else into.add_(y)
+        x = _scaled(x, in_scale, wide_type)
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    y = torch.nn.functional.linear(x, p) if transposed else x @ p
+    if into is not None:
+        return add_(into, y, out_scale, wide_type)
+    return y if out_scale is None else _scaled(y, out_scale, wide_type)
+
+
+def add_(into: Tensor, y: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """into += scale ⊙ y, their product of that dtype."""
+    if scale is None:
+        return into.add_(y)
+    if into.dtype == y.dtype == scale.dtype == dtype == torch.float32:
+        return into.addcmul_(y, scale)  # one rounding less
+    return into.add_(_scaled(y, scale, dtype))
+
+
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if not x.dtype == scale.dtype == dtype:  # even a cast to the same dtype is a call, and few tokens feel it
+        x, scale = x.to(dtype), scale.to(dtype)
+    return x * scale
 
 
 def project(x: Tensor, p: Projection, transposed: bool = False) -> Tensor:

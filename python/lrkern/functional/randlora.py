@@ -189,10 +189,13 @@ class _RandLora(Function):
         I, O = x.shape[-1], y.shape[-1] if weight is None else weight.shape[0]
         way, may_merge = randlora_way(x.shape[:-1].numel(), I, O), weight is not None and x.dtype == torch.float32
         way = way if may_merge or way != "merged" else "factors"
-        ctx.way, ctx.rest = way, (scale, paper, I <= O)
-        kept = [] if save_output and I > O and any(ctx.needs_input_grad[4:6]) else None  # else dU needs none
-        out = _WAYS[way].forward(_Update.of(lam, gam, A, B, *ctx.rest), y, x, weight, bias, kept)
-        save(ctx, A, B, x, weight, lam, gam, *(kept or ()))
+        rest, kept = (scale, paper, I <= O), None
+        if save_output and I > O and ctx is not None and any(ctx.needs_input_grad[4:6]):  # else dU needs none
+            kept = []
+        out = _WAYS[way].forward(_Update.of(lam, gam, A, B, *rest), y, x, weight, bias, kept)
+        if ctx is not None:
+            ctx.way, ctx.rest = way, rest
+            save(ctx, A, B, x, weight, lam, gam, *(kept or ()))
         return out
 
     @staticmethod

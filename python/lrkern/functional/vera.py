@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import base
-from .projection import Basis, Projection, cols_of, matmul, rows_of, save, saved, scale_of
+from .projection import Basis, Projection, add_, cols_of, matmul, rows_of, save, saved, scale_of
 
 __all__ = ["vera_add", "vera_linear"]
 
@@ -22,16 +22,17 @@ class _Vera(Function):
     @staticmethod
     def forward(ctx, y, x, weight, bias, d, b, A, B, save_output):
         d32, b32, c = d.float().contiguous(), b.float().contiguous(), scale_of(A) * scale_of(B)
-        wide = _wide(d)
+        d32, wide = d32 if c == 1.0 else c * d32, _wide(d)
         u = matmul(x, A, True, wide=wide)
         out, w = base.output(y, x, weight, bias), None
         if save_output:
-            w = matmul(u, B, False, in_scale=c * d32, wide=wide)
-            out.add_(w * b32.to(w.dtype))  # the roundings of the other way
+            w = matmul(u, B, False, in_scale=d32, wide=wide)
+            add_(out, w, b32, w.dtype)  # the roundings of the other way
         else:
-            matmul(u, B, False, c * d32, b32, into=out)
-        save(ctx, A, B, x if ctx.needs_input_grad[2] else None, weight, d, b, u, w)
-        ctx.x, ctx.c = (x.shape, x.dtype), c
+            matmul(u, B, False, d32, b32, into=out)
+        if ctx is not None:
+            save(ctx, A, B, x if ctx.needs_input_grad[2] else None, weight, d, b, u, w)
+            ctx.x, ctx.c = (x.shape, x.dtype), c
         return out
 
     @staticmethod
@@ -66,7 +67,8 @@ def _db(dy: Tensor, u: Tensor, v: Tensor, B: Projection, w: Tensor | None) -> Te
 
 
 def _check(form: str, d: Tensor, b: Tensor, A: Projection, B: Projection, dropout_p: float) -> None:
-    base.probability(form, dropout_p)
+    if dropout_p:
+        base.probability(form, dropout_p)
     base.of_shape(form, "d", d, "[r]", rows_of(A))
     base.of_shape(form, "b", b, "[O]", cols_of(B))
 

@@ -17,7 +17,7 @@ class FusedRandLora(FusedBasis, layers=RandLoraLayer):
     save_output = True
 
     _method, _forwards = "RandLoRA", "peft.tuners.randlora.layer"
-    _own, _vectors = "randlora", ("lambda", "gamma")
+    _own = "randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B", "randlora_dropout"
 
     def _arguments(self, name, lam, gam, A, B):
         (r, n), small, large = lam.shape, *sorted((self.in_features, self.out_features))

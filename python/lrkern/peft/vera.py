@@ -17,19 +17,23 @@ class FusedVera(FusedBasis, layers=VeraLayer):
     save_output = True
 
     _method, _forwards = "VeRA", "peft.tuners.vera.layer"
-    _own, _vectors = "vera", ("lambda_d", "lambda_b")
+    _own = "vera_lambda_d", "vera_lambda_b", "vera_A", "vera_B", "vera_dropout"
 
     def _arguments(self, name, d, b, A, B):
-        if len({t.dtype for t in (d, b, A, B)}) > 1:
+        if not d.dtype == b.dtype == A.dtype == B.dtype:
             return f"vectors and projections of dtype {d.dtype}, {b.dtype}, {A.dtype}, {B.dtype}"
-        r, I, O = len(d), self.in_features, self.out_features
-        if A.shape[0] != r or B.shape[1] != r or A.shape[1] < I or B.shape[0] < O:
-            return f"projections {list(A.shape)} and {list(B.shape)} for rank {r} and [{O}, {I}]"
-        return d, b, A[:, :I].to(d.device), B[:O].mT.to(d.device)
+        r, I, O = d.size(0), self.in_features, self.out_features
+        (of_a, to_a), (to_b, of_b) = A.shape, B.shape
+        if of_a != r or of_b != r or to_a < I or to_b < O:
+            return f"projections {[of_a, to_a]} and {[to_b, of_b]} for rank {r} and [{O}, {I}]"
+        if A.device != d.device:
+            A, B = A.to(d.device), B.to(d.device)
+        return d, b, A if to_a == I else A[:, :I], (B if to_b == O else B[:O]).mT
 
     def _takes(self, plan, x):
-        casts = getattr(self, "cast_input_dtype_enabled", True)  # to the dtype of the adapters
-        return (casts or x.dtype == plan.adapters[0][0].dtype) and super()._takes(plan, x)
+        # PEFT casts x to the dtype of the adapters, unless that is turned off
+        same = x.dtype == plan.adapters[0][0].dtype or getattr(self, "cast_input_dtype_enabled", True)
+        return same and super()._takes(plan, x)
 
     def _linear(self, x, weight, bias, adapter):
         return F.vera_linear(x, weight, bias, *adapter, True, self.save_output)
