@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "choice.h"
+#include "dispatch.h"
 #include "rng.h"
 
 namespace py = pybind11;
@@ -63,6 +64,40 @@ py::array_t<bool> dropout_mask(int64_t seed, int64_t rows, int64_t cols, double 
     }
   }
   return mask;
+}
+
+py::array_t<float> basis_elements(int64_t seed, int64_t method, int64_t distribution, int64_t rows, int64_t cols,
+                                  int64_t basis, int64_t tensor, int64_t row0, int64_t col0) {
+  const auto in = [](const char* name, int64_t value, int64_t low, int64_t end) {
+    check(value >= low && value < end, std::string("basis_elements: ") + name + " must lie in [" + std::to_string(low) +
+                                           ", " + std::to_string(end) + "), got " + std::to_string(value));
+  };
+  check(seed >= 0, "basis_elements: seed must be in [0, 2^63)");
+  in("method", method, 0, 64);
+  in("distribution", distribution, static_cast<int64_t>(Distribution::kUniform8),
+     static_cast<int64_t>(Distribution::kTernary4) + 1);
+  in("basis", basis, 0, kMaxBases);
+  in("tensor", tensor, 0, kMaxTensors);
+  const auto dist = static_cast<Distribution>(distribution);
+  check(rows >= 0 && row0 >= 0 && row0 <= kMaxRows - rows, "basis_elements: rows must stay below 2^32");
+  check(cols >= 0 && col0 >= 0 && col0 <= kMaxBlocks * block_columns(dist) - cols,
+        "basis_elements: columns must stay below 2^32 blocks");
+  const uint32_t tag = stream_tag(static_cast<Method>(method), dist);
+  py::array_t<float> out({rows, cols});
+  float* element = out.mutable_data();
+  with_distribution(dist, [&](auto d) {
+    constexpr int kColumns = block_columns(d.value);
+    for (int64_t row = row0; row < row0 + rows; ++row) {
+      for (int64_t col = col0; col < col0 + cols;) {
+        const Philox block = basis_block(static_cast<uint64_t>(seed), tag, static_cast<uint32_t>(tensor),
+                                         static_cast<uint32_t>(basis), row, col / kColumns);
+        do {
+          *element++ = basis_value<d.value>(block, static_cast<int>(col % kColumns));
+        } while (++col % kColumns && col < col0 + cols);
+      }
+    }
+  });
+  return out;
 }
 
 // ---- common.h
@@ -124,6 +159,9 @@ PYBIND11_MODULE(_host, m) {
         "Philox4x32 of uint32 counters [..., 4] under a 64-bit key.");
   m.def("dropout_mask", dropout_mask, "seed"_a, "rows"_a, "cols"_a, "p"_a, "row0"_a = 0, "col0"_a = 0,
         "True where dropout keeps element (row0 + i, col0 + j) of x.");
+  m.def("basis_elements", basis_elements, "seed"_a, "method"_a, "distribution"_a, "rows"_a, "cols"_a, "basis"_a = 0,
+        "tensor"_a = 0, "row0"_a = 0, "col0"_a = 0,
+        "Elements (row0 + i, col0 + j) of a random basis, methods and distributions by their numbers in rng.h.");
   m.def("f16_from_float", py::vectorize(bits_from_float<f16>), "float32 -> bits of float16, to nearest even.");
   m.def("bf16_from_float", py::vectorize(bits_from_float<bf16>), "float32 -> bits of bfloat16, to nearest even.");
   m.def("f16_to_float", py::vectorize(float_from_bits<f16>), "bits of float16 -> float32.");

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lrkern import functional, limits
+from lrkern import functional, limits, reference
 
 host = pytest.importorskip(
     "lrkern._host", reason="lrkern._host is not built for this Python (LRK_HOST=OFF, or a wheel)"
@@ -65,6 +65,16 @@ def test_dropout_mask_of_a_slice_is_the_slice_of_the_mask():
     for row, column in [(0, 0), (7, 3), (39, 69), (11, 8)]:
         part = host.dropout_mask(3, 40 - row, 70 - column, 0.5, row0=row, col0=column)
         assert np.array_equal(part, whole[row:, column:])
+
+
+@pytest.mark.parametrize("distribution", reference.BITS)
+def test_basis_elements_are_the_reference(distribution):
+    """Any corner of any basis, over block borders; and the golden file's numbers through tests/ops/test_rng.py."""
+    seed, row0 = 2**63 - 9, 2**32 - 4
+    for basis, tensor, col0 in ((0, 0, 0), (3, 2**32 - 1, 61), (2**16 - 1, 5, 128)):
+        got = host.basis_elements(seed, 3, distribution, 3, 150, basis, tensor, row0, col0)
+        want = reference.basis_elements(seed, 3, distribution, tensor, basis, 2**32, row0, col0, 3, 150)
+        assert got.dtype == np.float32 and np.array_equal(got, want.numpy())
 
 
 def test_dropout_rates():

@@ -16,7 +16,7 @@ import lrkern.ops
 from lrkern import reference, testing
 
 FULL = bool(os.environ.get("LRK_TEST_FULL"))
-quick = settings(max_examples=3000 if FULL else 120, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=3000 if FULL else 60, deadline=None, suppress_health_check=list(HealthCheck))
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 size = st.one_of(st.integers(0, 9), st.integers(10, 70), st.sampled_from([64, 128, 511, 512, 513, 1030]))
 

@@ -475,6 +475,10 @@ def test_refuses(what, call, text, device):
         return
     with pytest.raises(RuntimeError, match=f"lrkern::multi_lora.*{text}"):
         call(batch)
+    for t in (batch.x, batch.a, batch.b):  # through autograd too
+        t.requires_grad_()
+    with pytest.raises(RuntimeError, match=f"lrkern::multi_lora.*({text}|writes in place and has no gradient)"):
+        call(batch)
 
 
 def test_a_row_of_an_unknown_adapter_or_page_is_nan_and_no_other(device):

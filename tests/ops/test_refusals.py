@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from op_checks import is_float
+from op_checks import is_float, want_gradients
 from torch.autograd import forward_ad
 
 import lrkern.functional as F
@@ -114,8 +114,11 @@ CASES = [
 def test_refuses(op, change, text, device):
     kwargs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in (good(op) | change).items()}
     before = kwargs["y"].clone() if "y" in kwargs else None
-    with pytest.raises(RuntimeError, match=rf"lrkern::{op}: {text}"):
-        getattr(lrkern.ops, op)(**kwargs)
+    for track in (False, True) if OPS[op].mutates is None else (False,):
+        if track:
+            want_gradients(OPS[op], kwargs)
+        with pytest.raises(RuntimeError, match=rf"lrkern::{op}: {text}"):
+            getattr(lrkern.ops, op)(**kwargs)
     if before is not None:
         assert torch.equal(kwargs["y"], before), "a refused call must not write"
 

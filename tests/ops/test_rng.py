@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from op_checks import want_gradients
 
 import lrkern.ops as ops
 from lrkern import reference
@@ -292,8 +293,12 @@ def test_refusals(op, changed, message, device):
         {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kw.items()} for kw in (good, changed)
     )
     getattr(ops, op)(**good)
-    with pytest.raises(RuntimeError, match=f"lrkern::{op}: {message}"):
-        getattr(ops, op)(**good | changed)
+    for track in (False, True) if reference.OPS[op].mutates is None else (False,):
+        kwargs = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in (good | changed).items()}
+        if track:
+            want_gradients(reference.OPS[op], kwargs)
+        with pytest.raises(RuntimeError, match=f"lrkern::{op}: {message}"):
+            getattr(ops, op)(**kwargs)
 
 
 def test_scales_do_not_lose_gradients():

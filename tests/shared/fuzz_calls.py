@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random calls of every op that _C.so registers, read from the schemas: python tests/shared/fuzz_calls.py SEED COUNT STATE.
 
-Half of the calls are good: any shapes, dtypes and strides, and have to succeed. In the others an argument or two is
+Half of the calls are good: any shapes, dtypes and strides, and have to succeed; a third of these is compared with the
+reference in float64. In the others an argument or two is
 something else; they succeed or raise an error that names the op, and what they refuse stays unwritten. Of the *_fwd and
 *_bwd ops, parts and no public API, it is asked that they do not crash. STATE is a file
 that holds the call under way, so that after a crash one can read which it was. Prints "COUNT calls, N refused".
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 import lrkern.ops
+from lrkern import testing
 from lrkern.reference import OPS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -113,6 +115,8 @@ def call(rng: random.Random, schema, note) -> bool:
     before = {n: args[n].clone() for n in written if plain(args[n])}
     wrapper = getattr(lrkern.ops, name, None)
     train = wrapper is not None and not written and rng.random() < 0.3
+    values = good and wrapper is not None and not train and rng.random() < 0.5
+    given = {n: v.clone() if n in before else v for n, v in args.items()} if values else None
     trainable = OPS[name].differentiable if train else ()
     try:
         if train:
@@ -135,12 +139,26 @@ def call(rng: random.Random, schema, note) -> bool:
             same = torch.equal(was.float().nan_to_num(7), args[n].detach().float().nan_to_num(7))
             assert same, f"refused, yet {n} was written: {text}"
         return True
+    if values:
+        check_values(schema, given, args[written[0]] if written else out, text)
     if good and isinstance(out, Tensor):
         foretold = getattr(torch.ops.lrkern, name)(
             **{k: v.to("meta") if isinstance(v, Tensor) else v for k, v in args.items()}
         )
         assert (out.shape, out.dtype) == (foretold.shape, foretold.dtype), f"{list(out.shape)} {out.dtype}: {text}"
     return False
+
+
+def check_values(schema, args: dict, got: Tensor, text: str) -> None:
+    """Against the reference. What an op writes it wrote into its first argument."""
+    op, results = OPS[base_of(schema)], []
+    for convert in (testing.to64, lambda v: v):
+        own = {n: convert(v) for n, v in args.items()}
+        out = op.truth(**own)
+        results.append(next(iter(own.values())) if op.mutates is not None else out)
+    floats = {v.dtype for v in args.values() if isinstance(v, Tensor) and v.is_floating_point()}
+    # As in test_fuzz.layers: few elements are now and then exact by luck.
+    testing.check(got, *results, text, fp32_factor=len(floats) > 1, ulps=4 if got.numel() > 64 else 64)
 
 
 def main() -> int:

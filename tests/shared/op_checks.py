@@ -12,6 +12,13 @@ def is_float(a):
     return isinstance(a, Tensor) and a.is_floating_point()
 
 
+def want_gradients(op, kwargs):
+    """Of every argument that has any, so that a call goes through autograd."""
+    for name in op.differentiable:
+        if is_float(kwargs.get(name)):
+            kwargs[name].requires_grad_()
+
+
 def has_fp32_factor(args, dtype):
     return dtype != torch.float32 and any(is_float(a) and a.dtype == torch.float32 for a in args)
 

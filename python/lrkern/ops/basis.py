@@ -109,9 +109,10 @@ def basis_combine(
 class _Dot(Function):
     @staticmethod
     def forward(ctx, g, *spec):
-        ctx.spec, ctx.rows = spec, g.shape[-2]
         with below_autograd():
-            return library().basis_dot.default(g, *spec)
+            out = library().basis_dot.default(g, *spec)  # refuses a g that has no rows
+        ctx.spec, ctx.rows = spec, g.shape[-2]
+        return out
 
     @staticmethod
     def backward(ctx, d):
