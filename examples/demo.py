@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def describe(plan: Plan, args: argparse.Namespace, missing: list[str]) -> str:
         "load": "torch, transformers, peft, the base model (22.7 M parameters)",
         "cost per step": f"{plan.rounds} timed steps each of base, PEFT and lrkern, batch {plan.batch}; bytes saved for backward",
         "frozen base": f"{all_lines:,} lines embedded, one ridge head per domain",
-        "training": f"8 runs (4 domains x PEFT, lrkern) of {plan.steps(plan.lines)} steps in processes of their own",
+        "training": f"8 runs (4 domains x PEFT, lrkern) of {plan.steps(plan.lines)} steps in two processes of their own",
         "round trip": f"stock PEFT loads the 4 folders lrkern wrote and scores {len(DOMAINS) * plan.held:,} lines",
         "mixed batch": "16 requests over 16 adapters and 4 without in one batch: base, PEFT's adapter_names=, lrkern.serving, "
         "one by one",
@@ -139,7 +139,8 @@ class Demo:
         with self.phase("frozen base"):
             self.frozen_base()
         with self.phase("training"):
-            runs = {domain: self.train(domain) for domain in DOMAINS}
+            with self.trainers() as children:
+                runs = {domain: self.train(domain, children) for domain in DOMAINS}
         with self.phase("round trip"):
             self.compare(runs)
             self.round_trip(runs)
@@ -220,7 +221,7 @@ class Demo:
         plan = self.plan
         left = 60 * plan.minutes - (time.perf_counter() - self.start)
         text = self.summary["cost_per_step"]["base_ms"] / 2000 / plan.batch  # seconds to embed one line, about
-        fixed = 4 * 10 + 30 * plan.held * text  # to start 4 pairs of processes, and to score the held-out lines
+        fixed = 15 + 30 * plan.held * text  # to start two processes, and to score the held-out lines
         slower = max(1.0, self.summary["phases"].get("load", 0.0) / plan.expected.get("load", 6))
         fixed += slower * sum(plan.expected.get(name, 0) for name in ("round trip", "mixed batch"))
         per_step = 1.2 * 4 * sum(self.summary["cost_per_step"]["step_ms"].values()) / 1000
@@ -249,15 +250,28 @@ class Demo:
         self.summary["frozen_base"] = dict(r=r)
         self.say("frozen base", "  ".join(f"{d} r={value:.3f}" for d, value in r.items()))
 
-    def train(self, domain: str) -> dict[str, dict]:
-        """Both sides of one domain at the same time, in processes of their own, each on half of the cores."""
+    @contextmanager
+    def trainers(self) -> Iterator[dict[str, subprocess.Popen]]:
+        """A process for each side, which trains one domain after another: starting one takes as long as a few steps."""
+        command = [sys.executable, HERE / "demo_train.py"]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        children = {side: subprocess.Popen(command, **pipes) for side in SIDES}
+        try:
+            yield children
+        finally:
+            for child in children.values():
+                child.kill()
+                child.communicate()
+
+    def train(self, domain: str, children: dict[str, subprocess.Popen]) -> dict[str, dict]:
+        """Both sides of one domain at the same time, each on half of the cores."""
         train, held = self.lines[domain]
         job = dict(
             domain=domain, seed=self.seed, device=self.device, threads=max(1, cores() // 2), cores=cores(),
             batch=self.plan.batch, epochs=self.plan.epochs, lr=self.plan.lr,
             texts=texts(train), ratings=[line.rating for line in train], held_ratings=[line.rating for line in held],
         )  # fmt: skip
-        children, folders = {}, {"peft": self.out / "peft" / domain, "lrkern": self.out / "adapters" / domain}
+        folders = {"peft": self.out / "peft" / domain, "lrkern": self.out / "adapters" / domain}
         for row, (side, folder) in enumerate(folders.items()):
             score = {domain: texts(held)}
             if side == "lrkern":
@@ -266,14 +280,11 @@ class Demo:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "result.json").unlink(missing_ok=True)
             (folder / "job.json").write_text(json.dumps(job | dict(side=side, row=row, out=str(folder), score=score)))
-            children[side] = subprocess.Popen([sys.executable, HERE / "demo_train.py", folder / "job.json"])
-        try:
-            for side, child in children.items():
-                if child.wait() != 0:
-                    raise DemoError(f"the run {domain}/{side} ended with exit code {child.returncode}, see above")
-        finally:
-            for child in children.values():
-                child.kill()
+            with suppress(BrokenPipeError):  # it has ended, and says so below
+                print(folder / "job.json", file=children[side].stdin, flush=True)
+        for side, child in children.items():
+            if "done\n" not in iter(child.stdout.readline, ""):
+                raise DemoError(f"the run {domain}/{side} ended with exit code {child.wait()}, see above")
         results = {side: json.loads((folder / "result.json").read_text()) for side, folder in folders.items()}
         for folder in folders.values():
             for name in ("job.json", "result.json"):

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training run of the demo, in a process of its own: `python demo_train.py job.json`.
+"""The training runs of one side of the demo, in a process of its own: `python demo_train.py`, one line of input a job.
 
-The job names a side (peft or lrkern) and holds the text; the run leaves an adapter folder and result.json in job["out"].
+A line is the path of a job.json, which names the side (peft or lrkern) and holds the text; the run leaves an adapter folder
+and result.json in job["out"], and "done" in the output.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import sys
 import time
@@ -121,5 +123,8 @@ class PeakMemory:
 
 
 if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[1]).read_text())
-    Path(job["out"], "result.json").write_text(json.dumps(main(job)))
+    for line in sys.stdin:
+        job = json.loads(Path(line.strip()).read_text())
+        Path(job["out"], "result.json").write_text(json.dumps(main(job)))
+        gc.collect()  # the model of this run is not in the peak of the next
+        print("done", flush=True)

@@ -76,7 +76,7 @@ py::array_t<float> basis_elements(int64_t seed, int64_t method, int64_t distribu
   in("method", method, 0, 64);
   in("distribution", distribution, static_cast<int64_t>(Distribution::kUniform8),
      static_cast<int64_t>(Distribution::kTernary4) + 1);
-  in("basis", basis, 0, kMaxBases);
+  in("k", basis, 0, kMaxBases);
   in("tensor", tensor, 0, kMaxTensors);
   const auto dist = static_cast<Distribution>(distribution);
   check(rows >= 0 && row0 >= 0 && row0 <= kMaxRows - rows, "basis_elements: rows must stay below 2^32");
@@ -159,9 +159,9 @@ PYBIND11_MODULE(_host, m) {
         "Philox4x32 of uint32 counters [..., 4] under a 64-bit key.");
   m.def("dropout_mask", dropout_mask, "seed"_a, "rows"_a, "cols"_a, "p"_a, "row0"_a = 0, "col0"_a = 0,
         "True where dropout keeps element (row0 + i, col0 + j) of x.");
-  m.def("basis_elements", basis_elements, "seed"_a, "method"_a, "distribution"_a, "rows"_a, "cols"_a, "basis"_a = 0,
+  m.def("basis_elements", basis_elements, "seed"_a, "method"_a, "distribution"_a, "rows"_a, "cols"_a, "k"_a = 0,
         "tensor"_a = 0, "row0"_a = 0, "col0"_a = 0,
-        "Elements (row0 + i, col0 + j) of a random basis, methods and distributions by their numbers in rng.h.");
+        "Elements (row0 + i, col0 + j) of random basis k, methods and distributions by their numbers in rng.h.");
   m.def("f16_from_float", py::vectorize(bits_from_float<f16>), "float32 -> bits of float16, to nearest even.");
   m.def("bf16_from_float", py::vectorize(bits_from_float<bf16>), "float32 -> bits of bfloat16, to nearest even.");
   m.def("f16_to_float", py::vectorize(float_from_bits<f16>), "bits of float16 -> float32.");

@@ -67,5 +67,7 @@ def beside(
             y, weight, bias = linear(x, weight, bias), None, None
         x = torch.dropout(x, dropout_p, True)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        return function.forward(None, y, x, weight, bias, *args)  # applying it costs as much as the products of few tokens
+        return function.forward(
+            None, y, x, weight, bias, *args
+        )  # applying it costs as much as the products of few tokens
     return function.apply(y, x, weight, bias, *args)
