@@ -449,7 +449,7 @@ def test_work_of_an_op():
 @pytest.mark.parametrize(("I", "O"), [(24, 40), (40, 24)])
 def test_random_bases_are_timed_beside_stored_ones(method, I, O):
     suite = basis_suite.Suite([])
-    case = next(case for case in suite.cases(True) if case.method == method and case.passes == "fwd+bwd")
+    case = next(case for case in suite.cases(False) if case.method == method and "bwd" in case.passes)
     case = replace(case, T=20, I=I, O=O, R=4, k=7 if method == "nola" else None)
     got, missing = measure(suite, case)
     assert not missing
