@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one benchmark runner:  python bench/run.py SUITE [NAME...] [--device cpu|cuda] [--quick] [--json F] [--plot F.png]
                            python bench/run.py --list [SUITE]
+                           python bench/run.py roofline [KERNEL or FAMILY...] [--arch h100|...]   predicted, without a GPU
 
 Providers interleave call by call. The first one, base where there is one, runs twice (A/A), which shows the noise: where
 the medians of the two differ by more than 20% of the smallest figure compared, the case is run again with more rounds, at
@@ -282,6 +283,8 @@ def progress(bar: tqdm, done: int) -> Callable[[float], None]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    if (sys.argv[1:] if argv is None else argv)[:1] == ["roofline"]:
+        return importlib.import_module("roofline").main((sys.argv[1:] if argv is None else argv)[1:])
     about = "".join("\n" + ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0] for path in SUITES.values())
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__ + about, formatter_class=plain)

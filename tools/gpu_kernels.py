@@ -27,7 +27,7 @@ import lrkern.ops
 from bench import timing
 from lrkern.ops.dispatch import library, use_library
 from lrkern.reference import OPS
-from tools.families import load
+from tools.families import Shape, load
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -82,18 +82,18 @@ def ceilings(device: str) -> dict[str, float]:
 
 def time_kernels(families: list[str], device: str) -> Iterator[dict]:
     cuda = device == "cuda"
-    T, N, R = (16384, 8192, 16) if cuda else (256, 512, 16)
+    shape = Shape(T=16384, I=8192, O=8192, R=16) if cuda else Shape(T=256, I=512, O=512, R=16)
     roofs = ceilings(device)
     for dtype in DTYPES[:2]:
         name = str(dtype).removeprefix("torch.")
         for family in families:
-            for t in load(family).timed(library(), device, dtype, T, N, R):
+            for t in load(family).timed(library(), device, dtype, shape):
                 step = timing.Step(lambda _, t=t: t.call())
                 with torch.no_grad():
                     ms = statistics.median(timing.interleaved({"": [step]}, 30 if cuda else 3, device)[""])
-                moved = sum(m.nbytes for m in t.moved)
+                moved = sum(m.nbytes for m in t.moved.values())
                 roof_ms = max(moved / roofs["copy"], t.flop / roofs[name]) * 1e3
-                yield {"suite": "kernel", "kernel": t.kernel, "case": f"T={T} N={N} R={R}", "dtype": name,
+                yield {"suite": "kernel", "kernel": t.kernel, "case": str(shape), "dtype": name,
                        "device": device, "p50_ms": ms, "bytes": moved, "flops": t.flop, "roof_ms": roof_ms,
                        "of_roof": roof_ms / ms}  # fmt: skip
 

@@ -10,14 +10,13 @@ source includes, flags and compiler, so a second run is quick.
 """
 
 import argparse
-import importlib.util
+import hashlib
 import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +25,13 @@ from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tools import sass
 from tools.families import Plan, kernels
 from tools.sources import INCLUDES, ROOT, Source, digest_of, sources, standard
 
 CACHE = ROOT / "build" / "static"
 ARCHS = ["80", "89", "90a", "100a", "120a"]
-FLAGS = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas", "-Xptxas=-v",
+FLAGS = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas", "-Xptxas=-v", "-lineinfo",
          *(f"-I{folder}" for folder in INCLUDES)]  # fmt: skip
 PROBES = [Source("cuda", "", "", Path("tests/emulator/wrappers.cu"))]  # compiled, without a plan
 
@@ -49,7 +49,7 @@ def plan_of(kernel: str) -> Plan | None:
 
 # (warps, blocks, KB of shared memory) of an SM: "Technical Specifications per Compute Capability" in NVIDIA's programming
 # guide. All have 65536 registers in four parts and keep 1 KB of shared memory per block for the system.
-SM = {"80": (64, 32, 164), "89": (48, 24, 100), "90": (64, 32, 228), "100": (64, 32, 228), "120": (48, 24, 100)}
+SM = {"80": (64, 32, 164), "86": (48, 16, 100), "89": (48, 24, 100), "90": (64, 32, 228), "100": (64, 32, 228), "120": (48, 24, 100)}
 
 
 def occupancy(arch: str, registers: int, shared: int, threads: int) -> tuple[int, str]:
@@ -84,6 +84,8 @@ class Figures:
     local: int = 0  # loads and stores of local memory
     wide: int = 0  # 128-bit loads from global memory
     tensor: dict[str, int] = field(default_factory=dict)
+    code: int = 0  # bytes of machine code
+    flight: int = 0  # bytes that a warp has under way while it waits for memory, each loop taken LONG times
 
 
 PTXAS = re.compile(
@@ -91,15 +93,7 @@ PTXAS = re.compile(
     r"stores.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.S,
 )
-INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
-TENSOR = re.compile(r"(?:[HIQO]G?MMA|DMMA|UTC[A-Z]*MMA)\b")
-
-
-def plain_names(mangled: list[str]) -> list[str]:
-    """`name<template arguments>` of each mangled name, without namespaces, return type and parameters."""
-    said = subprocess.run(["c++filt"], input="\n".join(mangled), check=True, capture_output=True, text=True).stdout
-    bare = re.sub(r"(?m)\(anonymous namespace\)::|\b\w+::|^void ", "", said)
-    return re.findall(r"(?m)^\w+(?:<.*?>(?=\())?", bare)
+LONG = 8
 
 
 def read_ptxas(text: str) -> dict[str, Figures]:
@@ -110,25 +104,25 @@ def read_ptxas(text: str) -> dict[str, Figures]:
         found[m["name"]] = Figures(
             "", int(m["registers"]), int(shared[1]) if shared else 0, int(m["spills"]), int(m["stack"])
         )
-    for figures, name in zip(found.values(), plain_names(list(found)), strict=True):
+    for figures, name in zip(found.values(), sass.plain_names(list(found)), strict=True):
         figures.kernel = name
     return found
 
 
 def count_sass(text: str, found: dict[str, Figures]) -> None:
     """Adds the instructions of nvdisasm's listing to the figures."""
-    figures = None
-    for line in text.splitlines():
-        if line.startswith(".text."):
-            figures = found.get(line[6:].rstrip(":"))
-        elif figures and (m := INSTRUCTION.match(line)):
-            opcode = m[1]
-            if tensor := TENSOR.match(opcode):
+    for name, code in sass.parse(text, found.__contains__).items():
+        figures = found[name]
+        for x in code.instructions:
+            if tensor := sass.TENSOR.match(x.op):
                 figures.tensor[tensor[0]] = figures.tensor.get(tensor[0], 0) + 1
-            elif re.match(r"LDG(STS)?\..*128", opcode):
-                figures.wide += 1
-            elif re.match(r"(LDL|STL)\b", opcode):
-                figures.local += 1
+            figures.wide += x.name in ("LDG", "LDGSTS") and x.bytes == 16
+            figures.local += x.name in ("LDL", "STL")
+        figures.code = 16 * len(code.instructions)
+        path = sass.hot_path(code)
+        for loop in path.loops():
+            loop.trips = LONG
+        figures.flight = round(sass.in_flight(path, sass.feeding(path)))
 
 
 def faults(figures: Figures, plan: Plan, arch: str) -> list[str]:
@@ -161,41 +155,50 @@ class Unit:
 
 
 @cache
-def nvdisasm() -> str:
-    spec = importlib.util.find_spec("nvidia")
-    for place in spec.submodule_search_locations or [] if spec else []:
-        for path in sorted(Path(place).glob("cu*/bin/nvdisasm")):
-            return str(path)
-    return shutil.which("nvdisasm") or ""
+def compiler() -> str:
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
 
 
 @cache
-def tools_version() -> str:
-    ask = lambda *c: subprocess.run(c, capture_output=True, text=True).stdout
-    reader = "".join(map(inspect.getsource, (Figures, plain_names, read_ptxas, count_sass)))
-    return ask("nvcc", "--version") + ask(nvdisasm(), "--version") + reader
+def reader() -> str:
+    said = subprocess.run([sass.nvdisasm(), "--version"], capture_output=True, text=True).stdout
+    return said + "".join(map(inspect.getsource, (Figures, sass, read_ptxas, count_sass)))
+
+
+def compiled(source: Path, arch: str) -> tuple[Path, str, float]:
+    """The machine code of a source, what the compiler said and how long it took. Kept; a source that fails leaves none."""
+    key = digest_of([source], arch, compiler(), standard(), *FLAGS)
+    name = f"{'-'.join(source.parts[-2:])}-{arch}"
+    cubin, said = CACHE / f"{name}-{key}.cubin", CACHE / f"{name}-{key}.txt"
+    if cubin.exists() and said.exists():
+        seconds, _, text = said.read_text().partition("\n")
+        return cubin, text, float(seconds)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for old in CACHE.glob(f"{name}-*"):
+        old.unlink()
+    start, target = time.monotonic(), f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    command = ["nvcc", standard(), *FLAGS, target, "-cubin", str(source), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    text, seconds = done.stdout + done.stderr, time.monotonic() - start
+    if done.returncode:
+        cubin.unlink(missing_ok=True)
+    else:
+        said.write_text(f"{seconds}\n{text}")
+    return cubin, text, seconds
 
 
 def measure(source: Path, arch: str) -> Unit:
-    flags, name = [standard(), *FLAGS], "-".join(source.parts[-2:])
-    kept = CACHE / f"{name}-{arch}-{digest_of([source], arch, tools_version(), *flags)}.json"
+    cubin, said, seconds = compiled(source, arch)
+    if not cubin.exists():
+        return Unit(str(source), arch, seconds, said, [])
+    kept = cubin.with_suffix(f".{hashlib.sha256(reader().encode()).hexdigest()[:8]}.json")
     if kept.exists():
         unit = json.loads(kept.read_text())
         return Unit(**{**unit, "kernels": [Figures(**k) for k in unit["kernels"]]})
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = f"{folder}/out.cubin"
-        target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-        command = ["nvcc", *flags, target, "-cubin", str(source), "-o", cubin]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        said, seconds = done.stdout + done.stderr, time.monotonic() - start
-        if done.returncode:
-            return Unit(str(source), arch, seconds, said, [])
-        found = read_ptxas(said)
-        count_sass(subprocess.run([nvdisasm(), "-c", cubin], check=True, capture_output=True, text=True).stdout, found)
+    found = read_ptxas(said)
+    count_sass(sass.disassemble(cubin), found)
     unit = Unit(str(source), arch, seconds, "", list(found.values()))
-    CACHE.mkdir(parents=True, exist_ok=True)
-    for old in CACHE.glob(f"{name}-{arch}-*.json"):
+    for old in CACHE.glob(f"{cubin.stem}.*.json"):
         old.unlink()
     kept.write_text(json.dumps(asdict(unit)))
     return unit
@@ -244,7 +247,7 @@ def main() -> int:
     if shutil.which("nvcc") is None:
         print("static checks: skipped, no nvcc on PATH")
         return 0
-    if not nvdisasm():
+    if not sass.nvdisasm():
         print("static checks: nvdisasm is missing (requirements/dev.txt brings it)")
         return 1
     units, wrong = [], []

@@ -56,7 +56,9 @@ template <class Kernel, class... Args>
 int launch(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t smem, Stream, const Args&... args) {
   if (const int error = launch_error(grid, block)) return emu::refuse(name, grid, block, smem, error);
   auto body = [&] { kernel(args...); };
-  return emu::launch(name, grid, block, smem, [](void* b) { (*static_cast<decltype(body)*>(b))(); }, &body);
+  return emu::launch(
+      name, reinterpret_cast<const void*>(kernel), grid, block, smem,
+      [](void* b) { (*static_cast<decltype(body)*>(b))(); }, &body);
 }
 
 #else

@@ -5,6 +5,7 @@ Variants:
   plain      -O2, for speed and for numbers; the shared library of the "emulated" device kind
   sanitized  AddressSanitizer and UBSan; executables only, run as child processes
   tracked    every load and store of a kernel is checked for races and unwritten memory (track.cpp); executables only
+  traffic    every load and store is counted, on a sample of blocks, and nothing computed (traffic.cpp); a library of the ops
 
 python tests/emulator/build.py extension | all     builds the shared library, and what else the tests run
 """
@@ -43,16 +44,24 @@ KERNEL = {
         "-fno-sanitize=null",
         "-fno-sanitize-recover=all",
     ],
-    # The instrumentation alone is wanted; track.cpp answers its calls and no libtsan is linked.
+    # The instrumentation alone is wanted; hooks.cpp answers its calls and no libtsan is linked.
     "tracked": ["-O1", "-g", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"],
+    # A vector is moved in one access, as nvcc moves it, not element by element (-fno-tree-sra); and -O2, as a value that a call
+    # returns into memory is a store that no hook is called for.
+    "traffic": ["-O2", "-g", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fno-tree-sra"],
 }
 RUNTIME = {
     "plain": ["-O3", "-g1", "-ftls-model=initial-exec"],
     "sanitized": ["-O2", "-g", "-fsanitize=address"],
     "tracked": ["-O2", "-g1"],
+    "traffic": ["-O2", "-g1"],
 }
-LINK = {"plain": [], "sanitized": ["-fsanitize=address,undefined"], "tracked": ["-ldl"]}
-EMULATOR = [HERE / name for name in ("emulator.cpp", "warp_ops.cpp", "track.cpp")]
+LINK = {"plain": [], "sanitized": ["-fsanitize=address,undefined"], "tracked": ["-ldl"], "traffic": ["-ldl"]}
+
+
+def runtime_of(variant: str) -> list[Path]:
+    follower = "traffic.cpp" if variant == "traffic" else "track.cpp"
+    return [HERE / name for name in ("emulator.cpp", "warp_ops.cpp", "hooks.cpp", follower)]
 
 
 @cache
@@ -128,7 +137,7 @@ def compile_all(units: list[tuple[Path, list[str]]]) -> list[Path]:
 def executable(name: str, sources: list[str | Path], variant: str, runtime: tuple[str, ...] = ()) -> Path:
     """build/emulator/<name>-<variant>: .cu sources take the variant's kernel flags, .cpp its runtime flags."""
     units = [(Path(s), (KERNEL if str(s).endswith(".cu") else RUNTIME)[variant]) for s in sources]
-    units += [(s, [*RUNTIME[variant], *runtime]) for s in EMULATOR]
+    units += [(s, [*RUNTIME[variant], *runtime]) for s in runtime_of(variant)]
     with locked():
         return link(f"{name}-{variant}", compile_all(units), LINK[variant])
 
@@ -152,24 +161,27 @@ def params_program(family: str, variant: str) -> Path:
     return executable(f"{family}_params", [HERE / f"{family}_params.cpp", *sources_of(family)], variant)
 
 
-def extension() -> Path:
-    """The glue over emulated kernels: registers torch.ops.lrkern_emulated for CPU tensors."""
+NAMESPACE = {"plain": "lrkern_emulated", "traffic": "lrkern_traffic"}
+
+
+def extension(variant: str = "plain") -> Path:
+    """The glue over emulated kernels: registers torch.ops.lrkern_emulated, or lrkern_traffic, for CPU tensors."""
     spec = importlib.util.find_spec("torch")
     torch = Path(spec.origin).parent
     flags = {
-        "cuda": KERNEL["plain"],
+        "cuda": KERNEL[variant],
         "policy": ["-O2"],
         # Only *_cuda are called; the CPU entry points are there to link.
         "cpu": ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-DLRK_ISA=baseline", "-DLRK_ISA_ENTRY"],
         "ops": ["-O2", f"-isystem{torch}/include", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA",
-                "-DLRK_NAMESPACE=lrkern_emulated"],
+                f"-DLRK_NAMESPACE={NAMESPACE[variant]}"],
     }  # fmt: skip
     units = [(s.path, flags[s.kind]) for s in portable()]
-    units += [(s, RUNTIME["plain"]) for s in EMULATOR]
+    units += [(s, RUNTIME[variant]) for s in runtime_of(variant)]
     # Both this library and _C.so define lrk::*; neither may reach into the other.
     shared = ["-shared", "-Wl,-Bsymbolic", f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     with locked():
-        return link("lrkern_emulated.so", compile_all(units), shared)
+        return link(f"{NAMESPACE[variant]}.so", compile_all(units), [*shared, *LINK[variant]])
 
 
 def launched() -> set[tuple[str, int, int]]:

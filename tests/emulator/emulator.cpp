@@ -213,9 +213,10 @@ void Worker::run(Launch& l) {
   copy_early = descending;
   switches = 0;
   int64_t blocks = 0;
-  for (uint64_t i; !l.failed && (i = l.next.fetch_add(1)) < l.blocks; ++blocks) {
+  const uint64_t count = l.chosen.empty() ? l.blocks : l.chosen.size();
+  for (uint64_t i; !l.failed && (i = l.next.fetch_add(1)) < count; ++blocks) {
     const auto index = static_cast<unsigned __int128>(i) * l.block_factor + l.block_offset;
-    run_block(static_cast<uint64_t>(index % l.blocks));
+    run_block(l.chosen.empty() ? static_cast<uint64_t>(index % l.blocks) : l.chosen[i]);
   }
   if (l.failed) started = 0;  // fibers were left in the middle of a kernel
   ASAN_UNPOISON_MEMORY_REGION(arena, kArenaBytes);
@@ -226,11 +227,12 @@ void Worker::run(Launch& l) {
   current = nullptr;
 }
 
-int launch(const char* kernel, dim3 grid, dim3 block, size_t smem, Body body, void* context) {
+int launch(const char* kernel, const void* function, dim3 grid, dim3 block, size_t smem, Body body, void* context) {
   if (static_cast<int64_t>(smem) > g_settings.max_shared) return refuse(kernel, grid, block, smem, kInvalidValue);
   ++g_settings.launches;
   Launch l;
   l.kernel = kernel;
+  l.function = function;
   l.grid = grid;
   l.block = block;
   l.smem = smem;
@@ -260,10 +262,12 @@ int launch(const char* kernel, dim3 grid, dim3 block, size_t smem, Body body, vo
   }
   while (static_cast<int64_t>(workers.size()) < std::max<int64_t>(wanted, 1))
     workers.push_back(std::make_unique<Worker>());
+  if (g_counting) l.chosen = track_launch(l);
   std::vector<std::thread> helpers;
   for (size_t i = 1; i < workers.size(); ++i) helpers.emplace_back([&, i] { workers[i]->run(l); });
   workers[0]->run(l);
   for (std::thread& t : helpers) t.join();
+  if (g_counting) track_launch_end();
   std::lock_guard<std::mutex> lock(g_mutex);
   for (auto& w : workers) g_idle_workers.push_back(std::move(w));
   return l.failed ? kLaunchFailure : 0;
@@ -392,6 +396,7 @@ void meet_warp(const char* name, void* arguments, WarpOp op, Where at) {
     return;
   }
   warp.arrived = 0;
+  if (g_tracking) track_meeting(static_cast<uint32_t>(index));
   op(warp.arguments);
   for (int i = 0; i < 32; ++i) w.fibers[index * 32 + i].state = State::kRunning;
   if (w.random && (w.draw() & 1)) {

@@ -98,7 +98,7 @@ struct Where {
 
 // ---- launch (emulator.cpp) -------------------------------------------------------------------------------------------
 using Body = void (*)(void*);
-int launch(const char* kernel, dim3 grid, dim3 block, size_t smem, Body body, void* context);
+int launch(const char* kernel, const void* function, dim3 grid, dim3 block, size_t smem, Body body, void* context);
 int refuse(const char* kernel, dim3 grid, dim3 block, size_t smem, int error);  // reports a launch over the limits
 
 // Ends the launch with a report; called on a fiber.
@@ -138,7 +138,7 @@ void cp_async_wait(int groups_left, Where at);
 uint64_t atomic_load(void* p, size_t bytes, Where at);
 bool atomic_swap(void* p, size_t bytes, uint64_t* old, uint64_t v);  // false: *p was not *old, which is now what it is
 
-// ---- access tracking (track.cpp; active where the kernel is compiled with LRK_EMU_TRACK flags, see build.py) ------------
+// ---- access tracking (track.cpp, traffic.cpp; active where the kernel is compiled with LRK_EMU_TRACK flags, see build.py) ------------
 // Declares global memory whose accesses are checked: `written` says whether it holds values yet.
 void track_global(const void* p, size_t bytes, bool written);
 void forget_global();

@@ -195,6 +195,10 @@ class Stacks {
     munmap(base_, bytes_);
   }
   unsigned char* low(int i) const { return base_ + i * kStride + kGuard; }
+  bool hold(const void* p) const {
+    const auto* c = static_cast<const unsigned char*>(p);
+    return c >= base_ && c < base_ + bytes_;
+  }
   // Tops at one offset of their pages would all fall into the same few sets of the L1 cache.
   static size_t color(int i) { return static_cast<size_t>(i) * 320 % 4096; }
 

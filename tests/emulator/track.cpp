@@ -12,6 +12,7 @@
 namespace lrk::emu {
 
 bool g_tracking = false;
+const bool g_counting = false;
 
 namespace {
 
@@ -117,6 +118,10 @@ void track_block_start(Worker& w) {
   for (int i = 0; i < kMaxWarps; ++i) g_clock[i][i] = 1;
 }
 
+std::vector<uint64_t> track_launch(const Launch&) { return {}; }
+void track_launch_end() {}
+void track_product(uint32_t) {}
+
 void track_barrier(const uint32_t* lanes_per_warp) {
   uint32_t joint[kMaxWarps] = {};
   for (int w = 0; w < kMaxWarps; ++w)
@@ -128,6 +133,7 @@ void track_barrier(const uint32_t* lanes_per_warp) {
   }
 }
 void track_sync_warp(uint32_t warp) { ++g_clock[warp][warp]; }
+void track_meeting(uint32_t) {}  // shuffles and mma exchange registers, and order no memory
 
 void track_access(const void* p, size_t bytes, Access access, const void* pc) {
   Worker* w = t_worker;
@@ -184,6 +190,7 @@ void track_copy_issued(void* to, const void* pc) {
   Byte* b = shadow_of(*t_worker, to, 16, &shared);
   for (int i = 0; i < 16; ++i) b[i].write.in_flight = true;
 }
+void track_copy_wait(size_t) {}
 void track_copy_landed(void* to) {
   const uint32_t tid = t_worker->current->tid;
   bool shared;
@@ -194,48 +201,11 @@ void track_copy_landed(void* to) {
   }
 }
 
-namespace {
-void hook(const void* p, size_t bytes, bool write, bool aligned, const void* pc) {
+void track_plain(const void* p, size_t bytes, bool write, bool aligned, const void* pc) {
   Worker* w = t_worker;
   if (!w || !w->current) return;
   if (aligned && reinterpret_cast<uintptr_t>(p) % bytes) found("misaligned access", pc, "");
   track_access(p, bytes, write ? Access::kWrite : Access::kRead, pc);
 }
-}  // namespace
 
 }  // namespace lrk::emu
-
-#define LRK_HOOK(NAME, BYTES, WRITE, ALIGNED) \
-  extern "C" void NAME(const void* p) { lrk::emu::hook(p, BYTES, WRITE, ALIGNED, __builtin_return_address(0)); }
-LRK_HOOK(__tsan_read1, 1, false, true)
-LRK_HOOK(__tsan_read2, 2, false, true)
-LRK_HOOK(__tsan_read4, 4, false, true)
-LRK_HOOK(__tsan_read8, 8, false, true)
-LRK_HOOK(__tsan_read16, 16, false, true)
-LRK_HOOK(__tsan_write1, 1, true, true)
-LRK_HOOK(__tsan_write2, 2, true, true)
-LRK_HOOK(__tsan_write4, 4, true, true)
-LRK_HOOK(__tsan_write8, 8, true, true)
-LRK_HOOK(__tsan_write16, 16, true, true)
-LRK_HOOK(__tsan_unaligned_read2, 2, false, false)
-LRK_HOOK(__tsan_unaligned_read4, 4, false, false)
-LRK_HOOK(__tsan_unaligned_read8, 8, false, false)
-LRK_HOOK(__tsan_unaligned_read16, 16, false, false)
-LRK_HOOK(__tsan_unaligned_write2, 2, true, false)
-LRK_HOOK(__tsan_unaligned_write4, 4, true, false)
-LRK_HOOK(__tsan_unaligned_write8, 8, true, false)
-LRK_HOOK(__tsan_unaligned_write16, 16, true, false)
-LRK_HOOK(__tsan_vptr_read, 8, false, false)
-extern "C" void __tsan_vptr_update(void*, void*) {}
-extern "C" void __tsan_read_range(const void* p, size_t n) {
-  lrk::emu::hook(p, n, false, false, __builtin_return_address(0));
-}
-extern "C" void __tsan_write_range(const void* p, size_t n) {
-  lrk::emu::hook(p, n, true, false, __builtin_return_address(0));
-}
-// Of launchers, which share what they have asked of a device.
-extern "C" int __tsan_atomic32_load(const volatile int* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
-extern "C" void __tsan_atomic32_store(volatile int* p, int v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
-extern "C" void __tsan_func_entry(void*) {}
-extern "C" void __tsan_func_exit() {}
-extern "C" void __tsan_init() { lrk::emu::g_tracking = true; }  // run by a constructor in every instrumented object

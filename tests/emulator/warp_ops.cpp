@@ -142,7 +142,11 @@ void ldmatrix(uint32_t* r, int matrices, bool transposed, const void* row, Where
   if (lane < 8 * matrices) {  // the other lanes' addresses are ignored
     require_shared(row, 16, 16, "ldmatrix", at);
     if (g_tracking) track_access(row, 16, Access::kRead, __builtin_return_address(0));
-    std::memcpy(m.row, row, 16);
+    if (!g_counting) std::memcpy(m.row, row, 16);
+  }
+  if (g_counting) {
+    for (int k = 0; k < matrices; ++k) r[k] = 0;
+    return;
   }
   meet_warp(
       "ldmatrix", &m,
@@ -163,6 +167,7 @@ void ldmatrix(uint32_t* r, int matrices, bool transposed, const void* row, Where
 
 void mma_16816(float* d, const uint32_t* a, const uint32_t* b, MmaType type, Where at) {
   Mma m{d, a, b};
+  if (g_counting) return track_product(t_worker->current->tid / 32);
   if (type == MmaType::kF16) {
     meet_warp("mma_16816 f16", &m, mma<f16>, at);
   } else {
@@ -194,6 +199,7 @@ void cp_async_wait(int groups_left, Where at) {
   if (skipped(at)) return;
   Fiber& f = *t_worker->current;
   size_t kept = 0;
+  if (g_tracking) track_copy_wait(f.copies.size() * sizeof(PendingCopy::data));
   for (PendingCopy& c : f.copies) {
     // A copy that was never committed belongs to no group yet, so no wait covers it.
     if (c.group < f.copy_group - groups_left) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The emulator's inner state: one Worker per host thread runs one block at a time. Shared by emulator.cpp, warp_ops.cpp
-// and track.cpp only.
+// and those who follow accesses only.
 #pragma once
 
 #include <atomic>
@@ -63,12 +63,14 @@ struct Piece {
 
 struct Launch {
   const char* kernel;
+  const void* function;
   dim3 grid, block;
   size_t smem;
   Body body;
   void* context;
   int64_t schedule;
   uint64_t blocks, block_factor, block_offset;  // block order: i -> (i * factor + offset) mod blocks
+  std::vector<uint64_t> chosen;                 // these alone, where there are any
   std::atomic<uint64_t> next{0};
   std::atomic<bool> failed{false};
 };
@@ -121,14 +123,21 @@ struct Worker {
 
 extern __thread Worker* t_worker;
 
-// track.cpp
-extern bool g_tracking;  // kernels were compiled with hooks on their loads and stores
+// Who follows accesses: track.cpp checks them, traffic.cpp in its place counts them.
+extern bool g_tracking;        // kernels were compiled with hooks on their loads and stores
+extern const bool g_counting;  // no value is wanted: products are skipped, and some blocks stand for all
+std::vector<uint64_t> track_launch(const Launch& l);  // the blocks to run, in this order; none for all
+void track_launch_end();
 void track_block_start(Worker& w);
 void track_barrier(const uint32_t* lanes_per_warp);
 void track_sync_warp(uint32_t warp);
+void track_meeting(uint32_t warp);  // its lanes have met in any warp-wide call
+void track_product(uint32_t warp);  // one lane's part of an mma
+void track_plain(const void* p, size_t bytes, bool write, bool aligned, const void* pc);  // hooks.cpp calls it
 enum class Access { kRead, kWrite, kAtomic };
 void track_access(const void* p, size_t bytes, Access access, const void* pc);  // pc: return address into the kernel
 void track_copy_issued(void* to, const void* pc);
+void track_copy_wait(size_t bytes);  // so many that this thread has under way, before a wait
 void track_copy_landed(void* to);
 
 constexpr size_t kRedzone = 256, kArenaBytes = 512 * 1024;

@@ -12,6 +12,7 @@ import torch
 
 from lrkern.ops.dispatch import library, use_library
 from tools import families, gpu, gpu_kernels, gpu_status, sources
+from tools.families import Shape
 from tools.sources import ROOT
 
 
@@ -260,7 +261,7 @@ def test_a_planted_error_is_recognised():
 
 def test_every_kernel_is_timed():
     """But for those that are timed with another."""
-    sizes = library(), "cpu", torch.float32, 8, 64, 4
+    sizes = library(), "cpu", torch.float32, Shape(T=8, I=64, O=64, R=4)
     names = [timed.kernel for family in sources.families() for timed in families.load(family).timed(*sizes)]
     assert sorted(names) == sorted(name for name, kernel in families.kernels().items() if not kernel.part)
 
@@ -287,7 +288,7 @@ def test_the_sanitizers_cases_reach_every_kernel(family, emulator):
 @FAMILIES
 def test_each_timed_call_launches_its_kernel(family, emulator):
     parts = {name for name, kernel in families.kernels().items() if kernel.part}
-    for timed in families.load(family).timed(library(), "cpu", torch.bfloat16, 70, 600, 16):
+    for timed in families.load(family).timed(library(), "cpu", torch.bfloat16, Shape(T=70, I=600, O=600, R=16)):
         emulator.launched()
         timed.call()
         seen = {name for name, _, _ in emulator.launched()}

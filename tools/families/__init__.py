@@ -2,13 +2,14 @@
 """What the tools know of a family of kernels: families/<family>.py, where torch is imported by the calls alone. It has
 
 KERNELS                             every kernel by the name it is launched under, which is its function's but for _kernel
-timed(op, device, dtype, T, N, R)   calls of the ops `op` at a layer's size, one for each kernel that is no part
+SHAPES                              the layers that bench/run.py roofline looks at
+timed(op, device, dtype, shape)     calls of the ops `op` for a layer, one for each kernel that is no part
 TESTS                               test files beside the registry's, and what a rehearsal runs of each
 """
 
 import importlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -38,14 +39,31 @@ class Kernel:
         return {self.plan(*types, *rest) for types in pairs for rest in self.rest}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A layer and its batch, spelled as bench/ spells a case."""
+
+    k: int | None = None  # bases
+    A: int | None = None  # adapters
+    T: int
+    I: int
+    O: int
+    R: int
+
+    def __str__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
+
+
 @dataclass
 class Timed:
     """A call that launches one kernel, and its parts."""
 
     kernel: str
     call: Callable[[], object]
-    moved: list[Any]  # tensors, each read or written once
+    moved: dict[str, Any]  # tensors, each read or written once
     flop: int
+    index: tuple[Any, ...] = ()  # tensors of indices: read, but of no weight
 
 
 def load(family: str) -> ModuleType:

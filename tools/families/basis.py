@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator
 
-from tools.families import Kernel, Timed, streams
+from tools.families import Kernel, Shape, Timed, streams
 
 # Beyond the registry: equal bits of the random stream.
 TESTS = {"tests/ops/test_rng.py": "cpu and adjoint", "tests/nn/test_basis_sizes.py": "nothing"}
@@ -25,19 +25,26 @@ KERNELS = {
 }
 
 
-def timed(op, device: str, dtype, T: int, N: int, R: int) -> Iterator[Timed]:
-    """256 bases [R, N] for one layer; their first rows as the fixed factor of 16 tokens. flop: of the sums, none for U."""
+SHAPES = [Shape(k=1024, T=16, I=2048, O=2048, R=8), Shape(k=256, T=16, I=4096, O=4096, R=16)]
+
+
+def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
+    """k bases [R, O] for one layer; their first rows as the fixed factor of 16 tokens. flop: of the sums, none for U."""
     import torch
 
-    K, Q = 256, 1024
-    T, stream, spec = min(T, 16), (1, 2, 2, 0), ([N], [K], [1.0])  # seed, NOLA, uniform8, tensor
+    K, N, R, Q = shape.k or 256, shape.O, shape.R, 1024
+    T, stream, spec = min(shape.T, 16), (1, 2, 2, 0), ([N], [K], [1.0])  # seed, NOLA, uniform8, tensor
     like = torch.empty(0, device=device, dtype=dtype)
     coef, g = (torch.randn(*shape, device=device) for shape in ((K,), (R, N)))
     whole = torch.empty(Q, N, device=device, dtype=dtype)
-    yield Timed("basis_fill", lambda: op.basis_fill(like, None, None, *stream, 0, R, 0, 0, Q, N), [whole], Q * N)
-    yield Timed("basis_combine", lambda: op.basis_combine(coef, None, *stream, R, *spec), [coef, g], 2 * K * R * N)
-    yield Timed("basis_dot", lambda: op.basis_dot(g, *stream, *spec), [coef, g], 2 * K * R * N)
+    yield Timed("basis_fill", lambda: op.basis_fill(like, None, None, *stream, 0, R, 0, 0, Q, N), {"u": whole}, Q * N)
+    flop, call = 2 * K * R * N, lambda: op.basis_combine(coef, None, *stream, R, *spec)
+    yield Timed("basis_combine", call, {"coef": coef, "sum": g}, flop)
+    yield Timed("basis_dot", lambda: op.basis_dot(g, *stream, *spec), {"g": g, "dots": coef}, flop)
     short, long = (torch.randn(T, n, device=device).to(dtype) for n in (Q, N))
-    for name, x, transposed in (("basis_matmul", short, False), ("basis_matmul_transposed", long, True)):
+    for name, x, y, transposed in (
+        ("basis_matmul", short, long, False),
+        ("basis_matmul_transposed", long, short, True),
+    ):
         call = lambda x=x, transposed=transposed: op.basis_matmul(x, None, None, *stream, 0, R, Q, N, transposed)
-        yield Timed(name, call, [short, long], 2 * T * Q * N)
+        yield Timed(name, call, {"x": x, "y": y}, 2 * T * Q * N)

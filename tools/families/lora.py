@@ -4,7 +4,7 @@
 from collections.abc import Iterator
 from itertools import product
 
-from tools.families import SIZE, Kernel, Plan, Timed, math_of, streams, tile, type_of_s, vectors, wgrad
+from tools.families import SIZE, Kernel, Plan, Shape, Timed, math_of, streams, tile, type_of_s, vectors, wgrad
 
 # Beyond the registry: batch invariance, thousands of tokens, what lies between rows, dropout's bits.
 TESTS = {"tests/ops/test_lora.py": "cpu and rank_0", "tests/ops/test_lora_sizes.py": "nothing"}
@@ -47,21 +47,30 @@ KERNELS = {
 }
 
 
-def timed(op, device: str, dtype, T: int, N: int, R: int) -> Iterator[Timed]:
+SHAPES = [
+    *(Shape(T=T, I=4096, O=4096, R=16) for T in (1, 16, 64, 8192)),
+    Shape(T=8192, I=4096, O=4096, R=64),
+]
+
+
+def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
     import torch
 
+    T, I, O, R = shape.T, shape.I, shape.O, shape.R
     draw = lambda *shape: torch.randn(*shape, device=device).to(dtype)
-    x, a, b, s, flop = draw(T, N), draw(R, N), draw(N, R), draw(T, R), 2 * T * N * R
+    x, y, a, b, s = draw(T, I), draw(T, O), draw(R, I), draw(O, R), draw(T, R)
     s = s.float() if dtype == torch.float16 else s
-    yield Timed("lora_shrink", lambda: op.lora_shrink(x, a), [x, a, s], flop)
-    yield Timed("lora_expand", lambda: op.lora_expand_(x, s, b, 1e-4), [x, x, s, b], flop)
+    yield Timed("lora_shrink", lambda: op.lora_shrink(x, a), {"x": x, "a": a, "s": s}, 2 * T * I * R)
+    moved = {"y": y, "base": y, "s": s, "b": b}
+    yield Timed("lora_expand", lambda: op.lora_expand_(y, s, b, 1e-4), moved, 2 * T * O * R)
     da = False, True  # that gradient alone
-    yield Timed("lora_wgrad", lambda: op.lora_shrink_bwd(s, x, a, 1.0, 0.0, None, *da), [x, s, a], flop)
+    call = lambda: op.lora_shrink_bwd(s, x, a, 1.0, 0.0, None, *da)
+    yield Timed("lora_wgrad", call, {"x": x, "ds": s, "da": a}, 2 * T * I * R)
     ds_db = False, False, False, True, True
-    call = lambda: op.linear_expand_bwd(x, None, None, s, b, 1.0, *ds_db)
-    yield Timed("lora_shrink_wgrad", call, [x, s, b, s, b], 2 * flop)
+    call = lambda: op.linear_expand_bwd(y, None, None, s, b, 1.0, *ds_db)
+    yield Timed("lora_shrink_wgrad", call, {"dy": y, "s": s, "b": b, "ds": s, "db": b}, 4 * T * O * R)
     # A base layer of no weight: the gradient of base_scale alone.
-    thin, w, c, z = draw(T, 8), draw(N, 8), torch.randn(N, device=device), draw(T, N)
-    layer = x, thin, w, draw(R, 8), b, s, 1.0, 0.0, None, c, z
+    thin, w, c, z = draw(T, 8), draw(O, 8), torch.randn(O, device=device), draw(T, O)
+    layer = y, thin, w, draw(R, 8), b, s, 1.0, 0.0, None, c, z
     dc = False, False, False, False, False, True
-    yield Timed("lora_rescale", lambda: op.lora_linear_bwd(*layer, *dc), [x, z], 2 * T * N)
+    yield Timed("lora_rescale", lambda: op.lora_linear_bwd(*layer, *dc), {"dy": y, "base": z}, 2 * T * O)

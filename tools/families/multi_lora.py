@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from tools import families
-from tools.families import Kernel, Plan, Timed, math_of, streams, tile, type_of_s, vectors
+from tools.families import Kernel, Plan, Shape, Timed, math_of, streams, tile, type_of_s, vectors
 
 # Beyond the registry: the grid, invariances, isolation.
 TESTS = {"tests/ops/test_multi_lora.py": "cpu and no_adapter"}
@@ -48,25 +48,34 @@ KERNELS = {
 }
 
 
-def timed(op, device: str, dtype, T: int, N: int, R: int) -> Iterator[Timed]:
-    """16 adapters of rank R, rows in any order, one slot."""
+SHAPES = [
+    *(Shape(A=A, T=64, I=4096, O=4096, R=R) for R in (16, 64) for A in (16, 64)),
+    Shape(A=16, T=8192, I=4096, O=4096, R=16),
+]
+
+
+def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
+    """Adapters of one rank, rows in turn, one slot."""
     import torch
 
+    T, I, O, R, A, M = shape.T, shape.I, shape.O, shape.R, shape.A or 16, (shape.R + 15) // 16
     draw = lambda *shape: torch.randn(*shape, device=device).to(dtype)
-    A, M = 16, (R + 15) // 16
-    x, a, b = draw(T, N), draw(16 * M * A, N), draw(16 * M * A, N)
+    x, y, a, b = draw(T, I), draw(T, O), draw(16 * M * A, I), draw(16 * M * A, O)
     pages = torch.randperm(A * M, device=device).int().reshape(A, 1, M)
     ranks = torch.full((A, 1), R, dtype=torch.int32, device=device)
-    index = torch.randint(A, (T, 1), device=device).int()
+    index = (torch.arange(T, device=device) % A).int().unsqueeze(1)
     table = pages, ranks, op.multi_lora_plan(index, A)
-    s, flop, used = op.multi_lora_shrink(x, a, *table), 2 * T * N * R, a[: A * R]
-    yield Timed("multi_lora_plan", lambda: op.multi_lora_plan(index, A), [index, table[2]], T)
-    yield Timed("multi_lora_shrink", lambda: op.multi_lora_shrink(x, a, *table), [x, used, s], flop)
-    yield Timed("multi_lora_expand", lambda: op.multi_lora_expand_(x, s, b, *table), [x, x, s, used], flop)
+    s, used = op.multi_lora_shrink(x, a, *table), R * min(A, T)
+    yield Timed("multi_lora_plan", lambda: op.multi_lora_plan(index, A), {"index": index, "plan": table[2]}, T)
+    moved = {"x": x, "a": a[:used], "s": s}
+    yield Timed("multi_lora_shrink", lambda: op.multi_lora_shrink(x, a, *table), moved, 2 * T * I * R, table)
+    moved = {"y": y, "base": y, "s": s, "b": b[:used]}
+    yield Timed("multi_lora_expand", lambda: op.multi_lora_expand_(y, s, b, *table), moved, 2 * T * O * R, table)
     da = False, True  # that gradient alone
     call = lambda: op.multi_lora_shrink_bwd(s, x, a, *table, None, None, *da)
-    yield Timed("multi_lora_wgrad", call, [x, s, used], flop)
-    ids = torch.randint(N, (T,), device=device)
-    yield Timed("multi_lora_gather", lambda: op.multi_lora_embedding(ids, a, *table), [ids, s, s], T * R)
+    yield Timed("multi_lora_wgrad", call, {"x": x, "ds": s, "da": a[:used]}, 2 * T * I * R, table)
+    ids = torch.randint(I, (T,), device=device)
+    call = lambda: op.multi_lora_embedding(ids, a, *table)
+    yield Timed("multi_lora_gather", call, {"ids": ids, "gathered": s, "s": s}, T * R, table)
     call = lambda: op.multi_lora_embedding_bwd(s, ids, a, *table)
-    yield Timed("multi_lora_scatter", call, [ids, s, s, s], T * R)
+    yield Timed("multi_lora_scatter", call, {"ids": ids, "ds": s, "before": s, "after": s}, T * R, table)

@@ -1,0 +1,539 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a kernel asks of memory, counted from its own loads and stores: the answers to worker.h's track_* calls in the place
+// of track.cpp. Counts only, no time; tools/roofline.py makes a time of them.
+//
+// Lanes of a warp run one after the other, so each lane's accesses are kept until its warp meets or its block does, and what
+// the lanes did at one place in their n-th passage there is one request. A request of global memory is 32-byte sectors of
+// 128-byte lines; one of shared memory takes a wavefront for every word that a bank has to give beyond its first.
+//
+// A large grid is sampled: its first two waves of blocks and its last one, where a wave is what the chip holds at once;
+// the second stands for all between. The blocks of a wave then pass through the caches in step, a request of each warp at a
+// time: an L1 for each SM, and the chip's L2 for all.
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
+
+#include <map>
+#include <sstream>
+#include <unordered_map>
+
+#include "worker.h"
+
+namespace lrk::emu {
+
+bool g_tracking = false;
+const bool g_counting = true;
+
+namespace {
+
+constexpr uint64_t kSector = 32, kLine = 128;
+constexpr int kStep = 4;  // requests of a warp that pass while a line is on its way: who asks meanwhile waits as long
+
+// ---- caches: lines of four sectors, 16 ways, the least recently used way goes
+
+struct Cache {
+  struct Way {
+    uint64_t line = ~uint64_t{0};
+    uint64_t used = 0, filled = 0;  // a clock; when the line's last sector came
+    uint8_t valid = 0, dirty = 0;   // sectors
+  };
+  static constexpr uint64_t kWays = 16;
+  std::vector<Way> ways;
+  uint64_t sets = 0, clock = 0;
+
+  void resize(uint64_t bytes) {
+    sets = std::max<uint64_t>(1, bytes / kLine / kWays);
+    ways.assign(sets * kWays, Way{});
+  }
+  Way* find(uint64_t line) {
+    Way* set = set_of(line);
+    for (uint64_t i = 0; i < kWays; ++i)
+      if (set[i].line == line) {
+        set[i].used = ++clock;
+        return set + i;
+      }
+    return nullptr;
+  }
+  Way* take(uint64_t line) {  // the line's way, emptied of another line where there was none
+    if (Way* way = find(line)) return way;
+    Way* set = set_of(line);
+    Way* oldest = std::min_element(set, set + kWays, [](const Way& a, const Way& b) { return a.used < b.used; });
+    *oldest = Way{};
+    oldest->line = line;
+    oldest->used = ++clock;
+    return oldest;
+  }
+
+ private:
+  Way* set_of(uint64_t line) { return &ways[(line * 0x9E3779B97F4A7C15u >> 20) % sets * kWays]; }
+};
+
+int sectors_in(uint8_t mask) { return __builtin_popcount(mask); }
+
+// ---- what is counted
+
+struct Operand {
+  std::string name;
+  uintptr_t base, bytes;
+  double requests = 0, sectors = 0, used = 0, l2 = 0, dram = 0;  // used: bytes asked for
+};
+constexpr const char* kScratch = "scratch";  // memory that nobody declared: results and workspace
+
+enum Level { kL1, kL2, kDram, kLevels };
+
+struct Site {  // a place in the code; sums over all blocks of the grid
+  bool shared = false, write = false, async = false;
+  uint32_t bytes = 0;                         // of a lane
+  double requests = 0, lanes = 0, split = 0;  // split: requests that not all lanes of their warp took part in
+  double used = 0, sectors = 0, lines = 0;    // global
+  double wavefronts = 0, ideal = 0;           // shared
+  double from[kLevels] = {};                  // global reads, by the furthest level that had to answer
+};
+
+struct Hit {    // one lane's access
+  uint64_t at;  // address; of shared memory the offset in its arena
+  int32_t pc;   // distance from track_access
+  uint16_t bytes;
+  uint8_t piece;  // of 16 bytes, of a wider access
+  bool write, shared, async;
+  uint32_t place() const { return static_cast<uint32_t>(pc) << 2 ^ piece; }
+};
+
+struct Touch {  // one line of one request, on its way to the caches
+  uint64_t line;
+  uint32_t step;
+  uint16_t operand, site;
+  uint8_t mask;
+  bool write, last;  // last: of its request
+};
+
+struct Block {
+  uint64_t index;
+  std::vector<Touch> touches;
+  double requests = 0, products = 0;
+};
+
+struct Wave {
+  uint64_t first, count;
+  double weight;  // waves that it stands for
+};
+
+struct Record {
+  std::string kernel;
+  ptrdiff_t function;
+  dim3 grid, block;
+  size_t smem;
+  int64_t resident;  // blocks on an SM
+  uint64_t blocks, run;
+  double products = 0, l2 = 0, dram = 0, written = 0;  // instructions of warps; bytes; written: of dram
+  double copies = 0, waits = 0;                        // bytes of a thread under way at its waits, and waits
+  std::vector<std::pair<double, double>> per_block{};  // weight, requests
+  std::map<int32_t, Site> sites{};                     // by pc
+  std::vector<Operand> operands{};
+};
+
+struct Chip {
+  int64_t sms = 132, l1 = 256 << 10, l2 = 50 << 20;
+  int64_t (*resident)(int64_t function, int64_t threads, int64_t smem) = nullptr;
+} g_chip;
+
+std::vector<Operand> g_operands{{kScratch, 0, 0}};
+std::vector<Record> g_records;
+Cache g_l2;
+std::vector<Cache> g_l1;
+
+// Of the launch at hand.
+std::vector<Wave> g_waves;
+size_t g_wave;
+std::vector<Block> g_blocks;  // of the wave so far
+std::vector<Hit> g_hits[kMaxFibers];
+uint32_t g_step[kMaxWarps];
+std::map<int32_t, uint16_t> g_site_of;  // pc -> index
+std::vector<Site*> g_sites;
+uint64_t g_wave_clock = 0;
+const unsigned char *g_stack_low, *g_stack_high, *g_image_low, *g_image_high;
+
+const char* anchor() { return reinterpret_cast<const char*>(&track_access); }
+
+ptrdiff_t offset_of(const void* p) {  // in this library or program
+  Dl_info info;
+  dladdr(reinterpret_cast<const void*>(&track_access), &info);
+  return static_cast<const char*>(p) - static_cast<const char*>(info.dli_fbase);
+}
+
+void find_image() {
+  const auto look = [](dl_phdr_info* info, size_t, void*) {
+    const uintptr_t me = reinterpret_cast<uintptr_t>(&track_access);
+    uintptr_t low = ~uintptr_t{0}, high = 0;
+    for (int i = 0; i < info->dlpi_phnum; ++i)
+      if (info->dlpi_phdr[i].p_type == PT_LOAD) {
+        low = std::min(low, info->dlpi_addr + info->dlpi_phdr[i].p_vaddr);
+        high = std::max(high, info->dlpi_addr + info->dlpi_phdr[i].p_vaddr + info->dlpi_phdr[i].p_memsz);
+      }
+    if (me < low || me >= high) return 0;
+    g_image_low = reinterpret_cast<const unsigned char*>(low);
+    g_image_high = reinterpret_cast<const unsigned char*>(high);
+    return 1;
+  };
+  dl_iterate_phdr(look, nullptr);
+  pthread_attr_t attributes;
+  void* low;
+  size_t bytes;
+  pthread_getattr_np(pthread_self(), &attributes);
+  pthread_attr_getstack(&attributes, &low, &bytes);
+  pthread_attr_destroy(&attributes);
+  g_stack_low = static_cast<const unsigned char*>(low);
+  g_stack_high = g_stack_low + bytes;
+}
+
+template <class... Vectors>
+bool among(const unsigned char* c, const Vectors&... all) {
+  const auto in = [c](const auto& v) {
+    const auto* first = reinterpret_cast<const unsigned char*>(&v);
+    return c >= first && c < first + sizeof v;
+  };
+  return (in(all) || ...);
+}
+bool is_index(const unsigned char* c) { return among(c, threadIdx, blockIdx, blockDim, gridDim); }
+
+double weight() { return g_waves[g_wave].weight; }
+
+uint16_t site_of(const Hit& h) {
+  const auto [it, fresh] = g_site_of.try_emplace(h.pc, static_cast<uint16_t>(g_sites.size()));
+  if (fresh) {
+    Site& site = g_records.back().sites[h.pc];
+    site.shared = h.shared;
+    site.write = h.write;
+    site.async = h.async;
+    site.bytes = h.bytes;
+    g_sites.push_back(&site);
+  }
+  return it->second;
+}
+
+uint16_t operand_of(uint64_t at) {
+  for (size_t i = 1; i < g_operands.size(); ++i)
+    if (at - g_operands[i].base < g_operands[i].bytes) return static_cast<uint16_t>(i);
+  return 0;
+}
+
+// ---- requests
+
+struct LaneHit {
+  Hit hit;
+  int lane;
+};
+
+// 16 bytes a lane go eight lanes at a time, 8 bytes sixteen, less all at once. Lanes that read one word share it.
+void count_shared(Site& site, const std::vector<LaneHit>& hits) {
+  const int together = hits[0].hit.bytes >= 16 ? 8 : hits[0].hit.bytes == 8 ? 16 : 32;
+  for (int first = 0; first < 32; first += together) {
+    uint64_t words[128];
+    size_t count = 0;
+    for (const LaneHit& h : hits)
+      if (h.lane >= first && h.lane < first + together)
+        for (uint64_t word = h.hit.at / 4; word <= (h.hit.at + h.hit.bytes - 1) / 4; ++word) words[count++] = word;
+    if (!count) continue;
+    std::sort(words, words + count);
+    count = static_cast<size_t>(std::unique(words, words + count) - words);
+    int of_bank[32] = {}, most = 0;
+    for (size_t i = 0; i < count; ++i) most = std::max(most, ++of_bank[words[i] % 32]);
+    site.wavefronts += weight() * most;
+    site.ideal += weight() * static_cast<double>((count + 31) / 32);
+  }
+}
+
+void count_global(uint16_t index, const std::vector<LaneHit>& hits, uint32_t step) {
+  Site& site = *g_sites[index];
+  uint64_t sectors[64], starts[32];
+  size_t count = 0, lanes = 0;
+  for (const LaneHit& h : hits) {
+    starts[lanes++] = h.hit.at;
+    for (uint64_t s = h.hit.at / kSector; s <= (h.hit.at + h.hit.bytes - 1) / kSector; ++s) sectors[count++] = s;
+  }
+  std::sort(sectors, sectors + count);
+  count = static_cast<size_t>(std::unique(sectors, sectors + count) - sectors);
+  std::sort(starts, starts + lanes);
+  const auto distinct = static_cast<size_t>(std::unique(starts, starts + lanes) - starts);
+  const double used = static_cast<double>(distinct * hits[0].hit.bytes);
+  const uint16_t operand = operand_of(hits[0].hit.at);
+  std::vector<Touch>& touches = g_blocks.back().touches;
+  for (size_t i = 0; i < count; ++i) {
+    const uint64_t line = sectors[i] / (kLine / kSector);
+    const auto bit = static_cast<uint8_t>(1u << sectors[i] % (kLine / kSector));
+    if (i && touches.back().line == line) {
+      touches.back().mask |= bit;
+    } else {
+      touches.push_back({line, step, operand, index, bit, hits[0].hit.write, false});
+      site.lines += weight();
+    }
+  }
+  touches.back().last = true;
+  site.sectors += weight() * static_cast<double>(count);
+  site.used += weight() * used;
+  Operand& o = g_records.back().operands[operand];
+  o.requests += weight();
+  o.sectors += weight() * static_cast<double>(count);
+  o.used += weight() * used;
+}
+
+void count_request(const std::vector<LaneHit>& hits, int warp, bool whole) {
+  const uint16_t index = site_of(hits[0].hit);
+  Site& site = *g_sites[index];
+  site.requests += weight();
+  site.lanes += weight() * static_cast<double>(hits.size());
+  if (!whole) site.split += weight();
+  g_blocks.back().requests += 1;
+  if (hits[0].hit.shared) {
+    count_shared(site, hits);
+  } else {
+    count_global(index, hits, g_step[warp]++);
+  }
+}
+
+void flush(int warp) {
+  std::vector<Hit>* lanes = g_hits + warp * 32;
+  const size_t length = lanes[0].size();
+  bool alike = length > 0;
+  for (int i = 1; i < 32 && alike; ++i) {
+    alike = lanes[i].size() == length;
+    for (size_t n = 0; n < length && alike; ++n) alike = lanes[i][n].place() == lanes[0][n].place();
+  }
+  std::vector<LaneHit> hits;
+  if (alike) {
+    for (size_t n = 0; n < length; ++n) {
+      hits.clear();
+      for (int i = 0; i < 32; ++i) hits.push_back({lanes[i][n], i});
+      count_request(hits, warp, true);
+    }
+  } else {  // lanes went different ways: their n-th passages of a place go together
+    std::map<std::pair<uint32_t, uint32_t>, size_t> known;  // (place, passage) -> group
+    std::vector<std::vector<LaneHit>> groups;
+    for (int i = 0; i < 32; ++i) {
+      std::unordered_map<uint32_t, uint32_t> passages;
+      for (const Hit& h : lanes[i]) {
+        const auto [it, fresh] = known.try_emplace({h.place(), passages[h.place()]++}, groups.size());
+        if (fresh) groups.emplace_back();
+        groups[it->second].push_back({h, i});
+      }
+    }
+    for (const auto& group : groups) count_request(group, warp, group.size() == 32);
+  }
+  for (int i = 0; i < 32; ++i) lanes[i].clear();
+}
+
+// ---- a wave through the caches
+
+void pass(Record& r, const Touch& t, uint64_t sm, Level& furthest) {
+  const double scale = weight() * static_cast<double>(kSector);
+  const uint64_t now = g_wave_clock + t.step / kStep;
+  Operand& operand = r.operands[t.operand];
+  Cache::Way* near = t.write ? g_l1[sm].find(t.line) : g_l1[sm].take(t.line);
+  uint8_t asked = t.mask;
+  if (!t.write) {
+    if (near->filled == now + 1 && near->valid & asked) furthest = std::max(furthest, kL2);  // on its way
+    asked &= static_cast<uint8_t>(~near->valid);
+    near->valid |= t.mask;
+    if (!asked) return;
+    near->filled = now + 1;
+  }
+  r.l2 += scale * sectors_in(asked);
+  operand.l2 += scale * sectors_in(asked);
+  Cache::Way* far = g_l2.take(t.line);
+  uint8_t beyond;
+  if (t.write) {
+    beyond = asked & static_cast<uint8_t>(~far->dirty);  // goes to memory once, when it leaves
+    far->dirty |= asked;
+    far->valid |= asked;
+    r.written += scale * sectors_in(beyond);
+  } else {
+    beyond = asked & static_cast<uint8_t>(~far->valid);
+    furthest = std::max(furthest, beyond || far->filled == now + 1 ? kDram : kL2);
+    if (beyond) far->filled = now + 1;
+    far->valid |= asked;
+  }
+  r.dram += scale * sectors_in(beyond);
+  operand.dram += scale * sectors_in(beyond);
+}
+
+void end_wave() {
+  Record& r = g_records.back();
+  uint32_t steps = 0;
+  for (const Block& b : g_blocks) {
+    r.per_block.emplace_back(weight(), b.requests);
+    for (const Touch& t : b.touches) steps = std::max(steps, t.step + 1);
+  }
+  for (Block& b : g_blocks)  // warps of a block ran one after the other
+    std::stable_sort(b.touches.begin(), b.touches.end(),
+                     [](const Touch& x, const Touch& y) { return x.step < y.step; });
+  for (Cache& c : g_l1) std::fill(c.ways.begin(), c.ways.end(), Cache::Way{});
+  std::vector<size_t> next(g_blocks.size(), 0);
+  for (uint32_t step = 0; step < steps; ++step)
+    for (size_t i = 0; i < g_blocks.size(); ++i) {
+      const std::vector<Touch>& touches = g_blocks[i].touches;
+      Level furthest = kL1;
+      for (size_t& n = next[i]; n < touches.size() && touches[n].step == step; ++n) {
+        const Touch& t = touches[n];
+        pass(r, t, i % static_cast<uint64_t>(g_chip.sms), furthest);
+        if (!t.last) continue;
+        if (!t.write) g_sites[t.site]->from[furthest] += weight();
+        furthest = kL1;
+      }
+    }
+  g_wave_clock += steps / kStep + 2;
+  g_blocks.clear();
+}
+
+std::string text_of(const Record& r) {
+  std::ostringstream s;
+  s.precision(10);
+  const auto all = [&s](const char* name, const auto& list, const auto& each) {
+    s << ", \"" << name << "\": [";
+    const char* comma = "";
+    for (const auto& item : list) {
+      s << comma;
+      each(item);
+      comma = ", ";
+    }
+    s << "]";
+  };
+  s << "{\"kernel\": \"" << r.kernel << "\", \"function\": " << r.function << ", \"grid\": [" << r.grid.x << ", "
+    << r.grid.y << ", " << r.grid.z << "], \"threads\": " << r.block.x * r.block.y * r.block.z
+    << ", \"smem\": " << r.smem << ", \"resident\": " << r.resident << ", \"blocks\": " << r.blocks
+    << ", \"run\": " << r.run << ", \"products\": " << r.products << ", \"l2\": " << r.l2 << ", \"dram\": " << r.dram
+    << ", \"written\": " << r.written << ", \"copies\": " << r.copies << ", \"waits\": " << r.waits;
+  all("per_block", r.per_block, [&](const auto& b) { s << "[" << b.first << ", " << b.second << "]"; });
+  all("sites", r.sites, [&](const auto& entry) {
+    const Site& site = entry.second;
+    s << "{\"at\": " << offset_of(anchor() + entry.first) << ", \"shared\": " << site.shared
+      << ", \"write\": " << site.write << ", \"async\": " << site.async << ", \"bytes\": " << site.bytes
+      << ", \"requests\": " << site.requests << ", \"lanes\": " << site.lanes << ", \"split\": " << site.split
+      << ", \"used\": " << site.used << ", \"sectors\": " << site.sectors << ", \"lines\": " << site.lines
+      << ", \"wavefronts\": " << site.wavefronts << ", \"ideal\": " << site.ideal << ", \"from\": [" << site.from[kL1]
+      << ", " << site.from[kL2] << ", " << site.from[kDram] << "]}";
+  });
+  all("operands", r.operands, [&](const Operand& o) {
+    s << "{\"name\": \"" << o.name << "\", \"bytes\": " << o.bytes << ", \"requests\": " << o.requests
+      << ", \"sectors\": " << o.sectors << ", \"used\": " << o.used << ", \"l2\": " << o.l2 << ", \"dram\": " << o.dram
+      << "}";
+  });
+  s << "}";
+  return s.str();
+}
+
+void end_block() {
+  if (g_blocks.empty()) return;
+  for (int warp = 0; warp < kMaxWarps; ++warp) flush(warp);
+  if (g_blocks.size() == g_waves[g_wave].count) {
+    end_wave();
+    ++g_wave;
+  }
+}
+
+void add(const void* p, size_t bytes, bool write, bool async, const void* pc) {
+  Worker* w = t_worker;
+  if (!w || !w->current || bytes == 0) return;
+  const auto* c = static_cast<const unsigned char*>(p);
+  const bool shared = c >= w->arena && c < w->arena + kArenaBytes;
+  // A thread's own variables and its index are registers, parameters and constants come from a cache of their own.
+  if (!shared && (is_index(c) || w->stacks.hold(c) || (c >= g_stack_low && c < g_stack_high) ||
+                  (c >= g_image_low && c < g_image_high)))
+    return;
+  const uint64_t at = shared ? static_cast<uint64_t>(c - w->arena) : reinterpret_cast<uint64_t>(c);
+  const auto place = static_cast<int32_t>(static_cast<const char*>(pc) - anchor());
+  std::vector<Hit>& hits = g_hits[w->current->tid];
+  for (size_t done = 0; done < bytes; done += 16)
+    hits.push_back({at + done, place, static_cast<uint16_t>(std::min<size_t>(16, bytes - done)),
+                    static_cast<uint8_t>(done / 16), write, shared, async});
+}
+
+}  // namespace
+
+std::vector<uint64_t> track_launch(const Launch& l) {
+  if (!g_image_low) find_image();
+  Record r{l.kernel, offset_of(l.function), l.grid, l.block, l.smem, 1, l.blocks, 0};
+  const int64_t threads = int64_t{l.block.x} * l.block.y * l.block.z;
+  if (g_chip.resident)
+    r.resident = std::max<int64_t>(1, g_chip.resident(r.function, threads, static_cast<int64_t>(l.smem)));
+  r.operands = g_operands;
+  const auto slots = static_cast<uint64_t>(g_chip.sms * r.resident), waves = (l.blocks + slots - 1) / slots;
+  g_waves.clear();
+  const auto wave = [&](uint64_t i, double stands_for) {
+    const uint64_t first = i * slots;
+    g_waves.push_back({first, std::min(slots, l.blocks - first), stands_for});
+  };
+  wave(0, 1);
+  if (waves > 2) wave(1, static_cast<double>(waves - 2));
+  if (waves > 1) wave(waves - 1, 1);
+  g_wave = 0;
+  g_site_of.clear();
+  g_sites.clear();
+  if (g_l2.ways.empty()) g_l2.resize(static_cast<uint64_t>(g_chip.l2));
+  g_l1.resize(static_cast<size_t>(g_chip.sms));
+  for (Cache& c : g_l1)
+    c.resize(
+        static_cast<uint64_t>(std::max<int64_t>(g_chip.l1 - r.resident * static_cast<int64_t>(l.smem + 1024), 4096)));
+  std::vector<uint64_t> chosen;
+  for (const Wave& w : g_waves)
+    for (uint64_t i = 0; i < w.count; ++i) chosen.push_back(w.first + i);
+  r.run = chosen.size();
+  g_records.push_back(std::move(r));
+  return chosen;
+}
+void track_launch_end() { end_block(); }
+
+void track_block_start(Worker&) {
+  end_block();
+  g_blocks.emplace_back();
+  std::fill(std::begin(g_step), std::end(g_step), 0u);
+}
+void track_barrier(const uint32_t* lanes_per_warp) {
+  uint32_t last = 0;
+  for (int w = 0; w < kMaxWarps; ++w) {
+    if (!lanes_per_warp[w]) continue;
+    flush(w);
+    last = std::max(last, g_step[w]);
+  }
+  for (int w = 0; w < kMaxWarps; ++w)
+    if (lanes_per_warp[w]) g_step[w] = last;
+}
+void track_meeting(uint32_t warp) { flush(static_cast<int>(warp)); }
+void track_sync_warp(uint32_t) {}
+void track_product(uint32_t) { g_records.back().products += weight() / 32; }
+
+void track_access(const void* p, size_t bytes, Access access, const void* pc) {
+  add(p, bytes, access != Access::kRead, false, pc);
+}
+void track_plain(const void* p, size_t bytes, bool write, bool, const void* pc) { add(p, bytes, write, false, pc); }
+void track_copy_issued(void* to, const void* pc) { add(to, 16, true, true, pc); }
+void track_copy_wait(size_t bytes) {
+  g_records.back().copies += weight() * static_cast<double>(bytes);
+  g_records.back().waits += weight();
+}
+void track_copy_landed(void*) {}
+void track_global(const void*, size_t, bool) {}
+void forget_global() {}
+
+}  // namespace lrk::emu
+
+// For ctypes. A chip: its SMs, bytes of L1 and shared memory of each, bytes of L2, and who says how many blocks of a kernel
+// an SM holds.
+extern "C" void lrk_traffic_chip(int64_t sms, int64_t l1, int64_t l2, int64_t (*resident)(int64_t, int64_t, int64_t)) {
+  lrk::emu::g_chip = {sms, l1, l2, resident};
+}
+// Forgets what was counted and declared, and empties the caches.
+extern "C" void lrk_traffic_begin() {
+  lrk::emu::g_operands.resize(1);
+  lrk::emu::g_records.clear();
+  lrk::emu::g_l2.ways.clear();
+}
+extern "C" void lrk_traffic_operand(const char* name, const void* p, size_t bytes) {
+  lrk::emu::g_operands.push_back({name, reinterpret_cast<uintptr_t>(p), bytes});
+}
+// A JSON list of the launches since.
+extern "C" const char* lrk_traffic_report() {
+  static std::string text;
+  text = "[";
+  for (const auto& r : lrk::emu::g_records) text += (text.size() > 1 ? ",\n" : "") + lrk::emu::text_of(r);
+  return (text += "]").c_str();
+}
