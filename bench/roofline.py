@@ -98,7 +98,9 @@ def main(argv: list[str]) -> int:
     machine = Machine(chip, compiled)
     counter = Counter(build.extension("traffic"), chip, machine.resident)
     torch.ops.load_library(str(counter.path))
-    print(f"predicted for {args.arch}: {chip.sms} SMs at {chip.clock} GHz, {chip.dram / 1e3:.2f} TB/s; nothing ran on a GPU")
+    print(
+        f"predicted for {args.arch}: {chip.sms} SMs at {chip.clock} GHz, {chip.dram / 1e3:.2f} TB/s; nothing ran on a GPU"
+    )
     if machine.why:
         print(f"no machine code: {machine.why}. Left out are issue slots, bytes in flight and the times that follow from\n"
               "them; blocks on an SM are those of the plans in tools/families/.")  # fmt: skip
@@ -127,7 +129,9 @@ def case(family: str, kernels: set[str] | None, shape: Shape, counter: Counter, 
         for p in found:
             print(row(p) + ("" if p.sample == "all" else f"; {p.sample}"), flush=True)
         if len(found) > 1:
-            print(f"  {'sum':<24}{sum(p.launches for p in found):>3} launches{sum(p.predicted_us for p in found):>90.1f}")
+            print(
+                f"  {'sum':<24}{sum(p.launches for p in found):>3} launches{sum(p.predicted_us for p in found):>90.1f}"
+            )
         if args.json:
             with args.json.open("a") as f:
                 for p in found:

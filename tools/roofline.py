@@ -176,12 +176,18 @@ class Machine:
         return None
 
 
-def path_of(code: sass.Code, counted: Counted) -> sass.Path:
-    """The path past lines that were never touched, with as many trips as were counted."""
-    touched: dict[Line, float] = defaultdict(float)  # bytes that a lane moves there, of a warp of a busy block
+def bytes_of_lane(counted: Counted) -> dict[Line, float]:
+    """That a lane moves on each line, in the warp of a busy block that moves most there."""
+    found: dict[Line, float] = defaultdict(float)
     for s in counted.sites:
         if not s.shared:
-            touched[s.line] += s.requests * s.each / counted.busy / counted.warps
+            found[s.line] += s.longest * s.each / counted.busy
+    return found
+
+
+def path_of(code: sass.Code, counted: Counted) -> sass.Path:
+    """The path past lines that were never touched, with as many trips as were counted."""
+    touched = bytes_of_lane(counted)
     plain = lambda x: x.name in ("LDG", "STG")
     listed = {x.line for x in code.instructions if plain(x)}
     cold = lambda x: plain(x) and x.line not in touched
@@ -212,7 +218,17 @@ def path_of(code: sass.Code, counted: Counted) -> sass.Path:
             settle(loop, max(wanted, 1e-9))
 
     settle(path, 1.0)
-    return path
+    listed: dict[Line | None, float] = defaultdict(float)
+    for line in touched:
+        listed[line] = path.count(lambda x, line=line: x.bytes if plain(x) and x.line == line else 0)
+
+    def share(piece: list[Instruction]) -> float:
+        """By the accesses in it: an edge, or a row that is not there, is gone past."""
+        seen = [touched[x.line] / listed[x.line] for x in piece if plain(x) and listed[x.line]]
+        return min(1.0, *seen) if seen else 1.0
+
+    at = code.instructions
+    return path.with_shares(share, {id(at[i]) for i in code.labels.values() if i < len(at)})
 
 
 # ---------------------------------------------------------------------------------------------- time
@@ -313,7 +329,16 @@ def predict(counted: Counted, chip: Chip, code: sass.Code | None, least: float, 
 def added(a: Prediction, b: Prediction) -> Prediction:
     """Two launches of one kernel in a call: sums, and of what is no sum the one of the longer."""
     longer = a if a.predicted_us >= b.predicted_us else b
-    names = ("dram_bytes", "least_bytes", "l2_bytes", "issue_slots", "tensor_slots", "launches", "predicted_us", "roof_us")
+    names = (
+        "dram_bytes",
+        "least_bytes",
+        "l2_bytes",
+        "issue_slots",
+        "tensor_slots",
+        "launches",
+        "predicted_us",
+        "roof_us",
+    )
     both = {name: (getattr(a, name) or 0) + (getattr(b, name) or 0) for name in names}
     return replace(longer, **both)
 

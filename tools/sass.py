@@ -8,12 +8,13 @@ for, so these bits say how many of them are under way together, whatever the sou
 """
 
 import importlib.util
+import math
 import re
 import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path as File
 
@@ -31,6 +32,7 @@ class Instruction:
     waits: int  # mask of scoreboards
     line: Line | None  # the innermost one
     target: str = ""  # of a branch; "" too where it lies outside
+    share: float = 1.0  # of the passages of its path in which it runs
 
     @property
     def name(self) -> str:
@@ -131,10 +133,33 @@ class Path:
         mine = [item for item in self.items if isinstance(item, Path)]
         return [inner for loop in mine for inner in (*loop.loops(), loop)]
 
+    def with_shares(self, share: Callable[[list[Instruction]], float], starts: Collection[int]) -> "Path":
+        """The same, with a share for each piece without a branch. starts: ids of instructions that labels stand before."""
+        items: list[Instruction | Path] = []
+        piece: list[Instruction] = []
+
+        def close() -> None:
+            of = share(piece)
+            items.extend(replace(x, share=of) for x in piece)
+            piece.clear()
+
+        for item in self.items:
+            if isinstance(item, Path) or id(item) in starts:
+                close()
+            if isinstance(item, Path):
+                items.append(item.with_shares(share, starts))
+                continue
+            piece.append(item)
+            if item.target:
+                close()
+        close()
+        return Path(items, self.trips)
+
     def count(self, value: Callable[[Instruction], float]) -> float:
         """The sum of value over what is executed."""
         return sum(
-            value(item) if isinstance(item, Instruction) else item.trips * item.count(value) for item in self.items
+            value(item) * item.share if isinstance(item, Instruction) else item.trips * item.count(value)
+            for item in self.items
         )
 
 
@@ -250,6 +275,7 @@ def score_of(instructions: Collection[Instruction]) -> Score:
 # ---------------------------------------------------------------------------------------------- a warp on its way
 
 Latency = Callable[[Instruction], float]
+FILLED, WALKED = 4, 16  # trips of a loop until a pipeline is full; 12 more hold whole rounds of 1, 2, 3, 4 or 6 stages
 
 
 class Walk:
@@ -270,7 +296,7 @@ class Walk:
             left = int(m[1], 0)
             self.now = max([self.now, *self.groups[: len(self.groups) - left]])
             self.groups = self.groups[len(self.groups) - left :] if left else []
-        done = self.now + self.latency(x)
+        done = self.now + x.share * self.latency(x)
         if x.name == "LDGSTS":
             self.copies.append(done)
         elif x.name == "LDGDEPBAR":
@@ -280,23 +306,28 @@ class Walk:
             if i < 6:
                 self.ready[i] = max(self.ready[i], done if i == x.sets else self.now + 12)
         if self.stalls:
-            self.now += max(1, x.stall)
+            self.now += x.share * max(1, x.stall)
 
     def along(self, path: Path) -> "Walk":
-        """The first two trips of a loop are walked; the others take as long as the second one."""
+        """The first trips of a loop are walked; the others take as long as the later ones of these."""
         for item in path.items:
             if isinstance(item, Instruction):
                 self.step(item)
-            elif item.trips > 0:
+                continue
+            ends = [self.now]
+            for _ in range(min(WALKED, math.ceil(item.trips))):
                 self.along(item)
-                if item.trips > 1:
-                    start = self.now
-                    self.along(item)
-                    later = (self.now - start) * (item.trips - 2)
-                    self.now += later
-                    self.ready = [at + later for at in self.ready]
-                    self.groups = [at + later for at in self.groups]
+                ends.append(self.now)
+            if item.trips > WALKED:
+                each = (ends[-1] - ends[FILLED]) / (WALKED - FILLED)
+                self.skip(each * (item.trips - WALKED))
         return self
+
+    def skip(self, time: float) -> None:
+        self.now += time
+        self.ready = [at + time for at in self.ready]
+        self.copies = [at + time for at in self.copies]
+        self.groups = [at + time for at in self.groups]
 
 
 def cycles(path: Path, latency: Latency) -> float:

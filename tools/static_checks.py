@@ -49,7 +49,14 @@ def plan_of(kernel: str) -> Plan | None:
 
 # (warps, blocks, KB of shared memory) of an SM: "Technical Specifications per Compute Capability" in NVIDIA's programming
 # guide. All have 65536 registers in four parts and keep 1 KB of shared memory per block for the system.
-SM = {"80": (64, 32, 164), "86": (48, 16, 100), "89": (48, 24, 100), "90": (64, 32, 228), "100": (64, 32, 228), "120": (48, 24, 100)}
+SM = {
+    "80": (64, 32, 164),
+    "86": (48, 16, 100),
+    "89": (48, 24, 100),
+    "90": (64, 32, 228),
+    "100": (64, 32, 228),
+    "120": (48, 24, 100),
+}
 
 
 def occupancy(arch: str, registers: int, shared: int, threads: int) -> tuple[int, str]:

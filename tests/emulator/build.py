@@ -142,6 +142,14 @@ def executable(name: str, sources: list[str | Path], variant: str, runtime: tupl
         return link(f"{name}-{variant}", compile_all(units), LINK[variant])
 
 
+def counted(name: str, sources: list[str | Path]) -> Path:
+    """build/emulator/<name>-traffic.so, for ctypes."""
+    units = [(Path(s), KERNEL["traffic"]) for s in sources]
+    units += [(s, RUNTIME["traffic"]) for s in runtime_of("traffic")]
+    with locked():
+        return link(f"{name}-traffic.so", compile_all(units), ["-shared", "-Wl,-Bsymbolic", *LINK["traffic"]])
+
+
 def portable(*kinds: str) -> list[Source]:
     """The sources, of these kinds alone where any are given, that run anywhere; others have instructions of one GPU."""
     return [s for s in sources() if not s.arch and s.kind in (kinds or s.kind)]

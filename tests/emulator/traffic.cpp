@@ -13,6 +13,7 @@
 #include <link.h>
 #include <pthread.h>
 
+#include <array>
 #include <map>
 #include <sstream>
 #include <unordered_map>
@@ -76,6 +77,7 @@ struct Operand {
   std::string name;
   uintptr_t base, bytes;
   double requests = 0, sectors = 0, used = 0, l2 = 0, dram = 0;  // used: bytes asked for
+  double unique = 0;                                             // bytes of different sectors; of blocks that ran
 };
 constexpr const char* kScratch = "scratch";  // memory that nobody declared: results and workspace
 
@@ -84,6 +86,7 @@ enum Level { kL1, kL2, kDram, kLevels };
 struct Site {  // a place in the code; sums over all blocks of the grid
   bool shared = false, write = false, async = false;
   uint32_t bytes = 0;                         // of a lane
+  double longest = 0;                         // requests of the warp that makes most of them in its block
   double requests = 0, lanes = 0, split = 0;  // split: requests that not all lanes of their warp took part in
   double used = 0, sectors = 0, lines = 0;    // global
   double wavefronts = 0, ideal = 0;           // shared
@@ -150,6 +153,8 @@ std::vector<Hit> g_hits[kMaxFibers];
 uint32_t g_step[kMaxWarps];
 std::map<int32_t, uint16_t> g_site_of;  // pc -> index
 std::vector<Site*> g_sites;
+std::vector<std::array<uint32_t, kMaxWarps>> g_of_warp;  // requests of a block, by site
+std::unordered_map<uint64_t, uint8_t> g_seen;            // sectors of lines
 uint64_t g_wave_clock = 0;
 const unsigned char *g_stack_low, *g_stack_high, *g_image_low, *g_image_high;
 
@@ -207,6 +212,7 @@ uint16_t site_of(const Hit& h) {
     site.async = h.async;
     site.bytes = h.bytes;
     g_sites.push_back(&site);
+    g_of_warp.emplace_back();
   }
   return it->second;
 }
@@ -281,6 +287,7 @@ void count_request(const std::vector<LaneHit>& hits, int warp, bool whole) {
   const uint16_t index = site_of(hits[0].hit);
   Site& site = *g_sites[index];
   site.requests += weight();
+  ++g_of_warp[index][static_cast<size_t>(warp)];
   site.lanes += weight() * static_cast<double>(hits.size());
   if (!whole) site.split += weight();
   g_blocks.back().requests += 1;
@@ -328,6 +335,9 @@ void pass(Record& r, const Touch& t, uint64_t sm, Level& furthest) {
   const double scale = weight() * static_cast<double>(kSector);
   const uint64_t now = g_wave_clock + t.step / kStep;
   Operand& operand = r.operands[t.operand];
+  uint8_t& seen = g_seen[t.line];
+  operand.unique += static_cast<double>(kSector) * sectors_in(t.mask & static_cast<uint8_t>(~seen));
+  seen |= t.mask;
   Cache::Way* near = t.write ? g_l1[sm].find(t.line) : g_l1[sm].take(t.line);
   uint8_t asked = t.mask;
   if (!t.write) {
@@ -407,15 +417,15 @@ std::string text_of(const Record& r) {
     const Site& site = entry.second;
     s << "{\"at\": " << offset_of(anchor() + entry.first) << ", \"shared\": " << site.shared
       << ", \"write\": " << site.write << ", \"async\": " << site.async << ", \"bytes\": " << site.bytes
-      << ", \"requests\": " << site.requests << ", \"lanes\": " << site.lanes << ", \"split\": " << site.split
-      << ", \"used\": " << site.used << ", \"sectors\": " << site.sectors << ", \"lines\": " << site.lines
-      << ", \"wavefronts\": " << site.wavefronts << ", \"ideal\": " << site.ideal << ", \"from\": [" << site.from[kL1]
-      << ", " << site.from[kL2] << ", " << site.from[kDram] << "]}";
+      << ", \"requests\": " << site.requests << ", \"longest\": " << site.longest << ", \"lanes\": " << site.lanes
+      << ", \"split\": " << site.split << ", \"used\": " << site.used << ", \"sectors\": " << site.sectors
+      << ", \"lines\": " << site.lines << ", \"wavefronts\": " << site.wavefronts << ", \"ideal\": " << site.ideal
+      << ", \"from\": [" << site.from[kL1] << ", " << site.from[kL2] << ", " << site.from[kDram] << "]}";
   });
   all("operands", r.operands, [&](const Operand& o) {
     s << "{\"name\": \"" << o.name << "\", \"bytes\": " << o.bytes << ", \"requests\": " << o.requests
       << ", \"sectors\": " << o.sectors << ", \"used\": " << o.used << ", \"l2\": " << o.l2 << ", \"dram\": " << o.dram
-      << "}";
+      << ", \"unique\": " << o.unique << "}";
   });
   s << "}";
   return s.str();
@@ -424,6 +434,10 @@ std::string text_of(const Record& r) {
 void end_block() {
   if (g_blocks.empty()) return;
   for (int warp = 0; warp < kMaxWarps; ++warp) flush(warp);
+  for (size_t i = 0; i < g_sites.size(); ++i) {
+    g_sites[i]->longest += weight() * *std::max_element(g_of_warp[i].begin(), g_of_warp[i].end());
+    g_of_warp[i].fill(0);
+  }
   if (g_blocks.size() == g_waves[g_wave].count) {
     end_wave();
     ++g_wave;
@@ -468,6 +482,8 @@ std::vector<uint64_t> track_launch(const Launch& l) {
   g_wave = 0;
   g_site_of.clear();
   g_sites.clear();
+  g_of_warp.clear();
+  g_seen.clear();
   if (g_l2.ways.empty()) g_l2.resize(static_cast<uint64_t>(g_chip.l2));
   g_l1.resize(static_cast<size_t>(g_chip.sms));
   for (Cache& c : g_l1)
