@@ -25,6 +25,8 @@ from tools.chips import Chip
 from tools.sass import Instruction, Line
 
 HIDDEN = ("emulated_ptx.h", "emulator.h", "launch.cuh", "warp_ops.cpp")  # a line of theirs is the caller's
+GLOBAL = ("LDG", "LDGSTS", "ATOMG", "LD")
+SHARED_BY_WARPS = ("L1", "tensor cores", "issue slots", "load/store unit", "multipliers")
 OTHER = 24  # cycles of what sets a scoreboard and is no access: special registers, conversions
 
 
@@ -33,9 +35,9 @@ OTHER = 24  # cycles of what sets a scoreboard and is no access: special registe
 
 @dataclass
 class Site:
-    """A line's accesses of one kind."""
+    """Accesses of one place in the code."""
 
-    line: Line
+    frames: tuple[Line, ...]  # its own line, and those of the calls around it that were inlined
     shared: bool
     write: bool
     each: int  # bytes of a lane
@@ -106,17 +108,17 @@ class Counter:
         command = ["addr2line", *([how] if how else []), "-e", str(self.path)]
         return subprocess.run(command, input=given, check=True, capture_output=True, text=True).stdout.splitlines()
 
-    def lines(self, addresses: list[int]) -> dict[int, Line]:
-        """Of the calls that return to these addresses."""
-        found: dict[int, Line] = {}
-        at = None
+    def lines(self, addresses: list[int]) -> dict[int, tuple[Line, ...]]:
+        """Of the calls that return to these addresses, and of what they were inlined into."""
+        found: dict[int, tuple[Line, ...]] = {}
         for row in self.ask("-ai", [a - 1 for a in addresses]):
             if row.startswith("0x"):
                 at = int(row, 16) + 1
-            elif at not in found:
+                found[at] = ()
+            else:
                 path, _, number = row.split(" ")[0].rpartition(":")
-                if Path(path).name not in HIDDEN:
-                    found[at] = sass.short(path), int(number) if number.isdigit() else 0
+                if Path(path).name not in HIDDEN and number.isdigit():
+                    found[at] += ((sass.short(path), int(number)),)
         return found
 
     def count(self, call: Callable[[], object], operands: dict[str, tuple[int, int]] | None = None) -> list[Counted]:
@@ -127,12 +129,11 @@ class Counter:
         call()
         launches = json.loads(self.lib.lrk_traffic_report())
         lines = self.lines(sorted({s["at"] for one in launches for s in one["sites"]}))
-        known = lambda s: lines.get(s["at"], ("?", 0))
         return [
             Counted(
                 self.function(one["function"]),
                 one,
-                [Site(known(s), bool(s["shared"]), bool(s["write"]), s["bytes"], s) for s in one["sites"]],
+                [Site(lines[s["at"]], bool(s["shared"]), bool(s["write"]), s["bytes"], s) for s in one["sites"]],
             )
             for one in launches
         ]
@@ -176,22 +177,40 @@ class Machine:
         return None
 
 
-def bytes_of_lane(counted: Counted) -> dict[Line, float]:
-    """That a lane moves on each line, in the warp of a busy block that moves most there."""
-    found: dict[Line, float] = defaultdict(float)
-    for s in counted.sites:
-        if not s.shared:
-            found[s.line] += s.longest * s.each / counted.busy
-    return found
+def plain(x: Instruction) -> bool:
+    return x.name in ("LDG", "STG")
 
 
-def path_of(code: sass.Code, counted: Counted) -> sass.Path:
+class Places:
+    """Where the machine code does what the sites do. g++ and nvcc may each name an inlined access by another of the calls it
+    went through, so that lines which one site has in common are one place."""
+
+    def __init__(self, code: sass.Code, counted: Counted):
+        known = {wide: {x.line for x in code.instructions if x.bytes and plain(x) == wide} for wide in (True, False)}
+        self.of: dict[Line, Line] = {}  # a line, and the one that stands for its place
+        for s in counted.sites:
+            mine = [line for line in s.frames if line in known[not s.shared]]
+            joined = {self.of.get(line, line) for line in mine}
+            self.of |= {line: mine[0] for line, at in self.of.items() if at in joined}
+            self.of |= dict.fromkeys(mine, mine[0] if mine else None)
+        self.bytes: dict[Line | None, float] = defaultdict(float)  # of a lane, in the warp that moves most there
+        self.requests: dict[Line | None, float] = defaultdict(float)  # of a warp, of shared memory
+        for s in counted.sites:
+            if s.shared:
+                self.requests[self.place(s)] += s.requests / counted.busy / counted.warps
+            else:
+                self.bytes[self.place(s)] += s.longest * s.each / counted.busy
+
+    def place(self, at: "Site | Instruction") -> Line | None:
+        lines = at.frames if isinstance(at, Site) else (at.line,)
+        return next((self.of[line] for line in lines if line in self.of), None)
+
+
+def path_of(code: sass.Code, counted: Counted, places: Places) -> sass.Path:
     """The path past lines that were never touched, with as many trips as were counted."""
-    touched = bytes_of_lane(counted)
-    plain = lambda x: x.name in ("LDG", "STG")
-    listed = {x.line for x in code.instructions if plain(x)}
-    cold = lambda x: plain(x) and x.line not in touched
-    path = sass.hot_path(code, cold if listed & touched.keys() else lambda x: False)
+    touched, place = places.bytes, places.place
+    cold = lambda x: plain(x) and place(x) is None
+    path = sass.hot_path(code, cold if places.of else lambda x: False)
     loops = path.loops()
     products = counted.products / counted.busy / counted.warps
     tensor = lambda x: bool(sass.TENSOR.match(x.op))
@@ -203,10 +222,9 @@ def path_of(code: sass.Code, counted: Counted) -> sass.Path:
             straight = sum(map(tensor, path.own()))
             return (products - straight) / (sum(map(tensor, of)) - straight)
         seen = []
-        for line in {x.line for x in loop.own() if plain(x)}:
-            before = sum(x.bytes for x in path.own() if plain(x) and x.line == line)
-            inside = sum(x.bytes for x in of if plain(x) and x.line == line) - before
-            seen.append(((touched[line] - before) / inside, sum(x.bytes for x in loop.own() if x.line == line)))
+        for at in {place(x) for x in loop.own() if plain(x)}:
+            here = lambda xs, at=at: sum(x.bytes for x in xs if plain(x) and place(x) == at)
+            seen.append(((touched[at] - here(path.own())) / (here(of) - here(path.own())), here(loop.own())))
         return max(seen, key=lambda s: s[1])[0] if seen else 1.0
 
     def settle(within: sass.Path, times: float) -> None:
@@ -219,16 +237,16 @@ def path_of(code: sass.Code, counted: Counted) -> sass.Path:
 
     settle(path, 1.0)
     listed: dict[Line | None, float] = defaultdict(float)
-    for line in touched:
-        listed[line] = path.count(lambda x, line=line: x.bytes if plain(x) and x.line == line else 0)
+    for at in touched:
+        listed[at] = path.count(lambda x, at=at: x.bytes if plain(x) and place(x) == at else 0)
 
     def share(piece: list[Instruction]) -> float:
         """By the accesses in it: an edge, or a row that is not there, is gone past."""
-        seen = [touched[x.line] / listed[x.line] for x in piece if plain(x) and listed[x.line]]
-        return min(1.0, *seen) if seen else 1.0
+        seen = [touched[place(x)] / listed[place(x)] for x in piece if plain(x) and listed[place(x)]]
+        return min([1.0, *seen])
 
-    at = code.instructions
-    return path.with_shares(share, {id(at[i]) for i in code.labels.values() if i < len(at)})
+    every = code.instructions
+    return path.with_shares(share, {id(every[i]) for i in code.labels.values() if i < len(every)})
 
 
 # ---------------------------------------------------------------------------------------------- time
@@ -274,18 +292,18 @@ def predict(counted: Counted, chip: Chip, code: sass.Code | None, least: float, 
     reads = [s for s in counted.sites if not s.shared]
     lines = sum(s.lines for s in reads)
     requests = sum(s.requests for s in reads)
-    wavefronts = counted.total("wavefronts", lambda s: s.shared)
     parts = {
         "DRAM": counted.dram / chip.reached / 1e3,
         "L2": counted.l2 / chip.l2_rate / 1e3,
-        "L1": of_sm(lines + wavefronts) / cycles_us,
+        "L1": of_sm(lines + counted.total("wavefronts", lambda s: s.shared)) / cycles_us,
         "tensor cores": of_sm(counted.products) * 16 * 8 * 16 / chip.tensor / cycles_us,
     }
     flight = issue = None
     held = min(counted.resident, max(1, math.ceil(counted.busy / chip.sms)))
     if code:
-        path = path_of(code, counted)
-        latency = latencies(counted, chip)
+        places = Places(code, counted)
+        path = path_of(code, counted, places)
+        latency = latencies(counted, chip, places)
         issue = path.count(lambda x: 1) * counted.busy * counted.warps
         accesses = path.count(lambda x: x.bytes > 0) * counted.busy * counted.warps
         multiplied = path.count(lambda x: x.name in sass.FMA) * counted.busy * counted.warps
@@ -296,9 +314,15 @@ def predict(counted: Counted, chip: Chip, code: sass.Code | None, least: float, 
         parts |= {
             "issue slots": of_sm(issue) / 4 / cycles_us,
             "load/store unit": of_sm(accesses) * 32 / chip.lanes / cycles_us,
+            "L1": of_sm(lines + shared_wavefronts(counted, path, places)) / cycles_us,
             "multipliers": of_sm(multiplied) * 32 / chip.fp32 / cycles_us,
-            "waiting": sass.cycles(path, latency) * rounds / cycles_us,
         }
+        # A block's own work hides no wait of its own where barriers hold its warps together; other blocks' work does.
+        near = sass.cycles(path, lambda x: 0 if x.name in GLOBAL else latency(x))
+        work = max(parts[name] for name in SHARED_BY_WARPS) * cycles_us / on_busiest
+        held_together = any(x.name == "BAR" for loop in path.loops() for x in loop.own())
+        more = max(0.0, work - near) if held_together else 0.0
+        parts["waiting"] = (sass.cycles(path, latency) + more) * rounds / cycles_us
     bound = max(parts, key=lambda k: parts[k])
     run = "all" if counted.run == counted.blocks else f"{counted.run} of {counted.blocks} blocks"
     return Prediction(
@@ -326,6 +350,19 @@ def predict(counted: Counted, chip: Chip, code: sass.Code | None, least: float, 
     )
 
 
+def shared_wavefronts(counted: Counted, path: sass.Path, places: Places) -> float:
+    """With as many accesses as the machine code has on each line: nvcc may make one of some that lie side by side."""
+    listed: dict[Line | None, float] = defaultdict(float)
+    for at in places.requests:
+        listed[at] = path.count(lambda x, at=at: bool(x.bytes) and not plain(x) and places.place(x) == at)
+    total = 0.0
+    for s in counted.sites:
+        if s.shared:
+            of, made = listed[places.place(s)], places.requests[places.place(s)]
+            total += s.wavefronts * (min(1.0, of / made) if of else 1.0)
+    return total
+
+
 def added(a: Prediction, b: Prediction) -> Prediction:
     """Two launches of one kernel in a call: sums, and of what is no sum the one of the longer."""
     longer = a if a.predicted_us >= b.predicted_us else b
@@ -343,21 +380,22 @@ def added(a: Prediction, b: Prediction) -> Prediction:
     return replace(longer, **both)
 
 
-def latencies(counted: Counted, chip: Chip) -> Callable[[Instruction], float]:
-    """Of a load by the levels that answered on its line."""
-    by_line: dict[Line, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+def latencies(counted: Counted, chip: Chip, places: Places) -> Callable[[Instruction], float]:
+    """Of a load by the levels that answered at its place."""
+    by_place: dict[Line | None, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for s in counted.sites:
         if not s.shared and not s.write:
-            by_line[s.line] = [a + b for a, b in zip(by_line[s.line], s.figures["from"], strict=True)]
+            at = places.place(s)
+            by_place[at] = [a + b for a, b in zip(by_place[at], s.figures["from"], strict=True)]
     levels = [chip.latency[name] for name in ("l1", "l2", "dram")]
-    every = [sum(of) for of in zip(*by_line.values(), strict=True)] if by_line else [0.0, 1.0, 0.0]
+    every = [sum(of) for of in zip(*by_place.values(), strict=True)] if by_place else [0.0, 1.0, 0.0]
 
     def latency(x: Instruction) -> float:
         if x.name in ("LDS", "LDSM"):
             return chip.latency["shared"]
-        if x.name not in ("LDG", "LDGSTS", "ATOMG", "LD"):
+        if x.name not in GLOBAL:
             return OTHER
-        seen = by_line.get(x.line) or every
+        seen = by_place.get(places.place(x)) or every
         return sum(a * b for a, b in zip(seen, levels, strict=True)) / (sum(seen) or 1)
 
     return latency

@@ -107,7 +107,9 @@ __global__ void __launch_bounds__(256) gemm_square_kernel(Gemm p) {
       as[(k + 3) * kTile + r] = v.w;
       vector_at(bs + t * 4) = vector_at(b + t / (kTile / 4) * p.n + t % (kTile / 4) * 4);
     } else {
-      for (int i = t; i < kTile * kDepth; i += kThreads) {
+#pragma unroll
+      for (int j = 0; j < kTile * kDepth / kThreads; ++j) {
+        const int i = t + j * kThreads;
         as[i] = a[i / kDepth * p.n + i % kDepth];
         bs[i] = b[i / kTile * p.n + i % kTile];
       }
@@ -148,7 +150,8 @@ __global__ void __launch_bounds__(128) gemm_warp_kernel(Gemm p) {
   float sum[kM][kPieces * kN] = {};
   for (int k0 = 0; k0 < p.depth; k0 += kDepth) {
 #pragma unroll
-    for (int i = t; i < kTile * kDepth / 4; i += 128) {
+    for (int j = 0; j < kTile * kDepth / 4 / 128; ++j) {
+      const int i = t + j * 128;
       const int r = i / (kDepth / 4), k = i % (kDepth / 4) * 4;
       const float4 v = vector_at(a + r * p.n + k);
       as[k * kTile + r] = v.x;

@@ -6,8 +6,8 @@
 // the lanes did at one place in their n-th passage there is one request. A request of global memory is 32-byte sectors of
 // 128-byte lines; one of shared memory takes a wavefront for every word that a bank has to give beyond its first.
 //
-// A large grid is sampled: its first two waves of blocks and its last one, where a wave is what the chip holds at once;
-// the second stands for all between. The blocks of a wave then pass through the caches in step, a request of each warp at a
+// A large grid is sampled: its first two waves of blocks and its last one, where a wave is what the chip holds at once. The
+// second stands for all between, by what single blocks of theirs, run beforehand, ask beside its own. The blocks of a wave then pass through the caches in step, a request of each warp at a
 // time: an L1 for each SM, and the chip's L2 for all.
 #include <dlfcn.h>
 #include <link.h>
@@ -148,7 +148,9 @@ std::vector<Cache> g_l1;
 // Of the launch at hand.
 std::vector<Wave> g_waves;
 size_t g_wave;
-std::vector<Block> g_blocks;  // of the wave so far
+std::vector<uint64_t> g_probes;  // blocks still to be run for the number of their requests alone, the last one first
+double g_asked[2];               // requests of probes in the second wave, and in those that it stands for
+std::vector<Block> g_blocks;     // of the wave so far
 std::vector<Hit> g_hits[kMaxFibers];
 uint32_t g_step[kMaxWarps];
 std::map<int32_t, uint16_t> g_site_of;  // pc -> index
@@ -201,7 +203,9 @@ bool among(const unsigned char* c, const Vectors&... all) {
 }
 bool is_index(const unsigned char* c) { return among(c, threadIdx, blockIdx, blockDim, gridDim); }
 
-double weight() { return g_waves[g_wave].weight; }
+constexpr uint64_t kProbes = 32;
+
+double weight() { return g_probes.empty() ? g_waves[g_wave].weight : 0; }
 
 uint16_t site_of(const Hit& h) {
   const auto [it, fresh] = g_site_of.try_emplace(h.pc, static_cast<uint16_t>(g_sites.size()));
@@ -217,10 +221,16 @@ uint16_t site_of(const Hit& h) {
   return it->second;
 }
 
-uint16_t operand_of(uint64_t at) {
+// A device's allocations start a line: each operand gets a range of addresses of its own, in the upper half.
+constexpr uint64_t kOnDevice = uint64_t{1} << 63;
+constexpr int kRange = 44;
+uint64_t on_device(uint64_t at) {
   for (size_t i = 1; i < g_operands.size(); ++i)
-    if (at - g_operands[i].base < g_operands[i].bytes) return static_cast<uint16_t>(i);
-  return 0;
+    if (at - g_operands[i].base < g_operands[i].bytes) return kOnDevice | i << kRange | (at - g_operands[i].base);
+  return at;
+}
+uint16_t operand_of(uint64_t at) {
+  return at & kOnDevice ? static_cast<uint16_t>((at & ~kOnDevice) >> kRange) : uint16_t{0};
 }
 
 // ---- requests
@@ -298,8 +308,25 @@ void count_request(const std::vector<LaneHit>& hits, int warp, bool whole) {
   }
 }
 
+// What one place reads or writes of shared memory in passages that follow one another, side by side in an aligned 16 bytes,
+// is one access, as nvcc makes one of a loop that it unrolls.
+void merge(std::vector<Hit>& hits) {
+  size_t kept = 0;
+  for (const Hit& h : hits) {
+    Hit* last = kept ? &hits[kept - 1] : nullptr;
+    if (last && h.shared && last->shared && h.pc == last->pc && h.at == last->at + last->bytes &&
+        h.at / 16 == last->at / 16) {
+      last->bytes = static_cast<uint16_t>(last->bytes + h.bytes);
+    } else {
+      hits[kept++] = h;
+    }
+  }
+  hits.resize(kept);
+}
+
 void flush(int warp) {
   std::vector<Hit>* lanes = g_hits + warp * 32;
+  for (int i = 0; i < 32; ++i) merge(lanes[i]);
   const size_t length = lanes[0].size();
   bool alike = length > 0;
   for (int i = 1; i < 32 && alike; ++i) {
@@ -434,6 +461,15 @@ std::string text_of(const Record& r) {
 void end_block() {
   if (g_blocks.empty()) return;
   for (int warp = 0; warp < kMaxWarps; ++warp) flush(warp);
+  if (!g_probes.empty()) {
+    const Block& b = g_blocks.back();
+    g_asked[b.index >= g_waves[1].first + g_waves[1].count] += b.requests;
+    g_probes.pop_back();
+    if (g_probes.empty() && g_asked[0] > 0) g_waves[1].weight = 1 + (g_waves[1].weight - 1) * g_asked[1] / g_asked[0];
+    g_blocks.clear();
+    for (auto& of : g_of_warp) of.fill(0);
+    return;
+  }
   for (size_t i = 0; i < g_sites.size(); ++i) {
     g_sites[i]->longest += weight() * *std::max_element(g_of_warp[i].begin(), g_of_warp[i].end());
     g_of_warp[i].fill(0);
@@ -453,7 +489,7 @@ void add(const void* p, size_t bytes, bool write, bool async, const void* pc) {
   if (!shared && (is_index(c) || w->stacks.hold(c) || (c >= g_stack_low && c < g_stack_high) ||
                   (c >= g_image_low && c < g_image_high)))
     return;
-  const uint64_t at = shared ? static_cast<uint64_t>(c - w->arena) : reinterpret_cast<uint64_t>(c);
+  const uint64_t at = shared ? static_cast<uint64_t>(c - w->arena) : on_device(reinterpret_cast<uint64_t>(c));
   const auto place = static_cast<int32_t>(static_cast<const char*>(pc) - anchor());
   std::vector<Hit>& hits = g_hits[w->current->tid];
   for (size_t done = 0; done < bytes; done += 16)
@@ -490,6 +526,16 @@ std::vector<uint64_t> track_launch(const Launch& l) {
     c.resize(
         static_cast<uint64_t>(std::max<int64_t>(g_chip.l1 - r.resident * static_cast<int64_t>(l.smem + 1024), 4096)));
   std::vector<uint64_t> chosen;
+  g_probes.clear();
+  g_asked[0] = g_asked[1] = 0;
+  if (waves > 3) {  // an equal number of either kind
+    const auto spread = [&](uint64_t first, uint64_t count) {
+      for (uint64_t i = 0; i < kProbes; ++i) chosen.push_back(first + (2 * i + 1) * count / (2 * kProbes));
+    };
+    spread(slots, slots);
+    spread(2 * slots, (waves - 3) * slots);
+    g_probes.assign(chosen.rbegin(), chosen.rend());
+  }
   for (const Wave& w : g_waves)
     for (uint64_t i = 0; i < w.count; ++i) chosen.push_back(w.first + i);
   r.run = chosen.size();
@@ -501,6 +547,7 @@ void track_launch_end() { end_block(); }
 void track_block_start(Worker&) {
   end_block();
   g_blocks.emplace_back();
+  g_blocks.back().index = blockIdx.x + uint64_t{gridDim.x} * (blockIdx.y + uint64_t{gridDim.y} * blockIdx.z);
   std::fill(std::begin(g_step), std::end(g_step), 0u);
 }
 void track_barrier(const uint32_t* lanes_per_warp) {
