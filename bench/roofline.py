@@ -41,7 +41,7 @@ HEAD = (f"  {'kernel':<24}{'grid':>12}{'b/SM':>5}{'waves':>7}{'SMs':>5}{'DRAM':>
 
 
 def operands(timed: Timed) -> dict[str, tuple[int, int]]:
-    named: dict[str, Tensor] = {**timed.moved, **{f"index {i}": t for i, t in enumerate(timed.index)}}
+    named: dict[str, Tensor] = {**timed.moved, **{f"{roofline.INDEX} {i}": t for i, t in enumerate(timed.index)}}
     return {name: (t.data_ptr(), t.nbytes) for name, t in named.items()}
 
 

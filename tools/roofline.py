@@ -86,6 +86,29 @@ class Counted:
         return self.total("wavefronts", lambda s: s.shared) / ideal if ideal else None
 
 
+INDEX = "index"  # what names of operands that are indices begin with
+
+
+def departures(counted: Counted, again: dict[str, str], gathers: bool = False) -> dict[str, str]:
+    """How the traffic of an aligned shape, all of whose blocks ran, is not what it should be, by kind. again: of Kernel.
+    Bytes of L2 are held to those that differ times the blocks along the axes that read them again; nothing here is a number
+    that a kernel's author chose."""
+    streamed = [o for o in counted.operands if not o["name"].startswith(INDEX)]
+    sectors, every = (sum(o["sectors"] for o in of) for of in (streamed, counted.operands))
+    found = {}
+    if (used := sum(o["used"] for o in streamed) / max(sectors, 1)) < 30 and not gathers:
+        found["sectors"] = f"{used:.1f} bytes used of a sector"
+    if every - sectors > 0.02 * every and not gathers:
+        found["index"] = f"{(every - sectors) / every:.0%} of the sectors are indices"
+    if (over := counted.wavefronts_over_ideal or 1.0) > 1.1:
+        found["wavefronts"] = f"{over:.2f} times the least wavefronts of shared memory"
+    grid = dict(zip("xyz", counted.grid, strict=True))
+    formula = sum(o["unique"] * math.prod(grid[axis] for axis in again.get(o["name"], "")) for o in streamed)
+    if (l2 := sum(o["l2"] for o in streamed)) > 1.1 * formula:
+        found["L2"] = f"{l2 / formula:.2f} times the bytes of L2 that its tiles ask for"
+    return found
+
+
 class Counter:
     """A library built with tests/emulator/traffic.cpp."""
 

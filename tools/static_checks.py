@@ -4,8 +4,8 @@
 python tools/static_checks.py [80 90a ...] [--jobs 2]
 
 Fails where a file does not compile, a kernel has no plan in tools/families/, or one does not keep to its plan: no spills
-and no local memory, the tensor-core instruction and the 128-bit loads it is built around, and as many blocks on an SM as
-planned. smXX.cu files are compiled for their own architecture only. Figures are kept in build/static by a hash of what the
+and no local memory, the tensor-core instruction and the 128-bit loads it is built around, as many blocks on an SM and bytes
+of loads under way as planned (scoreboards say which loads are waited for together), and no more machine code. smXX.cu files are compiled for their own architecture only. Figures are kept in build/static by a hash of what the
 source includes, flags and compiler, so a second run is quick.
 """
 
@@ -132,6 +132,12 @@ def count_sass(text: str, found: dict[str, Figures]) -> None:
         figures.flight = round(sass.in_flight(path, sass.feeding(path)))
 
 
+def on_an_sm(figures: Figures, plan: Plan, arch: str) -> int:
+    """Bytes of loads that the warps of a full SM have under way."""
+    blocks, _ = occupancy(arch, figures.registers, figures.shared + plan.shared, plan.threads)
+    return figures.flight * -(-plan.threads // 32) * blocks
+
+
 def faults(figures: Figures, plan: Plan, arch: str) -> list[str]:
     """How a kernel departs from its plan; empty where it does not."""
     wrong = []
@@ -144,6 +150,10 @@ def faults(figures: Figures, plan: Plan, arch: str) -> list[str]:
     blocks, limit = occupancy(arch, figures.registers, figures.shared + plan.shared, plan.threads)
     if blocks < plan.blocks:
         wrong.append(f"{blocks} blocks on an SM, planned are {plan.blocks}; {limit} are the limit")
+    if (flight := on_an_sm(figures, plan, arch)) < plan.flight:
+        wrong.append(f"{flight} bytes of loads under way on an SM, planned are {plan.flight}")
+    if figures.code > plan.code:
+        wrong.append(f"{figures.code} bytes of machine code, planned are at most {plan.code}")
     return [f"{figures.kernel} on sm_{arch}: {text}" for text in wrong]
 
 
@@ -220,8 +230,10 @@ def table(units: list[Unit], archs: list[str]) -> str:
         for figures in unit.kernels:
             by_kernel.setdefault(figures.kernel, {})[unit.arch] = figures
     lines = [
-        "Per architecture: registers a thread and blocks on an SM. spills: bytes, tensor and 128-bit: instructions.",
-        f"{'kernel':<48}{'shared':>7}{'spills':>7}  {'tensor':<9}{'128-bit':>8}" + "".join(f"{a:>10}" for a in archs),
+        "Per architecture: registers a thread and blocks on an SM. spills: bytes, tensor and 128-bit: instructions, flight: KB of",
+        "loads under way on a full SM where fewest are, code: KB of machine code where it is longest.",
+        f"{'kernel':<48}{'shared':>7}{'spills':>7}  {'tensor':<9}{'128-bit':>8}{'flight':>7}{'code':>6}"
+        + "".join(f"{a:>10}" for a in archs),
     ]
     for kernel, on in sorted(by_kernel.items()):
         plan = plan_of(kernel) or Plan(0)
@@ -236,7 +248,9 @@ def table(units: list[Unit], archs: list[str]) -> str:
             else:
                 cells += f"{'':>10}"
         spills, wide = max(f.spills for f in on.values()), min(f.wide for f in on.values())
-        lines.append(f"{kernel:<48}{shared:>7}{spills:>7}  {tensor:<9}{wide:>8}{cells}")
+        flight = min(on_an_sm(f, plan, arch) for arch, f in on.items()) / 1024
+        code = max(f.code for f in on.values()) / 1024
+        lines.append(f"{kernel:<48}{shared:>7}{spills:>7}  {tensor:<9}{wide:>8}{flight:>7.1f}{code:>6.0f}{cells}")
     lines.append("\nSeconds to compile:")
     for source in dict.fromkeys(u.source for u in units):
         of = {u.arch: f"{u.seconds:.1f}" for u in units if u.source == source}

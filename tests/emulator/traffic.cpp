@@ -77,7 +77,7 @@ struct Operand {
   std::string name;
   uintptr_t base, bytes;
   double requests = 0, sectors = 0, used = 0, l2 = 0, dram = 0;  // used: bytes asked for
-  double unique = 0;                                             // bytes of different sectors; of blocks that ran
+  double unique = 0;  // bytes of different sectors, read and written; of blocks that ran
 };
 constexpr const char* kScratch = "scratch";  // memory that nobody declared: results and workspace
 
@@ -362,7 +362,7 @@ void pass(Record& r, const Touch& t, uint64_t sm, Level& furthest) {
   const double scale = weight() * static_cast<double>(kSector);
   const uint64_t now = g_wave_clock + t.step / kStep;
   Operand& operand = r.operands[t.operand];
-  uint8_t& seen = g_seen[t.line];
+  uint8_t& seen = g_seen[2 * t.line + t.write];
   operand.unique += static_cast<double>(kSector) * sectors_in(t.mask & static_cast<uint8_t>(~seen));
   seen |= t.mask;
   Cache::Way* near = t.write ? g_l1[sm].find(t.line) : g_l1[sm].take(t.line);

@@ -9,7 +9,7 @@ TESTS                               test files beside the registry's, and what a
 
 import importlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,8 @@ class Plan:
     shared: int = 0  # dynamic bytes of a block
     tensor: str = ""  # SASS: HMMA (mma.sync), HGMMA (wgmma), UTC*MMA (tcgen05), OMMA, QMMA (block-scaled mma)
     wide: int = 0  # 128-bit loads from global memory, at least; they serve aligned shapes
+    flight: int = 0  # bytes of loads under way on an SM that is full, at least
+    code: int = 32 << 10  # bytes of machine code, at most: what an SM's instruction cache holds
     threads: int = 128
 
 
@@ -32,6 +34,8 @@ class Kernel:
     types: str = ""  # the first of them: "x" of activations, "f" of factors, x's or fp32; "xf" both
     rest: Iterable[tuple] = ((),)  # what may follow
     part: bool = False  # launched before or after another kernel, inside its time
+    # Axes of the grid along which an operand of Timed.moved is read again, as its tiles do not lie along them.
+    again: dict[str, str] = field(default_factory=dict)
 
     def plans(self, x: str) -> set[Plan]:
         """Of its instantiations over activations of type x."""
@@ -101,6 +105,16 @@ def vectors(rows: int, cols: int, source: str) -> int:
     return max(1, rows * cols * SIZE[source] // 16 // 128)
 
 
+# Of kernels that make products. Their code holds every slow path beside the fast one, and each warp waits for every load
+# before it asks for the next: figures of today, to be left behind.
+SLOW_PATHS = 128 << 10
+
+
+def one_by_one(blocks: int, warps: int = 4) -> int:
+    """Bytes under way where a warp has one 128-bit load at a time."""
+    return blocks * warps * 32 * 16
+
+
 def streams(blocks: int, **plan: int) -> Callable[..., Plan]:
     """Of a kernel without products, whatever its types."""
     return lambda *_: Plan(blocks, **plan)
@@ -111,4 +125,4 @@ def wgrad(x: str, f: str, ranks: int) -> Plan:
     elem, xt, ft, tensor = math_of(x, s)
     cols = 128 if ranks == 16 else 64
     shared = tile(64, ranks, elem, ft) + tile(64, cols, elem, xt)
-    return Plan(2, shared, tensor, vectors(64, ranks, s) + vectors(64, cols, x))
+    return Plan(2, shared, tensor, vectors(64, ranks, s) + vectors(64, cols, x), one_by_one(2), SLOW_PATHS)

@@ -16,7 +16,7 @@ KERNELS = {
     "basis_fill": Kernel(streams(6)),
     "basis_combine": Kernel(over_rows),
     "basis_combine_sum": Kernel(streams(8), part=True),
-    "basis_dot": Kernel(over_columns),
+    "basis_dot": Kernel(over_columns, again={"g": "x"}),
     "basis_dot_sum": Kernel(streams(8), part=True),
     "basis_matmul_x": Kernel(streams(8), part=True),
     "basis_matmul": Kernel(over_rows),

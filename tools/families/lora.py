@@ -4,7 +4,21 @@
 from collections.abc import Iterator
 from itertools import product
 
-from tools.families import SIZE, Kernel, Plan, Shape, Timed, math_of, streams, tile, type_of_s, vectors, wgrad
+from tools.families import (
+    SIZE,
+    SLOW_PATHS,
+    Kernel,
+    Plan,
+    Shape,
+    Timed,
+    math_of,
+    one_by_one,
+    streams,
+    tile,
+    type_of_s,
+    vectors,
+    wgrad,
+)
 
 # Beyond the registry: batch invariance, thousands of tokens, what lies between rows, dropout's bits.
 TESTS = {"tests/ops/test_lora.py": "cpu and rank_0", "tests/ops/test_lora_sizes.py": "nothing"}
@@ -14,14 +28,16 @@ def shrink(x: str, f: str, ranks: int, n_contig: bool) -> Plan:
     elem, xt, ft, tensor = math_of(x, f)
     shared = tile(64, 64, elem, xt) + (tile(ranks, 64, elem, ft) if n_contig else tile(64, ranks, elem, ft))
     wide = vectors(64, 64, x) + vectors(ranks, 64, f)
-    return Plan(4 if ranks == 16 and SIZE[x] == 2 else 2, shared, tensor, wide)
+    blocks = 4 if ranks == 16 and SIZE[x] == 2 else 2
+    return Plan(blocks, shared, tensor, wide, one_by_one(blocks), SLOW_PATHS)
 
 
 def expand(x: str, f: str, n_contig: bool) -> Plan:
     s = type_of_s(f)
     elem, _, ft, tensor = math_of(x, s)
     shared = tile(64, 32, elem, ft) + (tile(32, 128, elem, ft) if n_contig else tile(128, 32, elem, ft))
-    return Plan(2, shared, tensor, vectors(64, 32, s) + vectors(32, 128, f) + vectors(64, 128, x))
+    wide = vectors(64, 32, s) + vectors(32, 128, f) + vectors(64, 128, x)
+    return Plan(2, shared, tensor, wide, code=SLOW_PATHS)  # bytes under way: of the way past base_scale, see roofline
 
 
 def shrink_wgrad(x: str, f: str) -> Plan:
@@ -30,18 +46,22 @@ def shrink_wgrad(x: str, f: str) -> Plan:
     elem, xt, ft, tensor = math_of(x, s)
     shared = tile(64, 256, elem, xt) + tile(256, 16, elem, ft) + tile(64, 16, elem, ft)
     unrolled = 4 if SIZE[x] == 2 else 2
-    return Plan(2 if x == s != "float" else 1, shared, tensor, vectors(256, 16, f) + vectors(64, 16, s) + unrolled)
+    blocks = 2 if x == s != "float" else 1
+    wide = vectors(256, 16, f) + vectors(64, 16, s) + unrolled
+    return Plan(blocks, shared, tensor, wide, one_by_one(blocks), SLOW_PATHS)
 
 
 def rescale(x: str) -> Plan:
-    return Plan(4, 4 * 256 * 4, wide=2 * vectors(1, 8, x))  # streams: 8 columns a lane, four rows at a time
+    return Plan(
+        4, 4 * 256 * 4, wide=2 * vectors(1, 8, x), flight=one_by_one(4)
+    )  # streams: 8 columns a lane, four rows at a time
 
 
 KERNELS = {
-    "lora_shrink": Kernel(shrink, "xf", list(product((16, 64), (False, True)))),
-    "lora_expand": Kernel(expand, "xf", [(False,), (True,)]),
-    "lora_wgrad": Kernel(wgrad, "xf", [(16,), (64,)]),
-    "lora_shrink_wgrad": Kernel(shrink_wgrad, "xf"),
+    "lora_shrink": Kernel(shrink, "xf", list(product((16, 64), (False, True))), again={"x": "y", "a": "x"}),
+    "lora_expand": Kernel(expand, "xf", [(False,), (True,)], again={"s": "y", "b": "x"}),
+    "lora_wgrad": Kernel(wgrad, "xf", [(16,), (64,)], again={"ds": "y", "x": "z"}),
+    "lora_shrink_wgrad": Kernel(shrink_wgrad, "xf", again={"s": "y", "b": "x"}),
     "lora_rescale": Kernel(rescale, "x"),
     "lora_sum": Kernel(streams(8), "f", part=True),  # fp32, neighbours in one warp
 }

@@ -5,7 +5,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from tools import families
-from tools.families import Kernel, Plan, Shape, Timed, math_of, streams, tile, type_of_s, vectors
+from tools.families import (
+    SLOW_PATHS,
+    Kernel,
+    Plan,
+    Shape,
+    Timed,
+    math_of,
+    one_by_one,
+    streams,
+    tile,
+    type_of_s,
+    vectors,
+)
 
 # Beyond the registry: the grid, invariances, isolation.
 TESTS = {"tests/ops/test_multi_lora.py": "cpu and no_adapter"}
@@ -20,14 +32,16 @@ def lists(ranks: int) -> int:
 def shrink(x: str, f: str, ranks: int) -> Plan:
     elem, xt, ft, tensor = math_of(x, f)
     wide = vectors(64, 64, x) + vectors(ranks, 64, f)
-    return Plan(2, tile(64, 64, elem, xt) + tile(ranks, 64, elem, ft) + lists(ranks), tensor, wide)
+    shared = tile(64, 64, elem, xt) + tile(ranks, 64, elem, ft) + lists(ranks)
+    return Plan(2, shared, tensor, wide, one_by_one(2), SLOW_PATHS)
 
 
 def expand(x: str, f: str, to: str) -> Plan:
     s = type_of_s(f)
     elem, _, ft, tensor = math_of(x, s)
     shared = tile(64, 32, elem, ft) + tile(32, 128, elem, ft) + lists(32)
-    return Plan(2, shared, tensor, vectors(64, 32, s) + vectors(32, 128, f) + vectors(64, 128, to))
+    wide = vectors(64, 32, s) + vectors(32, 128, f) + vectors(64, 128, to)
+    return Plan(2, shared, tensor, wide, one_by_one(2), SLOW_PATHS)
 
 
 def wgrad(x: str, f: str, ranks: int) -> Plan:
@@ -37,11 +51,11 @@ def wgrad(x: str, f: str, ranks: int) -> Plan:
 
 KERNELS = {
     "multi_lora_plan": Kernel(streams(4, shared=2 * 256 * 4, threads=256)),  # one block per slot: few
-    "multi_lora_shrink": Kernel(shrink, "xf", [(16,), (64,)]),
+    "multi_lora_shrink": Kernel(shrink, "xf", [(16,), (64,)], again={"x": "y"}),
     "multi_lora_sum": Kernel(streams(8), "f", part=True),
-    "multi_lora_expand": Kernel(expand, "xf", [("float",)]),
+    "multi_lora_expand": Kernel(expand, "xf", [("float",)], again={"s": "y"}),
     "multi_lora_finish": Kernel(streams(8), "x", part=True),
-    "multi_lora_wgrad": Kernel(wgrad, "xf", [(16,), (64,)]),
+    "multi_lora_wgrad": Kernel(wgrad, "xf", [(16,), (64,)], again={"ds": "y"}),
     "multi_lora_wgrad_sum": Kernel(streams(8, shared=128), "f", part=True),
     "multi_lora_gather": Kernel(streams(8, shared=lists(32)), "f"),
     "multi_lora_scatter": Kernel(streams(8, shared=128), "f"),
