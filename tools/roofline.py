@@ -235,15 +235,21 @@ def path_of(code: sass.Code, counted: Counted, places: Places) -> sass.Path:
     cold = lambda x: plain(x) and place(x) is None
     path = sass.hot_path(code, cold if places.of else lambda x: False)
     loops = path.loops()
-    products = counted.products / counted.busy / counted.warps
-    tensor = lambda x: bool(sass.TENSOR.match(x.op))
+    made = {  # by a warp: what tells how often a loop's body runs, the surest first
+        "BAR": (counted.barriers / counted.busy, lambda x: x.name == "BAR"),
+        "mma": (counted.products / counted.busy / counted.warps, lambda x: bool(sass.TENSOR.match(x.op))),
+    }
+    of = [*path.own(), *(x for each in loops for x in each.own())]
+
+    def tells(x: Instruction) -> bool:
+        return plain(x) or any(is_it(x) for _, is_it in made.values())
 
     def passages(loop: sass.Path) -> float:
         """How often a warp goes through a loop's body."""
-        of = [*path.own(), *(x for each in loops for x in each.own())]
-        if any(map(tensor, loop.own())):
-            straight = sum(map(tensor, path.own()))
-            return (products - straight) / (sum(map(tensor, of)) - straight)
+        for count, is_it in made.values():
+            if any(map(is_it, loop.own())):
+                straight = sum(map(is_it, path.own()))
+                return (count - straight) / (sum(map(is_it, of)) - straight)
         seen = []
         for at in {place(x) for x in loop.own() if plain(x)}:
             here = lambda xs, at=at: sum(x.bytes for x in xs if plain(x) and place(x) == at)
@@ -253,7 +259,7 @@ def path_of(code: sass.Code, counted: Counted, places: Places) -> sass.Path:
     def settle(within: sass.Path, times: float) -> None:
         for loop in (item for item in within.items if isinstance(item, sass.Path)):
             wanted = max(passages(loop), 0.0)
-            if not any(plain(x) or tensor(x) for x in loop.own()):  # as often as what is inside asks for, once
+            if not any(map(tells, loop.own())):  # as often as what is inside asks for, once
                 wanted = times
             loop.trips = wanted / max(times, 1e-9)
             settle(loop, max(wanted, 1e-9))
@@ -312,20 +318,24 @@ def predict(counted: Counted, chip: Chip, code: sass.Code | None, least: float, 
     a_block = lambda total: total / counted.busy  # of the busiest kind
     of_sm = lambda total: a_block(total) * on_busiest  # of the busiest SM
 
-    reads = [s for s in counted.sites if not s.shared]
-    lines = sum(s.lines for s in reads)
-    requests = sum(s.requests for s in reads)
+    places = Places(code, counted) if code else None
+    path = path_of(code, counted, places) if code else None
+    pieces = split(path, places) if code else lambda s: 1.0
+    sites = [s for s in counted.sites if not s.shared]
+    sectors, lines, requests = (
+        sum(getattr(s, name) * pieces(s) for s in sites) for name in ("sectors", "lines", "requests")
+    )
+    # What is stored in pieces goes to L2 in pieces; what is loaded in pieces finds the first one's sectors in L1.
+    l2 = counted.l2 + sum(s.sectors * 32 * (pieces(s) - 1) for s in sites if s.write)
     parts = {
         "DRAM": counted.dram / chip.reached / 1e3,
-        "L2": counted.l2 / chip.l2_rate / 1e3,
+        "L2": l2 / chip.l2_rate / 1e3,
         "L1": of_sm(lines + counted.total("wavefronts", lambda s: s.shared)) / cycles_us,
         "tensor cores": of_sm(counted.products) * 16 * 8 * 16 / chip.tensor / cycles_us,
     }
     flight = issue = None
     held = min(counted.resident, max(1, math.ceil(counted.busy / chip.sms)))
     if code:
-        places = Places(code, counted)
-        path = path_of(code, counted, places)
         latency = latencies(counted, chip, places)
         issue = path.count(lambda x: 1) * counted.busy * counted.warps
         accesses = path.count(lambda x: x.bytes > 0) * counted.busy * counted.warps
@@ -357,9 +367,9 @@ def predict(counted: Counted, chip: Chip, code: sass.Code | None, least: float, 
         sample=run,
         dram_bytes=counted.dram,
         least_bytes=least,
-        l2_bytes=counted.l2,
-        bytes_per_sector=counted.bytes_per_sector,
-        sectors_per_request=sum(s.sectors for s in reads) / requests if requests else None,
+        l2_bytes=l2,
+        bytes_per_sector=sum(s.used for s in sites) / sectors if sectors else None,
+        sectors_per_request=sectors / requests if requests else None,
         lines_per_request=lines / requests if requests else None,
         wavefronts_over_ideal=counted.wavefronts_over_ideal,
         in_flight_bytes_per_sm=flight,
@@ -371,6 +381,24 @@ def predict(counted: Counted, chip: Chip, code: sass.Code | None, least: float, 
         bound_by=bound,
         parts=parts,
     )
+
+
+def split(path: sass.Path, places: Places) -> Callable[[Site], float]:
+    """Into how many accesses nvcc has broken one of a site's: vectors that it could not keep whole."""
+    each: dict[Line | None, list[float]] = defaultdict(
+        lambda: [0.0, 0.0]
+    )  # of global memory: accesses, bytes of a lane
+    for p in (path, *path.loops()):
+        for x in p.own():
+            if plain(x):
+                of = each[places.place(x)]
+                of[0], of[1] = of[0] + 1, of[1] + x.bytes
+
+    def pieces(s: Site) -> float:
+        count, size = each[places.place(s)]
+        return max(1.0, s.each * count / size) if size else 1.0
+
+    return pieces
 
 
 def shared_wavefronts(counted: Counted, path: sass.Path, places: Places) -> float:

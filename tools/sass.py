@@ -318,6 +318,8 @@ class Walk:
             for _ in range(min(WALKED, math.ceil(item.trips))):
                 self.along(item)
                 ends.append(self.now)
+            if 0 < item.trips < len(ends) - 1:  # the last one is not whole
+                self.skip((item.trips - len(ends) + 1) * (ends[-1] - ends[-2]))
             if item.trips > WALKED:
                 each = (ends[-1] - ends[FILLED]) / (WALKED - FILLED)
                 self.skip(each * (item.trips - WALKED))

@@ -128,7 +128,7 @@ struct Record {
   size_t smem;
   int64_t resident;  // blocks on an SM
   uint64_t blocks, run;
-  double products = 0, l2 = 0, dram = 0, written = 0;  // instructions of warps; bytes; written: of dram
+  double barriers = 0, products = 0, l2 = 0, dram = 0, written = 0;  // instructions of warps; bytes; written: of dram
   double copies = 0, waits = 0;                        // bytes of a thread under way at its waits, and waits
   std::vector<std::pair<double, double>> per_block{};  // weight, requests
   std::map<int32_t, Site> sites{};                     // by pc
@@ -437,8 +437,9 @@ std::string text_of(const Record& r) {
   s << "{\"kernel\": \"" << r.kernel << "\", \"function\": " << r.function << ", \"grid\": [" << r.grid.x << ", "
     << r.grid.y << ", " << r.grid.z << "], \"threads\": " << r.block.x * r.block.y * r.block.z
     << ", \"smem\": " << r.smem << ", \"resident\": " << r.resident << ", \"blocks\": " << r.blocks
-    << ", \"run\": " << r.run << ", \"products\": " << r.products << ", \"l2\": " << r.l2 << ", \"dram\": " << r.dram
-    << ", \"written\": " << r.written << ", \"copies\": " << r.copies << ", \"waits\": " << r.waits;
+    << ", \"run\": " << r.run << ", \"barriers\": " << r.barriers << ", \"products\": " << r.products
+    << ", \"l2\": " << r.l2 << ", \"dram\": " << r.dram << ", \"written\": " << r.written
+    << ", \"copies\": " << r.copies << ", \"waits\": " << r.waits;
   all("per_block", r.per_block, [&](const auto& b) { s << "[" << b.first << ", " << b.second << "]"; });
   all("sites", r.sites, [&](const auto& entry) {
     const Site& site = entry.second;
@@ -551,6 +552,7 @@ void track_block_start(Worker&) {
   std::fill(std::begin(g_step), std::end(g_step), 0u);
 }
 void track_barrier(const uint32_t* lanes_per_warp) {
+  g_records.back().barriers += weight();
   uint32_t last = 0;
   for (int w = 0; w < kMaxWarps; ++w) {
     if (!lanes_per_warp[w]) continue;
