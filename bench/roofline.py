@@ -37,7 +37,7 @@ KEYS = ("kernel", "case", "dtype", "arch", "grid", "blocks_per_sm", "waves", "dr
         "bytes_per_sector", "wavefronts_over_ideal", "in_flight_bytes_per_sm", "issue_slots", "launches", "predicted_us",
         "roof_us", "bound_by")  # fmt: skip
 HEAD = (f"  {'kernel':<24}{'grid':>12}{'b/SM':>5}{'waves':>7}{'SMs':>5}{'DRAM':>8}{'least':>8}{'L2':>8}{'B/sect':>7}"
-        f"{'s/req':>6}{'l/req':>6}{'wf':>6}{'flight':>7}{'issue':>8}{'mma':>7}{'us':>8}{'roof':>7}{'x':>6}  bound by")  # fmt: skip
+        f"{'s/req':>6}{'l/req':>6}{'wf':>6}{'flight':>7}{'issue':>8}{'mma':>7}{'us':>8}{'roof':>7}{'x':>8}  bound by")  # fmt: skip
 
 
 def operands(timed: Timed) -> dict[str, tuple[int, int]]:
@@ -73,7 +73,7 @@ def row(p: Prediction) -> str:
         f"{number(p.sectors_per_request, '6.1f'):>6}{number(p.lines_per_request, '6.1f'):>6}"
         f"{number(p.wavefronts_over_ideal, '6.2f'):>6}{number(flight, '7.1f'):>7}{number(issue, '8.2f'):>8}"
         f"{p.tensor_slots / 1e3:>7.1f}{p.predicted_us:>8.1f}{p.roof_us:>7.1f}"
-        f"{p.predicted_us / p.roof_us if p.roof_us else float('nan'):>6.1f}  {p.bound_by}"
+        f"{number(p.predicted_us / p.roof_us if p.roof_us else None, '.3g'):>8}  {p.bound_by}"
     )
 
 
@@ -117,15 +117,20 @@ def case(family: str, kernels: set[str] | None, shape: Shape, counter: Counter, 
     dtype = torch.bfloat16
     torch.manual_seed(0)
     calls = families.load(family).timed(torch.ops.lrkern_traffic, "cpu", dtype, shape)
+    parts = {name for name, kernel in families.kernels().items() if kernel.part}
     shown = False
     for timed in calls:
-        if kernels is not None and timed.kernel not in kernels:
+        if kernels is not None and timed.kernel not in kernels and not kernels & parts:
+            continue
+        with use_library(torch.ops.lrkern_traffic):
+            found = list(predictions(timed, counter, machine))
+        if kernels is not None and timed.kernel not in kernels:  # asked for are sums, of whatever call
+            found = [p for p in found if p.kernel in kernels]
+        if not found:
             continue
         if not shown:
             print(f"\n{family} {shape} bf16\n{HEAD}", flush=True)
             shown = True
-        with use_library(torch.ops.lrkern_traffic):
-            found = list(predictions(timed, counter, machine))
         for p in found:
             print(row(p) + ("" if p.sample == "all" else f"; {p.sample}"), flush=True)
         if len(found) > 1:
