@@ -347,7 +347,8 @@ def in_flight(path: Path, loads: Collection[int]) -> float:
 
 
 def feeding(path: Path) -> set[int]:
-    """Ids of the loads whose values reach a multiplication or a store, other than by being an address."""
+    """Ids of the loads whose values reach a multiplication or a store, other than by being an address. Where vectors are
+    among them they are vectors alone: single elements beside them are indices, scales and edges."""
     order = [x for p in (path, *path.loops()) for x in p.own()]
     holds: dict[str, set[int]] = defaultdict(set)  # by register, the loads in it
     found: set[int] = set()
@@ -367,7 +368,8 @@ def feeding(path: Path) -> set[int]:
             value = {id(x)} if x.name == "LDG" else reaching
             for i in range(max(1, width)):
                 holds[f"R{int(first[1:]) + i}"] = value
-    return found
+    vectors = {id(x) for x in order if x.bytes == 16}
+    return found & vectors or found
 
 
 def registers(operands: str) -> list[str]:

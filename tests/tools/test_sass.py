@@ -86,6 +86,12 @@ def test_an_index_is_no_load_that_counts():
     assert flight(code) == 512
 
 
+def test_single_elements_beside_vectors_do_not_count():
+    code = loop_of("LDG.E R2, [R30.64] | s 0", "STS [R9], R2 | w 0", LOAD.format(r=8, s=1), STORE.format(r=8, s=1))
+    assert flight(code) == 512
+    assert flight(loop_of("LDG.E R2, [R30.64] | s 0", "STS [R9], R2 | w 0")) == 128
+
+
 def test_the_path_takes_the_vector_and_passes_by_what_is_slow():
     code = listing(
         "@P0 BRA `(.L_x_VECTOR)",

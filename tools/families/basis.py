@@ -9,8 +9,8 @@ from tools.families import Kernel, Shape, Timed, streams
 TESTS = {"tests/ops/test_rng.py": "cpu and adjoint", "tests/nn/test_basis_sizes.py": "nothing"}
 
 # Products of elements made in registers. Sums over rows keep 4 rows by 16 columns of them, and what they are multiplied by
-# is the same for a whole warp; sums over columns load eight rows at 4 columns a piece, more where there are more.
-over_rows, over_columns = streams(4), streams(3, wide=8)
+# is the same for a whole warp; sums over columns load eight rows at 4 columns a piece, more where there are more, all of it unrolled.
+over_rows, over_columns = streams(4), streams(3, wide=8, code=64 << 10)
 
 KERNELS = {
     "basis_fill": Kernel(streams(6)),

@@ -37,7 +37,7 @@ def expand(x: str, f: str, n_contig: bool) -> Plan:
     elem, _, ft, tensor = math_of(x, s)
     shared = tile(64, 32, elem, ft) + (tile(32, 128, elem, ft) if n_contig else tile(128, 32, elem, ft))
     wide = vectors(64, 32, s) + vectors(32, 128, f) + vectors(64, 128, x)
-    return Plan(2, shared, tensor, wide, code=SLOW_PATHS)  # bytes under way: of the way past base_scale, see roofline
+    return Plan(2, shared, tensor, wide, one_by_one(2), SLOW_PATHS)
 
 
 def shrink_wgrad(x: str, f: str) -> Plan:
