@@ -3,7 +3,7 @@
 
 Traffic comes from the emulator (tests/emulator/traffic.cpp): requests, sectors, what passes L1 and L2, wavefronts of shared
 memory, and on which line. Instructions come from the machine code (tools/sass.py): the path past lines that the emulator never
-saw touched, its loops as often as the emulator saw their loads or products. A chip's figures come from tools/chips.py.
+saw touched, its loops as often as the emulator saw their barriers, products or loads. A chip's figures come from tools/chips.py.
 
 A launch takes as long as what it needs most of: DRAM, L2, an SM's load/store unit, its issue slots, its multipliers, or
 what a block has to wait for one after the other. What the model cannot see stands in docs/perf.md.
@@ -89,16 +89,16 @@ class Counted:
 INDEX = "index"  # what names of operands that are indices begin with
 
 
-def departures(counted: Counted, again: dict[str, str], gathers: bool = False) -> dict[str, str]:
+def departures(counted: Counted, again: dict[str, str]) -> dict[str, str]:
     """How the traffic of an aligned shape, all of whose blocks ran, is not what it should be, by kind. again: of Kernel.
     Bytes of L2 are held to those that differ times the blocks along the axes that read them again; nothing here is a number
     that a kernel's author chose."""
     streamed = [o for o in counted.operands if not o["name"].startswith(INDEX)]
     sectors, every = (sum(o["sectors"] for o in of) for of in (streamed, counted.operands))
     found = {}
-    if (used := sum(o["used"] for o in streamed) / max(sectors, 1)) < 30 and not gathers:
+    if (used := sum(o["used"] for o in streamed) / max(sectors, 1)) < 30:
         found["sectors"] = f"{used:.1f} bytes used of a sector"
-    if every - sectors > 0.02 * every and not gathers:
+    if every - sectors > 0.02 * every:
         found["index"] = f"{(every - sectors) / every:.0%} of the sectors are indices"
     if (over := counted.wavefronts_over_ideal or 1.0) > 1.1:
         found["wavefronts"] = f"{over:.2f} times the least wavefronts of shared memory"
@@ -128,7 +128,7 @@ class Counter:
 
     def ask(self, how: str, addresses: Iterable[int]) -> list[str]:
         given = "\n".join(hex(a) for a in addresses)
-        command = ["addr2line", *([how] if how else []), "-e", str(self.path)]
+        command = ["addr2line", how, "-e", str(self.path)]
         return subprocess.run(command, input=given, check=True, capture_output=True, text=True).stdout.splitlines()
 
     def lines(self, addresses: list[int]) -> dict[int, tuple[Line, ...]]:
@@ -252,7 +252,11 @@ def path_of(code: sass.Code, counted: Counted, places: Places) -> sass.Path:
                 return (count - straight) / (sum(map(is_it, of)) - straight)
         seen = []
         for at in {place(x) for x in loop.own() if plain(x)}:
+            mine = [x for x in loop.own() if plain(x) and place(x) == at]
             here = lambda xs, at=at: sum(x.bytes for x in xs if plain(x) and place(x) == at)
+            if all(x.predicate for x in mine):  # some of them, by a count of rows: one at the least
+                seen.append((touched[at] / mine[0].bytes, mine[0].bytes))
+                continue
             seen.append(((touched[at] - here(path.own())) / (here(of) - here(path.own())), here(loop.own())))
         return max(seen, key=lambda s: s[1])[0] if seen else 1.0
 
@@ -271,7 +275,8 @@ def path_of(code: sass.Code, counted: Counted, places: Places) -> sass.Path:
 
     def share(piece: list[Instruction]) -> float:
         """By the accesses in it: an edge, or a row that is not there, is gone past."""
-        seen = [touched[place(x)] / listed[place(x)] for x in piece if plain(x) and listed[place(x)]]
+        sure = [place(x) for x in piece if plain(x) and not x.predicate]
+        seen = [touched[at] / listed[at] for at in sure if listed[at]]
         return min([1.0, *seen])
 
     every = code.instructions

@@ -256,12 +256,10 @@ class Graph:
                 score, leaving = score_of(mine), set(self.next[block])
             # Back edges end the path; so do edges out of the loop, which the last trip alone takes.
             ways = [best[node(b)] for b in leaving if b != inside and b in blocks and node(b) in best]
-            if inside >= 0 and inside not in leaving and not ways:
-                continue
-            if inside < 0 and not ways and leaving:
-                continue
-            if inside in leaving and inside >= 0:
+            if inside in leaving:
                 ways.append(((0.0, 0, 0), []))
+            if not ways and (leaving or inside >= 0):  # it leads nowhere that belongs to the path
+                continue
             more, rest = max(ways, key=lambda way: way[0], default=((0.0, 0, 0), []))
             best[block] = tuple(a + b for a, b in zip(score, more, strict=True)), [*mine, *rest]
         return Path(best[first][1] if first in best else [])
@@ -275,6 +273,7 @@ def score_of(instructions: Collection[Instruction]) -> Score:
 # ---------------------------------------------------------------------------------------------- a warp on its way
 
 Latency = Callable[[Instruction], float]
+READ = 12  # cycles until an access has read its registers
 FILLED, WALKED = 4, 16  # trips of a loop until a pipeline is full; 12 more hold whole rounds of 1, 2, 3, 4 or 6 stages
 
 
@@ -304,7 +303,7 @@ class Walk:
             self.copies = []
         for i in (x.sets, x.frees if self.stalls else 7):
             if i < 6:
-                self.ready[i] = max(self.ready[i], done if i == x.sets else self.now + 12)
+                self.ready[i] = max(self.ready[i], done if i == x.sets else self.now + READ)
         if self.stalls:
             self.now += x.share * max(1, x.stall)
 

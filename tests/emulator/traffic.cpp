@@ -142,6 +142,9 @@ void find_image() {
     return 1;
   };
   dl_iterate_phdr(look, nullptr);
+}
+
+void find_stack() {  // of the thread that launches: a kernel's parameters lie there
   pthread_attr_t attributes;
   void* low;
   size_t bytes;
@@ -461,6 +464,7 @@ void add(const void* p, size_t bytes, bool write, bool async, const void* pc) {
 
 std::vector<uint64_t> track_launch(const Launch& l) {
   if (!g_image_low) find_image();
+  find_stack();
   Record r{l.kernel, offset_of(l.function), l.grid, l.block, l.smem, 1, l.blocks, 0};
   const int64_t threads = int64_t{l.block.x} * l.block.y * l.block.z;
   if (g_chip.resident)

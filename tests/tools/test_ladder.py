@@ -100,6 +100,14 @@ def test_a_sample_stands_for_the_whole():
     assert sampled.dram == pytest.approx(4 * whole.dram, rel=1e-6)
 
 
+def test_blocks_that_return_at_once_count_for_little():
+    """Eight waves, of which the last four are idle: single blocks of those that are not run tell."""
+    counted = climb("copy_half", "h100", one_block, 1 << 20, 8 * 132)
+    assert counted.run == 3 * 132 + 64
+    assert counted.busy == pytest.approx(4 * 132, rel=0.05)
+    assert counted.dram == counted.l2 == pytest.approx(4 * 132 * 128 * 16 * 2, rel=0.05)
+
+
 def test_blocks_of_a_wave_share_the_cache():
     """Eight rows of tiles read B again and again: from L2, where they run at the same time; DRAM is read once."""
     counted = climb("gemm_square", "h100", one_block, 1024, 64)
