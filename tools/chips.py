@@ -5,8 +5,10 @@ sms, clock, DRAM, L2, FP32 lanes, tensor rate: NVIDIA's data sheets and architec
 GB100. The clock is the one that a busy chip keeps: boost where its power allows it (H100, H200 and B200 SXM, A100), base on
 the A6000, whose 300 W do not feed 84 busy SMs at boost. Load/store lanes of an SM: the white papers' drawings of one, 8 units
 in each quarter, 4 on GA102. Latencies in cycles: Luo et al., arXiv 2402.13499, of A100, H100 and, for GA102, its nearest kin
-there, the RTX 4090 (this table, the load/store lanes and L2's widths were written from memory of these papers: read them again); B200 as H100. The same paper has mma.sync on H100 at five eighths of wgmma's rate. L2 bandwidth: two thirds of what the white papers' slices and widths give (5120 bytes a
-cycle on GA100), about what copies inside L2 reach; GA102 by its share of slices.
+there, the RTX 4090; B200 as H100. The same paper has mma.sync on H100 at five eighths of wgmma's rate. L2 bandwidth: two
+thirds of what the white papers' slices and widths give (5120 bytes a cycle on GA100), about what copies inside L2 reach;
+GA102 by its share of slices. Latencies, load/store lanes and L2's widths were written from memory of these papers: read
+them again before leaning on them.
 """
 
 from dataclasses import dataclass
