@@ -39,6 +39,10 @@ class Instruction:
         return self.op.partition(".")[0]
 
     @property
+    def multiplies(self) -> bool:
+        return self.name in FMA and not MOVE.match(self.text)
+
+    @property
     def bytes(self) -> int:
         """Of one lane, moved from or to memory; 0 for what moves none."""
         if self.name not in MEMORY:
@@ -53,6 +57,7 @@ MEMORY = ("LDG", "STG", "LDS", "STS", "LDSM", "LDGSTS", "LD", "ST", "ATOMG", "RE
 SIZES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1}
 TENSOR = re.compile(r"(?:[HIQO]G?MMA|DMMA|UTC[A-Z]*MMA)\b")
 FMA = ("FFMA", "FMUL", "FADD", "HFMA2", "DFMA")
+MOVE = re.compile(r"HFMA2\S* R\d+, -?RZ, -?RZ, ")  # how nvcc sets a register to a constant in the multipliers' pipe
 LISTED = re.compile(r"(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<text>(?P<op>[A-Z][A-Z0-9_.]*).*)")
 
 
@@ -267,7 +272,7 @@ class Graph:
 
 def score_of(instructions: Collection[Instruction]) -> Score:
     moved = sum(64 if TENSOR.match(x.op) else x.bytes for x in instructions)
-    return moved, sum(x.name in FMA for x in instructions), -len(instructions)
+    return moved, sum(x.multiplies for x in instructions), -len(instructions)
 
 
 # ---------------------------------------------------------------------------------------------- a warp on its way
@@ -354,7 +359,7 @@ def feeding(path: Path) -> set[int]:
     for x in order * 2:  # twice: what one trip loads the next one stores
         operands = re.sub(r"\[[^\]]*\]|desc", "", x.text.partition(" ")[2])
         named = registers(operands)
-        stores = x.name.startswith("ST") or TENSOR.match(x.op) or x.name in FMA
+        stores = x.name.startswith("ST") or TENSOR.match(x.op) or x.multiplies
         sources = named if x.name.startswith("ST") else named[1:]
         reaching = set().union(*(holds[r] for r in sources)) if sources else set()
         if stores:

@@ -110,6 +110,24 @@ def test_the_path_takes_the_vector_and_passes_by_what_is_slow():
     assert [x.name for x in path.items] == ["BRA", "LDG", "BRA", "STS", "EXIT"]
 
 
+def test_a_register_that_is_zeroed_is_no_multiplication():
+    """nvcc zeroes in the multipliers' pipe too: the way element by element does not multiply more than the vector's for that."""
+    code = listing(
+        "@P0 BRA `(.L_x_VECTOR)",
+        "HFMA2.MMA R11, -RZ, RZ, 0, 0",
+        *(f"@P1 LDG.E R{8 + i}, [R2.64] | s 0" for i in range(4)),
+        "BRA `(.L_x_JOIN)",
+        "VECTOR:",
+        "LDG.E.128 R8, [R2.64] | s 0",
+        "JOIN:",
+        "STS.128 [R4], R8 | w 0",
+        "EXIT",
+    )
+    assert [x.op for x in sass.hot_path(code).items if x.name == "LDG"] == ["LDG.E.128"]
+    constant, product = listing("HFMA2 R8, -RZ, RZ, 1.875, 0", "HFMA2 R8, R9, R10, R11").instructions
+    assert product.multiplies and not constant.multiplies
+
+
 def test_lines_that_never_run_are_passed_by():
     """Of two ways the one that moves more is taken, but for what is known not to run; a predicated access is left out."""
     code = listing(

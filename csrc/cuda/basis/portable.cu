@@ -13,22 +13,22 @@ constexpr int kFillRows = 4;  // fill: rows a thread writes
 // ---- fill. Warp (kFillRows rows, 32 strips).
 
 template <Distribution Dist>
-__global__ __launch_bounds__(kBlockThreads) void basis_fill_kernel(BasisFillParams p, bool vectorize) {
+__global__ __launch_bounds__(kBlockThreads, 6) void basis_fill_kernel(BasisFillParams p, bool vectorize) {
   constexpr int N = kColumns<Dist>;
   const int64_t first_strip = p.c0 / N, groups = ceil_div(ceil_div(p.c0 + p.C, N) - first_strip, kWarpThreads);
   const int64_t strip = first_strip + blockIdx.x % groups * kWarpThreads + lane_id(), c = strip * N - p.c0;
   const int64_t begin = (blockIdx.x / groups * kWarps + warp_id()) * kFillRows;
   const int64_t end = begin + kFillRows < p.Q ? begin + kFillRows : p.Q;
   int64_t basis = (p.q0 + begin) / p.R, row = (p.q0 + begin) % p.R;
+  float by[N];  // a column's scale, loaded for all rows at once
+#pragma unroll
+  for (int j = 0; j < N; ++j) by[j] = p.col_scale && c + j >= 0 && c + j < p.C ? p.col_scale[c + j] : 1.f;
   for (int64_t q = begin; q < end; ++q) {
     float v[N];
     generate<Dist>(p.u, p.u.tensor, p.u.basis0 + static_cast<uint32_t>(basis), row, strip, v);
     const float scale = p.row_scale ? p.scale * p.row_scale[q] : p.scale;
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const bool scaled = p.col_scale && c + j >= 0 && c + j < p.C;
-      v[j] *= scaled ? p.col_scale[c + j] * scale : scale;
-    }
+    for (int j = 0; j < N; ++j) v[j] *= by[j] * scale;
     with_float(p.dtype, [&]<class T>(T) { store_columns(static_cast<T*>(p.out) + q * p.C, c, p.C, v, vectorize); });
     if (++row == p.R) row = 0, ++basis;
   }
