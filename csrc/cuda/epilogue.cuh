@@ -6,27 +6,30 @@
 
 namespace lrk {
 
-// f(row, column, v) for a warp's part at row m: 8 consecutive columns of a row, which a lane reads and writes as one vector.
+// f(i, row, column) for a warp's part at row m of kTilesN tiles: where the 8 consecutive columns of a row begin that a lane
+// reads and writes as its vector i.
+template <int kTilesN, class F>
+__device__ __forceinline__ void for_each_place(int m, const F& f) {
+#pragma unroll
+  for (int i = 0; i < kTilesN / 2; ++i) f(i, m + lane_id() / 4 + i % 2 * 8, (i / 2 * 4 + lane_id() % 4) * 8);
+}
+// f(i, row, column, v) with what acc has there.
 template <int kTilesN, class F>
 __device__ __forceinline__ void for_each_row(const float (&acc)[kTilesN][4], int m, const F& f) {
-#pragma unroll
-  for (int j0 = 0; j0 < kTilesN; j0 += 4)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      Vec8<float> v;
-      gather_row(v.v, acc, j0, h);
-      f(m + lane_id() / 4 + h * 8, (j0 + lane_id() % 4) * 8, v);
-    }
+  for_each_place<kTilesN>(m, [&](int i, int row, int col) {
+    Vec8<float> v;
+    gather_row(v.v, acc, i / 2 * 4, i % 2);
+    f(i, row, col, v);
+  });
 }
 
-// to[i] = f(from[i], i) for the first `left` of 8 columns; `from` may be null for zeros.
+// to[i] = f(from[i], i) for the first `left` of 8 columns.
 template <class T, class F>
-__device__ __forceinline__ void finish_row(T* to, const T* from, int64_t left, bool vectorize, const F& f) {
-  Vec8<T> v = {};
-  if (from) v = load_row(from, left, vectorize);
+__device__ __forceinline__ void finish_row(T* to, const Words8<T>& from, int64_t left, bool vectorize, const F& f) {
+  Vec8<float> v = floats(from);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v.v[i] = from_float_fast<T>(f(to_float_fast(v.v[i]), i));
-  store_row(to, v, left, vectorize);
+  for (int i = 0; i < 8; ++i) v.v[i] = f(v.v[i], i);
+  store_row(to, rounded<T>(v), left, vectorize);
 }
 
 // A sum goes to the partial ones where there are any, else, scaled, to the result.

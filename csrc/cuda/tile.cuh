@@ -43,6 +43,33 @@ template <class T>
 struct alignas(16) Vec8 {  // 8 consecutive columns: one 128-bit access at 16 bits, two at 32; one dropout block
   T v[8];
 };
+template <class T>
+struct Words8 {  // the same in registers, between a load and what uses it (load_16)
+  uint32_t w[sizeof(T) / 2][4];
+};
+template <class T>
+__device__ __forceinline__ Vec8<T> elements(const Words8<T>& v) {
+  return bit_cast<Vec8<T>>(v);
+}
+template <class T>
+__device__ __forceinline__ Words8<T> rounded(const Vec8<float>& v) {
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<Words8<T>>(v);
+  } else {
+    Words8<T> r;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r.w[0][i] = pack_fast<T>(v.v[2 * i], v.v[2 * i + 1]);
+    return r;
+  }
+}
+template <class T>
+__device__ __forceinline__ Vec8<float> floats(const Words8<T>& v) {
+  const Vec8<T> e = elements(v);
+  Vec8<float> f;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) f.v[j] = to_float_fast(e.v[j]);
+  return f;
+}
 
 inline bool can_vectorize(const void* p, int64_t pitch, size_t elem) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && pitch * static_cast<int64_t>(elem) % 16 == 0;
@@ -63,25 +90,45 @@ __device__ __forceinline__ Tile take_tile(Smem& smem) {
   return {smem.take<typename Tile::Elem>(Tile::kElems)};
 }
 
+template <class T>
+__device__ __forceinline__ void load_words(Words8<T>& v, const T* p) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) load_16(v.w[i], p + i * 16 / sizeof(T));
+}
+template <class T>
+__device__ __forceinline__ void store_words(T* p, const Words8<T>& v) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) store_16(p + i * 16 / sizeof(T), v.w[i]);
+}
+
 // The first `left` of 8 columns, zeros behind them.
 template <class Src>
-__device__ __forceinline__ Vec8<Src> load_row(const Src* p, int64_t left, bool vectorize) {
+__device__ __forceinline__ Words8<Src> load_row(const Src* p, int64_t left, bool vectorize) {
+  Words8<Src> v = {};
   const int count = left < 8 ? static_cast<int>(left) : 8;
-  if (vectorize && count == 8) return *reinterpret_cast<const Vec8<Src>*>(p);
-  Vec8<Src> v;
+  if (vectorize && count == 8) {
+    load_words(v, p);
+    return v;
+  }
+  using Bits = std::conditional_t<sizeof(Src) == 4, uint32_t, uint16_t>;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) v.v[j] = j < count ? p[j] : Src{};
+  for (int j = 0; j < 8; ++j) {
+    constexpr int kOfWord = 4 / sizeof(Src);
+    const int word = j / kOfWord;
+    if (j < count) v.w[word / 4][word % 4] |= uint32_t{bit_cast<Bits>(p[j])} << j % kOfWord * 16;
+  }
   return v;
 }
 template <class Dst>
-__device__ __forceinline__ void store_row(Dst* p, const Vec8<Dst>& v, int64_t left, bool vectorize) {
+__device__ __forceinline__ void store_row(Dst* p, const Words8<Dst>& v, int64_t left, bool vectorize) {
   if (vectorize && left >= 8) {
-    *reinterpret_cast<Vec8<Dst>*>(p) = v;
+    store_words(p, v);
     return;
   }
+  const Vec8<Dst> e = elements(v);
 #pragma unroll
   for (int i = 0; i < 8; ++i)
-    if (i < left) p[i] = v.v[i];
+    if (i < left) p[i] = e.v[i];
 }
 
 // The global matrix a tile is cut from: [rows, cols] still to come from its corner on, cols contiguous. As tiles are shorter
@@ -102,7 +149,7 @@ __device__ __forceinline__ Slab<Src> slab(const void* data, int64_t pitch, int64
   return {static_cast<const Src*>(data) + row * pitch + col, pitch, clamp(rows - row), clamp(cols - col), vectorize};
 }
 template <class Src>
-__device__ __forceinline__ Vec8<Src> load_vec(const Slab<Src>& s, int r, int c) {
+__device__ __forceinline__ Words8<Src> load_vec(const Slab<Src>& s, int r, int c) {
   return load_row(s.data + r * s.pitch + c, r < s.rows ? s.cols - c : 0, s.vectorize);
 }
 
@@ -120,56 +167,65 @@ __device__ __forceinline__ void drop(Vec8<Src>& v, const Dropout& d, uint64_t se
 // Stores one vector as the terms of its tile: itself, or hi = bf16(v) and lo = bf16(v - hi), lo = 0 beside inf and nan.
 template <class Src, class Elem, int kRows, int kCols, int kTerms>
 __device__ __forceinline__ void store_vec(const Tile<Elem, kRows, kCols, kTerms>& tile, int r, int c,
-                                          const Vec8<Src>& v) {
+                                          const Words8<Src>& v) {
   Elem* dst = tile.data + r * tile.kPitch + c;
   if constexpr (kTerms == 1) {
-    *reinterpret_cast<Vec8<Elem>*>(dst) = bit_cast<Vec8<Elem>>(v);
+    store_words(dst, bit_cast<Words8<Elem>>(v));
   } else {
-    Vec8<Elem> hi, lo;
+    Vec8<float> f = floats(v);
+    const Words8<Elem> hi = rounded<Elem>(f);
+    const Vec8<float> first = floats(hi);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float f = to_float_fast(v.v[j]);
-      hi.v[j] = from_float_fast<Elem>(f);
-      const float rest = f - to_float_fast(hi.v[j]);
-      lo.v[j] = from_float_fast<Elem>(rest == rest ? rest : 0.f);
+      const float rest = f.v[j] - first.v[j];
+      f.v[j] = rest == rest ? rest : 0.f;
     }
-    *reinterpret_cast<Vec8<Elem>*>(dst) = hi;
-    *reinterpret_cast<Vec8<Elem>*>(dst + tile.kTerm) = lo;
+    store_words(dst, hi);
+    store_words(dst + tile.kTerm, rounded<Elem>(f));
   }
 }
 
 // Global to registers to shared memory, in two halves so that the loads of the next tile fly while this one is multiplied.
-template <class Src, class Tile>
+// Of a tile that is staged in kParts, one at a time.
+template <class Src, class Tile, int kParts = 1>
 struct Stage {
-  static constexpr int kPerRow = Tile::kCols / 8, kCount = Tile::kRows * kPerRow;
+  static_assert(Tile::kRows % kParts == 0);
+  static constexpr int kRows = Tile::kRows / kParts, kPerRow = Tile::kCols / 8, kCount = kRows * kPerRow;
   static constexpr int kVecs = (kCount + kBlockThreads - 1) / kBlockThreads;
   static_assert(kCount % kBlockThreads == 0 || kVecs == 1, "threads share a tile evenly, or hold one vector at most");
-  Vec8<Src> v[kVecs];
+  Words8<Src> v[kVecs];
 
   template <class Rows>  // a Slab, or what else load_vec takes
-  __device__ __forceinline__ void fetch(const Rows& s) {
+  __device__ __forceinline__ void fetch(const Rows& s, int part = 0) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int at = i * kBlockThreads + static_cast<int>(threadIdx.x);
-      if (at < kCount) v[i] = load_vec(s, at / kPerRow, at % kPerRow * 8);
+      if (at < kCount) v[i] = load_vec(s, part * kRows + at / kPerRow, at % kPerRow * 8);
     }
   }
   // mask_row(r), col0: of the tile's row r and its first column in the dropout mask.
   template <class MaskRow>
   __device__ __forceinline__ void put_rows(const Tile& tile, const Dropout& d, uint64_t seed, const MaskRow& mask_row,
-                                           int64_t col0) {
+                                           int64_t col0, int part = 0) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const int at = i * kBlockThreads + static_cast<int>(threadIdx.x), r = at / kPerRow, c = at % kPerRow * 8;
+      const int at = i * kBlockThreads + static_cast<int>(threadIdx.x);
+      const int r = part * kRows + at / kPerRow, c = at % kPerRow * 8;
       if (at >= kCount) continue;
-      if (d.threshold) drop(v[i], d, seed, mask_row(r), col0 + c);
+      if (d.threshold) {
+        Vec8<Src> e = elements(v[i]);
+        drop(e, d, seed, mask_row(r), col0 + c);
+        v[i] = bit_cast<Words8<Src>>(e);
+      }
       store_vec(tile, r, c, v[i]);
     }
   }
   __device__ __forceinline__ void put(const Tile& tile, const Dropout& d, uint64_t seed, int64_t row0, int64_t col0) {
     put_rows(tile, d, seed, [row0](int r) { return row0 + r; }, col0);
   }
-  __device__ __forceinline__ void put(const Tile& tile) { put(tile, Dropout{}, 0, 0, 0); }
+  __device__ __forceinline__ void put(const Tile& tile, int part = 0) {
+    put_rows(tile, Dropout{}, 0, [](int) { return int64_t{0}; }, 0, part);
+  }
 };
 
 // A tile as an operand of C[m, n] += A[m, k] B[k, n]. kKContig: its rows run along k, else along m (or n).

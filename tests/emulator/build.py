@@ -130,7 +130,7 @@ def link(name: str, objects: list[Path], flags: list[str]) -> Path:
 
 def compile_all(units: list[tuple[Path, list[str]]]) -> list[Path]:
     digest.cache_clear()
-    with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", min(2, os.cpu_count() or 1)))) as pool:
         return list(pool.map(lambda unit: compile_object(*unit), units))
 
 

@@ -66,6 +66,17 @@ inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
   emu::mma_16816(d, a, b, emu::MmaType::kBF16, at);
 }
 
+namespace emu {
+using Quad [[gnu::vector_size(16), gnu::may_alias]] = uint32_t;  // one access, as the device's
+}
+inline void load_16(uint32_t (&w)[4], const void* p) {
+  const emu::Quad v = *static_cast<const emu::Quad*>(p);
+  for (int i = 0; i < 4; ++i) w[i] = v[i];
+}
+inline void store_16(void* p, const uint32_t (&w)[4]) {
+  *static_cast<emu::Quad*>(p) = emu::Quad{w[0], w[1], w[2], w[3]};
+}
+
 inline void cp_async_16(void* smem, const void* gmem, LRK_AT) { emu::cp_async(smem, gmem, 16, at); }
 inline void cp_async_16_zfill(void* smem, const void* gmem, int bytes, LRK_AT) { emu::cp_async(smem, gmem, bytes, at); }
 inline void cp_async_commit() { emu::cp_async_commit(); }

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-THREADS, WORDS, GLOBALS = 64, 96, 4
+THREADS, WORDS, GLOBALS = 64, 104, 4
 VALUES = (1.00390625, -3.1415927, 65504.0, 70000.0, 6.1e-5, 3e-8, -0.0, 1e-45, 1e30)
 MASK = 0xFFFFFFFF
 
@@ -115,6 +115,9 @@ def expected(tile: list[list[int]]) -> Iterator[tuple[str, int, list[int]]]:
             [v] * 64,
         )
     yield "clock64, __threadfence", 94, [1] * THREADS
+    for name, word in (("load_16", 95), ("store_16", 100)):
+        for i in range(4):
+            yield name, word + i, [flat[t * 8 + 2 * i] | flat[t * 8 + 2 * i + 1] << 16 for t in T]
 
 
 def all_bits(values: list[int]) -> int:

@@ -49,6 +49,9 @@ __global__ __launch_bounds__(kBlockThreads, kShrinkBlocks<X, kRanks>) void lora_
 
 // ---- Y[T, N] = c * base + bias + scale * D(S U). Block (t tile, n tile).
 
+template <class X>
+constexpr bool kEarlyBase = sizeof(X) == 2;
+
 template <class X, class F, bool kNContig>
 __global__ __launch_bounds__(kBlockThreads, 2) void lora_expand_kernel(LoraExpandParams p, Vectorize vec) {
   using Product = Expand<X, F, kNContig>;
@@ -61,6 +64,15 @@ __global__ __launch_bounds__(kBlockThreads, 2) void lora_expand_kernel(LoraExpan
   Stage<F, typename Product::TileU> su;
   ss.fetch(s_slab(0));
   su.fetch(factor_slab<F>(p.u, kNContig, 0, n0, p.R, p.N, vec.u));
+  const X *base = static_cast<const X*>(p.base), *bias = static_cast<const X*>(p.bias);
+  Words8<X> from[kBN / 16] = {};  // of base: under way while the product is made, where registers hold both
+  const auto fetch_base = [&] {
+    for_each_place<kBN / 8>(warp_id() * 16, [&](int i, int row, int col) {
+      const int64_t t = t0 + row, n = n0 + col;
+      if (base && t < p.T) from[i] = load_row(base + t * p.base_pitch + n, p.N - n, vec.x);
+    });
+  };
+  if (kEarlyBase<X>) fetch_base();
   typename Product::Sum acc = {};
   for (int r = 0; r < p.R; r += kExpandK) {
     sync_threads();
@@ -73,18 +85,17 @@ __global__ __launch_bounds__(kBlockThreads, 2) void lora_expand_kernel(LoraExpan
     }
     product.multiply(acc, p.R - r);
   }
+  if (!kEarlyBase<X>) fetch_base();
   const uint64_t seed = seed_of(p.dropout, p.seed);
-  const X *base = static_cast<const X*>(p.base), *bias = static_cast<const X*>(p.bias);
-  for_each_row(acc, warp_id() * 16, [&](int row, int col, Vec8<float>& v) {
+  for_each_row(acc, warp_id() * 16, [&](int i, int row, int col, Vec8<float>& v) {
     const int64_t t = t0 + row, n = n0 + col;
     if (t >= p.T || n >= p.N) return;
     if (p.dropout.threshold) drop(v, p.dropout, seed, t, n);
-    finish_row(static_cast<X*>(p.y) + t * p.y_pitch + n, base ? base + t * p.base_pitch + n : nullptr, p.N - n, vec.x,
-               [&](float sum, int i) {
-                 if (p.base_scale && n + i < p.N) sum *= p.base_scale[n + i];
-                 if (bias && n + i < p.N) sum += to_float_fast(bias[n + i]);
-                 return sum + p.scale * v.v[i];
-               });
+    finish_row(static_cast<X*>(p.y) + t * p.y_pitch + n, from[i], p.N - n, vec.x, [&](float sum, int j) {
+      if (p.base_scale && n + j < p.N) sum *= p.base_scale[n + j];
+      if (bias && n + j < p.N) sum += to_float_fast(bias[n + j]);
+      return sum + p.scale * v.v[j];
+    });
   });
 }
 
@@ -106,16 +117,15 @@ __global__ __launch_bounds__(kBlockThreads) void lora_rescale_kernel(LoraRescale
 #pragma unroll
   for (int i = 0; i < 8; ++i) c[i] = n + i < p.N ? p.base_scale[n + i] : 0.f;
   for (int64_t t = t0 + warp; t < last && n < p.N; t += kWarps) {
-    Vec8<X> d = load_row(static_cast<const X*>(p.dy) + t * p.dy_pitch + n, p.N - n, vectorize);
+    const Words8<X> dy = load_row(static_cast<const X*>(p.dy) + t * p.dy_pitch + n, p.N - n, vectorize);
     if (partial) {
-      const Vec8<X> b = load_row(static_cast<const X*>(p.base) + t * p.base_pitch + n, p.N - n, vectorize);
+      const Vec8<float> b = floats(load_row(static_cast<const X*>(p.base) + t * p.base_pitch + n, p.N - n, vectorize));
+      const Vec8<float> d = floats(dy);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum[i] += to_float_fast(d.v[i]) * to_float_fast(b.v[i]);
+      for (int i = 0; i < 8; ++i) sum[i] += d.v[i] * b.v[i];
     }
     if (!p.dz) continue;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) d.v[i] = from_float_fast<X>(c[i] * to_float_fast(d.v[i]));
-    store_row(static_cast<X*>(p.dz) + t * p.N + n, d, p.N - n, vectorize);
+    finish_row(static_cast<X*>(p.dz) + t * p.N + n, dy, p.N - n, vectorize, [&](float d, int i) { return c[i] * d; });
   }
   if (!partial) return;
 #pragma unroll
@@ -182,6 +192,7 @@ struct ShrinkWgrad {
   using TileU = TileOfU<X, S, kCudaFewRanks, kCudaChunk, false>;
   using TileS = TileOfF<X, S, kCudaTokens, kCudaFewRanks>;
   static constexpr int kWarpN = kCudaChunk / kWarps;
+  static constexpr int kParts = 4;  // of a tile of dY: registers hold no more beside dB
   static constexpr size_t kBytes = TileX::kBytes + TileU::kBytes + TileS::kBytes;
 };
 
@@ -204,19 +215,25 @@ __global__ __launch_bounds__(kBlockThreads, 2) void lora_shrink_wgrad_kernel(Lor
   Stage<F, TileU> su;
   su.fetch(factor_slab<F>(p.u, false, 0, n0, p.R, p.N, vec.u));
   su.put(tu);
+  Stage<typename Product::S, TileS> ss;
+  Stage<X, TileX, Product::kParts> sx;
+  const auto fetch = [&](int64_t t) {
+    ss.fetch(slab<typename Product::S>(both.wgrad.s, p.R, t, 0, end, p.R, vec.s));
+    sx.fetch(slab<X>(p.x, p.x_pitch, t, n0, end, p.N, vec.x));
+  };
+  fetch(begin);
   float db[Product::kWarpN / 8][4] = {};  // rows: ranks; columns n0 + col0 ..
   for (int64_t t = begin; t < end; t += kCudaTokens) {
-    Stage<typename Product::S, TileS> ss;
-    ss.fetch(slab<typename Product::S>(both.wgrad.s, p.R, t, 0, end, p.R, vec.s));
     sync_threads();
     ss.put(ts);
-    const auto dy = slab<X>(p.x, p.x_pitch, t, n0, end, p.N, vec.x);
-#pragma unroll(kUnroll<X>)
-    for (int at = static_cast<int>(threadIdx.x); at < kCudaTokens * kCudaChunk / 8; at += kBlockThreads) {
-      const int r = at / (kCudaChunk / 8), c = at % (kCudaChunk / 8) * 8;
-      store_vec(tx, r, c, load_vec(dy, r, c));
+    sx.put(tx);
+#pragma unroll
+    for (int part = 1; part < Product::kParts; ++part) {
+      sx.fetch(slab<X>(p.x, p.x_pitch, t, n0, end, p.N, vec.x), part);
+      sx.put(tx, part);
     }
     sync_threads();
+    if (t + kCudaTokens < end) fetch(t + kCudaTokens);
     float ds[kCudaFewRanks / 8][4] = {};
 #pragma unroll(kUnroll<X>)
     for (int k = 0; k < kCudaChunk; k += 16)

@@ -106,11 +106,13 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_expand_kernel(Mul
   sync_threads();  // rows is read below even where no loop ran
   const Dropout dropout = dropout_of(d, tile.adapter);
   const uint64_t seed = seed_of(dropout, d.seed);
-  for_each_row(acc, warp_id() * 16, [&](int t, int col, Vec8<float>& v) {
+  for_each_row(acc, warp_id() * 16, [&](int, int t, int col, Vec8<float>& v) {
     const int64_t row = rows[t], n = n0 + col;
     if (row < 0 || n >= p.N) return;
     if (dropout.threshold) drop(v, dropout, seed, row * d.K + k, n);
-    finish_row(to + row * to_pitch + n, from ? from + row * from_pitch + n : nullptr, p.N - n, vec.x,
+    Words8<To> words = {};
+    if (from) words = load_row(from + row * from_pitch + n, p.N - n, vec.x);
+    finish_row(to + row * to_pitch + n, words, p.N - n, vec.x,
                [&](float base, int i) { return unknown ? not_a_number() : base + dropout.keep_scale * v.v[i]; });
   });
 }

@@ -113,15 +113,15 @@ struct Gathered {
   const int32_t* cols_of = nullptr;
 };
 template <class Src>
-__device__ __forceinline__ Vec8<Src> load_vec(const Gathered<Src>& s, int r, int c) {
+__device__ __forceinline__ Words8<Src> load_vec(const Gathered<Src>& s, int r, int c) {
   const int32_t row = s.rows[r];
-  Vec8<Src> v = load_row(s.data + (row < 0 ? 0 : row) * s.pitch + c, row < 0 ? 0 : s.cols - c, s.vectorize);
-  if (s.cols_of) {
+  const auto words = load_row(s.data + (row < 0 ? 0 : row) * s.pitch + c, row < 0 ? 0 : s.cols - c, s.vectorize);
+  if (!s.cols_of) return words;
+  Vec8<Src> v = elements(words);
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-      if (s.cols_of[c + j] < 0) v.v[j] = Src{};
-  }
-  return v;
+  for (int j = 0; j < 8; ++j)
+    if (s.cols_of[c + j] < 0) v.v[j] = Src{};
+  return bit_cast<Words8<Src>>(v);
 }
 
 }  // namespace lrk
