@@ -30,7 +30,7 @@ class Instruction:
     sets: int  # the scoreboard that its result clears, 7 for none
     frees: int  # the one that clears when its operands have been read, 7 for none
     waits: int  # mask of scoreboards
-    line: Line | None  # the innermost one
+    line: Line | None  # the innermost one that is no wrapper's
     target: str = ""  # of a branch; "" too where it lies outside
     share: float = 1.0  # of the passages of its path in which it runs
 
@@ -58,6 +58,7 @@ SIZES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1}
 TENSOR = re.compile(r"(?:[HIQO]G?MMA|DMMA|UTC[A-Z]*MMA)\b")
 FMA = ("FFMA", "FMUL", "FADD", "HFMA2", "DFMA")
 MOVE = re.compile(r"HFMA2\S* R\d+, -?RZ, -?RZ, ")  # how nvcc sets a register to a constant in the multipliers' pipe
+WRAPPERS = "cuda/ptx.cuh"  # its lines are the caller's
 LISTED = re.compile(r"(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<text>(?P<op>[A-Z][A-Z0-9_.]*).*)")
 
 
@@ -71,7 +72,7 @@ def nvdisasm() -> str:
 
 
 def disassemble(cubin: str | File) -> str:
-    command = [nvdisasm(), "-hex", "-c", "-g", str(cubin)]
+    command = [nvdisasm(), "-hex", "-c", "-gi", str(cubin)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -95,9 +96,9 @@ class Code:
 
 
 def parse(text: str, wanted: Callable[[str], bool] = lambda mangled: True) -> dict[str, Code]:
-    """By mangled name, what `nvdisasm -hex -c -g` lists."""
+    """By mangled name, what `nvdisasm -hex -c -gi` lists."""
     found: dict[str, Code] = {}
-    code, line = None, None
+    code, line, listing = None, None, False
     for row in text.splitlines():
         if row.startswith(".text."):
             name = row[6:].rstrip(":")
@@ -115,8 +116,9 @@ def parse(text: str, wanted: Callable[[str], bool] = lambda mangled: True) -> di
             )
         elif m := re.match(r"(\.L\w+):", row):
             code.labels[m[1]] = len(code.instructions)
-        elif m := re.match(r'//## File "([^"]+)", line (\d+)', row):
+        elif (m := re.match(r'//## File "([^"]+)", line (\d+)', row)) and not (listing and line[0] != WRAPPERS):
             line = short(m[1]), int(m[2])
+        listing = row.startswith("//## File")
     return found
 
 
@@ -353,10 +355,10 @@ def in_flight(path: Path, loads: Collection[int]) -> float:
 def feeding(path: Path) -> set[int]:
     """Ids of the loads whose values reach a multiplication or a store, other than by being an address. Where vectors are
     among them they are vectors alone: single elements beside them are indices, scales and edges."""
-    order = [x for p in (path, *path.loops()) for x in p.own()]
+    order = [x for p in (path, *path.loops()) for x in [*p.own()] * 2]  # twice: what one trip loads the next one stores
     holds: dict[str, set[int]] = defaultdict(set)  # by register, the loads in it
     found: set[int] = set()
-    for x in order * 2:  # twice: what one trip loads the next one stores
+    for x in order:
         operands = re.sub(r"\[[^\]]*\]|desc", "", x.text.partition(" ")[2])
         named = registers(operands)
         stores = x.name.startswith("ST") or TENSOR.match(x.op) or x.multiplies

@@ -5,11 +5,13 @@ import pytest
 
 from tools import sass
 
-# nvcc 13.0, nvdisasm 13.5 -hex -c -g, for sm_90a
+# nvcc 13.0, nvdisasm 13.5 -hex -c -gi, for sm_90a
 RECORDED = """//--------------------- .text._Z11copy_kernelPKfPfi --------------------------
 	.section	.text._Z11copy_kernelPKfPfi,"ax",@progbits
 .text._Z11copy_kernelPKfPfi:
-	//## File "/somewhere/csrc/cuda/tile.cuh", line 70
+	//## File "/somewhere/csrc/cuda/ptx.cuh", line 98 inlined at "/somewhere/csrc/cuda/tile.cuh", line 70
+	//## File "/somewhere/csrc/cuda/tile.cuh", line 70 inlined at "/somewhere/csrc/cuda/lora/portable.cu", line 12
+	//## File "/somewhere/csrc/cuda/lora/portable.cu", line 12
         /*0020*/                   LDC R0, c[0x0][0x220] ;                      /* 0x00008800ff007b82 */
                                                                                 /* 0x000e240000000800 */
         /*0030*/                   ISETP.GE.AND P0, PT, R3, R0, PT ;            /* 0x000000000300720c */
