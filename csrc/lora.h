@@ -30,7 +30,7 @@ constexpr int kCpuChunk = 512, kCudaChunk = 256;  // columns of N summed at a ti
 // CUDA: tokens of a tile, and ranks of a block: the few where all of R are among them. shrink_wgrad keeps dB
 // [kCudaFewRanks, kCudaChunk] in registers, so that R may not be more.
 constexpr int kCudaTokens = 64, kCudaFewRanks = 16, kCudaRanks = 64;
-constexpr int kCudaBlocks = 128;  // fewer leave a GPU idle
+constexpr int kShrinkGroup = 4;  // chunks of N that shrink sums before it adds up their sums
 
 // CPU: tokens of a tile (48 KB of fp32); ranks of a task of shrink, and ranks that expand sums at a time.
 constexpr int kCpuTokens = 24, kCpuRanks = 64;
@@ -121,13 +121,13 @@ struct BackwardConfig {
 };
 BackwardConfig choose_lora_backward(const BackwardShape& shape, Target target);
 
-// shrink on CUDA: one block walks all chunks of its rows, or, where that leaves the GPU idle, one block per chunk writes
-// a partial sum and a second kernel adds them. Both add the same chunks in the same order: equal bits.
-struct ShrinkConfig {
-  bool split;
-  int32_t chunks;
+// shrink on CUDA: S is the sum, in order, of groups of kShrinkGroup chunks of N, each of them a sum in order. A block walks
+// `span` chunks and writes a partial sum for each `plane` of them, a chunk or a group; a second kernel adds up the rest of
+// the same tree: equal bits whatever the span.
+struct ShrinkSplit {
+  int32_t chunks, span, plane, planes;  // one plane: S itself
 };
-ShrinkConfig choose_lora_shrink(int64_t T, int64_t N, int32_t R, Target target);
+ShrinkSplit choose_lora_shrink(int64_t T, int64_t N, int32_t R, Target target);
 
 // shrink on the CPU: `ranks` of a task, fewer where there is one tile, so that threads share the rows of a factor.
 struct CpuTasks {

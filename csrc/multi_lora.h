@@ -106,7 +106,13 @@ constexpr int kCpuSplitRows = kCpuSplit / kCpuTokens * kCpuTokens;  // of a spli
 // shrink on the CPU: ranks of a page that a task takes, fewer where rows are few, so that threads share an adapter.
 constexpr int cpu_page_ranks(int64_t rows) { return rows <= kCpuTokens ? kPageRanks / 2 : kPageRanks; }
 
-// shrink on CUDA: as choose_lora_shrink, one block per chunk of N where rows are few.
+// shrink on CUDA: one block walks all chunks of its rows, or, where that leaves the GPU idle, one block per chunk writes
+// a partial sum and a second kernel adds them. Both add the same chunks in the same order: equal bits.
+constexpr int kCudaBlocks = 128;  // fewer leave a GPU idle
+struct ShrinkConfig {
+  bool split;
+  int32_t chunks;
+};
 ShrinkConfig choose_multi_lora_shrink(int64_t T, int64_t K, int64_t N, Target target);
 
 LRK_KERNEL(multi_lora_plan, MultiLoraPlanParams)

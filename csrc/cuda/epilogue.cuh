@@ -24,12 +24,12 @@ __device__ __forceinline__ void for_each_row(const float (&acc)[kTilesN][4], int
 }
 
 // to[i] = f(from[i], i) for the first `left` of 8 columns.
-template <class T, class F>
+template <bool kPlain = false, class T, class F>
 __device__ __forceinline__ void finish_row(T* to, const Words8<T>& from, int64_t left, bool vectorize, const F& f) {
   Vec8<float> v = floats(from);
 #pragma unroll
   for (int i = 0; i < 8; ++i) v.v[i] = f(v.v[i], i);
-  store_row(to, rounded<T>(v), left, vectorize);
+  store_row<kPlain>(to, rounded<T>(v), left, vectorize);
 }
 
 // A sum goes to the partial ones where there are any, else, scaled, to the result.

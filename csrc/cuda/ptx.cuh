@@ -92,14 +92,19 @@ __device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// 16 bytes (aligned) of global or shared memory as four words. A vector is held in words from its load to its store: taken
+// 16 bytes (aligned) of global memory as four words; to shared memory, to global memory (of a plain store nvcc makes four). A vector is held in words from its load to its store: taken
 // apart into 16-bit elements earlier, nvcc does so right behind the load, and waits for it there.
 __device__ __forceinline__ void load_16(uint32_t (&w)[4], const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);
   w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
 }
-__device__ __forceinline__ void store_16(void* p, const uint32_t (&w)[4]) {
-  *static_cast<uint4*>(p) = make_uint4(w[0], w[1], w[2], w[3]);
+__device__ __forceinline__ void store_16(void* gmem, const uint32_t (&w)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(gmem)), "r"(w[0]), "r"(w[1]),
+               "r"(w[2]), "r"(w[3])
+               : "memory");
+}
+__device__ __forceinline__ void store_shared_16(void* smem, const uint32_t (&w)[4]) {
+  *static_cast<uint4*>(smem) = make_uint4(w[0], w[1], w[2], w[3]);
 }
 
 // Asynchronous copy of 16 bytes (both ends 16-byte aligned). The zfill form reads `bytes` <= 16 and zero-fills the rest;

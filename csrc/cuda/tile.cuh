@@ -100,16 +100,23 @@ __device__ __forceinline__ void store_words(T* p, const Words8<T>& v) {
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) store_16(p + i * 16 / sizeof(T), v.w[i]);
 }
+template <class T>
+__device__ __forceinline__ void put_words(T* smem, const Words8<T>& v) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) store_shared_16(smem + i * 16 / sizeof(T), v.w[i]);
+}
 
-// The first `left` of 8 columns, zeros behind them.
-template <class Src>
+// The first `left` of 8 columns, zeros behind them. kPlain: the launcher knows that columns come in aligned eights; the
+// ways around that stay out of the kernel.
+template <bool kPlain = false, class Src>
 __device__ __forceinline__ Words8<Src> load_row(const Src* p, int64_t left, bool vectorize) {
   Words8<Src> v = {};
   const int count = left < 8 ? static_cast<int>(left) : 8;
-  if (vectorize && count == 8) {
+  if (kPlain ? count > 0 : vectorize && count == 8) {
     load_words(v, p);
     return v;
   }
+  if (kPlain) return v;
   using Bits = std::conditional_t<sizeof(Src) == 4, uint32_t, uint16_t>;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -119,9 +126,9 @@ __device__ __forceinline__ Words8<Src> load_row(const Src* p, int64_t left, bool
   }
   return v;
 }
-template <class Dst>
+template <bool kPlain = false, class Dst>
 __device__ __forceinline__ void store_row(Dst* p, const Words8<Dst>& v, int64_t left, bool vectorize) {
-  if (vectorize && left >= 8) {
+  if (kPlain || (vectorize && left >= 8)) {
     store_words(p, v);
     return;
   }
@@ -134,7 +141,7 @@ __device__ __forceinline__ void store_row(Dst* p, const Words8<Dst>& v, int64_t 
 // The global matrix a tile is cut from: [rows, cols] still to come from its corner on, cols contiguous. As tiles are shorter
 // than kSlab, more than that need not be told apart, and counts stay in one register.
 constexpr int kSlab = 1024;
-template <class Src>
+template <class Src, bool kPlain>
 struct Slab {
   const Src* data;
   int64_t pitch;
@@ -142,15 +149,15 @@ struct Slab {
   bool vectorize;
 };
 // What a matrix [rows, cols] has from (row, col) on.
-template <class Src>
-__device__ __forceinline__ Slab<Src> slab(const void* data, int64_t pitch, int64_t row, int64_t col, int64_t rows,
-                                          int64_t cols, bool vectorize) {
+template <class Src, bool kPlain>
+__device__ __forceinline__ Slab<Src, kPlain> slab(const void* data, int64_t pitch, int64_t row, int64_t col,
+                                                  int64_t rows, int64_t cols, bool vectorize) {
   const auto clamp = [](int64_t n) { return static_cast<int>(n < kSlab ? n : kSlab); };
   return {static_cast<const Src*>(data) + row * pitch + col, pitch, clamp(rows - row), clamp(cols - col), vectorize};
 }
-template <class Src>
-__device__ __forceinline__ Words8<Src> load_vec(const Slab<Src>& s, int r, int c) {
-  return load_row(s.data + r * s.pitch + c, r < s.rows ? s.cols - c : 0, s.vectorize);
+template <class Src, bool kPlain>
+__device__ __forceinline__ Words8<Src> load_vec(const Slab<Src, kPlain>& s, int r, int c) {
+  return load_row<kPlain>(s.data + r * s.pitch + c, r < s.rows ? s.cols - c : 0, s.vectorize);
 }
 
 __device__ __forceinline__ uint64_t seed_of(const Dropout& d, const int64_t* seed) {
@@ -170,7 +177,7 @@ __device__ __forceinline__ void store_vec(const Tile<Elem, kRows, kCols, kTerms>
                                           const Words8<Src>& v) {
   Elem* dst = tile.data + r * tile.kPitch + c;
   if constexpr (kTerms == 1) {
-    store_words(dst, bit_cast<Words8<Elem>>(v));
+    put_words(dst, bit_cast<Words8<Elem>>(v));
   } else {
     Vec8<float> f = floats(v);
     const Words8<Elem> hi = rounded<Elem>(f);
@@ -180,8 +187,8 @@ __device__ __forceinline__ void store_vec(const Tile<Elem, kRows, kCols, kTerms>
       const float rest = f.v[j] - first.v[j];
       f.v[j] = rest == rest ? rest : 0.f;
     }
-    store_words(dst, hi);
-    store_words(dst + tile.kTerm, rounded<Elem>(f));
+    put_words(dst, hi);
+    put_words(dst + tile.kTerm, rounded<Elem>(f));
   }
 }
 

@@ -319,13 +319,14 @@ Three lora_forward(const char* op, const Tensor& x_, const BaseProduct& product,
     return {y, nothing(), nothing()};
   }
   if (!base_scale) {
-    const Tensor y = product.forward(x_, bias), s = shrink(rows, a, k, d);
+    const Tensor s = shrink(rows, a, k, d);  // first: x is in L2 then for the GEMM, and the end of y for expand
+    const Tensor y = product.forward(x_, bias);
     const Rows out = rows_of(op, y);
     expand(out, {.base = out}, s, b, 1.f, {});
     return {y, s, nothing()};
   }
-  const Tensor c = check_base_scale(*base_scale, x, O), base = product.forward(x_, std::nullopt);
-  const Tensor s = shrink(rows, a, k, d), y = new_empty(x_, with_last(x_, O));
+  const Tensor c = check_base_scale(*base_scale, x, O), s = shrink(rows, a, k, d);
+  const Tensor base = product.forward(x_, std::nullopt), y = new_empty(x_, with_last(x_, O));
   expand(rows_of(op, y), {rows_of(op, base), c, bias ? OptTensor(as_contiguous(*bias)) : std::nullopt}, s, b, 1.f, {});
   return {y, s, base};
 }

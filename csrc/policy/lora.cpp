@@ -10,6 +10,8 @@ namespace lrk {
 
 namespace {
 
+constexpr int kCudaSms = 132;  // of an H100
+
 // One split needs no partial sums: the kernel writes the result itself.
 int64_t wgrad_partial_sums(const LoraWgradParams& p, int64_t splits) { return splits > 1 ? splits * p.R * p.N : 0; }
 int64_t wgrad_splits(const LoraWgradParams& p) { return ceil_div(p.T, split_tokens(p.T, kCudaSplit)); }
@@ -26,10 +28,18 @@ BackwardConfig choose_lora_backward(const BackwardShape& s, Target target) {
   return c;
 }
 
-ShrinkConfig choose_lora_shrink(int64_t T, int64_t N, int32_t R, Target) {
-  const int64_t blocks = ceil_div(T, kCudaTokens) * ceil_div(R, R <= kCudaFewRanks ? kCudaFewRanks : kCudaRanks);
-  const int32_t chunks = static_cast<int32_t>(ceil_div(N, kCudaChunk));
-  return {blocks < kCudaBlocks && chunks > 1, chunks};
+// The span whose rounds of blocks take least: a block costs its chunks and, to start and to write its sums, some one more.
+ShrinkSplit choose_lora_shrink(int64_t T, int64_t N, int32_t R, Target) {
+  const bool few = R <= kCudaFewRanks;
+  const int64_t tiles = ceil_div(T, kCudaTokens) * ceil_div(R, few ? kCudaFewRanks : kCudaRanks);
+  const int64_t at_once = kCudaSms * (few ? 4 : 2), chunks = ceil_div(N, kCudaChunk);
+  const auto cost = [&](int64_t span) { return ceil_div(tiles * ceil_div(chunks, span), at_once) * (span + 1); };
+  int64_t best = 1;
+  for (int64_t span = kShrinkGroup; span < chunks + kShrinkGroup; span += kShrinkGroup)
+    if (cost(span) <= cost(best)) best = span;
+  const int64_t plane = best == 1 ? 1 : kShrinkGroup;
+  return {static_cast<int32_t>(chunks), static_cast<int32_t>(best), static_cast<int32_t>(plane),
+          static_cast<int32_t>(ceil_div(chunks, plane))};
 }
 
 CpuTasks choose_lora_cpu_shrink(int64_t T, int64_t N, int64_t R) {
@@ -45,8 +55,8 @@ ShrinkWgradLayout shrink_wgrad_layout(const LoraShrinkWgradParams& p) {
 
 size_t lora_shrink_workspace(const LoraShrinkParams& p, Target target) {
   if (target.device == Device::kCPU) return 0;
-  const ShrinkConfig config = choose_lora_shrink(p.T, p.N, p.R, target);
-  return config.split ? config.chunks * p.T * p.R * sizeof(float) : 0;
+  const int64_t planes = choose_lora_shrink(p.T, p.N, p.R, target).planes;
+  return planes > 1 ? planes * p.T * p.R * sizeof(float) : 0;
 }
 
 size_t lora_expand_workspace(const LoraExpandParams&, Target) { return 0; }
@@ -91,12 +101,11 @@ Answer explain_shrink(const Question& q) {
     return {{{"ranks", c.ranks}, {"tasks", c.count}, {"grain", c.grain}},
             text(c.count, " tasks of ", c.ranks, " ranks, of which a thread takes ", c.grain, " at once")};
   }
-  const ShrinkConfig c = choose_lora_shrink(q["T"], q["N"], static_cast<int32_t>(q["R"]), q.target());
-  return {
-      {{"split", c.split}, {"chunks", c.chunks}},
-      c.split
-          ? "chunks of N in blocks of their own, added in order by a second kernel: the rows alone leave the GPU idle"
-          : "each block walks the chunks of N of its rows"};
+  const ShrinkSplit c = choose_lora_shrink(q["T"], q["N"], static_cast<int32_t>(q["R"]), q.target());
+  return {{{"chunks", c.chunks}, {"span", c.span}, {"plane", c.plane}, {"planes", c.planes}},
+          c.planes == 1 ? "each block walks the chunks of N of its rows"
+                        : text("blocks walk ", c.span, " of ", c.chunks, " chunks of N; a second kernel adds up ",
+                               c.planes, " partial sums in the order that rows of any batch have")};
 }
 
 Answer explain_wgrad(const Question& q) {
@@ -116,9 +125,11 @@ const Registered registered[] = {
       .answer = explain_backward}},
     {"lora_shrink",
      {.rule =
-          "CUDA: chunks of N in blocks of their own where rows and ranks make fewer than 128 blocks. CPU: 8 ranks a "
-          "task for up to 24 tokens, else 64",
-      .numbers = "counts: 128 is about the SMs of an H100 (132), 8 ranks make 8 tasks of rank 64; not measured",
+          "CUDA: a block walks one chunk of N or groups of four, whatever fills the GPU in the least rounds; the order of "
+          "the sum is the same. CPU: 8 ranks a task for up to 24 tokens, else 64",
+      .numbers =
+          "counts: 132 SMs of an H100 hold 4 blocks each of up to 16 ranks, else 2; a block's start and end take as "
+          "long as a chunk, 8 ranks make 8 tasks of rank 64; not measured",
       .arguments = {{"T", {}}, {"N", {}}, {"R", {}}},
       .answer = explain_shrink}},
     {"lora_wgrad",

@@ -169,7 +169,7 @@ def test_explain_says_what_and_why():
     assert not narrow["fused"]
     assert "two passes" in narrow["why"]
     shrink = host.explain("lora_shrink", T=8, N=8192, R=16)
-    assert shrink["split"] == (shrink["chunks"] > 1)
+    assert shrink["planes"] == shrink["chunks"] == 32 and "32 partial sums" in shrink["why"]
     few = host.explain("basis_matmul", T=1, Q=256, C=4096, device="cpu")
     assert not few["scratch"]
     many = host.explain("basis_matmul", T=512, Q=4096, C=4096, device="cpu")
@@ -202,6 +202,9 @@ def test_choices_by_the_shape():
     assert host.explain("lora_shrink", T=8, N=64, R=64, device="cpu")["tasks"] == 16
     assert host.explain("lora_shrink", T=48, N=64, R=64, device="cpu")["tasks"] == 2
     assert host.explain("multi_lora_shrink", T=8, N=8192)["split"]
+    spans = {T: host.explain("lora_shrink", T=T, N=4096, R=16)["span"] for T in (1, 4096, 8192, 16384)}
+    assert spans == {1: 1, 4096: 1, 8192: 4, 16384: 8}, "chunks of a block: the fewest rounds of blocks"
+    assert host.explain("lora_shrink", T=1 << 20, N=1024, R=16)["planes"] == 1
     assert host.explain("multi_lora_wgrad", T=600, K=2)["splits"] == 4
     assert host.explain("basis_combine", R=1, W=64, K=1024)["splits"] == 32
     assert host.explain("basis_dot", T=1, K=4)["splits"] == 128

@@ -77,6 +77,8 @@ inline void store_16(void* p, const uint32_t (&w)[4]) {
   *static_cast<emu::Quad*>(p) = emu::Quad{w[0], w[1], w[2], w[3]};
 }
 
+inline void store_shared_16(void* p, const uint32_t (&w)[4]) { store_16(p, w); }
+
 inline void cp_async_16(void* smem, const void* gmem, LRK_AT) { emu::cp_async(smem, gmem, 16, at); }
 inline void cp_async_16_zfill(void* smem, const void* gmem, int bytes, LRK_AT) { emu::cp_async(smem, gmem, bytes, at); }
 inline void cp_async_commit() { emu::cp_async_commit(); }

@@ -115,7 +115,7 @@ def expected(tile: list[list[int]]) -> Iterator[tuple[str, int, list[int]]]:
             [v] * 64,
         )
     yield "clock64, __threadfence", 94, [1] * THREADS
-    for name, word in (("load_16", 95), ("store_16", 100)):
+    for name, word in (("load_16, store_shared_16", 95), ("store_16", 100)):
         for i in range(4):
             yield name, word + i, [flat[t * 8 + 2 * i] | flat[t * 8 + 2 * i + 1] << 16 for t in T]
 

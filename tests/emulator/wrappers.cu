@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(64) wrappers(const uint16_t* in, uint32_t* out
 
   uint32_t quad[4], again[4];
   load_16(quad, in + t * 8);
-  store_16(tile + t * 8, quad);
+  store_shared_16(tile + t * 8, quad);
   load_16(again, tile + t * 8);
   for (uint32_t v : again) put(v);  // 95..98
   put(0);

@@ -283,12 +283,13 @@ def test_a_row_does_not_depend_on_its_batch(device, dtype):
 
 
 def test_a_row_has_the_same_bits_in_a_batch_of_thousands(device):
-    """On CUDA a large batch walks the chunks of I in one block, a small one gives each chunk a block of its own."""
+    """On CUDA blocks walk more chunks of I in a large batch than in a small one: one, a group of four, several groups."""
     draw = Draw(device, torch.bfloat16)
-    x, a = draw(8200, 300), draw(4, 300)
-    s = lrkern.ops.lora_shrink(x, a)
-    for lo, hi in ((0, 1), (8190, 8200)):
-        assert torch.equal(lrkern.ops.lora_shrink(x[lo:hi], a), s[lo:hi])
+    for T, I in ((8200, 300), (8200, 1100), (12800, 2100)):
+        x, a = draw(T, I), draw(4, I)
+        s = lrkern.ops.lora_shrink(x, a)
+        for lo, hi in ((0, 1), (T - 10, T)):
+            assert torch.equal(lrkern.ops.lora_shrink(x[lo:hi], a), s[lo:hi])
 
 
 def test_gradients_of_factors_over_thousands_of_tokens(device):

@@ -2,8 +2,10 @@
 """LoRA's kernels: plans of csrc/cuda/lora/, and calls that launch them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
+from tools import families
 from tools.families import (
     SIZE,
     SLOW_PATHS,
@@ -17,30 +19,44 @@ from tools.families import (
     tile,
     type_of_s,
     vectors,
-    wgrad,
 )
 
 # Beyond the registry: batch invariance, thousands of tokens, what lies between rows, dropout's bits.
 TESTS = {"tests/ops/test_lora.py": "cpu and rank_0", "tests/ops/test_lora_sizes.py": "nothing"}
 
 
-def shrink(x: str, f: str, ranks: int, n_contig: bool) -> Plan:
+BOOLS = (False, True)
+
+
+def limits(x: str, terms: int, plain: bool, blocks: int, together: int) -> dict[str, int]:
+    """Of a kernel for aligned operands without dropout and DoRA's scale: the loads that a warp has under way together, where
+    their tile is one term (what is taken apart waits), and an instruction cache. The others have every slow way inside."""
+    flight = one_by_one(blocks) * (together if plain and terms == 1 else 1)
+    return {"flight": flight, "code": 32 << 10 if plain and x != "float" else SLOW_PATHS}
+
+
+def shrink(x: str, f: str, ranks: int, n_contig: bool, plain: bool) -> Plan:
     elem, xt, ft, tensor = math_of(x, f)
     shared = tile(64, 64, elem, xt) + (tile(ranks, 64, elem, ft) if n_contig else tile(64, ranks, elem, ft))
     wide = vectors(64, 64, x) + vectors(ranks, 64, f)
     blocks = 4 if ranks == 16 and SIZE[x] == 2 else 2
-    return Plan(blocks, shared, tensor, wide, one_by_one(blocks), SLOW_PATHS)
+    return Plan(blocks, shared, tensor, wide, **limits(x, xt, plain, blocks, 4))
 
 
-def expand(x: str, f: str, n_contig: bool) -> Plan:
+def expand(x: str, f: str, n_contig: bool, plain: bool) -> Plan:
     s = type_of_s(f)
     elem, _, ft, tensor = math_of(x, s)
     shared = tile(64, 32, elem, ft) + (tile(32, 128, elem, ft) if n_contig else tile(128, 32, elem, ft))
     wide = vectors(64, 32, s) + vectors(32, 128, f) + vectors(64, 128, x)
-    return Plan(2, shared, tensor, wide, one_by_one(2), SLOW_PATHS)
+    return Plan(2, shared, tensor, wide, **limits(x, ft, plain, 2, 5))
 
 
-def shrink_wgrad(x: str, f: str) -> Plan:
+def wgrad(x: str, f: str, ranks: int, plain: bool) -> Plan:
+    terms = math_of(x, type_of_s(f))[1]
+    return replace(families.wgrad(x, f, ranks), **limits(x, terms, plain and x != "f16", 2, 6))  # f16, 64: 32.5 KB
+
+
+def shrink_wgrad(x: str, f: str, plain: bool) -> Plan:
     """Its [64, 256] tile of dY leaves room for a second block only where the tile is one 16-bit term."""
     s = type_of_s(f)
     elem, xt, ft, tensor = math_of(x, s)
@@ -48,7 +64,8 @@ def shrink_wgrad(x: str, f: str) -> Plan:
     unrolled = 4 if SIZE[x] == 2 else 2
     blocks = 2 if x == s != "float" else 1
     wide = vectors(256, 16, f) + vectors(64, 16, s) + unrolled
-    return Plan(blocks, shared, tensor, wide, one_by_one(blocks), SLOW_PATHS)
+    flight = limits(x, xt, plain, blocks, 8)["flight"]  # a tile of dY at once, each vector with code of its own
+    return Plan(blocks, shared, tensor, wide, flight, SLOW_PATHS)
 
 
 def rescale(x: str) -> Plan:
@@ -58,18 +75,19 @@ def rescale(x: str) -> Plan:
 
 
 KERNELS = {
-    "lora_shrink": Kernel(shrink, "xf", list(product((16, 64), (False, True))), again={"x": "y", "a": "x"}),
-    "lora_expand": Kernel(expand, "xf", [(False,), (True,)], again={"s": "y", "b": "x"}),
-    "lora_wgrad": Kernel(wgrad, "xf", [(16,), (64,)], again={"ds": "y", "x": "z"}),
-    "lora_shrink_wgrad": Kernel(shrink_wgrad, "xf", again={"s": "y", "b": "x"}),
+    "lora_shrink": Kernel(shrink, "xf", list(product((16, 64), BOOLS, BOOLS)), again={"x": "y", "a": "x"}),
+    "lora_expand": Kernel(expand, "xf", list(product(BOOLS, BOOLS)), again={"s": "y", "b": "x"}),
+    "lora_wgrad": Kernel(wgrad, "xf", list(product((16, 64), BOOLS)), again={"ds": "y", "x": "z"}),
+    "lora_shrink_wgrad": Kernel(shrink_wgrad, "xf", [(False,), (True,)], again={"s": "y", "b": "x"}),
     "lora_rescale": Kernel(rescale, "x"),
     "lora_sum": Kernel(streams(8), "f", part=True),  # fp32, neighbours in one warp
 }
 
 
 SHAPES = [
-    *(Shape(T=T, I=4096, O=4096, R=16) for T in (1, 16, 64, 8192)),
-    Shape(T=8192, I=4096, O=4096, R=64),
+    *(Shape(T=T, I=4096, O=4096, R=16) for T in (1, 16, 64, 4096, 8128, 8192, 8200, 16384)),
+    Shape(T=8192, I=4096, O=14336, R=16),
+    *(Shape(T=8192, I=4096, O=4096, R=R) for R in (8, 64)),
 ]
 
 

@@ -11,40 +11,53 @@ namespace {
 template <class X>
 constexpr int kUnroll = sizeof(X) == 4 ? 1 : 4;  // fp32 steps are long as they are, and more would spill
 
-template <class F>
-__device__ __forceinline__ Slab<F> factor_slab(const Factor& u, bool n_contig, int64_t r, int64_t n, int64_t R,
-                                               int64_t N, bool vectorize) {
-  if (n_contig) return slab<F>(u.data, u.stride_r, r, n, R, N, vectorize);
-  return slab<F>(u.data, u.stride_n, n, r, N, R, vectorize);
+// kPlain of a kernel: operands are aligned and their rows whole vectors, and there is neither dropout nor what DoRA adds.
+// Launchers choose it, so that its code is what it runs and fits an SM's instruction cache.
+template <bool kPlain>
+__device__ __forceinline__ Dropout dropout_of(const Dropout& d) {
+  return kPlain ? Dropout{} : d;
 }
 
-// ---- S[T, R] = scale * D(X) U^T. Block (t tile, r tile), all chunks; or (.., chunk), its sum to partial [chunk][T][R].
+template <class F, bool kPlain>
+__device__ __forceinline__ Slab<F, kPlain> factor_slab(const Factor& u, bool n_contig, int64_t r, int64_t n, int64_t R,
+                                                       int64_t N, bool vectorize) {
+  if (n_contig) return slab<F, kPlain>(u.data, u.stride_r, r, n, R, N, vectorize);
+  return slab<F, kPlain>(u.data, u.stride_n, n, r, N, R, vectorize);
+}
+
+// ---- S[T, R] = scale * D(X) U^T. Block (t tile, r tile, span of N); more than one plane: to partial [plane][T][R].
 
 template <class X, int kRanks>
 constexpr int kShrinkBlocks = kRanks == kCudaFewRanks && sizeof(X) == 2 ? 4 : 2;  // on an SM
 
-template <class X, class F, int kRanks, bool kNContig>
-__global__ __launch_bounds__(kBlockThreads, kShrinkBlocks<X, kRanks>) void lora_shrink_kernel(LoraShrinkParams p,
-                                                                                              Vectorize vec,
-                                                                                              float* partial) {
+template <class X, class F, int kRanks, bool kNContig, bool kPlain>
+__global__ __launch_bounds__(kBlockThreads,
+                             kShrinkBlocks<X, kRanks>) void lora_shrink_kernel(LoraShrinkParams p, Vectorize vec,
+                                                                               ShrinkSplit split, float* partial) {
   using Product = Shrink<X, F, kRanks, kNContig>;
   Smem smem;
   const Product product(smem);
   const int64_t t0 = int64_t{blockIdx.x} * kCudaTokens, r0 = int64_t{blockIdx.y} * kRanks;
-  const int64_t begin = int64_t{blockIdx.z} * kCudaChunk;
-  const int64_t end = partial && begin + kCudaChunk < p.N ? begin + kCudaChunk : p.N;
-  const uint64_t seed = seed_of(p.dropout, p.seed);
-  typename Product::Sum sum = {};
-  product.template run<kUnroll<X>>(
-      sum, begin, end, [&](int64_t n) { return slab<X>(p.x, p.x_pitch, t0, n, p.T, p.N, vec.x); },
-      [&](int64_t n) { return factor_slab<F>(p.u, kNContig, r0, n, p.R, p.N, vec.u); },
-      [&](auto& stage, int64_t n) { stage.put(product.tx, p.dropout, seed, t0, n); },
-      [](float before, float chunk) { return before + chunk; });
-  for_each_element(sum, t0 + warp_id() * 16, r0, [&](int64_t t, int64_t r, float v) {
-    if (t >= p.T || r >= p.R) return;
-    store_sum(partial, (int64_t{blockIdx.z} * p.T + t) * p.R + r, static_cast<TypeOfS<F>*>(p.s) + t * p.R + r, p.scale,
-              v);
-  });
+  const Dropout dropout = dropout_of<kPlain>(p.dropout);
+  const uint64_t seed = seed_of(dropout, p.seed);
+  const int planes = split.span / split.plane;
+  const int64_t columns = int64_t{split.plane} * kCudaChunk;
+#pragma unroll 1
+  for (int i = 0; i < planes; ++i) {
+    const int64_t plane = int64_t{blockIdx.z} * planes + i, begin = plane * columns,
+                  end = begin + columns < p.N ? begin + columns : p.N;
+    if (begin >= end) return;
+    typename Product::Sum sum = {};
+    product.template run<kUnroll<X>>(
+        sum, begin, end, [&](int64_t n) { return slab<X, kPlain>(p.x, p.x_pitch, t0, n, p.T, p.N, vec.x); },
+        [&](int64_t n) { return factor_slab<F, kPlain>(p.u, kNContig, r0, n, p.R, p.N, vec.u); },
+        [&](auto& stage, int64_t n) { stage.put(product.tx, dropout, seed, t0, n); },
+        [](float before, float chunk) { return before + chunk; });
+    for_each_element(sum, t0 + warp_id() * 16, r0, [&](int64_t t, int64_t r, float v) {
+      if (t >= p.T || r >= p.R) return;
+      store_sum(partial, (plane * p.T + t) * p.R + r, static_cast<TypeOfS<F>*>(p.s) + t * p.R + r, p.scale, v);
+    });
+  }
 }
 
 // ---- Y[T, N] = c * base + bias + scale * D(S U). Block (t tile, n tile).
@@ -52,24 +65,24 @@ __global__ __launch_bounds__(kBlockThreads, kShrinkBlocks<X, kRanks>) void lora_
 template <class X>
 constexpr bool kEarlyBase = sizeof(X) == 2;
 
-template <class X, class F, bool kNContig>
+template <class X, class F, bool kNContig, bool kPlain>
 __global__ __launch_bounds__(kBlockThreads, 2) void lora_expand_kernel(LoraExpandParams p, Vectorize vec) {
   using Product = Expand<X, F, kNContig>;
   Smem smem;
   const Product product(smem);
   const int64_t t0 = int64_t{blockIdx.x} * kCudaTokens, n0 = int64_t{blockIdx.y} * kBN;
   using S = typename Product::S;
-  const auto s_slab = [&](int r) { return slab<S>(p.s, p.R, t0, r, p.T, p.R, vec.s); };
+  const auto s_slab = [&](int r) { return slab<S, kPlain>(p.s, p.R, t0, r, p.T, p.R, vec.s); };
   Stage<S, typename Product::TileS> ss;
   Stage<F, typename Product::TileU> su;
   ss.fetch(s_slab(0));
-  su.fetch(factor_slab<F>(p.u, kNContig, 0, n0, p.R, p.N, vec.u));
+  su.fetch(factor_slab<F, kPlain>(p.u, kNContig, 0, n0, p.R, p.N, vec.u));
   const X *base = static_cast<const X*>(p.base), *bias = static_cast<const X*>(p.bias);
   Words8<X> from[kBN / 16] = {};  // of base: under way while the product is made, where registers hold both
   const auto fetch_base = [&] {
     for_each_place<kBN / 8>(warp_id() * 16, [&](int i, int row, int col) {
       const int64_t t = t0 + row, n = n0 + col;
-      if (base && t < p.T) from[i] = load_row(base + t * p.base_pitch + n, p.N - n, vec.x);
+      if (base && t < p.T) from[i] = load_row<kPlain>(base + t * p.base_pitch + n, p.N - n, vec.x);
     });
   };
   if (kEarlyBase<X>) fetch_base();
@@ -81,19 +94,22 @@ __global__ __launch_bounds__(kBlockThreads, 2) void lora_expand_kernel(LoraExpan
     sync_threads();
     if (r + kExpandK < p.R) {
       ss.fetch(s_slab(r + kExpandK));
-      su.fetch(factor_slab<F>(p.u, kNContig, r + kExpandK, n0, p.R, p.N, vec.u));
+      su.fetch(factor_slab<F, kPlain>(p.u, kNContig, r + kExpandK, n0, p.R, p.N, vec.u));
     }
     product.multiply(acc, p.R - r);
   }
   if (!kEarlyBase<X>) fetch_base();
-  const uint64_t seed = seed_of(p.dropout, p.seed);
+  const Dropout dropout = dropout_of<kPlain>(p.dropout);
+  const uint64_t seed = seed_of(dropout, p.seed);
   for_each_row(acc, warp_id() * 16, [&](int i, int row, int col, Vec8<float>& v) {
     const int64_t t = t0 + row, n = n0 + col;
     if (t >= p.T || n >= p.N) return;
-    if (p.dropout.threshold) drop(v, p.dropout, seed, t, n);
-    finish_row(static_cast<X*>(p.y) + t * p.y_pitch + n, from[i], p.N - n, vec.x, [&](float sum, int j) {
-      if (p.base_scale && n + j < p.N) sum *= p.base_scale[n + j];
-      if (bias && n + j < p.N) sum += to_float_fast(bias[n + j]);
+    if (dropout.threshold) drop(v, dropout, seed, t, n);
+    finish_row<kPlain>(static_cast<X*>(p.y) + t * p.y_pitch + n, from[i], p.N - n, vec.x, [&](float sum, int j) {
+      if constexpr (!kPlain) {
+        if (p.base_scale && n + j < p.N) sum *= p.base_scale[n + j];
+        if (bias && n + j < p.N) sum += to_float_fast(bias[n + j]);
+      }
       return sum + p.scale * v.v[j];
     });
   });
@@ -149,7 +165,7 @@ __device__ __forceinline__ void store_wgrad(const LoraWgradParams& p, float* par
   store_sum(partial, (split * p.R + r) * p.N + n, g, p.scale, v);
 }
 
-template <class X, class F, int kRanks>
+template <class X, class F, int kRanks, bool kPlain>
 __global__ __launch_bounds__(kBlockThreads, 2) void lora_wgrad_kernel(LoraWgradParams p, Vectorize vec,
                                                                       float* partial) {
   using Product = Wgrad<X, F, kRanks>;
@@ -158,10 +174,11 @@ __global__ __launch_bounds__(kBlockThreads, 2) void lora_wgrad_kernel(LoraWgradP
   const int64_t n0 = int64_t{blockIdx.y} * Product::kCols, r0 = int64_t{blockIdx.z} * kRanks;
   const int64_t length = split_tokens(p.T, kCudaSplit), begin = blockIdx.x * length;
   const int64_t end = begin + length < p.T ? begin + length : p.T;
-  const uint64_t seed = seed_of(p.dropout, p.seed);
+  const Dropout dropout = dropout_of<kPlain>(p.dropout);
+  const uint64_t seed = seed_of(dropout, p.seed);
   using S = typename Product::S;
-  const auto s_slab = [&](int64_t t) { return slab<S>(p.s, p.R, t, r0, end, p.R, vec.s); };
-  const auto x_slab = [&](int64_t t) { return slab<X>(p.x, p.x_pitch, t, n0, end, p.N, vec.x); };
+  const auto s_slab = [&](int64_t t) { return slab<S, kPlain>(p.s, p.R, t, r0, end, p.R, vec.s); };
+  const auto x_slab = [&](int64_t t) { return slab<X, kPlain>(p.x, p.x_pitch, t, n0, end, p.N, vec.x); };
   Stage<S, typename Product::TileS> ss;
   Stage<X, typename Product::TileX> sx;
   ss.fetch(s_slab(begin));
@@ -170,7 +187,7 @@ __global__ __launch_bounds__(kBlockThreads, 2) void lora_wgrad_kernel(LoraWgradP
   for (int64_t t = begin; t < end; t += kCudaTokens) {
     sync_threads();
     ss.put(product.ts);
-    sx.put(product.tx, p.dropout, seed, t, n0);
+    sx.put(product.tx, dropout, seed, t, n0);
     sync_threads();
     if (t + kCudaTokens < end) {
       ss.fetch(s_slab(t + kCudaTokens));
@@ -185,21 +202,21 @@ __global__ __launch_bounds__(kBlockThreads, 2) void lora_wgrad_kernel(LoraWgradP
 // ---- dS and dB in one pass over dY. Block (split of T, chunk of N), up to kCudaFewRanks ranks, U = B [N, R].
 // Partial sums of dS to s_partial [chunk][T][R], of dB as wgrad does.
 
-template <class X, class F>
+template <class X, class F, bool kPlain>
 struct ShrinkWgrad {
   using S = TypeOfS<F>;
   using TileX = TileOfX<X, S, kCudaTokens, kCudaChunk>;
   using TileU = TileOfU<X, S, kCudaFewRanks, kCudaChunk, false>;
   using TileS = TileOfF<X, S, kCudaTokens, kCudaFewRanks>;
   static constexpr int kWarpN = kCudaChunk / kWarps;
-  static constexpr int kParts = 4;  // of a tile of dY: registers hold no more beside dB
+  static constexpr int kParts = kPlain && sizeof(X) == 2 ? 1 : 4;  // of a tile of dY, where registers hold no more
   static constexpr size_t kBytes = TileX::kBytes + TileU::kBytes + TileS::kBytes;
 };
 
-template <class X, class F>
+template <class X, class F, bool kPlain>
 __global__ __launch_bounds__(kBlockThreads, 2) void lora_shrink_wgrad_kernel(LoraShrinkWgradParams both, Vectorize vec,
                                                                              float* s_partial, float* g_partial) {
-  using Product = ShrinkWgrad<X, F>;
+  using Product = ShrinkWgrad<X, F, kPlain>;
   using TileX = typename Product::TileX;
   using TileU = typename Product::TileU;
   using TileS = typename Product::TileS;
@@ -213,13 +230,13 @@ __global__ __launch_bounds__(kBlockThreads, 2) void lora_shrink_wgrad_kernel(Lor
   const int64_t end = begin + length < p.T ? begin + length : p.T, n0 = int64_t{blockIdx.y} * kCudaChunk;
   const int col0 = warp_id() * Product::kWarpN;
   Stage<F, TileU> su;
-  su.fetch(factor_slab<F>(p.u, false, 0, n0, p.R, p.N, vec.u));
+  su.fetch(factor_slab<F, kPlain>(p.u, false, 0, n0, p.R, p.N, vec.u));
   su.put(tu);
   Stage<typename Product::S, TileS> ss;
   Stage<X, TileX, Product::kParts> sx;
   const auto fetch = [&](int64_t t) {
-    ss.fetch(slab<typename Product::S>(both.wgrad.s, p.R, t, 0, end, p.R, vec.s));
-    sx.fetch(slab<X>(p.x, p.x_pitch, t, n0, end, p.N, vec.x));
+    ss.fetch(slab<typename Product::S, kPlain>(both.wgrad.s, p.R, t, 0, end, p.R, vec.s));
+    sx.fetch(slab<X, kPlain>(p.x, p.x_pitch, t, n0, end, p.N, vec.x));
   };
   fetch(begin);
   float db[Product::kWarpN / 8][4] = {};  // rows: ranks; columns n0 + col0 ..
@@ -229,7 +246,7 @@ __global__ __launch_bounds__(kBlockThreads, 2) void lora_shrink_wgrad_kernel(Lor
     sx.put(tx);
 #pragma unroll
     for (int part = 1; part < Product::kParts; ++part) {
-      sx.fetch(slab<X>(p.x, p.x_pitch, t, n0, end, p.N, vec.x), part);
+      sx.fetch(slab<X, kPlain>(p.x, p.x_pitch, t, n0, end, p.N, vec.x), part);
       sx.put(tx, part);
     }
     sync_threads();
@@ -249,27 +266,36 @@ __global__ __launch_bounds__(kBlockThreads, 2) void lora_shrink_wgrad_kernel(Lor
                    [&](int64_t r, int64_t n, float v) { store_wgrad<F>(both.wgrad, g_partial, blockIdx.x, r, n, v); });
 }
 
-// ---- out[i, j] = scale * sum of partial [count][rows][cols].
+// ---- out[i, j] = scale * sum of partial [count][rows][cols], groups of `group` before their sums.
 
 template <class F>
-__global__ __launch_bounds__(kBlockThreads) void lora_sum_kernel(const float* partial, int64_t count, int64_t rows,
-                                                                 int64_t cols, float scale, F* out, int64_t stride_i,
-                                                                 int64_t stride_j) {
+__global__ __launch_bounds__(kBlockThreads) void lora_sum_kernel(const float* partial, int64_t count, int64_t group,
+                                                                 int64_t rows, int64_t cols, float scale, F* out,
+                                                                 int64_t stride_i, int64_t stride_j) {
   const int64_t at = grid_thread();
   if (at >= rows * cols) return;
-  const float sum = sum_partial(partial + at, count, rows * cols);
+  float sum = 0.f, part = 0.f;
+  int64_t left = group;
+#pragma unroll 8
+  for (int64_t i = 0; i < count; ++i) {
+    part += partial[at + i * rows * cols];
+    const bool last = --left == 0 || i + 1 == count;
+    sum += last ? part : 0.f;
+    if (last) part = 0.f, left = group;
+  }
   out[at / cols * stride_i + at % cols * stride_j] = from_float_fast<F>(scale * sum);
 }
 
 template <class F>
-int sum_to(void* out, int64_t stride_i, int64_t stride_j, const float* partial, int64_t count, int64_t rows,
-           int64_t cols, float scale, Stream stream) {
+int sum_to(void* out, int64_t stride_i, int64_t stride_j, const float* partial, int64_t count, int64_t group,
+           int64_t rows, int64_t cols, float scale, Stream stream) {
   return launch("lora_sum", lora_sum_kernel<F>, grid_of_threads(rows * cols), dim3(kBlockThreads), 0, stream, partial,
-                count, rows, cols, scale, static_cast<F*>(out), stride_i, stride_j);
+                count, group, rows, cols, scale, static_cast<F*>(out), stride_i, stride_j);
 }
 
 // ---- launchers
 
+bool in_eights(int64_t columns) { return columns % 8 == 0; }
 int64_t pitch_of(const Factor& u) { return u.stride_n == 1 ? u.stride_r : u.stride_n; }
 
 // Kept elements are scaled once, in the fp32 result, where the mask is a plain select in the operand.
@@ -283,20 +309,26 @@ Params with_dropout_scale(Params p) {
 
 int lora_shrink_cuda(const LoraShrinkParams& params, void* workspace, Stream stream) {
   const LoraShrinkParams p = with_dropout_scale(params);
-  const ShrinkConfig config = choose_lora_shrink(p.T, p.N, p.R, cuda_target());
-  float* partial = config.split ? static_cast<float*>(workspace) : nullptr;
+  const ShrinkSplit split = choose_lora_shrink(p.T, p.N, p.R, cuda_target());
+  float* partial = split.planes > 1 ? static_cast<float*>(workspace) : nullptr;
   const Vectorize vec{.x = can_vectorize(p.x, p.x_pitch, size_of(p.dtype)),
                       .u = can_vectorize(p.u.data, pitch_of(p.u), size_of(p.factor_dtype))};
+  const bool plain = vec.x && vec.u && in_eights(p.N) && (p.u.stride_n == 1 || in_eights(p.R)) && !p.dropout.threshold;
   return with_types(p.dtype, p.factor_dtype, [&]<class X, class F>(X, F) {
+    const auto run = [&](auto ranks, auto n_contig, auto plain) {
+      return launch("lora_shrink", lora_shrink_kernel<X, F, ranks.value, n_contig.value, plain.value>,
+                    grid_of(ceil_div(p.T, kCudaTokens), ceil_div(p.R, ranks.value), ceil_div(split.chunks, split.span)),
+                    dim3(kBlockThreads), Shrink<X, F, ranks.value, n_contig.value>::kBytes, stream, p, vec, split,
+                    partial);
+    };
     const int error = with_ranks(p.R, [&](auto ranks) {
       return with_bool(p.u.stride_n == 1, [&](auto n_contig) {
-        return launch("lora_shrink", lora_shrink_kernel<X, F, ranks.value, n_contig.value>,
-                      grid_of(ceil_div(p.T, kCudaTokens), ceil_div(p.R, ranks.value), partial ? config.chunks : 1),
-                      dim3(kBlockThreads), Shrink<X, F, ranks.value, n_contig.value>::kBytes, stream, p, vec, partial);
+        return with_bool(plain, [&](auto plain) { return run(ranks, n_contig, plain); });
       });
     });
     if (error || !partial) return error;
-    return sum_to<TypeOfS<F>>(p.s, p.R, 1, partial, config.chunks, p.T, p.R, p.scale, stream);
+    return sum_to<TypeOfS<F>>(p.s, p.R, 1, partial, split.planes, split.plane == 1 ? kShrinkGroup : 1, p.T, p.R,
+                              p.scale, stream);
   });
 }
 
@@ -306,12 +338,16 @@ int lora_expand_cuda(const LoraExpandParams& params, void*, Stream stream) {
   const Vectorize vec{.x = can_vectorize(p.y, p.y_pitch, size) && can_vectorize(p.base, p.base_pitch, size),
                       .u = can_vectorize(p.u.data, pitch_of(p.u), factor),
                       .s = can_vectorize(p.s, p.R, size_of(s_dtype(p.factor_dtype)))};
+  const bool plain =
+      vec.x && vec.u && vec.s && in_eights(p.N) && in_eights(p.R) && !p.dropout.threshold && !p.base_scale && !p.bias;
   return with_types(p.dtype, p.factor_dtype, [&]<class X, class F>(X, F) {
-    return with_bool(p.u.stride_n == 1, [&](auto n_contig) {
-      return launch("lora_expand", lora_expand_kernel<X, F, n_contig.value>,
+    const auto run = [&](auto n_contig, auto plain) {
+      return launch("lora_expand", lora_expand_kernel<X, F, n_contig.value, plain.value>,
                     grid_of(ceil_div(p.T, kCudaTokens), ceil_div(p.N, kBN)), dim3(kBlockThreads),
                     Expand<X, F, n_contig.value>::kBytes, stream, p, vec);
-    });
+    };
+    return with_bool(p.u.stride_n == 1,
+                     [&](auto n_contig) { return with_bool(plain, [&](auto plain) { return run(n_contig, plain); }); });
   });
 }
 
@@ -326,7 +362,7 @@ int lora_rescale_cuda(const LoraRescaleParams& p, void* workspace, Stream stream
                   dim3(kBlockThreads), smem_bytes<float>(kWarps * kRescaleCols), stream, p, vectorize, partial);
   });
   if (error || !partial) return error;
-  return sum_to<float>(p.dc, p.N, 1, partial, splits, 1, p.N, 1.f, stream);
+  return sum_to<float>(p.dc, p.N, 1, partial, splits, 1, 1, p.N, 1.f, stream);
 }
 
 int lora_wgrad_cuda(const LoraWgradParams& params, void* workspace, Stream stream) {
@@ -335,15 +371,18 @@ int lora_wgrad_cuda(const LoraWgradParams& params, void* workspace, Stream strea
   float* partial = splits > 1 ? static_cast<float*>(workspace) : nullptr;
   const Vectorize vec{.x = can_vectorize(p.x, p.x_pitch, size_of(p.dtype)),
                       .s = can_vectorize(p.s, p.R, size_of(s_dtype(p.factor_dtype)))};
+  const bool plain = vec.x && vec.s && in_eights(p.N) && in_eights(p.R) && !p.dropout.threshold;
   return with_types(p.dtype, p.factor_dtype, [&]<class X, class F>(X, F) {
-    const int error = with_ranks(p.R, [&](auto ranks) {
+    const auto run = [&](auto ranks, auto plain) {
       using Product = Wgrad<X, F, ranks.value>;
-      return launch("lora_wgrad", lora_wgrad_kernel<X, F, ranks.value>,
+      return launch("lora_wgrad", lora_wgrad_kernel<X, F, ranks.value, plain.value>,
                     grid_of(splits, ceil_div(p.N, Product::kCols), ceil_div(p.R, ranks.value)), dim3(kBlockThreads),
                     Product::kBytes, stream, p, vec, partial);
-    });
+    };
+    const int error =
+        with_ranks(p.R, [&](auto ranks) { return with_bool(plain, [&](auto plain) { return run(ranks, plain); }); });
     if (error || !partial) return error;
-    return sum_to<F>(p.g, p.g_stride_r, p.g_stride_n, partial, splits, p.R, p.N, p.scale, stream);
+    return sum_to<F>(p.g, p.g_stride_r, p.g_stride_n, partial, splits, 1, p.R, p.N, p.scale, stream);
   });
 }
 
@@ -357,12 +396,16 @@ int lora_shrink_wgrad_cuda(const LoraShrinkWgradParams& both, void* workspace, S
   const Vectorize vec{.x = can_vectorize(p.x, p.x_pitch, size_of(p.dtype)),
                       .u = can_vectorize(p.u.data, p.u.stride_n, size_of(p.factor_dtype)),
                       .s = can_vectorize(g.s, p.R, size_of(s_dtype(p.factor_dtype)))};
+  const bool plain = vec.x && vec.u && vec.s && in_eights(p.N) && in_eights(p.R);
   return with_types(p.dtype, p.factor_dtype, [&]<class X, class F>(X, F) {
-    int error = launch("lora_shrink_wgrad", lora_shrink_wgrad_kernel<X, F>, grid_of(at.splits, at.chunks),
-                       dim3(kBlockThreads), ShrinkWgrad<X, F>::kBytes, stream, both, vec, s_partial, g_partial);
-    if (!error) error = sum_to<TypeOfS<F>>(p.s, p.R, 1, s_partial, at.chunks, p.T, p.R, p.scale, stream);
+    int error = with_bool(plain, [&](auto plain) {
+      return launch("lora_shrink_wgrad", lora_shrink_wgrad_kernel<X, F, plain.value>, grid_of(at.splits, at.chunks),
+                    dim3(kBlockThreads), ShrinkWgrad<X, F, plain.value>::kBytes, stream, both, vec, s_partial,
+                    g_partial);
+    });
+    if (!error) error = sum_to<TypeOfS<F>>(p.s, p.R, 1, s_partial, at.chunks, kShrinkGroup, p.T, p.R, p.scale, stream);
     if (!error && g_partial)
-      error = sum_to<F>(g.g, g.g_stride_r, g.g_stride_n, g_partial, at.splits, p.R, p.N, g.scale, stream);
+      error = sum_to<F>(g.g, g.g_stride_r, g.g_stride_n, g_partial, at.splits, 1, p.R, p.N, g.scale, stream);
     return error;
   });
 }
