@@ -106,6 +106,9 @@ constexpr int kCpuSplitRows = kCpuSplit / kCpuTokens * kCpuTokens;  // of a spli
 // shrink on the CPU: ranks of a page that a task takes, fewer where rows are few, so that threads share an adapter.
 constexpr int cpu_page_ranks(int64_t rows) { return rows <= kCpuTokens ? kPageRanks / 2 : kPageRanks; }
 
+// Windows of rows that wgrad's scratch on CUDA has planes for, two each, in every slot; one window: no scratch.
+LRK_HD constexpr int64_t part_windows(int64_t T) { return ceil_div(T, split_tokens(T, kCudaSplit)); }
+
 // shrink on CUDA: one block walks all chunks of its rows, or, where that leaves the GPU idle, one block per chunk writes
 // a partial sum and a second kernel adds them. Both add the same chunks in the same order: equal bits.
 constexpr int kCudaBlocks = 128;  // fewer leave a GPU idle

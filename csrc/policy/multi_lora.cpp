@@ -31,8 +31,8 @@ size_t multi_lora_expand_workspace(const MultiLoraExpandParams& p, Target) {
 
 size_t multi_lora_wgrad_workspace(const MultiLoraWgradParams& p, Target target) {
   const Adapters& d = p.adapters;
-  const int64_t splits = d.K * ceil_div(d.T, split_tokens(d.T, kCudaSplit));
-  return target.device == Device::kCUDA && splits > 1 ? splits * d.P * p.N * sizeof(float) : 0;
+  const int64_t windows = part_windows(d.T), ranks = d.slices * d.M * kPageRanks;
+  return target.device == Device::kCUDA && windows > 1 ? 2 * d.K * windows * ranks * p.N * sizeof(float) : 0;
 }
 
 size_t multi_lora_gather_workspace(const MultiLoraGatherParams&, Target) { return 0; }
@@ -56,9 +56,10 @@ Answer explain_shrink(const Question& q) {
 
 Answer explain_wgrad(const Question& q) {
   const int64_t rows = q.cpu() ? kCpuSplitRows : split_tokens(q["T"], kCudaSplit),
-                splits = q["K"] * ceil_div(q["T"], rows);
-  return {{{"rows", rows}, {"splits", splits}},
-          text("up to ", splits, " sums over ", rows, " rows each, added in order")};
+                splits = q.cpu() ? q["K"] * ceil_div(q["T"], rows) : part_windows(q["T"]);
+  return {
+      {{"rows", rows}, {"splits", splits}},
+      text("up to ", splits, " sums over ", rows, " rows each", q.cpu() ? "" : " of every slot", ", added in order")};
 }
 
 const Registered registered[] = {
@@ -78,7 +79,7 @@ const Registered registered[] = {
       .answer = explain_shrink}},
     {"multi_lora_wgrad",
      {.rule =
-          "splits of an adapter's rows: 240 on the CPU; on CUDA in each slot 512, more where there would be over 16",
+          "splits of an adapter's rows: 240 on the CPU; on CUDA 512 of every slot, more where there would be over 16",
       .numbers = "counts, as lora_wgrad's; 240 are whole tiles of 24; not measured",
       .arguments = {{"T", {}}, {"K", int64_t{1}}},
       .answer = explain_wgrad}},

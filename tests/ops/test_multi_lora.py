@@ -257,6 +257,35 @@ def test_gradients_over_thousands_of_rows(device):
         assert (p.double() - q).norm() <= 1e-6 * q.norm()
 
 
+@pytest.mark.parametrize("K", [1, 2])
+def test_gradients_of_adapters_whose_parts_begin_in_one_window(device, K):
+    """On CUDA an adapter of over 512 rows has its partial sums where its parts begin in the sorted rows: here the last part of
+    one and the first of the next are 1, 187 and 511 rows apart, others have a row or exactly 512, and slots differ."""
+    sizes = torch.tensor([513, 700, 1, 512, 1025, 0, 1024, 2])
+    batch = batch_of(device, torch.float32, T=int(sizes.sum()), A=8, K=K, shape=(24, 40), rank=(3, 20), assignment="uniform")
+    slots = [torch.arange(8).repeat_interleave(sizes), torch.arange(8).flip(0).repeat_interleave(sizes)][:K]
+    batch.index = torch.stack(slots, 1).int().to(device)
+    got, truth = batch.run(grads=True), batch.run(reference, testing.to64, grads=True)
+    for p, q in zip(got, truth, strict=True):
+        assert (p.double() - q).norm() <= 1e-6 * q.norm()
+    for rows in batch.pages[:, 0, 0]:  # each adapter alone, a lost part of a small one is small in the whole
+        for p, q in zip(got[4:], truth[4:], strict=True):
+            mine, want = p[16 * rows : 16 * rows + 16].double(), q[16 * rows : 16 * rows + 16]
+            assert (mine - want).norm() <= 1e-5 * want.norm()
+
+
+def test_no_scratch_of_gradients_is_as_large_as_the_pool(device):
+    """Partial sums of 1,100 rows, in three parts: none for the 300 adapters that have no row."""
+    if device == "cuda":
+        pytest.skip("the profile counts bytes of the CPU")
+    batch = batch_of(device, torch.float32, T=1100, A=300, shape=(64, 24), rank=16, assignment="skewed")
+    batch.run(grads=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        batch.run(grads=True)
+    largest = max(e.nbytes() for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
+    assert largest == batch.a.nbytes, "a gradient of the pool itself"
+
+
 def test_rows_in_another_order_give_the_rows_in_that_order(device, dtype):
     batch = batch_of(device, dtype, K=3, L=2)
     order = torch.randperm(97)

@@ -50,7 +50,7 @@ def wgrad(x: str, f: str, ranks: int) -> Plan:
 
 
 KERNELS = {
-    "multi_lora_plan": Kernel(streams(4, shared=2 * 256 * 4, threads=256)),  # one block per slot: few
+    "multi_lora_plan": Kernel(streams(4, shared=128 + 1024, threads=256)),  # one block per slot: few
     "multi_lora_shrink": Kernel(shrink, "xf", [(16,), (64,)], again={"x": "y"}),
     "multi_lora_sum": Kernel(streams(8), "f", part=True),
     "multi_lora_expand": Kernel(expand, "xf", [("float",)], again={"s": "y"}),
@@ -58,7 +58,7 @@ KERNELS = {
     "multi_lora_wgrad": Kernel(wgrad, "xf", [(16,), (64,)], again={"ds": "y"}),
     "multi_lora_wgrad_sum": Kernel(streams(8, shared=128), "f", part=True),
     "multi_lora_gather": Kernel(streams(8, shared=lists(32)), "f"),
-    "multi_lora_scatter": Kernel(streams(8, shared=128), "f"),
+    "multi_lora_scatter": Kernel(streams(8, shared=128 + 2 * 512 + 1024), "f"),
 }
 
 

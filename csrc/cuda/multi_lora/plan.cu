@@ -9,17 +9,25 @@ constexpr int kPlanThreads = 256;
 
 // ---- the plan. One block per slot.
 
-// out[0..n] = running sum of value(i), by all threads; `sums` [kPlanThreads] is shared.
+constexpr int kPlanWarps = kPlanThreads / kWarpThreads;
+
+// out[0..n] = running sum of value(i), by all threads; `sums` [kPlanWarps] is shared.
 template <class Value>
 __device__ __forceinline__ void running_sum(int64_t n, int32_t* out, int32_t* sums, const Value& value) {
   const int64_t share = ceil_div(n, int64_t{kPlanThreads}), first = share * threadIdx.x;
   const int64_t last = first + share < n ? first + share : n;
   int32_t sum = 0;
   for (int64_t i = first; i < last; ++i) sum += value(i);
-  sums[threadIdx.x] = sum;
+  int32_t upto = sum;  // of this thread and those before it, in its warp
+#pragma unroll
+  for (int step = 1; step < kWarpThreads; step *= 2) {
+    const int32_t other = shfl_up(upto, step);
+    if (lane_id() >= step) upto += other;
+  }
+  if (lane_id() == kWarpThreads - 1) sums[warp_id()] = upto;
   sync_threads();
-  int32_t before = 0;
-  for (unsigned i = 0; i < threadIdx.x; ++i) before += sums[i];
+  int32_t before = upto - sum;
+  for (int w = 0; w < warp_id(); ++w) before += sums[w];
   for (int64_t i = first; i < last; ++i) {
     const int32_t v = value(i);
     out[i] = before;
@@ -31,7 +39,7 @@ __device__ __forceinline__ void running_sum(int64_t n, int32_t* out, int32_t* su
 
 __global__ __launch_bounds__(kPlanThreads) void multi_lora_plan_kernel(MultiLoraPlanParams p, int32_t* counts) {
   Smem smem;
-  int32_t *sums = smem.take<int32_t>(kPlanThreads), *groups = smem.take<int32_t>(kPlanThreads);
+  int32_t *sums = smem.take<int32_t>(kPlanWarps), *groups = smem.take<int32_t>(kPlanThreads);
   const PlanLayout at = plan_layout(p.T, p.A);
   const int64_t k = blockIdx.x, thread = threadIdx.x;
   int32_t *order = p.plan + k * at.length, *begin = order + at.begin, *tiles = order + at.tiles;
@@ -51,8 +59,9 @@ __global__ __launch_bounds__(kPlanThreads) void multi_lora_plan_kernel(MultiLora
     const int32_t mine = t < p.T ? group_of(t) : kAbsent;
     groups[thread] = mine;
     sync_threads();
+    const int count_here = static_cast<int>(p.T - t0 < kPlanThreads ? p.T - t0 : kPlanThreads);
     int32_t before = 0, after = 0;
-    for (int i = 0; i < kPlanThreads; ++i) {
+    for (int i = 0; i < count_here; ++i) {
       before += i < thread && groups[i] == mine;
       after += i > thread && groups[i] == mine;
     }
@@ -104,28 +113,40 @@ __global__ __launch_bounds__(kBlockThreads) void multi_lora_gather_kernel(MultiL
   }
 }
 
-// Block (adapter and a page's ranks): each thread has one rank and one part of the vocabulary, so that it adds to columns
-// of its own, rows in order.
+// Block (adapter and a page's ranks, parts of the vocabulary): each thread has one rank and one part, so that it adds to
+// columns of its own, rows in order. All look through the rows together, kBlockThreads at a time.
+constexpr int kScatterParts = 128, kBlockParts = kBlockThreads / kPageRanks;
+
 template <class F>
 __global__ __launch_bounds__(kBlockThreads) void multi_lora_scatter_kernel(MultiLoraScatterParams p) {
-  constexpr int kParts = kBlockThreads / kPageRanks;
   Smem smem;
   int32_t* ranks = smem.take<int32_t>(kPageRanks);
+  int32_t *rows = smem.take<int32_t>(kBlockThreads), *part_of = smem.take<int32_t>(kBlockThreads);
+  int64_t* ids = smem.take<int64_t>(kBlockThreads);
   const Adapters& d = p.adapters;
   const unsigned pages = static_cast<unsigned>(d.slices * d.M);
   const int64_t adapter = blockIdx.x / pages, first = int64_t{blockIdx.x % pages} * kPageRanks;
   fill_ranks(d, adapter, first, all_ranks(d), kPageRanks, ranks);
   sync_threads();
-  const int r = static_cast<int>(threadIdx.x) % kPageRanks, part = static_cast<int>(threadIdx.x) / kPageRanks;
-  if (ranks[r] < 0) return;
+  if (!any_present(ranks, kPageRanks)) return;
+  const int thread = static_cast<int>(threadIdx.x), r = thread % kPageRanks;
+  const int part = static_cast<int>(blockIdx.y) * kBlockParts + thread / kPageRanks;
   for (int64_t k = 0; k < d.K; ++k) {
     const int32_t* order = order_of(d, k);
     const Span span = rows_of(d, k, adapter);
-    for (int64_t t = span.begin; t < span.end; ++t) {
-      const int64_t row = order[t], id = row >= 0 && row < d.T ? p.ids[row] : -1;
-      if (id < 0 || id >= p.N || id % kParts != part) continue;
-      const auto v = static_cast<const TypeOfS<F>*>(p.s)[s_at(d, row, k) + first + r];
-      p.g[ranks[r] * p.N + id] += to_float_fast(v);
+    for (int64_t t = span.begin; t < span.end; t += kBlockThreads) {
+      const int64_t row = t + thread < span.end ? order[t + thread] : kAbsent;
+      const int64_t id = row >= 0 && row < d.T ? p.ids[row] : -1;
+      rows[thread] = static_cast<int32_t>(row);
+      ids[thread] = id;
+      part_of[thread] = id >= 0 && id < p.N ? static_cast<int32_t>(id % kScatterParts) : kAbsent;
+      sync_threads();
+      for (int i = 0; i < kBlockThreads && ranks[r] >= 0; ++i) {
+        if (part_of[i] != part) continue;
+        const auto v = static_cast<const TypeOfS<F>*>(p.s)[s_at(d, rows[i], k) + first + r];
+        p.g[ranks[r] * p.N + ids[i]] += to_float_fast(v);
+      }
+      sync_threads();
     }
   }
 }
@@ -134,7 +155,8 @@ __global__ __launch_bounds__(kBlockThreads) void multi_lora_scatter_kernel(Multi
 
 int multi_lora_plan_cuda(const MultiLoraPlanParams& p, void* workspace, Stream stream) {
   return launch("multi_lora_plan", multi_lora_plan_kernel, grid_of(p.K, 1), dim3(kPlanThreads),
-                2 * smem_bytes<int32_t>(kPlanThreads), stream, p, static_cast<int32_t*>(workspace));
+                smem_bytes<int32_t>(kPlanWarps) + smem_bytes<int32_t>(kPlanThreads), stream, p,
+                static_cast<int32_t*>(workspace));
 }
 
 int multi_lora_gather_cuda(const MultiLoraGatherParams& p, void*, Stream stream) {
@@ -150,8 +172,11 @@ int multi_lora_scatter_cuda(const MultiLoraScatterParams& p, void*, Stream strea
   const Adapters& d = p.adapters;
   if (!d.A || !d.M) return 0;
   return with_float(p.factor_dtype, [&](auto f) {
-    return launch("multi_lora_scatter", multi_lora_scatter_kernel<decltype(f)>, grid_of(d.A * d.slices * d.M, 1),
-                  dim3(kBlockThreads), smem_bytes<int32_t>(kPageRanks), stream, p);
+    return launch(
+        "multi_lora_scatter", multi_lora_scatter_kernel<decltype(f)>,
+        grid_of(d.A * d.slices * d.M, kScatterParts / kBlockParts), dim3(kBlockThreads),
+        smem_bytes<int32_t>(kPageRanks) + 2 * smem_bytes<int32_t>(kBlockThreads) + smem_bytes<int64_t>(kBlockThreads),
+        stream, p);
   });
 }
 

@@ -13,9 +13,10 @@ static_assert(kPlanRows == kCudaTokens, "a tile of the plan is one of the produc
 
 // S's rank `at`, counted through the slices at hand.
 template <class F>
-__device__ __forceinline__ void store_s(const MultiLoraShrinkParams& p, int64_t row, int64_t k, int64_t at, float v) {
+__device__ __forceinline__ void store_s(const MultiLoraShrinkParams& p, int64_t row_and_slot, int64_t at, float v) {
   using S = TypeOfS<F>;
-  static_cast<S*>(p.s)[s_at(p.adapters, row, k) + at] = from_float_fast<S>(scale_of(p, row, k) * v);
+  const float scale = p.scales ? p.scales[row_and_slot] : 1.f;
+  static_cast<S*>(p.s)[s_at(p.adapters, row_and_slot) + at] = from_float_fast<S>(scale * v);
 }
 
 // ---- S. Block (slot and tile, ranks, chunk of N): all chunks, or one, its sum to partial [chunk][T][K][slices R].
@@ -56,17 +57,22 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_shrink_kernel(Mul
     if (partial) {
       partial[((blockIdx.z * d.T + row) * d.K + tile.k) * all + at] = v;
     } else {
-      store_s<F>(p, row, tile.k, at, v);
+      store_s<F>(p, row * d.K + tile.k, at, v);
     }
   });
 }
 
+// Rows of all ranks at hand, as many as a block has threads for.
+LRK_HD unsigned sum_rows(unsigned all) { return all < kBlockThreads ? kBlockThreads / all : 1; }
+
 template <class F>
 __global__ __launch_bounds__(kBlockThreads, 8) void multi_lora_sum_kernel(MultiLoraShrinkParams p, const float* partial,
                                                                           int64_t chunks) {
-  const int64_t K = p.adapters.K, all = all_ranks(p.adapters), count = p.adapters.T * K * all, i = grid_thread();
-  if (i >= count) return;
-  store_s<F>(p, i / all / K, i / all % K, i % all, sum_partial(partial + i, chunks, count));
+  const unsigned all = static_cast<unsigned>(all_ranks(p.adapters)), threads = kBlockThreads / sum_rows(all);
+  const int64_t rows = p.adapters.T * p.adapters.K, row = int64_t{blockIdx.x} * sum_rows(all) + threadIdx.x / threads;
+  if (row >= rows || threadIdx.x / threads >= sum_rows(all)) return;
+  for (unsigned at = threadIdx.x % threads; at < all; at += threads)
+    store_s<F>(p, row, at, sum_partial(partial + row * all + at, chunks, rows * all));
 }
 
 // ---- Y, one slot. Block (tile, n tile): rows of `to` = rows of `from` + D(S pool), `from` null for zeros.
@@ -117,20 +123,22 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_expand_kernel(Mul
   });
 }
 
-// Y = base + acc [T, N], the sum over slots.
+// Y = base + acc [T, N], the sum over slots. Block (row, kFinishCols columns).
+constexpr int kFinishCols = 8 * kBlockThreads;
+
 template <class X>
-__global__ __launch_bounds__(kBlockThreads) void multi_lora_finish_kernel(MultiLoraExpandParams p, const float* acc) {
-  const int64_t i = grid_thread(), row = i / p.N, n = i % p.N;
-  if (row >= p.adapters.T) return;
-  const float base = to_float_fast(static_cast<const X*>(p.base)[row * p.base_pitch + n]);
-  static_cast<X*>(p.y)[row * p.y_pitch + n] = from_float_fast<X>(base + acc[i]);
+__global__ __launch_bounds__(kBlockThreads) void multi_lora_finish_kernel(MultiLoraExpandParams p, Vectorize vec,
+                                                                          const float* acc) {
+  const int64_t row = blockIdx.x, n = int64_t{blockIdx.y} * kFinishCols + threadIdx.x * 8;
+  if (n >= p.N) return;
+  const auto base = load_row(static_cast<const X*>(p.base) + row * p.base_pitch + n, p.N - n, vec.x);
+  const Vec8<float> sum = floats(load_row(acc + row * p.N + n, p.N - n, vec.s));
+  finish_row(static_cast<X*>(p.y) + row * p.y_pitch + n, base, p.N - n, vec.x,
+             [&](float v, int i) { return v + sum.v[i]; });
 }
 
-// ---- G. Block (adapter and ranks, n tile, slot and split of that adapter's rows): to partial [slot, split][P][N], or where
-// there is one of them to G itself.
-
-// Splits of a slot's rows; each adapter fills the first ones.
-LRK_HD int64_t splits_of(const Adapters& d) { return ceil_div(d.T, split_tokens(d.T, kCudaSplit)); }
+// ---- G. Block (adapter and ranks, n tile, part of that adapter's rows): to a plane [ranks at hand][N] of partial sums, or
+// where the adapter has one part to G itself.
 
 template <class X, class F, int kRanks>
 __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_wgrad_kernel(MultiLoraWgradParams p, Vectorize vec,
@@ -143,11 +151,8 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_wgrad_kernel(Mult
   const Adapters& d = p.adapters;
   const int64_t all = all_ranks(d), rank_blocks = ceil_div(all, int64_t{kRanks});
   const int64_t adapter = blockIdx.x / rank_blocks, r0 = blockIdx.x % rank_blocks * kRanks;
-  const int64_t k = blockIdx.z / splits_of(d), length = split_tokens(d.T, kCudaSplit);
-  const Span span = rows_of(d, k, adapter);
-  const int64_t begin = span.begin + blockIdx.z % splits_of(d) * length;
-  const int64_t end = begin + length < span.end ? begin + length : span.end;
-  if (begin >= end) return;
+  const Parts parts = parts_of(d, adapter);
+  if (blockIdx.z >= parts.count) return;
   fill_ranks(d, adapter, r0, all, kRanks, ranks);
   sync_threads();
   if (!any_present(ranks, kRanks)) return;
@@ -155,30 +160,35 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_wgrad_kernel(Mult
   const int64_t n0 = int64_t{blockIdx.y} * Product::kCols;
   const Dropout dropout = dropout_of(d, adapter);
   const uint64_t seed = seed_of(dropout, d.seed);
-  const int32_t* order = order_of(d, k);
   typename Product::Sum acc = {};
-  for (int64_t t = begin; t < end; t += kPlanRows) {
-    fill_rows(d, order, t, static_cast<int32_t>(end - t < kPlanRows ? end - t : kPlanRows), rows);
-    sync_threads();
-    using S = typename Product::S;
-    Stage<S, typename Product::TileS> ss;
-    Stage<X, typename Product::TileX> sx;
-    ss.fetch(Gathered<S>{static_cast<const S*>(p.s) + s_at(d, 0, k) + r0, s_at(d, 1, 0) - s_at(d, 0, 0), rows, all - r0,
-                         vec.s});
-    sx.fetch(Gathered<X>{static_cast<const X*>(p.x) + n0, p.x_pitch, rows, p.N - n0, vec.x});
-    ss.put(product.ts);
-    sx.put_rows(product.tx, dropout, seed, [&](int r) { return int64_t{rows[r]} * d.K + k; }, n0);
-    sync_threads();
-    product.template multiply<1>(acc);
+  for (int64_t k = 0; k < d.K; ++k) {
+    const int32_t* order = order_of(d, k);
+    const Span span = parts.of(rows_of(d, k, adapter), blockIdx.z);
+    for (int64_t t = span.begin; t < span.end; t += kPlanRows) {
+      fill_rows(d, order, t, static_cast<int32_t>(span.end - t < kPlanRows ? span.end - t : kPlanRows), rows);
+      sync_threads();
+      using S = typename Product::S;
+      Stage<S, typename Product::TileS> ss;
+      Stage<X, typename Product::TileX> sx;
+      ss.fetch(Gathered<S>{static_cast<const S*>(p.s) + s_at(d, 0, k) + r0, s_at(d, 1, 0) - s_at(d, 0, 0), rows,
+                           all - r0, vec.s});
+      sx.fetch(Gathered<X>{static_cast<const X*>(p.x) + n0, p.x_pitch, rows, p.N - n0, vec.x});
+      ss.put(product.ts);
+      sx.put_rows(product.tx, dropout, seed, [&](int r) { return int64_t{rows[r]} * d.K + k; }, n0);
+      sync_threads();
+      product.template multiply<1>(acc);
+    }
   }
+  float* plane = parts.count > 1 ? partial + parts.plane(blockIdx.z) * all * p.N : nullptr;
   for_each_element(acc, product.rank0(), n0 + product.col0(), [&](int64_t r, int64_t col, float v) {
     if (ranks[r] < 0 || col >= p.N) return;
-    const int64_t at = ranks[r] * p.N + col;
-    store_sum(partial, blockIdx.z * d.P * p.N + at, static_cast<F*>(p.g) + at, 1.f, mul_rn(dropout.keep_scale, v));
+    store_sum(plane, (r0 + r) * p.N + col, static_cast<F*>(p.g) + ranks[r] * p.N + col, 1.f,
+              mul_rn(dropout.keep_scale, v));
   });
 }
 
-// Block (adapter and kPageRanks ranks, columns): the partial sums that its rows filled, slot by slot.
+// Block (adapter and kPageRanks ranks, kSumCols columns): the partial sums of an adapter of several parts, in order.
+constexpr int kSumCols = 4 * kBlockThreads;
 template <class F>
 __global__ __launch_bounds__(kBlockThreads) void multi_lora_wgrad_sum_kernel(MultiLoraWgradParams p,
                                                                              const float* partial) {
@@ -186,23 +196,19 @@ __global__ __launch_bounds__(kBlockThreads) void multi_lora_wgrad_sum_kernel(Mul
   Smem smem;
   int32_t* ranks = smem.take<int32_t>(kPageRanks);
   const unsigned pages = static_cast<unsigned>(d.slices * d.M);
-  const int64_t adapter = blockIdx.x / pages;
-  const int64_t col = int64_t{blockIdx.y} * kBlockThreads + threadIdx.x, length = split_tokens(d.T, kCudaSplit);
-  fill_ranks(d, adapter, blockIdx.x % pages * kPageRanks, all_ranks(d), kPageRanks, ranks);
+  const int64_t adapter = blockIdx.x / pages, first = blockIdx.x % pages * kPageRanks, all = all_ranks(d);
+  const Parts parts = parts_of(d, adapter);
+  if (parts.count < 2) return;
+  fill_ranks(d, adapter, first, all, kPageRanks, ranks);
   sync_threads();
-  if (col >= p.N) return;
-  for (int r = 0; r < kPageRanks; ++r) {
-    float sum = 0.f;
-    bool used = false;
-    for (int64_t k = 0; k < d.K && ranks[r] >= 0; ++k) {
-      const Span span = rows_of(d, k, adapter);
-      const float* v = partial + (k * splits_of(d) * d.P + ranks[r]) * p.N + col;
-      for (int64_t t = span.begin; t < span.end; t += length, v += d.P * p.N) {
-        sum += *v;
-        used = true;
-      }
+  for (int r = 0; r < kPageRanks && ranks[r] >= 0; ++r) {
+    F* g = static_cast<F*>(p.g) + ranks[r] * p.N;
+    for (int64_t col = int64_t{blockIdx.y} * kSumCols + threadIdx.x, i = 0; i < 4 && col < p.N;
+         ++i, col += kBlockThreads) {
+      float sum = 0.f;
+      for (int64_t s = 0; s < parts.count; ++s) sum += partial[(parts.plane(s) * all + first + r) * p.N + col];
+      g[col] = from_float_fast<F>(sum);
     }
-    if (used) static_cast<F*>(p.g)[ranks[r] * p.N + col] = from_float_fast<F>(sum);
   }
 }
 
@@ -222,8 +228,9 @@ int multi_lora_shrink_cuda(const MultiLoraShrinkParams& p, void* workspace, Stre
                     Shrink<X, F, ranks.value, true>::kBytes + Lists<ranks.value>::kBytes, stream, p, vec, partial);
     });
     if (error || !partial) return error;
-    return launch("multi_lora_sum", multi_lora_sum_kernel<F>, grid_of_threads(d.T * d.K * all), dim3(kBlockThreads), 0,
-                  stream, p, partial, config.chunks);
+    return launch("multi_lora_sum", multi_lora_sum_kernel<F>,
+                  grid_of(ceil_div(d.T * d.K, sum_rows(static_cast<unsigned>(all))), 1), dim3(kBlockThreads), 0, stream,
+                  p, partial, config.chunks);
   });
 }
 
@@ -246,15 +253,17 @@ int multi_lora_expand_cuda(const MultiLoraExpandParams& p, void* workspace, Stre
     int error = 0;
     for (int64_t k = 0; k < d.K && !error; ++k) error = slot(k, acc, p.N, k ? acc : nullptr, p.N);
     if (error) return error;
-    return launch("multi_lora_finish", multi_lora_finish_kernel<X>, grid_of_threads(d.T * p.N), dim3(kBlockThreads), 0,
-                  stream, p, acc);
+    const Vectorize vec{.x = can_vectorize(p.y, p.y_pitch, sizeof(X)) && can_vectorize(p.base, p.base_pitch, sizeof(X)),
+                        .s = can_vectorize(acc, p.N, sizeof(float))};
+    return launch("multi_lora_finish", multi_lora_finish_kernel<X>, grid_of(d.T, ceil_div(p.N, kFinishCols)),
+                  dim3(kBlockThreads), 0, stream, p, vec, acc);
   });
 }
 
 int multi_lora_wgrad_cuda(const MultiLoraWgradParams& p, void* workspace, Stream stream) {
   const Adapters& d = p.adapters;
-  const int64_t all = all_ranks(d), splits = d.K * splits_of(d);
-  float* partial = splits > 1 ? static_cast<float*>(workspace) : nullptr;
+  const int64_t all = all_ranks(d), windows = part_windows(d.T);
+  float* partial = windows > 1 ? static_cast<float*>(workspace) : nullptr;  // else every adapter has one part
   const Vectorize vec{.x = can_vectorize(p.x, p.x_pitch, size_of(p.dtype)),
                       .s = can_vectorize(p.s, kPageRanks, size_of(s_dtype(p.factor_dtype)))};
   if (!d.A || !all) return 0;
@@ -262,12 +271,12 @@ int multi_lora_wgrad_cuda(const MultiLoraWgradParams& p, void* workspace, Stream
     const int error = with_ranks(all, [&](auto ranks) {
       using Product = Wgrad<X, F, ranks.value>;
       return launch("multi_lora_wgrad", multi_lora_wgrad_kernel<X, F, ranks.value>,
-                    grid_of(d.A * ceil_div(all, ranks.value), ceil_div(p.N, Product::kCols), splits),
+                    grid_of(d.A * ceil_div(all, ranks.value), ceil_div(p.N, Product::kCols), windows),
                     dim3(kBlockThreads), Product::kBytes + Lists<ranks.value>::kBytes, stream, p, vec, partial);
     });
     if (error || !partial) return error;
     return launch("multi_lora_wgrad_sum", multi_lora_wgrad_sum_kernel<F>,
-                  grid_of(d.A * all / kPageRanks, ceil_div(p.N, kBlockThreads)), dim3(kBlockThreads),
+                  grid_of(d.A * all / kPageRanks, ceil_div(p.N, kSumCols)), dim3(kBlockThreads),
                   smem_bytes<int32_t>(kPageRanks), stream, p, partial);
   });
 }

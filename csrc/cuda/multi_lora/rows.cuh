@@ -55,6 +55,33 @@ __device__ __forceinline__ Span rows_of(const Adapters& d, int64_t k, int64_t ad
   return {begin[0] < 0 ? 0 : begin[0], begin[1] > d.T ? d.T : begin[1]};
 }
 
+// An adapter's rows in parts: of every slot those from s * length on. Where there are several, their partial sums lie in
+// planes of scratch by where the parts start in the order of the slot with the most rows: two that start in one window of
+// `length` rows are the last part of one adapter and the first of the next, since who has several has more rows than that.
+struct Parts {
+  int64_t count, slot, begin, length, windows;
+  __device__ __forceinline__ Span of(const Span& rows, int64_t s) const {
+    const int64_t from = rows.begin + s * length;
+    return {from, from + length < rows.end ? from + length : rows.end};
+  }
+  __device__ __forceinline__ int64_t plane(int64_t s) const {
+    return 2 * (slot * windows + begin / length + s) + (s > 0);
+  }
+};
+__device__ __forceinline__ Parts parts_of(const Adapters& d, int64_t adapter) {
+  Parts parts = {0, 0, 0, split_tokens(d.T, kCudaSplit), part_windows(d.T)};
+  int64_t most = 0;
+  for (int64_t k = 0; k < d.K; ++k) {
+    const Span span = rows_of(d, k, adapter);
+    if (span.end - span.begin <= most) continue;
+    most = span.end - span.begin;
+    parts.slot = k;
+    parts.begin = span.begin;
+  }
+  parts.count = ceil_div(most, parts.length);
+  return parts;
+}
+
 // ---- ranks, counted through the slices at hand
 
 LRK_HD int64_t all_ranks(const Adapters& d) { return kPageRanks * d.M * d.slices; }
@@ -88,9 +115,10 @@ __device__ __forceinline__ bool any_present(const int32_t* ranks, int count) {
 __device__ __forceinline__ float not_a_number() { return bit_cast<float>(0x7fc00000u); }
 
 // Where S [T, K, L, R] has the ranks of a row's slot k.
-__device__ __forceinline__ int64_t s_at(const Adapters& d, int64_t row, int64_t k) {
-  return ((row * d.K + k) * d.L + d.first) * kPageRanks * d.M;
+__device__ __forceinline__ int64_t s_at(const Adapters& d, int64_t row_and_slot) {
+  return (row_and_slot * d.L + d.first) * kPageRanks * d.M;
 }
+__device__ __forceinline__ int64_t s_at(const Adapters& d, int64_t row, int64_t k) { return s_at(d, row * d.K + k); }
 template <class Params>
 __device__ __forceinline__ float scale_of(const Params& p, int64_t row, int64_t k) {
   return p.scales ? p.scales[row * p.adapters.K + k] : 1.f;
