@@ -17,6 +17,7 @@ __device__ __forceinline__ void running_sum(int64_t n, int32_t* out, int32_t* su
   const int64_t share = ceil_div(n, int64_t{kPlanThreads}), first = share * threadIdx.x;
   const int64_t last = first + share < n ? first + share : n;
   int32_t sum = 0;
+#pragma unroll(1)
   for (int64_t i = first; i < last; ++i) sum += value(i);
   int32_t upto = sum;  // of this thread and those before it, in its warp
 #pragma unroll
@@ -28,6 +29,7 @@ __device__ __forceinline__ void running_sum(int64_t n, int32_t* out, int32_t* su
   sync_threads();
   int32_t before = upto - sum;
   for (int w = 0; w < warp_id(); ++w) before += sums[w];
+#pragma unroll(1)
   for (int64_t i = first; i < last; ++i) {
     const int32_t v = value(i);
     out[i] = before;
