@@ -109,14 +109,17 @@ constexpr int cpu_page_ranks(int64_t rows) { return rows <= kCpuTokens ? kPageRa
 // Windows of rows that wgrad's scratch on CUDA has planes for, two each, in every slot; one window: no scratch.
 LRK_HD constexpr int64_t part_windows(int64_t T) { return ceil_div(T, split_tokens(T, kCudaSplit)); }
 
+LRK_HD int64_t all_ranks(const Adapters& d) { return kPageRanks * d.M * d.slices; }  // of the slices at hand
+
 // shrink on CUDA: one block walks all chunks of its rows, or, where that leaves the GPU idle, one block per chunk writes
-// a partial sum and a second kernel adds them. Both add the same chunks in the same order: equal bits.
-constexpr int kCudaBlocks = 128;  // fewer leave a GPU idle
+// a partial sum and a second kernel adds them. Both add the same chunks in the same order: equal bits. `ranks` of the slices
+// at hand.
+constexpr int kFullGrid = 528;  // blocks; fewer leave a GPU idle
 struct ShrinkConfig {
   bool split;
   int32_t chunks;
 };
-ShrinkConfig choose_multi_lora_shrink(int64_t T, int64_t K, int64_t N, Target target);
+ShrinkConfig choose_multi_lora_shrink(int64_t T, int64_t K, int64_t N, int64_t ranks, Target target);
 
 LRK_KERNEL(multi_lora_plan, MultiLoraPlanParams)
 LRK_KERNEL(multi_lora_shrink, MultiLoraShrinkParams)

@@ -6,9 +6,10 @@
 
 namespace lrk {
 
-ShrinkConfig choose_multi_lora_shrink(int64_t T, int64_t K, int64_t N, Target) {
+ShrinkConfig choose_multi_lora_shrink(int64_t T, int64_t K, int64_t N, int64_t ranks, Target) {
   const int32_t chunks = static_cast<int32_t>(ceil_div(N, kCudaChunk));
-  return {T * K < kCudaBlocks * kPlanRows && chunks > 1, chunks};
+  const int64_t rank_blocks = ceil_div(ranks, ranks <= kCudaFewRanks ? kCudaFewRanks : kCudaRanks);
+  return {ceil_div(T * K, kPlanRows) * rank_blocks < kFullGrid && chunks > 1, chunks};
 }
 
 // Rows of each group.
@@ -18,10 +19,8 @@ size_t multi_lora_plan_workspace(const MultiLoraPlanParams& p, Target target) {
 
 size_t multi_lora_shrink_workspace(const MultiLoraShrinkParams& p, Target target) {
   const Adapters& d = p.adapters;
-  const ShrinkConfig config = choose_multi_lora_shrink(d.T, d.K, p.N, target);
-  return target.device == Device::kCUDA && config.split
-             ? config.chunks * d.T * d.K * d.slices * d.M * kPageRanks * sizeof(float)
-             : 0;
+  const ShrinkConfig config = choose_multi_lora_shrink(d.T, d.K, p.N, all_ranks(d), target);
+  return target.device == Device::kCUDA && config.split ? config.chunks * d.T * d.K * all_ranks(d) * sizeof(float) : 0;
 }
 
 // Several slots are summed in fp32 before they meet y.
@@ -31,7 +30,7 @@ size_t multi_lora_expand_workspace(const MultiLoraExpandParams& p, Target) {
 
 size_t multi_lora_wgrad_workspace(const MultiLoraWgradParams& p, Target target) {
   const Adapters& d = p.adapters;
-  const int64_t windows = part_windows(d.T), ranks = d.slices * d.M * kPageRanks;
+  const int64_t windows = part_windows(d.T), ranks = all_ranks(d);
   return target.device == Device::kCUDA && windows > 1 ? 2 * d.K * windows * ranks * p.N * sizeof(float) : 0;
 }
 
@@ -48,7 +47,7 @@ Answer explain_plan(const Question& q) {
 Answer explain_shrink(const Question& q) {
   const int64_t rows = q["T"] * q["K"], ranks = cpu_page_ranks(rows);
   if (q.cpu()) return {{{"ranks", ranks}}, text("tasks of ", ranks, " ranks of a page, for ", rows, " rows")};
-  const ShrinkConfig c = choose_multi_lora_shrink(q["T"], q["K"], q["N"], q.target());
+  const ShrinkConfig c = choose_multi_lora_shrink(q["T"], q["K"], q["N"], q["R"], q.target());
   return {{{"split", c.split}, {"chunks", c.chunks}},
           c.split ? "chunks of N in blocks of their own, added in order by a second kernel"
                   : "each block walks the chunks of N of its rows"};
@@ -72,10 +71,10 @@ const Registered registered[] = {
       .answer = explain_plan}},
     {"multi_lora_shrink",
      {.rule =
-          "CUDA: chunks of N in blocks of their own for fewer than 128 tiles of rows. CPU: 8 ranks a task for up to 24 "
-          "rows, else a page",
-      .numbers = "counts, as lora_shrink's; not measured",
-      .arguments = {{"T", {}}, {"N", {}}, {"K", int64_t{1}}},
+          "CUDA: chunks of N in blocks of their own where rows and ranks make fewer than 528 blocks. CPU: 8 ranks a task "
+          "for up to 24 rows, else a page",
+      .numbers = "counts: 528 blocks, two on each of an H100's 132 SMs, are two waves; not measured",
+      .arguments = {{"T", {}}, {"N", {}}, {"K", int64_t{1}}, {"R", int64_t{16}}},
       .answer = explain_shrink}},
     {"multi_lora_wgrad",
      {.rule =

@@ -205,7 +205,10 @@ def test_choices_by_the_shape():
     spans = {T: host.explain("lora_shrink", T=T, N=4096, R=16)["span"] for T in (1, 4096, 8192, 16384)}
     assert spans == {1: 1, 4096: 1, 8192: 4, 16384: 8}, "chunks of a block: the fewest rounds of blocks"
     assert host.explain("lora_shrink", T=1 << 20, N=1024, R=16)["planes"] == 1
-    assert host.explain("multi_lora_wgrad", T=600, K=2)["splits"] == 4
+    assert host.explain("multi_lora_shrink", T=8192, N=8192)["split"]  # where one block a tile used half of a wave
+    assert not host.explain("multi_lora_shrink", T=528 * 64, N=8192)["split"]
+    assert not host.explain("multi_lora_shrink", T=132 * 64, N=8192, R=200)["split"]
+    assert host.explain("multi_lora_wgrad", T=600, K=2)["splits"] == 2  # of both slots
     assert host.explain("basis_combine", R=1, W=64, K=1024)["splits"] == 32
     assert host.explain("basis_dot", T=1, K=4)["splits"] == 128
     assert host.explain("basis_matmul", T=1, Q=4096, C=64)["splits"] == 64

@@ -217,7 +217,7 @@ __global__ __launch_bounds__(kBlockThreads) void multi_lora_wgrad_sum_kernel(Mul
 int multi_lora_shrink_cuda(const MultiLoraShrinkParams& p, void* workspace, Stream stream) {
   const Adapters& d = p.adapters;
   const int64_t all = all_ranks(d), G = plan_layout(d.T, d.A).G;
-  const ShrinkConfig config = choose_multi_lora_shrink(d.T, d.K, p.N, cuda_target());
+  const ShrinkConfig config = choose_multi_lora_shrink(d.T, d.K, p.N, all, cuda_target());
   float* partial = config.split ? static_cast<float*>(workspace) : nullptr;
   const Vectorize vec{.x = can_vectorize(p.x, p.x_pitch, size_of(p.dtype)),
                       .u = can_vectorize(p.pool, p.N, size_of(p.factor_dtype))};

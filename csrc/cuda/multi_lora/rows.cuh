@@ -84,8 +84,6 @@ __device__ __forceinline__ Parts parts_of(const Adapters& d, int64_t adapter) {
 
 // ---- ranks, counted through the slices at hand
 
-LRK_HD int64_t all_ranks(const Adapters& d) { return kPageRanks * d.M * d.slices; }
-
 // ranks[i] = the pool row of rank first + i of the adapter, below `end`; kAbsent where it has none, kUnknown where adapter
 // or page do not exist.
 __device__ __forceinline__ void fill_ranks(const Adapters& d, int64_t adapter, int64_t first, int64_t end, int count,
