@@ -263,7 +263,9 @@ def test_gradients_of_adapters_whose_parts_begin_in_one_window(device, K):
     """On CUDA an adapter of over 512 rows has its partial sums where its parts begin in the sorted rows: here the last part of
     one and the first of the next are 1, 187 and 511 rows apart, others have a row or exactly 512, and slots differ."""
     sizes = torch.tensor([513, 700, 1, 512, 1025, 0, 1024, 2])
-    batch = batch_of(device, torch.float32, T=int(sizes.sum()), A=8, K=K, shape=(24, 40), rank=(3, 20), assignment="uniform")
+    batch = batch_of(
+        device, torch.float32, T=int(sizes.sum()), A=8, K=K, shape=(24, 40), rank=(3, 20), assignment="uniform"
+    )
     slots = [torch.arange(8).repeat_interleave(sizes), torch.arange(8).flip(0).repeat_interleave(sizes)][:K]
     batch.index = torch.stack(slots, 1).int().to(device)
     got, truth = batch.run(grads=True), batch.run(reference, testing.to64, grads=True)

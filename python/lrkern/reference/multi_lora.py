@@ -151,6 +151,7 @@ CASES = {
     "chunks": dict(lead=(70,), I=1031, O=520, ranks=[[16], [64], [0], [17]], index="mixed", scales=False),
     "tiles": dict(lead=(3, 60), I=136, O=264, ranks=[[8], [33]], index="skewed"),
     "rank_512_fp32": dict(lead=(5,), I=96, O=88, ranks=[[512], [2]], index="mixed", fp32=True),
+    "parts": dict(lead=(530,), I=24, O=16, ranks=[[16], [3]], index=[[0]] * 515 + [[1]] * 15),
     "slots": dict(lead=(33,), I=72, O=80, ranks=[[8], [20], [0], [16]], index="slots"),
     "slots_fp32": dict(lead=(2, 9), I=40, O=24, ranks=[[3], [16]], index="slots", fp32=True),
     "slices": dict(lead=(19,), I=56, O=40, ranks=[[8, 0, 16], [4, 30, 1]], index="mixed", pitch=72),
