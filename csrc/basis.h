@@ -74,14 +74,15 @@ struct BasisMatmulParams {
 };
 
 // Sums that have few outputs and many terms fall into splits, fixed by the shape, whose partial sums are added in order.
-// dot: of the rows and columns; matmul, not transposed: of Q; combine on CUDA: of K.
+// dot: of the rows and columns; matmul: of Q, transposed on CUDA: of C; combine on CUDA: of K.
 int64_t choose_basis_dot_splits(int64_t T, int64_t K, Target target);
 int64_t choose_basis_matmul_splits(int64_t Q, int64_t C, Target target);
+int64_t choose_basis_transposed_splits(int64_t Q, int64_t C, Target target);
 int64_t choose_basis_combine_splits(int64_t R, int64_t W, int64_t K, Target target);
 
 // CUDA: columns of a block that a thread makes at a time, at most; rows of coefficients, or tokens, whose sums over rows of
-// U it holds; and what matmul has in its workspace, in floats: x in fp32, and partial sums [splits][T][width], or transposed no partial sums and x of rows `width`
-// apart.
+// U it holds; and what matmul has in its workspace, in floats: x in fp32, and partial sums [splits][T][width], or transposed x of rows `width` apart, and [splits][T][Q]
+// where splits are more than one.
 constexpr int64_t kBasisColumns = 16, kBasisSums = 4;
 struct BasisMatmulLayout {
   int64_t x, width, splits;
@@ -95,6 +96,18 @@ struct BasisMatmulConfig {
   int64_t rows, cols;  // of U in scratch at a time
 };
 BasisMatmulConfig choose_basis_matmul(int64_t T, int64_t Q, int64_t C, bool transposed, Target target);
+
+// matmul for many tokens on CUDA where no GEMM of one type does it: x and out of different types, or an fp16 x with vectors,
+// whose products may leave fp16's range. Each sum is one chain over its terms, whatever T. x is read where it lies, or first
+// made two bf16 terms [T, width] in the workspace. Q and C are not zero. There is no kernel of the CPU, which has fp32 GEMMs.
+bool choose_basis_product(const BasisMatmulParams& p, Target target);
+struct BasisProductLayout {
+  bool direct;
+  int64_t width;
+};
+BasisProductLayout basis_product_layout(const BasisMatmulParams& p);
+size_t basis_product_workspace(const BasisMatmulParams& p, Target target);
+int basis_product_cuda(const BasisMatmulParams& p, void* workspace, Stream stream);
 
 // RandLoRA's x (Λ A Γ)^T B^T for T tokens of fp32: by vectors, in the registers of matmul; by the factors, two GEMMs over
 // panels of Q rows; or merged into the base weight. lrkern.functional.randlora_way says the same in Python.

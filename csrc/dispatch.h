@@ -26,7 +26,7 @@ auto with_bool(bool b, const F& f) {
 
 // f(the distribution as an integral_constant).
 template <class F>
-auto with_distribution(Distribution d, const F& f) {
+constexpr auto with_distribution(Distribution d, const F& f) {
   switch (d) {
     case Distribution::kUniform16: return f(std::integral_constant<Distribution, Distribution::kUniform16>{});
     case Distribution::kUniform32: return f(std::integral_constant<Distribution, Distribution::kUniform32>{});

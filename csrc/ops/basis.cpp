@@ -233,7 +233,11 @@ void matmul(const Arg& x, const Tensor& out, const OptTensor& in_scale, const Op
                             .x_dtype = rows.dtype,
                             .out_dtype = y.dtype};
   if (!out.numel()) return;
-  const BasisMatmulConfig config = choose_basis_matmul(p.T, s.Q, s.C, s.transposed, DeviceScope(x.op, x.tensor).target);
+  const Target target = DeviceScope(x.op, x.tensor).target;
+  constexpr void (*no_cpu)(const BasisMatmulParams&, void*) = nullptr;
+  if (choose_basis_product(p, target))
+    return run(x.op, x.tensor, p, basis_product_workspace, no_cpu, LRK_IF_CUDA(basis_product_cuda));
+  const BasisMatmulConfig config = choose_basis_matmul(p.T, s.Q, s.C, s.transposed, target);
   if (config.scratch && s.Q && s.C)
     return matmul_by_gemm(x.op, p, config, rows.tensor, torch::stable::view(y.tensor, Sizes{y.T, y.N}));
   run(x.op, x.tensor, p, LRK_RUN(basis_matmul));

@@ -23,6 +23,11 @@ int64_t choose_basis_matmul_splits(int64_t Q, int64_t C, Target target) {
   const int64_t groups = std::max<int64_t>(1, ceil_div(C, 256));
   return std::clamp<int64_t>(32 / groups, 1, std::max<int64_t>(1, ceil_div(Q, 128)));
 }
+int64_t choose_basis_transposed_splits(int64_t Q, int64_t C, Target target) {
+  if (target.device == Device::kCPU) return 1;
+  const int64_t most = std::max<int64_t>(1, ceil_div(C, 32 * kBasisColumns));  // a warp's strips
+  return std::clamp<int64_t>(256 / std::max<int64_t>(1, ceil_div(Q, 16)), 1, most);
+}
 int64_t choose_basis_combine_splits(int64_t R, int64_t W, int64_t K, Target target) {
   if (target.device == Device::kCPU) return 1;
   const int64_t most = std::clamp<int64_t>(ceil_div(K, 16), 1, 32);
@@ -31,7 +36,7 @@ int64_t choose_basis_combine_splits(int64_t R, int64_t W, int64_t K, Target targ
 BasisMatmulLayout basis_matmul_layout(const BasisMatmulParams& p, Target target) {
   // A warp's 32 threads take their columns of x without asking for its end; a thread those of a partial sum.
   const int64_t span = p.transposed ? 32 * kBasisColumns : kBasisColumns, width = ceil_div(p.C, span) * span;
-  if (p.transposed) return {p.T * width, width, 0};
+  if (p.transposed) return {p.T * width, width, choose_basis_transposed_splits(p.Q, p.C, target)};
   return {ceil_div(p.T, kBasisSums) * kBasisSums * p.Q, width, p.Q ? choose_basis_matmul_splits(p.Q, p.C, target) : 0};
 }
 
@@ -50,6 +55,22 @@ BasisMatmulConfig choose_basis_matmul(int64_t T, int64_t Q, int64_t C, bool tran
   const int64_t most = std::max<int64_t>(128, elements / fixed / 128 * 128);
   (transposed ? c.rows : c.cols) = std::min(transposed ? Q : C, most);
   return c;
+}
+
+bool choose_basis_product(const BasisMatmulParams& p, Target target) {
+  const bool wide = p.x_dtype != p.out_dtype || (p.x_dtype == DType::kF16 && (p.in_scale || p.out_scale));
+  const bool short_enough = (p.transposed ? p.C : p.Q) < int64_t{1} << 30;  // a kernel counts them in 32 bits
+  return target.device == Device::kCUDA && p.T > kFewTokens && p.Q && p.C && wide && short_enough;
+}
+BasisProductLayout basis_product_layout(const BasisMatmulParams& p) {
+  // In place: whole 16-byte vectors, and U in one term of x's type or beside bf16 in two.
+  const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.x_pitch % 8 == 0;
+  const bool exact = p.u.distribution == Distribution::kUniform8 && !p.in_scale;
+  const bool direct = aligned && (p.x_dtype == DType::kBF16 || (p.x_dtype == DType::kF16 && exact));
+  return {direct, direct ? 0 : ceil_div(p.transposed ? p.C : p.Q, int64_t{8}) * 8};
+}
+size_t basis_product_workspace(const BasisMatmulParams& p, Target) {
+  return 2 * p.T * basis_product_layout(p).width * size_of(DType::kBF16);
 }
 
 size_t basis_fill_workspace(const BasisFillParams&, Target) { return 0; }
@@ -71,7 +92,8 @@ size_t basis_dot_workspace(const BasisDotParams& p, Target target) {
 size_t basis_matmul_workspace(const BasisMatmulParams& p, Target target) {
   if (target.device == Device::kCUDA) {
     const BasisMatmulLayout at = basis_matmul_layout(p, target);
-    return (at.x + at.splits * p.T * at.width) * sizeof(float);
+    const int64_t sums = p.transposed ? (at.splits > 1 ? p.Q : 0) : at.width;
+    return (at.x + at.splits * p.T * sums) * sizeof(float);
   }
   const int64_t span = 16 * block_columns(p.u.distribution), width = ceil_div(p.C, span) * span;
   const int64_t x = p.transposed ? width : p.Q,
@@ -84,7 +106,9 @@ namespace {
 Answer explain_matmul(const Question& q) {
   const bool transposed = q.flag("transposed");
   const BasisMatmulConfig c = choose_basis_matmul(q["T"], q["Q"], q["C"], transposed, q.target());
-  const int64_t splits = c.scratch || transposed ? 1 : choose_basis_matmul_splits(q["Q"], q["C"], q.target());
+  const int64_t splits = c.scratch    ? 1
+                         : transposed ? choose_basis_transposed_splits(q["Q"], q["C"], q.target())
+                                      : choose_basis_matmul_splits(q["Q"], q["C"], q.target());
   return {{{"scratch", c.scratch}, {"rows", c.rows}, {"cols", c.cols}, {"splits", splits}},
           c.scratch ? text("U is generated once, ", c.rows, " x ", c.cols,
                            " at a time in scratch memory, for a plain GEMM: many tokens share it")
@@ -113,7 +137,8 @@ Answer explain_randlora(const Question& q) {
 const Registered registered[] = {
     {"basis_matmul",
      {.rule =
-          "U in registers for up to 16 tokens, else in scratch memory for a GEMM; x U of few columns in splits of Q",
+          "U in registers for up to 16 tokens, else in scratch memory for a GEMM; x U of few columns in splits of Q, CUDA: x U^T "
+          "of few rows in splits of C; CUDA: tiles in shared memory where x and the result differ in type",
       .numbers =
           "counts: scratch of 4 MB (CUDA: 2^23 elements) fits the nearest large cache, 2^20 columns are some thousand "
           "warps, at least 8 rows a split; not measured",

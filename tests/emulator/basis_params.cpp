@@ -29,6 +29,7 @@ struct Case {
 
   int64_t W() const { return s.begin[s.count]; }
   int64_t K() const { return s.first[s.count]; }
+  bool transposed() const { return op.ends_with("transposed"); }
   std::string text() const {
     return words(op, " distribution ", static_cast<int>(u.distribution), " ", lrk::name_of(x), "->", lrk::name_of(out),
                  " T=", T, " R=", R, " Q=", Q, " C=", C, " q0=", q0, " c0=", c0, " pad=", pad, " shift=", shift,
@@ -38,17 +39,17 @@ struct Case {
 };
 
 Case draw_case() {
-  const char* ops[] = {"fill", "combine", "dot", "matmul", "transposed"};
+  const char* ops[] = {"fill", "combine", "dot", "matmul", "transposed", "product", "product transposed"};
   const Distribution distributions[] = {Distribution::kUniform8, Distribution::kUniform16, Distribution::kUniform32,
                                         Distribution::kSign,     Distribution::kTernary6,  Distribution::kTernary4};
   Case c{};
-  c.op = ops[draw() % 5];
+  c.op = ops[draw() % 7];
   c.u = {0x0123456789abcdef + draw(), static_cast<uint32_t>(draw()), static_cast<uint32_t>(draw() % 1000),
          Method::kNola, distributions[draw() % 6]};
   const DType types[] = {DType::kF32, DType::kF16, DType::kBF16};
   c.x = types[draw() % 3], c.out = types[draw() % 3];
-  const bool empty = draw() % 16 == 0;
-  c.T = empty ? pick({0, 1}) : pick({1, 1, 2, 3, 4, 5, 9, 17});
+  const bool product = c.op.starts_with("product"), empty = draw() % 16 == 0 && !product;  // which a GEMM of no terms takes
+  c.T = empty ? pick({0, 1}) : product ? pick({1, 17, 128, 130}) : pick({1, 1, 2, 3, 4, 5, 9, 17});
   c.R = empty ? pick({0, 2}) : pick({1, 2, 3, 8, 16});
   c.Q = !c.R ? 0 : empty ? pick({0, 3}) : pick({1, 3, 8, 17, 40, 100});
   c.C = empty ? pick({0, 7}) : pick({1, 5, 16, 48, 128, 130, 520, 1030});
@@ -175,7 +176,8 @@ std::string run_dot(const Case& c, const std::vector<int>& schedules) {
 }
 
 // want[t, n] = base + out_scale Σ_m in_scale x U, and the total magnitude of its terms.
-void matmul_in_double(const Case& c, bool transposed, Matrix& x, const Scales& scales, Matrix& out, Error& error) {
+void matmul_in_double(const Case& c, Matrix& x, const Scales& scales, Matrix& out, Error& error) {
+  const bool transposed = c.transposed(), two_terms = c.op.starts_with("product");
   const int64_t M = transposed ? c.C : c.Q, N = transposed ? c.Q : c.C;
   for (int64_t n = 0; n < N; ++n) {
     std::vector<double> u;
@@ -190,13 +192,15 @@ void matmul_in_double(const Case& c, bool transposed, Matrix& x, const Scales& s
         sum += v, magnitude += std::fabs(v);
       }
       const double scale = scales.col ? scales.col[n] : 1.f, base = c.add ? out.fresh_at(t, n) : 0;
-      error.add(out.at(t, n), base + scale * sum, std::fabs(base) + std::fabs(scale) * magnitude, c.out, false);
+      error.add(out.at(t, n), base + scale * sum, std::fabs(base) + std::fabs(scale) * magnitude, c.out, two_terms);
     }
   }
 }
 
 std::string run_matmul(const Case& c, const std::vector<int>& schedules) {
-  const bool transposed = c.op == "transposed";
+  const bool transposed = c.transposed(), product = c.op.starts_with("product");
+  const auto workspace = product ? basis_product_workspace : basis_matmul_workspace;
+  const auto launcher = product ? basis_product_cuda : basis_matmul_cuda;
   const int64_t M = transposed ? c.C : c.Q, N = transposed ? c.Q : c.C;
   Scales scales(c, M, N);  // in_scale, out_scale
   Matrix x(c.x, c.T, M, c.pad, c.shift, true), out(c.out, c.T, N, c.pad, c.shift, c.add);
@@ -215,10 +219,10 @@ std::string run_matmul(const Case& c, const std::vector<int>& schedules) {
                       .add = c.add,
                       .x_dtype = c.x,
                       .out_dtype = c.out};
-  std::string wrong = run(schedules, out, p, basis_matmul_workspace, basis_matmul_cuda);
+  std::string wrong = run(schedules, out, p, workspace, launcher);
   if (!wrong.empty()) return wrong;
   Error error;
-  matmul_in_double(c, transposed, x, scales, out, error);
+  matmul_in_double(c, x, scales, out, error);
   if (!c.T || !N || !error.verdict().empty()) return error.verdict();
   Matrix alone(c.out, 1, N, 0, 0, true);  // the last token
   const int64_t last = (c.T - 1) * out.pitch;
@@ -226,7 +230,7 @@ std::string run_matmul(const Case& c, const std::vector<int>& schedules) {
   alone.fresh = alone.bytes;
   p.x = static_cast<unsigned char*>(x.data()) + static_cast<size_t>((c.T - 1) * x.pitch) * size_of(c.x);
   p.out = alone.data(), p.T = 1;
-  wrong = run({schedules[0]}, alone, p, basis_matmul_workspace, basis_matmul_cuda);
+  wrong = run({schedules[0]}, alone, p, workspace, launcher);
   if (!wrong.empty()) return wrong;
   const auto* row = static_cast<unsigned char*>(out.data()) + static_cast<size_t>(last) * size_of(c.out);
   return std::equal(alone.bytes.begin(), alone.bytes.end(), row) ? "" : "a token alone has other bits";

@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator
 
-from tools.families import Kernel, Shape, Timed, streams
+from tools.families import Kernel, Plan, Shape, Timed, streams
 
 # Beyond the registry: equal bits of the random stream.
 TESTS = {"tests/ops/test_rng.py": "cpu and adjoint", "tests/nn/test_basis_sizes.py": "nothing"}
@@ -11,6 +11,17 @@ TESTS = {"tests/ops/test_rng.py": "cpu and adjoint", "tests/nn/test_basis_sizes.
 # Products of elements made in registers. Sums over rows keep 4 rows by 16 columns of them, and what they are multiplied by
 # is the same for a whole warp; sums over columns load eight rows at 4 columns a piece, more where there are more, all of it unrolled.
 over_rows, over_columns = streams(4), streams(3, wide=8, code=64 << 10)
+
+
+
+def product(elem: str, x_terms: int, u_terms: int, uniform8: bool, transposed: bool) -> Plan:
+    """Tiles [128, 32] of x, four for each of its terms, of which three arrive; two of U, [256, 32] where it is wide; scales."""
+    wide = not transposed and u_terms == 1
+    shared = 8192 * (4 * x_terms + 2 * u_terms * (1 + wide)) + 256
+    return Plan(1, shared, "HMMA", threads=512 if wide else 256)
+
+
+TERMS = [("bf16", 1, 1, True), ("bf16", 1, 2, True), ("bf16", 2, 1, True), ("bf16", 1, 2, False), ("bf16", 2, 2, False)]
 
 KERNELS = {
     "basis_fill": Kernel(streams(6)),
@@ -21,11 +32,18 @@ KERNELS = {
     "basis_matmul_x": Kernel(streams(8), part=True),
     "basis_matmul": Kernel(over_rows),
     "basis_matmul_sum": Kernel(streams(8), part=True),
-    "basis_matmul_transposed": Kernel(over_columns),
+    "basis_matmul_transposed": Kernel(streams(2, wide=8, code=64 << 10)),
+    "basis_product_x": Kernel(streams(8), part=True),
+    "basis_product": Kernel(product, again={"u": "x"}),
+    "basis_product_transposed": Kernel(product, again={"x": "x"}),
 }
 
 
-SHAPES = [Shape(k=1024, T=16, I=2048, O=2048, R=8), Shape(k=256, T=16, I=4096, O=4096, R=16)]
+SHAPES = [
+    Shape(k=1024, T=16, I=2048, O=2048, R=8),
+    Shape(k=256, T=16, I=4096, O=4096, R=16),
+    Shape(T=8192, I=4096, O=4096, R=256),
+]
 
 
 def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
@@ -48,3 +66,18 @@ def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
     ):
         call = lambda x=x, transposed=transposed: op.basis_matmul(x, None, None, *stream, 0, R, Q, N, transposed)
         yield Timed(name, call, {"x": x, "y": y}, 2 * T * Q * N)
+    if shape.T > 16:
+        yield from products(op, device, dtype, shape, stream)
+
+
+def products(op, device: str, dtype, shape: Shape, stream: tuple[int, ...]) -> Iterator[Timed]:
+    """VeRA's forward with fp32 vectors over activations of 16 bits: u = x A^T in fp32, y += b (.) ((d (.) u) B)."""
+    import torch
+
+    T, I, O, R = shape.T, shape.I, shape.O, shape.R
+    x, y = (torch.randn(T, n, device=device).to(dtype) for n in (I, O))
+    u, d, b = (torch.randn(*n, device=device) for n in ((T, R), (R,), (O,)))
+    call = lambda: op.basis_matmul(x, None, None, *stream, 0, R, R, I, True, True)
+    yield Timed("basis_product_transposed", call, {"x": x, "u": u}, 2 * T * I * R)
+    call = lambda: op.basis_matmul_(y, u, d, b, *stream, 0, R, R, O, False)
+    yield Timed("basis_product", call, {"y": y, "u": u}, 2 * T * R * O)

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Random bases on CUDA, sm_80 and up, over the strips of strips.cuh; nothing goes through shared memory.
 // Occupancy plan: blocks of 128 threads; on an SM at least four (128 registers) where a thread holds kBasisSums sums of
-// each column, three (168 registers) where it holds kRows kTokens dot products.
+// each column, three (168 registers) where it holds kRows kTokens dot products, but two of the transposed matmul, whose grid
+// is no larger.
 #include "cuda/epilogue.cuh"
 #include "strips.cuh"
 
@@ -119,23 +120,20 @@ __global__ __launch_bounds__(kBlockThreads, 3) void basis_dot_kernel(const __gri
   const int count = static_cast<int>(p.T - t0 < kTokens ? p.T - t0 : kTokens);
   const int64_t groups = ceil_div(width, kWarpThreads * N), length = ceil_div(p.R * groups, int64_t{gridDim.y});
   const int64_t begin = blockIdx.y * length, end = begin + length < p.R * groups ? begin + length : p.R * groups;
-  int64_t row = groups ? begin / groups : 0, group = groups ? begin % groups : 0;
   float sum[kWarpThreads] = {};
-#pragma unroll(1)
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t strip = group * kWarpThreads + lane_id();
-    add_dots<N>(
-        count,
-        [&](int r, float (&v)[N]) {  // also of bases past the last: what they add up to is not stored
-          generate<Dist>(p.u, p.u.tensor + static_cast<uint32_t>(segment), p.u.basis0 + static_cast<uint32_t>(k0 + r),
-                         row, strip, v);
-        },
-        [&](int t, float (&x)[N]) {
-          load_columns(p.g + ((t0 + t) * p.R + row) * W + c0, strip * N, width, x, vectorize);
-        },
-        sum);
-    if (++group == groups) group = 0, ++row;
-  }
+  int64_t row = groups ? begin / groups : 0, group = (groups ? begin % groups : 0) - 1;
+  add_dots<N>(
+      begin, end, count,
+      [&](int64_t, int r, float (&v)[N]) {  // also of bases past the last: what they add up to is not stored
+        if (r == 0 && ++group == groups) group = 0, ++row;
+        generate<Dist>(p.u, p.u.tensor + static_cast<uint32_t>(segment), p.u.basis0 + static_cast<uint32_t>(k0 + r), row,
+                       group * kWarpThreads + lane_id(), v);
+      },
+      [&](int64_t, int t, float (&x)[N]) {
+        const int64_t strip = group * kWarpThreads + lane_id();
+        load_columns(p.g + ((t0 + t) * p.R + row) * W + c0, strip * N, width, x, vectorize);
+      },
+      sum);
   const float total = reduce_lanes(sum);
   const int64_t k = k0 + lane_id() / kTokens, t = t0 + lane_id() % kTokens;
   if (k < bases && t < p.T) partial[(blockIdx.y * p.T + t) * K + s.first[segment] + k] = total;
@@ -204,19 +202,21 @@ __global__ __launch_bounds__(kBlockThreads, 4) void basis_matmul_kernel(BasisMat
     if (t < count) store_aligned(partial + (blockIdx.y * p.T + t0 + t) * at.width + strip * N, sum[t]);
 }
 
-// Thread (token, column).
+// Thread (token, column of the result).
 __global__ __launch_bounds__(kBlockThreads) void basis_matmul_sum_kernel(BasisMatmulParams p, BasisMatmulLayout at,
                                                                          const float* partial) {
-  const int64_t i = grid_thread(), t = i / p.C, c = i % p.C;
+  const int64_t N = p.transposed ? p.Q : p.C, pitch = p.transposed ? p.Q : at.width;
+  const int64_t i = grid_thread(), t = i / N, n = i % N;
   if (t >= p.T) return;
-  emit(p, t, c, sum_partial(partial + t * at.width + c, at.splits, p.T * at.width));
+  emit(p, t, n, sum_partial(partial + t * pitch + n, at.splits, p.T * pitch));
 }
 
-// x U^T. Warp (kTokens tokens, kRows rows), all columns. The order of a sum is the same for every T.
+// x U^T. Warp (kTokens tokens, kRows rows), split of the columns by y: to partial [split][T][Q] where there are some. The
+// order of a sum is the same for every T.
 template <Distribution Dist>
-__global__ __launch_bounds__(kBlockThreads, 3) void basis_matmul_transposed_kernel(BasisMatmulParams p,
-                                                                                   BasisMatmulLayout at,
-                                                                                   const float* x) {
+__global__ __launch_bounds__(kBlockThreads, 2) void basis_matmul_transposed_kernel(BasisMatmulParams p,
+                                                                                   BasisMatmulLayout at, const float* x,
+                                                                                   float* partial) {
   constexpr int N = kColumns<Dist>;
   const int64_t blocks = ceil_div(p.Q, kWarps * kRows), t0 = blockIdx.x / blocks * kTokens;
   const int64_t q0 = (blockIdx.x % blocks * kWarps + warp_id()) * kRows;
@@ -229,14 +229,21 @@ __global__ __launch_bounds__(kBlockThreads, 3) void basis_matmul_transposed_kern
     row[r] = static_cast<uint32_t>((q0 + r) % p.R);
   }
   float sum[kWarpThreads] = {};
-#pragma unroll(1)
-  for (int64_t strip = lane_id(); strip * N < at.width; strip += kWarpThreads)
-    add_dots<N>(
-        count, [&](int r, float (&v)[N]) { generate<Dist>(p.u, p.u.tensor, basis[r], row[r], strip, v); },
-        [&](int t, float (&v)[N]) { load_aligned(x + (t0 + t) * at.width + strip * N, v); }, sum);
+  const int64_t steps = at.width / (kWarpThreads * N), length = ceil_div(steps, at.splits), begin = blockIdx.y * length;
+  const int64_t end = begin + length < steps ? begin + length : steps;
+  const auto strip = [](int64_t step) { return step * kWarpThreads + lane_id(); };
+  add_dots<N>(
+      begin, end, count,
+      [&](int64_t i, int r, float (&v)[N]) { generate<Dist>(p.u, p.u.tensor, basis[r], row[r], strip(i), v); },
+      [&](int64_t i, int t, float (&v)[N]) { load_aligned(x + (t0 + t) * at.width + strip(i) * N, v); }, sum);
   const float total = reduce_lanes(sum);
   const int64_t q = q0 + lane_id() / kTokens, t = t0 + lane_id() % kTokens;
-  if (q < p.Q && t < p.T) emit(p, t, q, total);
+  if (q >= p.Q || t >= p.T) return;
+  if (at.splits > 1) {
+    partial[(blockIdx.y * p.T + t) * p.Q + q] = total;
+  } else {
+    emit(p, t, q, total);
+  }
 }
 
 }  // namespace
@@ -303,14 +310,15 @@ int basis_matmul_cuda(const BasisMatmulParams& p, void* workspace, Stream stream
     if (!p.Q) return 0;  // no terms, no partial
     if (p.transposed)
       return launch("basis_matmul_transposed", basis_matmul_transposed_kernel<Dist>,
-                    grid_of(ceil_div(p.Q, kWarps * kRows) * ceil_div(p.T, kTokens), 1), dim3(kBlockThreads), 0, stream,
-                    p, at, x);
+                    grid_of(ceil_div(p.Q, kWarps * kRows) * ceil_div(p.T, kTokens), at.splits), dim3(kBlockThreads), 0,
+                    stream, p, at, x, partial);
     return launch("basis_matmul", basis_matmul_kernel<Dist>,
                   grid_of(ceil_div(at.width / kColumns<Dist>, kBlockThreads) * ceil_div(p.T, kBasisSums), at.splits),
                   dim3(kBlockThreads), 0, stream, p, at, x, partial);
   });
-  if (error || p.transposed) return error;
-  return launch("basis_matmul_sum", basis_matmul_sum_kernel, grid_of_threads(p.T * p.C), dim3(kBlockThreads), 0, stream,
+  if (error || (p.transposed && at.splits <= 1)) return error;
+  const int64_t outputs = p.T * (p.transposed ? p.Q : p.C);
+  return launch("basis_matmul_sum", basis_matmul_sum_kernel, grid_of_threads(outputs), dim3(kBlockThreads), 0, stream,
                 p, at, partial);
 }
 

@@ -190,7 +190,8 @@ def basis_matmul(
 
     x [..., Q] -> [..., C]; transposed x [..., C] -> [..., Q]. in_scale and out_scale are float32 vectors. Up to 16 tokens
     U stays in registers; for more it is generated once, rows or columns that fit a cache at a time, for ATen's GEMM
-    (lrkern._host.explain("basis_matmul", ...)). Differentiable in x, twice as well; the scales have no gradient here.
+    (lrkern._host.explain("basis_matmul", ...)), or on CUDA, where x and the result differ in dtype, inside a product of two-term
+    bfloat16 operands (2^-17). Differentiable in x, twice as well; the scales have no gradient here.
     """
     return _matmul(x, in_scale, out_scale, seed, method, distribution, tensor, first, R, Q, C, transposed, fp32)
 
