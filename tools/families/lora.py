@@ -39,7 +39,7 @@ def shrink(x: str, f: str, ranks: int, n_contig: bool, plain: bool) -> Plan:
     elem, xt, ft, tensor = math_of(x, f)
     shared = tile(64, 64, elem, xt) + (tile(ranks, 64, elem, ft) if n_contig else tile(64, ranks, elem, ft))
     wide = vectors(64, 64, x) + vectors(ranks, 64, f)
-    blocks = 4 if ranks == 16 and SIZE[x] == 2 else 2
+    blocks = 4 if ranks == 16 and SIZE[x] == 2 and xt == 1 else 2
     return Plan(blocks, shared, tensor, wide, **limits(x, xt, plain, blocks, 4))
 
 

@@ -27,13 +27,14 @@ __device__ __forceinline__ Slab<F, kPlain> factor_slab(const Factor& u, bool n_c
 
 // ---- S[T, R] = scale * D(X) U^T. Block (t tile, r tile, span of N); more than one plane: to partial [plane][T][R].
 
-template <class X, int kRanks>
-constexpr int kShrinkBlocks = kRanks == kCudaFewRanks && sizeof(X) == 2 ? 4 : 2;  // on an SM
+template <class X, class F, int kRanks>
+constexpr int kShrinkBlocks =  // on an SM; where X is two terms, registers hold fewer
+    kRanks == kCudaFewRanks && sizeof(X) == 2 && Math<X, F>::kXTerms == 1 ? 4 : 2;
 
 template <class X, class F, int kRanks, bool kNContig, bool kPlain>
 __global__ __launch_bounds__(kBlockThreads,
-                             kShrinkBlocks<X, kRanks>) void lora_shrink_kernel(LoraShrinkParams p, Vectorize vec,
-                                                                               ShrinkSplit split, float* partial) {
+                             kShrinkBlocks<X, F, kRanks>) void lora_shrink_kernel(LoraShrinkParams p, Vectorize vec,
+                                                                                  ShrinkSplit split, float* partial) {
   using Product = Shrink<X, F, kRanks, kNContig>;
   Smem smem;
   const Product product(smem);
@@ -321,10 +322,15 @@ int lora_shrink_cuda(const LoraShrinkParams& params, void* workspace, Stream str
                     dim3(kBlockThreads), Shrink<X, F, ranks.value, n_contig.value>::kBytes, stream, p, vec, split,
                     partial);
     };
-    const int error = with_ranks(p.R, [&](auto ranks) {
-      return with_bool(p.u.stride_n == 1, [&](auto n_contig) {
-        return with_bool(plain, [&](auto plain) { return run(ranks, n_contig, plain); });
-      });
+    const int error = with_bool(plain, [&](auto plain) {
+      const auto with_layout = [&](auto ranks) {
+        return with_bool(p.u.stride_n == 1, [&](auto n_contig) { return run(ranks, n_contig, plain); });
+      };
+      if constexpr (sizeof(X) == 4 && !plain.value) {  // registers do not hold the slow ways beside 64 ranks in fp32
+        return with_layout(std::integral_constant<int, kCudaFewRanks>{});
+      } else {
+        return with_ranks(p.R, with_layout);
+      }
     });
     if (error || !partial) return error;
     return sum_to<TypeOfS<F>>(p.s, p.R, 1, partial, split.planes, split.plane == 1 ? kShrinkGroup : 1, p.T, p.R,
