@@ -81,8 +81,8 @@ int64_t choose_basis_transposed_splits(int64_t Q, int64_t C, Target target);
 int64_t choose_basis_combine_splits(int64_t R, int64_t W, int64_t K, Target target);
 
 // CUDA: columns of a block that a thread makes at a time, at most; rows of coefficients, or tokens, whose sums over rows of
-// U it holds; and what matmul has in its workspace, in floats: x in fp32, and partial sums [splits][T][width], or transposed x of rows `width` apart, and [splits][T][Q]
-// where splits are more than one.
+// U it holds; and what matmul has in its workspace, in floats: x in fp32, and partial sums [splits][T][width]; transposed x
+// of rows `width` apart, and [splits][T][Q] where splits are more than one.
 constexpr int64_t kBasisColumns = 16, kBasisSums = 4;
 struct BasisMatmulLayout {
   int64_t x, width, splits;

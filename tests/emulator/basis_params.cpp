@@ -48,7 +48,8 @@ Case draw_case() {
          Method::kNola, distributions[draw() % 6]};
   const DType types[] = {DType::kF32, DType::kF16, DType::kBF16};
   c.x = types[draw() % 3], c.out = types[draw() % 3];
-  const bool product = c.op.starts_with("product"), empty = draw() % 16 == 0 && !product;  // which a GEMM of no terms takes
+  const bool product = c.op.starts_with("product"),
+             empty = draw() % 16 == 0 && !product;  // which a GEMM of no terms takes
   c.T = empty ? pick({0, 1}) : product ? pick({1, 17, 128, 130}) : pick({1, 1, 2, 3, 4, 5, 9, 17});
   c.R = empty ? pick({0, 2}) : pick({1, 2, 3, 8, 16});
   c.Q = !c.R ? 0 : empty ? pick({0, 3}) : pick({1, 3, 8, 17, 40, 100});

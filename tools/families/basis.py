@@ -2,40 +2,60 @@
 """The kernels of random bases: plans of csrc/cuda/basis/, and calls that launch them."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from tools.families import Kernel, Plan, Shape, Timed, streams
 
 # Beyond the registry: equal bits of the random stream.
 TESTS = {"tests/ops/test_rng.py": "cpu and adjoint", "tests/nn/test_basis_sizes.py": "nothing"}
 
-# Products of elements made in registers. Sums over rows keep 4 rows by 16 columns of them, and what they are multiplied by
-# is the same for a whole warp; sums over columns load eight rows at 4 columns a piece, more where there are more, all of it unrolled.
-over_rows, over_columns = streams(4), streams(3, wide=8, code=64 << 10)
+# Products of elements made in registers. Sums over rows keep 4 rows by 16 columns of them, and what they are multiplied by is
+# the same for a whole warp; sums over columns load one row or eight, at 4 columns a piece at the least, all of it unrolled.
+over_rows = streams(4)
 
 
+def over_columns(blocks: int):
+    return lambda distribution, rows: Plan(blocks, wide=rows, code=48 << 10)
 
-def product(elem: str, x_terms: int, u_terms: int, uniform8: bool, transposed: bool) -> Plan:
+
+ROWS = [("", 1), ("", 8)]
+
+
+@dataclass(frozen=True)
+class Mixed(Kernel):
+    """Of 16-bit activations beside fp32 ones: there is none for fp32 alone."""
+
+    def plans(self, x: str) -> set[Plan]:
+        return {self.plan(*args) for args in self.rest if args[0] == x}
+
+
+def product(x: str, x_terms: int, u_terms: int, uniform8: bool, transposed: bool) -> Plan:
     """Tiles [128, 32] of x, four for each of its terms, of which three arrive; two of U, [256, 32] where it is wide; scales."""
     wide = not transposed and u_terms == 1
     shared = 8192 * (4 * x_terms + 2 * u_terms * (1 + wide)) + 256
-    return Plan(1, shared, "HMMA", threads=512 if wide else 256)
+    code = 32 << 10 if uniform8 else 72 << 10  # of five distributions, of which a launch runs one
+    return Plan(1, shared, "HMMA", flight=22 << 10, code=code, threads=512 if wide else 256)
 
 
-TERMS = [("bf16", 1, 1, True), ("bf16", 1, 2, True), ("bf16", 2, 1, True), ("bf16", 1, 2, False), ("bf16", 2, 2, False)]
+def terms(transposed: bool) -> list[tuple]:
+    """Of activations of each type: terms of x and of U, whether U is of 8 bits."""
+    mine = {"bf16": [(1, 1, True), (1, 2, True), (2, 1, True), (1, 2, False), (2, 2, False)],
+            "f16": [(1, 1, True), (2, 1, True), (2, 2, False)]}  # fmt: skip
+    return [(x, *each, transposed) for x, all_of in mine.items() for each in all_of]
+
 
 KERNELS = {
     "basis_fill": Kernel(streams(6)),
     "basis_combine": Kernel(over_rows),
     "basis_combine_sum": Kernel(streams(8), part=True),
-    "basis_dot": Kernel(over_columns, again={"g": "x"}),
+    "basis_dot": Kernel(over_columns(3), rest=ROWS, again={"g": "x"}),
     "basis_dot_sum": Kernel(streams(8), part=True),
     "basis_matmul_x": Kernel(streams(8), part=True),
     "basis_matmul": Kernel(over_rows),
     "basis_matmul_sum": Kernel(streams(8), part=True),
-    "basis_matmul_transposed": Kernel(streams(2, wide=8, code=64 << 10)),
-    "basis_product_x": Kernel(streams(8), part=True),
-    "basis_product": Kernel(product, again={"u": "x"}),
-    "basis_product_transposed": Kernel(product, again={"x": "x"}),
+    "basis_matmul_transposed": Kernel(over_columns(2), rest=ROWS),
+    "basis_product_x": Mixed(streams(8), rest=[("bf16",), ("f16",)], part=True),
+    "basis_product": Mixed(product, rest=[*terms(False), *terms(True)]),
 }
 
 
@@ -78,6 +98,6 @@ def products(op, device: str, dtype, shape: Shape, stream: tuple[int, ...]) -> I
     x, y = (torch.randn(T, n, device=device).to(dtype) for n in (I, O))
     u, d, b = (torch.randn(*n, device=device) for n in ((T, R), (R,), (O,)))
     call = lambda: op.basis_matmul(x, None, None, *stream, 0, R, R, I, True, True)
-    yield Timed("basis_product_transposed", call, {"x": x, "u": u}, 2 * T * I * R)
+    yield Timed("basis_product", call, {"x": x, "u": u}, 2 * T * I * R)
     call = lambda: op.basis_matmul_(y, u, d, b, *stream, 0, R, R, O, False)
     yield Timed("basis_product", call, {"y": y, "u": u}, 2 * T * R * O)

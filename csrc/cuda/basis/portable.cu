@@ -50,7 +50,7 @@ bool segments_aligned(const BasisSegments& s) {
 }
 
 // To partial [split][T][R][W], or where there is one split to the result itself.
-template <Distribution Dist>
+template <Distribution Dist, int kCount>
 __global__ __launch_bounds__(kBlockThreads, 4) void basis_combine_kernel(const __grid_constant__ BasisCombineParams p,
                                                                          int64_t groups, float* partial,
                                                                          bool vectorize) {
@@ -59,24 +59,24 @@ __global__ __launch_bounds__(kBlockThreads, 4) void basis_combine_kernel(const _
   const int segment = static_cast<int>(blockIdx.z);
   const int64_t W = s.begin[s.count], K = s.first[s.count], c0 = s.begin[segment], k0 = s.first[segment];
   const int64_t width = s.begin[segment + 1] - c0, bases = s.first[segment + 1] - k0;
-  const int64_t blocks = ceil_div(p.R * groups, kWarps), t0 = blockIdx.x / blocks * kBasisSums;
+  const int64_t blocks = ceil_div(p.R * groups, kWarps), t0 = blockIdx.x / blocks * kCount;
   const int64_t item = blockIdx.x % blocks * kWarps + warp_id();
   const int64_t row = item / groups, strip = item % groups * kWarpThreads + lane_id(), c = strip * N;
   if (row >= p.R || c >= width) return;
-  const int count = static_cast<int>(p.T - t0 < kBasisSums ? p.T - t0 : kBasisSums);
+  const int count = static_cast<int>(p.T - t0 < kCount ? p.T - t0 : kCount);
   const int64_t length = ceil_div(bases, int64_t{gridDim.y}), begin = blockIdx.y * length;
   const int64_t end = begin + length < bases ? begin + length : bases;
   const float* coef = p.coef + t0 * K + k0;
-  float sum[kBasisSums][N] = {};
+  float sum[kCount][N] = {};
   weighted_sum(
-      begin, end, count,
+      begin, end,
       [&](int64_t k, float (&v)[N]) {
         generate<Dist>(p.u, p.u.tensor + static_cast<uint32_t>(segment), p.u.basis0 + static_cast<uint32_t>(k), row,
                        strip, v);
       },
-      [&](int64_t k, float (&c)[kBasisSums]) {
+      [&](int64_t k, float (&c)[kCount]) {
 #pragma unroll
-        for (int t = 0; t < kBasisSums; ++t) c[t] = t < count ? coef[t * K + k] : 0.f;
+        for (int t = 0; t < kCount; ++t) c[t] = t < count ? coef[t * K + k] : 0.f;
       },
       sum);
   float base[N] = {};
@@ -84,7 +84,7 @@ __global__ __launch_bounds__(kBlockThreads, 4) void basis_combine_kernel(const _
   const float scale = partial ? 1.f : s.scale[segment];
   float* out = partial ? partial + blockIdx.y * p.T * p.R * W : p.out;
 #pragma unroll
-  for (int t = 0; t < kBasisSums; ++t)
+  for (int t = 0; t < kCount; ++t)
     if (t < count) {
 #pragma unroll
       for (int j = 0; j < N; ++j) sum[t][j] = base[j] + scale * sum[t][j];
@@ -107,7 +107,7 @@ __global__ __launch_bounds__(kBlockThreads) void basis_combine_sum_kernel(const 
 // ---- dot. Warp (kTokens matrices G, kRows bases), split of rows and strips by y, segment by z; to partial
 // [split][T][ΣK].
 
-template <Distribution Dist>
+template <Distribution Dist, int kCount>
 __global__ __launch_bounds__(kBlockThreads, 3) void basis_dot_kernel(const __grid_constant__ BasisDotParams p,
                                                                      int64_t blocks, float* partial, bool vectorize) {
   constexpr int N = kColumns<Dist>;
@@ -115,28 +115,28 @@ __global__ __launch_bounds__(kBlockThreads, 3) void basis_dot_kernel(const __gri
   const int segment = static_cast<int>(blockIdx.z);
   const int64_t W = s.begin[s.count], K = s.first[s.count], c0 = s.begin[segment], width = s.begin[segment + 1] - c0;
   const int64_t bases = s.first[segment + 1] - s.first[segment];
-  const int64_t t0 = blockIdx.x / blocks * kTokens, k0 = (blockIdx.x % blocks * kWarps + warp_id()) * kRows;
+  const int64_t t0 = blockIdx.x / blocks * kCount, k0 = (blockIdx.x % blocks * kWarps + warp_id()) * kRows;
   if (k0 >= bases) return;
-  const int count = static_cast<int>(p.T - t0 < kTokens ? p.T - t0 : kTokens);
+  const int count = static_cast<int>(p.T - t0 < kCount ? p.T - t0 : kCount);
   const int64_t groups = ceil_div(width, kWarpThreads * N), length = ceil_div(p.R * groups, int64_t{gridDim.y});
   const int64_t begin = blockIdx.y * length, end = begin + length < p.R * groups ? begin + length : p.R * groups;
   float sum[kWarpThreads] = {};
   int64_t row = groups ? begin / groups : 0, group = (groups ? begin % groups : 0) - 1;
-  add_dots<N>(
-      begin, end, count,
+  add_dots<kCount, N>(
+      begin, end,
       [&](int64_t, int r, float (&v)[N]) {  // also of bases past the last: what they add up to is not stored
         if (r == 0 && ++group == groups) group = 0, ++row;
-        generate<Dist>(p.u, p.u.tensor + static_cast<uint32_t>(segment), p.u.basis0 + static_cast<uint32_t>(k0 + r), row,
-                       group * kWarpThreads + lane_id(), v);
+        generate<Dist>(p.u, p.u.tensor + static_cast<uint32_t>(segment), p.u.basis0 + static_cast<uint32_t>(k0 + r),
+                       row, group * kWarpThreads + lane_id(), v);
       },
-      [&](int64_t, int t, float (&x)[N]) {
+      [&](int64_t, int t, float (&x)[N]) {  // some row again where there are fewer: its sums are not stored
         const int64_t strip = group * kWarpThreads + lane_id();
-        load_columns(p.g + ((t0 + t) * p.R + row) * W + c0, strip * N, width, x, vectorize);
+        load_columns(p.g + ((t0 + (t < count ? t : 0)) * p.R + row) * W + c0, strip * N, width, x, vectorize);
       },
       sum);
   const float total = reduce_lanes(sum);
   const int64_t k = k0 + lane_id() / kTokens, t = t0 + lane_id() % kTokens;
-  if (k < bases && t < p.T) partial[(blockIdx.y * p.T + t) * K + s.first[segment] + k] = total;
+  if (k < bases && t < t0 + count) partial[(blockIdx.y * p.T + t) * K + s.first[segment] + k] = total;
 }
 
 // Thread (one of T ΣK).
@@ -177,28 +177,28 @@ __device__ __forceinline__ void emit(const BasisMatmulParams& p, int64_t t, int6
 }
 
 // x U. Thread (kBasisSums tokens, strip), split of Q by y: to partial [split][T][width].
-template <Distribution Dist>
+template <Distribution Dist, int kCount>
 __global__ __launch_bounds__(kBlockThreads, 4) void basis_matmul_kernel(BasisMatmulParams p, BasisMatmulLayout at,
                                                                         const float* x, float* partial) {
   constexpr int N = kColumns<Dist>;
-  const int64_t blocks = ceil_div(at.width / N, kBlockThreads), tile = blockIdx.x / blocks, t0 = tile * kBasisSums;
+  const int64_t blocks = ceil_div(at.width / N, kBlockThreads), t0 = blockIdx.x / blocks * kCount;
   const int64_t strip = blockIdx.x % blocks * kBlockThreads + threadIdx.x;
   if (strip * N >= at.width) return;
-  const int count = static_cast<int>(p.T - t0 < kBasisSums ? p.T - t0 : kBasisSums);
+  const int count = static_cast<int>(p.T - t0 < kCount ? p.T - t0 : kCount);
   const int64_t length = ceil_div(p.Q, at.splits), begin = blockIdx.y * length;
   const int64_t end = begin + length < p.Q ? begin + length : p.Q;
-  const float* mine = x + tile * p.Q * kBasisSums;
+  const float* mine = x + t0 / kBasisSums * p.Q * kBasisSums;  // one token: of four, three are zeros
   int64_t basis = begin / p.R, row = begin % p.R;
-  float sum[kBasisSums][N] = {};
+  float sum[kCount][N] = {};
   weighted_sum(
-      begin, end, count,
+      begin, end,
       [&](int64_t, float (&v)[N]) {
         generate<Dist>(p.u, p.u.tensor, p.u.basis0 + static_cast<uint32_t>(basis), row, strip, v);
         if (++row == p.R) row = 0, ++basis;
       },
-      [&](int64_t q, float (&c)[kBasisSums]) { load_aligned(mine + q * kBasisSums, c); }, sum);
+      [&](int64_t q, float (&c)[kCount]) { load_aligned(mine + q * kBasisSums, c); }, sum);
 #pragma unroll
-  for (int t = 0; t < kBasisSums; ++t)
+  for (int t = 0; t < kCount; ++t)
     if (t < count) store_aligned(partial + (blockIdx.y * p.T + t0 + t) * at.width + strip * N, sum[t]);
 }
 
@@ -213,15 +213,15 @@ __global__ __launch_bounds__(kBlockThreads) void basis_matmul_sum_kernel(BasisMa
 
 // x U^T. Warp (kTokens tokens, kRows rows), split of the columns by y: to partial [split][T][Q] where there are some. The
 // order of a sum is the same for every T.
-template <Distribution Dist>
+template <Distribution Dist, int kCount>
 __global__ __launch_bounds__(kBlockThreads, 2) void basis_matmul_transposed_kernel(BasisMatmulParams p,
                                                                                    BasisMatmulLayout at, const float* x,
                                                                                    float* partial) {
   constexpr int N = kColumns<Dist>;
-  const int64_t blocks = ceil_div(p.Q, kWarps * kRows), t0 = blockIdx.x / blocks * kTokens;
+  const int64_t blocks = ceil_div(p.Q, kWarps * kRows), t0 = blockIdx.x / blocks * kCount;
   const int64_t q0 = (blockIdx.x % blocks * kWarps + warp_id()) * kRows;
   if (q0 >= p.Q) return;
-  const int count = static_cast<int>(p.T - t0 < kTokens ? p.T - t0 : kTokens);
+  const int count = static_cast<int>(p.T - t0 < kCount ? p.T - t0 : kCount);
   uint32_t basis[kRows], row[kRows];  // also of rows past the last: what they add up to is not stored
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -232,13 +232,16 @@ __global__ __launch_bounds__(kBlockThreads, 2) void basis_matmul_transposed_kern
   const int64_t steps = at.width / (kWarpThreads * N), length = ceil_div(steps, at.splits), begin = blockIdx.y * length;
   const int64_t end = begin + length < steps ? begin + length : steps;
   const auto strip = [](int64_t step) { return step * kWarpThreads + lane_id(); };
-  add_dots<N>(
-      begin, end, count,
+  add_dots<kCount, N>(
+      begin, end,
       [&](int64_t i, int r, float (&v)[N]) { generate<Dist>(p.u, p.u.tensor, basis[r], row[r], strip(i), v); },
-      [&](int64_t i, int t, float (&v)[N]) { load_aligned(x + (t0 + t) * at.width + strip(i) * N, v); }, sum);
+      [&](int64_t i, int t, float (&v)[N]) {
+        load_aligned(x + (t0 + (t < count ? t : 0)) * at.width + strip(i) * N, v);
+      },
+      sum);
   const float total = reduce_lanes(sum);
   const int64_t q = q0 + lane_id() / kTokens, t = t0 + lane_id() % kTokens;
-  if (q >= p.Q || t >= p.T) return;
+  if (q >= p.Q || t >= t0 + count) return;
   if (at.splits > 1) {
     partial[(blockIdx.y * p.T + t) * p.Q + q] = total;
   } else {
@@ -270,9 +273,11 @@ int basis_combine_cuda(const BasisCombineParams& p, void* workspace, Stream stre
   const int error = with_distribution(p.u.distribution, [&](auto d) {
     constexpr Distribution Dist = decltype(d)::value;
     const int64_t groups = ceil_div(longest(s.begin, s.count), kWarpThreads * kColumns<Dist>);  // warps of a row
-    return launch("basis_combine", basis_combine_kernel<Dist>,
-                  grid_of(ceil_div(p.R * groups, kWarps) * ceil_div(p.T, kBasisSums), splits, s.count),
-                  dim3(kBlockThreads), 0, stream, p, groups, partial, vectorize);
+    return with_rows<kBasisSums>(p.T, [&](auto rows) {
+      return launch("basis_combine", basis_combine_kernel<Dist, rows>,
+                    grid_of(ceil_div(p.R * groups, kWarps) * ceil_div(p.T, int64_t{rows}), splits, s.count),
+                    dim3(kBlockThreads), 0, stream, p, groups, partial, vectorize);
+    });
   });
   if (error || !partial) return error;
   return launch("basis_combine_sum", basis_combine_sum_kernel, grid_of_threads(p.T * p.R * W), dim3(kBlockThreads), 0,
@@ -287,9 +292,11 @@ int basis_dot_cuda(const BasisDotParams& p, void* workspace, Stream stream) {
   const bool vectorize = segments_aligned(s) && can_vectorize(p.g, W, sizeof(float));
   const int64_t blocks = ceil_div(longest(s.first, s.count), kWarps * kRows);
   const int error = with_distribution(p.u.distribution, [&](auto d) {
-    return launch("basis_dot", basis_dot_kernel<decltype(d)::value>,
-                  grid_of(blocks * ceil_div(p.T, kTokens), splits, s.count), dim3(kBlockThreads), 0, stream, p, blocks,
-                  partial, vectorize);
+    return with_rows<kTokens>(p.T, [&](auto rows) {
+      return launch("basis_dot", basis_dot_kernel<decltype(d)::value, rows>,
+                    grid_of(blocks * ceil_div(p.T, int64_t{rows}), splits, s.count), dim3(kBlockThreads), 0, stream, p,
+                    blocks, partial, vectorize);
+    });
   });
   if (error) return error;
   return launch("basis_dot_sum", basis_dot_sum_kernel, grid_of_threads(p.T * K), dim3(kBlockThreads), 0, stream, p,
@@ -309,12 +316,17 @@ int basis_matmul_cuda(const BasisMatmulParams& p, void* workspace, Stream stream
     constexpr Distribution Dist = decltype(d)::value;
     if (!p.Q) return 0;  // no terms, no partial
     if (p.transposed)
-      return launch("basis_matmul_transposed", basis_matmul_transposed_kernel<Dist>,
-                    grid_of(ceil_div(p.Q, kWarps * kRows) * ceil_div(p.T, kTokens), at.splits), dim3(kBlockThreads), 0,
-                    stream, p, at, x, partial);
-    return launch("basis_matmul", basis_matmul_kernel<Dist>,
-                  grid_of(ceil_div(at.width / kColumns<Dist>, kBlockThreads) * ceil_div(p.T, kBasisSums), at.splits),
-                  dim3(kBlockThreads), 0, stream, p, at, x, partial);
+      return with_rows<kTokens>(p.T, [&](auto rows) {
+        return launch("basis_matmul_transposed", basis_matmul_transposed_kernel<Dist, rows>,
+                      grid_of(ceil_div(p.Q, kWarps * kRows) * ceil_div(p.T, int64_t{rows}), at.splits),
+                      dim3(kBlockThreads), 0, stream, p, at, x, partial);
+      });
+    return with_rows<kBasisSums>(p.T, [&](auto rows) {
+      return launch(
+          "basis_matmul", basis_matmul_kernel<Dist, rows>,
+          grid_of(ceil_div(at.width / kColumns<Dist>, kBlockThreads) * ceil_div(p.T, int64_t{rows}), at.splits),
+          dim3(kBlockThreads), 0, stream, p, at, x, partial);
+    });
   });
   if (error || (p.transposed && at.splits <= 1)) return error;
   const int64_t outputs = p.T * (p.transposed ? p.Q : p.C);

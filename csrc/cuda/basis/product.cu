@@ -24,7 +24,8 @@ struct ProductShape {
   using Elem = Elem_;
   static constexpr int kXTerms = kXTerms_, kUTerms = kUTerms_;
   static constexpr bool kUniform8 = kUniform8_, kTransposed = kTransposed_;
-  static constexpr int kTileN = kTransposed || kUTerms == 2 ? 128 : 256, kTileU = kTileN * kTileK, kStage = kXTerms * kTileX;
+  static constexpr int kTileN = kTransposed || kUTerms == 2 ? 128 : 256, kTileU = kTileN * kTileK,
+                       kStage = kXTerms * kTileX;
   static constexpr int kThreads = kTileT / kWarpT * (kTileN / kWarpN) * kWarpThreads;
   static constexpr int kBlocks = kXTerms + kUTerms == 2 && kThreads == 256 ? 2 : 1;  // on an SM
   static_assert(kThreads == kTileU / 16, "a thread makes 16 columns of a tile");
@@ -168,8 +169,7 @@ __device__ __forceinline__ void multiply(float (&acc)[2][8][4], const typename S
       for (int tb = 0; tb < Shape::kUTerms; ++tb) {
         uint32_t b[4];
         if constexpr (Shape::kTransposed) {
-          ldmatrix_x4(b, tu + tb * Shape::kTileU + (n + 16 * j) * kTileK +
-                             place<true>(r + 8 * fourth, k / 8 + second));
+          ldmatrix_x4(b, tu + tb * Shape::kTileU + (n + 16 * j) * kTileK + place<true>(r + 8 * fourth, k / 8 + second));
         } else {
           ldmatrix_x4_trans(b, tu + tb * Shape::kTileU + k * Shape::kTileN +
                                    place<false, Shape::kTileN>(r + 8 * second, n / 8 + 2 * j + fourth));
@@ -193,8 +193,8 @@ __device__ __forceinline__ int place_sum(int row, int col) { return row * kWarpN
 
 // out = base + out_scale (.) sums for rows t.. and columns n.. of it.
 template <class T>
-__device__ __forceinline__ void store_sums(const BasisMatmulParams& p, int64_t N, const float* sums, int64_t t, int64_t n,
-                                           bool vectorize) {
+__device__ __forceinline__ void store_sums(const BasisMatmulParams& p, int64_t N, const float* sums, int64_t t,
+                                           int64_t n, bool vectorize) {
   if (vectorize && n + kWarpN <= N) {
     constexpr int kTogether = 8 / sizeof(T);  // rows of a lane whose base is on its way at a time
     const int col = lane_id() % 16 * 4, row = lane_id() / 16;
@@ -206,7 +206,8 @@ __device__ __forceinline__ void store_sums(const BasisMatmulParams& p, int64_t N
       Words<T, 4> base[kTogether];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i)
-        if (p.add && t + first + 2 * i < p.T) base[i] = *reinterpret_cast<const Words<T, 4>*>(out + 2 * i * p.out_pitch);
+        if (p.add && t + first + 2 * i < p.T)
+          base[i] = *reinterpret_cast<const Words<T, 4>*>(out + 2 * i * p.out_pitch);
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         float v[4];
@@ -236,7 +237,8 @@ __device__ __forceinline__ void store_product(const BasisMatmulParams& p, int64_
     for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float pair[2] = {i ? acc[1][j][2 * h] : acc[0][j][2 * h], i ? acc[1][j][2 * h + 1] : acc[0][j][2 * h + 1]};
+        const float pair[2] = {i ? acc[1][j][2 * h] : acc[0][j][2 * h],
+                               i ? acc[1][j][2 * h + 1] : acc[0][j][2 * h + 1]};
         store_aligned(sums + place_sum(lane_id() / 4 + 8 * h, 8 * j + lane_id() % 4 * 2), pair);
       }
     sync_warp();
@@ -246,9 +248,11 @@ __device__ __forceinline__ void store_product(const BasisMatmulParams& p, int64_
 
 // Block (kTileT tokens, kTileN columns of the result), columns first, so that neighbours read the same x.
 template <class Elem, int kXTerms, int kUTerms, bool kUniform8, bool kTransposed>
-__global__ __launch_bounds__(ProductShape<Elem, kXTerms, kUTerms, kUniform8, kTransposed>::kThreads,
-                             ProductShape<Elem, kXTerms, kUTerms, kUniform8, kTransposed>::kBlocks) void
-basis_product_kernel(const __grid_constant__ BasisMatmulParams p, ProductX x, const float* in_scale, bool vectorize) {
+__global__ __launch_bounds__(
+    ProductShape<Elem, kXTerms, kUTerms, kUniform8, kTransposed>::kThreads,
+    ProductShape<Elem, kXTerms, kUTerms, kUniform8,
+                 kTransposed>::kBlocks) void basis_product_kernel(const __grid_constant__ BasisMatmulParams p,
+                                                                  ProductX x, const float* in_scale, bool vectorize) {
   using Shape = ProductShape<Elem, kXTerms, kUTerms, kUniform8, kTransposed>;
   const int64_t N = kTransposed ? p.Q : p.C;
   const auto tiles = static_cast<uint32_t>(ceil_div(N, int64_t{Shape::kTileN}));
@@ -351,7 +355,8 @@ int with_product(const BasisMatmulParams& p, bool direct, const F& f) {
   constexpr std::integral_constant<int, 1> one;
   constexpr std::integral_constant<int, 2> two;
   const bool uniform8 = p.u.distribution == Distribution::kUniform8;
-  if (!direct) return uniform8 ? f(bf16{}, two, one, bool_constant<true>{}) : f(bf16{}, two, two, bool_constant<false>{});
+  if (!direct)
+    return uniform8 ? f(bf16{}, two, one, bool_constant<true>{}) : f(bf16{}, two, two, bool_constant<false>{});
   if (p.x_dtype == DType::kF16) return f(f16{}, one, one, bool_constant<true>{});
   if (!uniform8) return f(bf16{}, one, two, bool_constant<false>{});
   return p.in_scale ? f(bf16{}, one, two, bool_constant<true>{}) : f(bf16{}, one, one, bool_constant<true>{});
@@ -376,8 +381,7 @@ int basis_product_cuda(const BasisMatmulParams& p, void* workspace, Stream strea
   return with_bool(p.transposed, [&](auto transposed) {
     return with_product(p, direct, [&]<class Elem>(Elem, auto x_terms, auto u_terms, auto uniform8) {
       using Shape = ProductShape<Elem, x_terms, u_terms, uniform8, transposed>;
-      return launch(transposed ? "basis_product_transposed" : "basis_product",
-                    basis_product_kernel<Elem, x_terms, u_terms, uniform8, transposed>,
+      return launch("basis_product", basis_product_kernel<Elem, x_terms, u_terms, uniform8, transposed>,
                     grid_of(ceil_div(p.T, kTileT) * ceil_div(N, Shape::kTileN), 1), dim3(Shape::kThreads),
                     Shape::kBytes, stream, p, x, in_scale, vectorize);
     });

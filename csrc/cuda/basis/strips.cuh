@@ -78,14 +78,21 @@ __device__ __forceinline__ void load_columns(const float* row, int64_t first, in
 
 // ---- the two sums
 
-// sum[t] += Σ_i c_i[t] U_i in order: coef(i, c) and elements(i, v) bring coefficients, zeros from `count` on, and the strip of
-// U_i. A loop for one sum and one for all: with a branch for each, the compiler would make the strip anew in every one.
+// Kernels come for one row of coefficients, of G or of x, and for as many as a thread takes: a branch for each row would have the
+// compiler make the strip anew in every one.
+template <int kAll, class F>
+int with_rows(int64_t T, const F& f) {
+  if (T == 1) return f(std::integral_constant<int, 1>{});
+  return f(std::integral_constant<int, kAll>{});
+}
+
+// sum[t] += Σ_i c_i[t] U_i in order: coef(i, c) and elements(i, v) bring coefficients and the strip of U_i.
 template <int kCount, int N, class Elements, class Coef>
-__device__ __forceinline__ void weighted_sums(int64_t begin, int64_t end, const Elements& elements, const Coef& coef,
-                                              float (&sum)[kBasisSums][N]) {
+__device__ __forceinline__ void weighted_sum(int64_t begin, int64_t end, const Elements& elements, const Coef& coef,
+                                             float (&sum)[kCount][N]) {
 #pragma unroll(1)
   for (int64_t i = begin; i < end; ++i) {
-    float c[kBasisSums], v[N];
+    float c[kCount], v[N];
     coef(i, c);  // first: what it reads arrives while the strip is made
     elements(i, v);
 #pragma unroll
@@ -94,18 +101,12 @@ __device__ __forceinline__ void weighted_sums(int64_t begin, int64_t end, const 
       for (int j = 0; j < N; ++j) sum[t][j] += c[t] * v[j];
   }
 }
-template <int N, class Elements, class Coef>
-__device__ __forceinline__ void weighted_sum(int64_t begin, int64_t end, int count, const Elements& elements,
-                                             const Coef& coef, float (&sum)[kBasisSums][N]) {
-  if (count == 1) return weighted_sums<1>(begin, end, elements, coef, sum);
-  weighted_sums<kBasisSums>(begin, end, elements, coef, sum);
-}
 
-// sum[r, t] += <U_r, X_t> over the strips of steps begin .. end: elements(step, r, v) and load(step, t, x) bring them,
-// x for t < kCount: all of them or the first, and where rows are fewer any row again, whose sums nobody takes.
+// sum[r, t] += <U_r, X_t> over the strips of steps begin .. end, for t < kCount: elements(step, r, v) and load(step, t, x)
+// bring them.
 template <int kCount, int N, class Elements, class Load>
-__device__ __forceinline__ void dots(int64_t begin, int64_t end, const Elements& elements, const Load& load,
-                                     float (&sum)[kWarpThreads]) {
+__device__ __forceinline__ void add_dots(int64_t begin, int64_t end, const Elements& elements, const Load& load,
+                                         float (&sum)[kWarpThreads]) {
 #pragma unroll(1)
   for (int64_t i = begin; i < end; ++i) {
     float v[kRows][N];
@@ -121,13 +122,6 @@ __device__ __forceinline__ void dots(int64_t begin, int64_t end, const Elements&
         for (int j = 0; j < N; ++j) sum[r * kTokens + t] += v[r][j] * x[j];
     }
   }
-}
-template <int N, class Elements, class Load>
-__device__ __forceinline__ void add_dots(int64_t begin, int64_t end, int count, const Elements& elements,
-                                         const Load& load, float (&sum)[kWarpThreads]) {
-  if (count == 1) return dots<1, N>(begin, end, elements, load, sum);
-  const auto present = [&](int64_t i, int t, float (&x)[N]) { load(i, t < count ? t : 0, x); };
-  dots<kTokens, N>(begin, end, elements, present, sum);
 }
 
 // Lane i gets the sum over lanes of sum[i]: at each step a lane hands over the half that it is not going to hold. Steps

@@ -92,6 +92,9 @@ CASES = {
     "no_tokens": dict(distribution=2, method=3, R=8, Q=8, C=16, lead=(0,)),
     "no_rows": dict(distribution=2, method=3, R=8, Q=0, C=16, lead=(2,)),
     "no_columns": dict(distribution=2, method=3, R=8, Q=8, C=0, lead=(2,)),
+    "many_fp32": dict(distribution=2, method=3, R=24, Q=70, C=264, lead=(20,)),
+    "many_bare": dict(distribution=2, method=3, R=256, Q=264, C=72, lead=(18,), scales=False),
+    "many_uniform16": dict(distribution=3, method=4, R=5, Q=48, C=136, lead=(17,)),
 }
 CASES = {name: case | {"number": i} for i, (name, case) in enumerate(CASES.items())}
 
