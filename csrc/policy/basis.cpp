@@ -59,7 +59,8 @@ BasisMatmulConfig choose_basis_matmul(int64_t T, int64_t Q, int64_t C, bool tran
 
 bool choose_basis_product(const BasisMatmulParams& p, Target target) {
   const bool wide = p.x_dtype != p.out_dtype || (p.x_dtype == DType::kF16 && (p.in_scale || p.out_scale));
-  const bool short_enough = (p.transposed ? p.C : p.Q) < int64_t{1} << 30;  // a kernel counts them in 32 bits
+  // A kernel counts the terms of a sum in 32 bits, and tiles of tokens in an axis of its grid.
+  const bool short_enough = (p.transposed ? p.C : p.Q) < int64_t{1} << 30 && p.T <= int64_t{1} << 22;
   return target.device == Device::kCUDA && p.T > kFewTokens && p.Q && p.C && wide && short_enough;
 }
 BasisProductLayout basis_product_layout(const BasisMatmulParams& p) {

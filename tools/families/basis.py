@@ -30,11 +30,10 @@ class Mixed(Kernel):
 
 
 def product(x: str, x_terms: int, u_terms: int, uniform8: bool, transposed: bool) -> Plan:
-    """Tiles [128, 32] of x, four for each of its terms, of which three arrive; two of U, [256, 32] where it is wide; scales."""
-    wide = not transposed and u_terms == 1
-    shared = 8192 * (4 * x_terms + 2 * u_terms * (1 + wide)) + 256
+    """Tiles [128, 32] of x, four for each of its terms, of which three arrive; two of U; scales."""
+    shared = 8192 * (4 * x_terms + 2 * u_terms) + 256
     code = 32 << 10 if uniform8 else 72 << 10  # of five distributions, of which a launch runs one
-    return Plan(1, shared, "HMMA", flight=22 << 10, code=code, threads=512 if wide else 256)
+    return Plan(1, shared, "HMMA", flight=20 << 10, code=code, threads=256)
 
 
 def terms(transposed: bool) -> list[tuple]:
@@ -55,7 +54,7 @@ KERNELS = {
     "basis_matmul_sum": Kernel(streams(8), part=True),
     "basis_matmul_transposed": Kernel(over_columns(2), rest=ROWS),
     "basis_product_x": Mixed(streams(8), rest=[("bf16",), ("f16",)], part=True),
-    "basis_product": Mixed(product, rest=[*terms(False), *terms(True)]),
+    "basis_product": Mixed(product, rest=[*terms(False), *terms(True)], again={"x": "x", "scratch": "x"}),
 }
 
 

@@ -18,16 +18,15 @@ constexpr int kTileT = 128, kTileK = 32, kTileX = kTileT * kTileK;  // tokens, k
 constexpr int kStages = 4;                                          // tiles of x that arrive or are read
 constexpr int kWarpT = 32, kWarpN = 64;
 
-// x U is wide, and x read again for each tile of columns: so those are wide too, where terms leave the room.
+// Tiles 256 columns wide would halve what x U reads again of x, but their threads have 128 registers and spill on sm_80.
 template <class Elem_, int kXTerms_, int kUTerms_, bool kUniform8_, bool kTransposed_>
 struct ProductShape {
   using Elem = Elem_;
   static constexpr int kXTerms = kXTerms_, kUTerms = kUTerms_;
   static constexpr bool kUniform8 = kUniform8_, kTransposed = kTransposed_;
-  static constexpr int kTileN = kTransposed || kUTerms == 2 ? 128 : 256, kTileU = kTileN * kTileK,
-                       kStage = kXTerms * kTileX;
+  static constexpr int kTileN = 128, kTileU = kTileN * kTileK, kStage = kXTerms * kTileX;
   static constexpr int kThreads = kTileT / kWarpT * (kTileN / kWarpN) * kWarpThreads;
-  static constexpr int kBlocks = kXTerms + kUTerms == 2 && kThreads == 256 ? 2 : 1;  // on an SM
+  static constexpr int kBlocks = 1;  // on an SM: 128 registers would spill
   static_assert(kThreads == kTileU / 16, "a thread makes 16 columns of a tile");
   static constexpr int kTiles = kStages * kStage + 2 * kUTerms * kTileU;
   static_assert(kTiles * sizeof(Elem) >= kTileT * kTileN / 2 * sizeof(float), "half of the sums take the tiles' place");
@@ -72,9 +71,10 @@ __device__ __forceinline__ Words<T, N> words_of(const float* v) {
   return out;
 }
 // v = hi + lo: what is left of v is its lo, 0 beside inf and nan.
-__device__ __forceinline__ void take_hi(const Words<bf16>& hi, float* v) {
+template <int N>
+__device__ __forceinline__ void take_hi(const Words<bf16, N>& hi, float* v) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < N; ++i) {
     const float rest = v[i] - element(hi, i);
     v[i] = rest == rest ? rest : 0.f;
   }
@@ -255,8 +255,7 @@ __global__ __launch_bounds__(
                                                                   ProductX x, const float* in_scale, bool vectorize) {
   using Shape = ProductShape<Elem, kXTerms, kUTerms, kUniform8, kTransposed>;
   const int64_t N = kTransposed ? p.Q : p.C;
-  const auto tiles = static_cast<uint32_t>(ceil_div(N, int64_t{Shape::kTileN}));
-  const uint32_t tile_t = blockIdx.x / tiles, tile_n = blockIdx.x % tiles;
+  const uint32_t tile_t = blockIdx.y, tile_n = blockIdx.x;
   const int64_t left_t = p.T - int64_t{tile_t} * kTileT;
   const int tokens = left_t < kTileT ? static_cast<int>(left_t) : kTileT;  // of the block
   const int M = static_cast<int>(kTransposed ? p.C : p.Q), thread = static_cast<int>(threadIdx.x);
@@ -318,34 +317,34 @@ __global__ __launch_bounds__(
                 int64_t{tile_n} * Shape::kTileN + n, vectorize);
 }
 
-// in_scale (.) x as two bf16 terms [T, width]. Thread (8 columns of a token).
+// in_scale (.) x as two bf16 terms [T, width]. Thread (4 columns of a token).
 __global__ __launch_bounds__(kBlockThreads) void basis_product_x_kernel(BasisMatmulParams p, bf16* terms, int64_t width,
                                                                         bool vectorize) {
-  const int64_t vecs = width / 8, i = grid_thread(), t = i / vecs, n = i % vecs * 8, M = p.transposed ? p.C : p.Q;
+  const int64_t vecs = width / 4, i = grid_thread(), t = i / vecs, n = i % vecs * 4, M = p.transposed ? p.C : p.Q;
   if (t >= p.T) return;
-  float v[8];
+  float v[4];
   with_float(p.x_dtype, [&]<class T>(T) {
     const T* x = static_cast<const T*>(p.x) + t * p.x_pitch + n;
-    if (vectorize && n + 8 <= M) {
-      const auto words = *reinterpret_cast<const Words<T>*>(x);
+    if (vectorize && n + 4 <= M) {
+      const auto words = *reinterpret_cast<const Words<T, 4>*>(x);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = element(words, j);
+      for (int j = 0; j < 4; ++j) v[j] = element(words, j);
     } else {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = n + j < M ? to_float_fast(x[j]) : 0.f;
+      for (int j = 0; j < 4; ++j) v[j] = n + j < M ? to_float_fast(x[j]) : 0.f;
     }
   });
   if (p.in_scale) {
-    float scale[8];
+    float scale[4];
     load_columns(p.in_scale, n, M, scale, vectorize);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] *= scale[j];
+    for (int j = 0; j < 4; ++j) v[j] *= scale[j];
   }
-  const Words<bf16> hi = words_of<bf16>(v);
+  const auto hi = words_of<bf16, 4>(v);
   take_hi(hi, v);
   bf16* to = terms + t * width + n;
-  *reinterpret_cast<Words<bf16>*>(to) = hi;
-  *reinterpret_cast<Words<bf16>*>(to + p.T * width) = words_of<bf16>(v);
+  *reinterpret_cast<Words<bf16, 4>*>(to) = hi;
+  *reinterpret_cast<Words<bf16, 4>*>(to + p.T * width) = words_of<bf16, 4>(v);
 }
 
 // f(element type, terms of x, terms of U, whether U is of 8 bits), each as a constant.
@@ -372,7 +371,7 @@ int basis_product_cuda(const BasisMatmulParams& p, void* workspace, Stream strea
   if (!direct) {
     x = {workspace, width, p.T * width};
     const bool vectorize = can_vectorize(p.x, p.x_pitch, size_of(p.x_dtype)) && can_vectorize(p.in_scale, 0, 4);
-    const int error = launch("basis_product_x", basis_product_x_kernel, grid_of_threads(p.T * (width / 8)),
+    const int error = launch("basis_product_x", basis_product_x_kernel, grid_of_threads(p.T * (width / 4)),
                              dim3(kBlockThreads), 0, stream, p, static_cast<bf16*>(workspace), width, vectorize);
     if (error) return error;
   }
@@ -382,8 +381,8 @@ int basis_product_cuda(const BasisMatmulParams& p, void* workspace, Stream strea
     return with_product(p, direct, [&]<class Elem>(Elem, auto x_terms, auto u_terms, auto uniform8) {
       using Shape = ProductShape<Elem, x_terms, u_terms, uniform8, transposed>;
       return launch("basis_product", basis_product_kernel<Elem, x_terms, u_terms, uniform8, transposed>,
-                    grid_of(ceil_div(p.T, kTileT) * ceil_div(N, Shape::kTileN), 1), dim3(Shape::kThreads),
-                    Shape::kBytes, stream, p, x, in_scale, vectorize);
+                    grid_of(ceil_div(N, Shape::kTileN), ceil_div(p.T, kTileT)), dim3(Shape::kThreads), Shape::kBytes,
+                    stream, p, x, in_scale, vectorize);
     });
   });
 }
