@@ -138,9 +138,8 @@ class Demo:
             self.guard()
         with self.phase("frozen base"):
             self.frozen_base()
-        with self.phase("training"):
-            with self.trainers() as children:
-                runs = {domain: self.train(domain, children) for domain in DOMAINS}
+        with self.phase("training"), self.trainers() as children:
+            runs = {domain: self.train(domain, children) for domain in DOMAINS}
         with self.phase("round trip"):
             self.compare(runs)
             self.round_trip(runs)
