@@ -163,7 +163,7 @@ def isa() -> str:
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_bits(isa):
-    code = "import sys; sys.path.insert(0, 'tests/ops'); import test_rng; print(test_rng.digest(), test_rng.isa())"
+    code = "import sys; sys.path[:0] = 'tests/ops', 'tests/shared'; import test_rng; print(test_rng.digest(), test_rng.isa())"
     there = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"LRKERN_CPU_ISA": isa},
