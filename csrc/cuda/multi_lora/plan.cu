@@ -143,6 +143,7 @@ __global__ __launch_bounds__(kBlockThreads) void multi_lora_scatter_kernel(Multi
       ids[thread] = id;
       part_of[thread] = id >= 0 && id < p.N ? static_cast<int32_t>(id % kScatterParts) : kAbsent;
       sync_threads();
+#pragma unroll(1)
       for (int i = 0; i < kBlockThreads && ranks[r] >= 0; ++i) {
         if (part_of[i] != part) continue;
         const auto v = static_cast<const TypeOfS<F>*>(p.s)[s_at(d, rows[i], k) + first + r];

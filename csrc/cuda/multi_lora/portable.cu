@@ -201,8 +201,10 @@ __global__ __launch_bounds__(kBlockThreads) void multi_lora_wgrad_sum_kernel(Mul
   if (parts.count < 2) return;
   fill_ranks(d, adapter, first, all, kPageRanks, ranks);
   sync_threads();
+#pragma unroll(1)
   for (int r = 0; r < kPageRanks && ranks[r] >= 0; ++r) {
     F* g = static_cast<F*>(p.g) + ranks[r] * p.N;
+#pragma unroll(1)
     for (int64_t col = int64_t{blockIdx.y} * kSumCols + threadIdx.x, i = 0; i < 4 && col < p.N;
          ++i, col += kBlockThreads) {
       float sum = 0.f;

@@ -59,27 +59,24 @@ __device__ __forceinline__ Span rows_of(const Adapters& d, int64_t k, int64_t ad
 // planes of scratch by where the parts start in the order of the slot with the most rows: two that start in one window of
 // `length` rows are the last part of one adapter and the first of the next, since who has several has more rows than that.
 struct Parts {
-  int64_t count, slot, begin, length, windows;
+  int64_t count, first, length;  // first: the plane of part 0
   __device__ __forceinline__ Span of(const Span& rows, int64_t s) const {
     const int64_t from = rows.begin + s * length;
     return {from, from + length < rows.end ? from + length : rows.end};
   }
-  __device__ __forceinline__ int64_t plane(int64_t s) const {
-    return 2 * (slot * windows + begin / length + s) + (s > 0);
-  }
+  __device__ __forceinline__ int64_t plane(int64_t s) const { return first + 2 * s + (s > 0); }
 };
 __device__ __forceinline__ Parts parts_of(const Adapters& d, int64_t adapter) {
-  Parts parts = {0, 0, 0, split_tokens(d.T, kCudaSplit), part_windows(d.T)};
-  int64_t most = 0;
+  const int64_t length = split_tokens(d.T, kCudaSplit);
+  int64_t most = 0, slot = 0, begin = 0;
   for (int64_t k = 0; k < d.K; ++k) {
     const Span span = rows_of(d, k, adapter);
     if (span.end - span.begin <= most) continue;
     most = span.end - span.begin;
-    parts.slot = k;
-    parts.begin = span.begin;
+    slot = k;
+    begin = span.begin;
   }
-  parts.count = ceil_div(most, parts.length);
-  return parts;
+  return {ceil_div(most, length), 2 * (slot * part_windows(d.T) + begin / length), length};
 }
 
 // ---- ranks, counted through the slices at hand
