@@ -81,9 +81,8 @@ template <Distribution Dist>
 LRK_HD float basis_value(const Philox& block, int j) {
   constexpr int b = bits_of(Dist), per_word = 32 / b;
   const uint32_t h = block.v[j / per_word] >> (j % per_word * b);
-  if (Dist == Distribution::
-                  kUniform8)  // h as the mantissa's middle byte, 0x80 as its low one: 257 + the value, two instructions
-    return bit_cast<float>(0x43800080u | (h & 0xffu) << 8) - 257.f;
+  // h as the mantissa's middle byte, 0x80 as its low one: 257 + the value, in two instructions.
+  if (Dist == Distribution::kUniform8) return bit_cast<float>(0x43800080u | (h & 0xffu) << 8) - 257.f;
   if (Dist == Distribution::kUniform16)
     return static_cast<float>(static_cast<int>(2 * (h & 0xffffu)) - 65535) * 0x1p-16f;
   if (Dist == Distribution::kUniform32)

@@ -92,8 +92,9 @@ __device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// 16 bytes (aligned) of global memory as four words; to shared memory, to global memory (of a plain store nvcc makes four). A vector is held in words from its load to its store: taken
-// apart into 16-bit elements earlier, nvcc does so right behind the load, and waits for it there.
+// 16 aligned bytes as four words: from global memory, to global memory (nvcc makes four of a plain store), to shared memory.
+// A vector is held in words from its load to its store: of code that takes it apart into 16-bit elements in between, nvcc
+// puts that right behind the load, and waits for it there.
 __device__ __forceinline__ void load_16(uint32_t (&w)[4], const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);
   w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;

@@ -54,8 +54,8 @@ def dora_linear(
     if dtype == torch.float16:
         return _in_float16(x, weight, bias, a, b, g.float(), scale, p)
     if dtype == g.dtype == torch.float32 and p == 0.0 and _fewer_rows_than_ranks(x, a):
-        y = ops.lora_linear(x, weight, None, a, b, scale).mul_(g)
-        return y if bias is None else y.add_(bias)
+        y = ops.lora_linear(x, weight, None, a, b, scale)
+        return g * y if bias is None else torch.addcmul(bias, g, y)
     gb = (g[:, None] * b).to(b.dtype)
     if p > 0.0:
         dropped = torch.dropout(x, p, True)

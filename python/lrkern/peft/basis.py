@@ -20,12 +20,12 @@ class FusedBasis(Patched):
 
     def _adapter(self, name: str) -> tuple | str | None:
         modules, (v, w, a, b, drop) = self._modules, self._own  # this runs on every call
-        v_of, a_of, b_of = modules[v]._parameters, modules[a]._buffers, modules[b]._buffers
+        v_of, a_of, b_of = modules[v], modules[a]._buffers, modules[b]._buffers
         if name not in v_of:
             return None
         if name not in a_of or name not in b_of:
             return f"no projections of {name}"
-        tensors = v_of[name], modules[w]._parameters[name], a_of[name], b_of[name]
+        tensors = v_of[name], modules[w][name], a_of[name], b_of[name]  # sharded, a vector may be no parameter
         for t in tensors:
             if type(t) not in PLAIN:
                 return f"tensors of type {', '.join(sorted({type(t).__name__ for t in tensors}))}"
