@@ -57,7 +57,7 @@ bench: ## measure (ARGS="lora --help" for shapes and baselines)
 peers: ## other people's kernels for tests and bench, into .venv/peers
 	@$(SETUP) demo peers peers_vllm
 
-gpu: ## on a machine with a GPU: tests, sanitizer, benchmarks; evidence in out/gpu (ARGS="--only lora")
+gpu: ## on a machine with a GPU: tests, sanitizer, benchmarks; evidence in out/gpu (ARGS="--only lora", --tune)
 	@$(SETUP) demo test
 	@$(PY) tools/gpu.py --out out/gpu $(ARGS)
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python bench/run.py roofline [KERNEL or FAMILY...] [--arch h100|h200|b200|a100|a6000] [--case TEXT] [--json F]
+"""python bench/run.py roofline [KERNEL or FAMILY...] [--arch h100|h200|b200|a100|a6000] [--dtype bf16|fp16|fp32] [--case TEXT]
+                            [--tokens T...] [--json F]
 
 What the CUDA kernels cost, predicted without a GPU: counts of the very kernels from the emulator, instructions from nvcc's
 machine code, a chip's figures from tools/chips.py (tools/roofline.py says how). A line for each kernel of a call; `sum` adds
@@ -17,8 +18,8 @@ them up. Times are predictions of what the kernels take, without the gaps betwee
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from tools.chips import CHIPS
 from tools.families import Shape, Timed
 from tools.roofline import Counter, Machine, Prediction
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KEYS = ("kernel", "case", "dtype", "arch", "grid", "blocks_per_sm", "waves", "dram_bytes", "least_bytes", "l2_bytes",
         "bytes_per_sector", "wavefronts_over_ideal", "in_flight_bytes_per_sm", "issue_slots", "launches", "predicted_us",
         "roof_us", "bound_by")  # fmt: skip
@@ -82,7 +84,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench/run.py roofline", description=__doc__, formatter_class=plain)
     parser.add_argument("names", nargs="*", metavar="KERNEL or FAMILY")
     parser.add_argument("--arch", choices=CHIPS, default="h100")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose text holds TEXT")
+    parser.add_argument("--tokens", type=int, nargs="+", metavar="T", help="each case with these T for its own")
     parser.add_argument("--json", type=Path, metavar="F", help="one row per line")
     args = parser.parse_args(argv)
     known = {family: set(families.load(family).KERNELS) for family in sources.families()}
@@ -93,11 +97,8 @@ def main(argv: list[str]) -> int:
     wanted = {f: None if not args.names or f in args.names else {n for n in args.names if n in known[f]} for f in known}
     wanted = {family: kernels for family, kernels in wanted.items() if kernels is None or kernels}
 
-    chip = CHIPS[args.arch]
-    compiled = [s.path for s in sources.sources("cuda") if s.family in wanted and s.arch in ("", chip.arch.rstrip("a"))]
-    machine = Machine(chip, compiled)
-    counter = Counter(build.extension("traffic"), chip, machine.resident)
-    torch.ops.load_library(str(counter.path))
+    counter, machine = model(args.arch, wanted)
+    chip = machine.chip
     print(
         f"predicted for {args.arch}: {chip.sms} SMs at {chip.clock} GHz, {chip.dram / 1e3:.2f} TB/s; nothing ran on a GPU"
     )
@@ -107,14 +108,45 @@ def main(argv: list[str]) -> int:
     if args.json:
         args.json.write_text("")
     for family, kernels in wanted.items():
-        for shape in families.load(family).SHAPES:
+        for shape in shapes_of(family, args.tokens):
             if args.case in str(shape):
                 case(family, kernels, shape, counter, machine, args)
     return 0
 
 
+def shapes_of(family: str, tokens: list[int] | None) -> list[Shape]:
+    shapes = families.load(family).SHAPES
+    if tokens is None:
+        return shapes
+    return list(dict.fromkeys(replace(shape, T=T) for shape in shapes for T in tokens))
+
+
+def model(arch: str, wanted: Collection[str]) -> tuple[Counter, Machine]:
+    """Of these families on this chip."""
+    chip = CHIPS[arch]
+    compiled = [s.path for s in sources.sources("cuda") if s.family in wanted and s.arch in ("", chip.arch.rstrip("a"))]
+    machine = Machine(chip, compiled)
+    counter = Counter(build.extension("traffic"), chip, machine.resident)
+    torch.ops.load_library(str(counter.path))
+    return counter, machine
+
+
+def calls(arch: str, wanted: Collection[str]) -> Iterator[dict]:
+    """What tools/tune.py holds measured calls against: each whole call of each shape, in bfloat16."""
+    counter, machine = model(arch, wanted)
+    for family in wanted:
+        for shape in families.load(family).SHAPES:
+            torch.manual_seed(0)
+            for timed in families.load(family).timed(torch.ops.lrkern_traffic, "cpu", torch.bfloat16, shape):
+                with use_library(torch.ops.lrkern_traffic):
+                    found = list(predictions(timed, counter, machine))
+                yield {"arch": arch, "family": family, "kernel": timed.kernel, "case": str(shape),
+                       "us": sum(p.predicted_us for p in found), "bound_by": found[0].bound_by,
+                       "sectors": {p.kernel: p.sectors for p in found}, "dram": {p.kernel: p.dram_bytes for p in found}}  # fmt: skip
+
+
 def case(family: str, kernels: set[str] | None, shape: Shape, counter: Counter, machine: Machine, args) -> None:
-    dtype = torch.bfloat16
+    dtype = DTYPES[args.dtype]
     torch.manual_seed(0)
     calls = families.load(family).timed(torch.ops.lrkern_traffic, "cpu", dtype, shape)
     parts = {name for name, kernel in families.kernels().items() if kernel.part}
@@ -129,7 +161,7 @@ def case(family: str, kernels: set[str] | None, shape: Shape, counter: Counter, 
         if not found:
             continue
         if not shown:
-            print(f"\n{family} {shape} bf16\n{HEAD}", flush=True)
+            print(f"\n{family} {shape} {args.dtype}\n{HEAD}", flush=True)
             shown = True
         for p in found:
             print(row(p) + ("" if p.sample == "all" else f"; {p.sample}"), flush=True)
@@ -140,5 +172,10 @@ def case(family: str, kernels: set[str] | None, shape: Shape, counter: Counter, 
         if args.json:
             with args.json.open("a") as f:
                 for p in found:
-                    said = {**asdict(p), "case": str(shape), "dtype": "bfloat16", "arch": args.arch}
+                    said = {
+                        **asdict(p),
+                        "case": str(shape),
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "arch": args.arch,
+                    }
                     f.write(json.dumps({key: said[key] for key in KEYS}) + "\n")

@@ -37,7 +37,7 @@ constexpr int kCpuTokens = 24, kCpuRanks = 64;
 
 // Tokens of a split of wgrad: `least`, or more where T is long, so that there are at most 16 partial sums and scratch
 // memory does not grow with T. A function of T alone.
-constexpr int kCpuSplit = 256, kCudaSplit = 512;
+constexpr int kCpuSplit = 256, kCudaSplit = 128;
 LRK_HD constexpr int64_t split_tokens(int64_t T, int64_t least) {
   const int64_t even = (T + 15) / 16, rounded = (even + 63) / 64 * 64;
   return rounded > least ? rounded : least;
@@ -128,6 +128,9 @@ struct ShrinkSplit {
   int32_t chunks, span, plane, planes;  // one plane: S itself
 };
 ShrinkSplit choose_lora_shrink(int64_t T, int64_t N, int32_t R, Target target);
+ShrinkSplit lora_shrink_split(int64_t N, int64_t span);
+ShrinkSplit lora_shrink_split(int64_t T, int64_t N, int32_t R, int32_t sms,
+                              double start);  // what start is: policy/tuned.h
 
 // shrink on the CPU: `ranks` of a task, fewer where there is one tile, so that threads share the rows of a factor.
 struct CpuTasks {

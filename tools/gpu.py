@@ -9,6 +9,7 @@ one's share of its roof), bench. Each is a process with a time limit; one that f
     --parts tests   only parts whose name begins so, such as tests or sanitizer:memcheck
     --resume        go on in DIR: what passed there is not run again
     --limit S       end within S seconds; --resume does the rest in the next call
+    --tune          within 5 minutes: the registry's tests, then what tools/tune.py measures of the GPU; with --prepare, for that
     --prepare       only fills build/gpu/, to be carried to a machine without nvcc or cmake beside python/lrkern/_C.so
 
 DIR gets env.txt, tests.txt, sanitizer.txt, bench.jsonl, summary.md and parts.json. What is worth keeping goes to
@@ -31,7 +32,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools import gpu_status, sources
+from tools import gpu_status, sources, tune
 from tools.families import load
 from tools.sources import INCLUDES, ROOT, tool
 
@@ -104,8 +105,24 @@ class Session:
             stop(process)  # what it may have left running
         return code, trim(path, start)
 
+    @property
+    def interpreter(self) -> str:
+        return PYTHON
+
     def python(self, *command: object, log: str, **env: str) -> tuple[int | None, str]:
         return self.run(PYTHON, *command, log=log, **env)
+
+    def program(self, name: str, log: str, also: Iterable[str] = ()) -> str:
+        """A program of tests/emulator/ over the sources `also`: for the device, or emulated in a rehearsal; "" where it cannot
+        be built."""
+        if not self.rehearse:
+            return probe(self, name, log, also)
+        build = f"import build; print(build.executable({name!r}, {[f'tests/emulator/{name}.cu', *also]!r}, 'plain'))"
+        path = os.pathsep.join([str(ROOT / "python"), str(ROOT / "tests" / "emulator")])
+        code, text = self.python("-c", build, log=log, PYTHONPATH=path)
+        return text.strip().splitlines()[-1] if code == 0 else ""
+
+    plain = staticmethod(lambda code, text, note="": plain(code, text, note))
 
     def rows(self, rows: list[dict]) -> None:
         """Replaces the part's rows in bench.jsonl."""
@@ -234,7 +251,7 @@ def build_host(session: Session) -> bool:
 # ---------------------------------------------------------------------------------------------- ptx and tests
 
 
-def probe(session: Session, name: str, log: str) -> str:
+def probe(session: Session, name: str, log: str, also: Iterable[str] = ()) -> str:
     """A program of tests/emulator/, built where there is an nvcc, else as it was carried here; "" if there is neither."""
     program, nvcc = PROBES / name, tool("nvcc")
     if nvcc and name not in session.probes:
@@ -242,18 +259,14 @@ def probe(session: Session, name: str, log: str) -> str:
         program.unlink(missing_ok=True)
         targets = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
         flags = ["-O2", "--expt-relaxed-constexpr", "-cudart", "static", *(f"-I{folder}" for folder in INCLUDES)]
-        session.run(nvcc, sources.standard(), *flags, *targets, f"tests/emulator/{name}.cu", "-o", program, log=log)
+        files = [f"tests/emulator/{name}.cu", *also]
+        session.run(nvcc, sources.standard(), *flags, *targets, *files, "-o", program, log=log)
         session.probes.append(name)
     return str(program) if program.exists() else ""
 
 
 def ptx(session: Session, known: dict) -> Outcome:
-    if session.rehearse:
-        emulator = "import build; print(build.executable('wrappers', ['tests/emulator/wrappers.cu'], 'plain'))"
-        path = os.pathsep.join([str(ROOT / "python"), str(ROOT / "tests" / "emulator")])
-        program = session.python("-c", emulator, log="tests.txt", PYTHONPATH=path)[1].strip().splitlines()[-1]
-    else:
-        program = probe(session, "wrappers", "tests.txt")
+    program = session.program("wrappers", "tests.txt")
     if not program:
         return "skipped", f"no nvcc and no {PROBES / 'wrappers'}"
     code, text = session.python("tests/emulator/wrapper_words.py", program, log="tests.txt")
@@ -322,7 +335,7 @@ def sanitizer(check: str) -> Callable[[Session, dict], Outcome]:
         cases = ["tools/gpu_kernels.py", "cases", *session.families]
         if session.rehearse:
             code, text = session.python(*cases, "--device", "emulated", log="sanitizer.txt")
-            return plain(code, text, text.strip().splitlines()[-1])
+            return plain(code, text, text.strip().rpartition("\n")[2])
         program = tool("compute-sanitizer")
         if not program:
             return "skipped", "no compute-sanitizer"
@@ -417,6 +430,14 @@ def parts_of(session: Session) -> list[Part]:
     ]
 
 
+def tuning(session: Session) -> list[Part]:
+    """Correctness first, and for a build."""
+    first = [part for part in parts_of(session) if part[0] in ("env", "build", "ptx", "tests:registry")]
+    return [
+        (name, min(seconds, 70) if name.startswith("tests") else seconds, run) for name, seconds, run in first
+    ] + tune.PARTS
+
+
 def markdown(head: str, rows: list[list[str]]) -> list[str]:
     """A table, or nothing where there are no rows."""
     lines = [head, "|" + "---|" * head.count(" | ") + "---|", *(f"| {' | '.join(r)} |" for r in rows)]
@@ -427,11 +448,14 @@ def summary(session: Session, parts: dict[str, dict]) -> str:
     rows = gpu_status.rows_of(session.out / "bench.jsonl")
     number = lambda row, key, form: format(row[key], form) if row.get(key) else ""
     outcomes = [[n, p["status"], f"{p['seconds']:.0f}", p["note"].replace("|", "/")] for n, p in parts.items()]
-    kernels, timed = [], []
+    kernels, shapes, timed = [], [], []
     for r in rows:
         figures = [number(r, "p50_ms", ".4g"), number(r, "roof_ms", ".4g"), number(r, "of_roof", ".0%")]
         if r["suite"] == "kernel":
             kernels.append([r["kernel"], r["case"], r["dtype"], *figures])
+        elif r["suite"] == "shape":
+            share = figures[0], number(r, "predicted_ms", ".4g")
+            shapes.append([r["kernel"], r["case"], *share, r.get("bound_by", "")])
         elif "provider" in r:
             name = r["provider"] + " (noisy)" * bool(r.get("noisy"))
             timed.append([r["suite"], r["case"], r["dtype"], name, *figures, number(r, "adapter_ms", ".4g")])
@@ -441,6 +465,7 @@ def summary(session: Session, parts: dict[str, dict]) -> str:
             (session.out / "env.txt").read_text() + "```",
             *markdown("| part | outcome | seconds | note |", outcomes),
             *markdown("| kernel | case | dtype | ms | roof ms | share of roofline |", kernels),
+            *markdown("| call | case (bf16) | ms | predicted ms | bound by, predicted |", shapes),
             *markdown("| suite | case | dtype | provider | ms | roof ms | share of roofline | adapter ms |", timed),
             "",
         ]
@@ -454,6 +479,7 @@ def main() -> int:
     parser.add_argument("--parts", default="", metavar="P,...")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--limit", type=float, metavar="S")
+    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--prepare", action="store_true")
     parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -467,6 +493,10 @@ def main() -> int:
     session.part, session.deadline = "env", begin + 60
     if args.prepare:
         built = [probe(session, name, "tests.txt") for name in ("wrappers", "planted")]
+        if args.tune:
+            session.deadline = begin + 900
+            built.append(probe(session, "tune", "bench.log", tune.SOURCES))
+            tune.prepare(session.families)
         (PROBES / sources.KEPT.name).write_text(sources.printed())
         print("\n".join(filter(None, built)) or f"nothing built, see {out / 'tests.txt'}")
         return not all(built)
@@ -477,13 +507,13 @@ def main() -> int:
     parts: dict[str, dict] = json.loads(state.read_text()) if state.exists() else {}
     wanted = [p for p in args.parts.split(",") if p]
     left: list[str] = []
-    for name, seconds, run in parts_of(session):
+    for name, seconds, run in tuning(session) if args.tune else parts_of(session):
         if wanted and name != "env" and not name.startswith(tuple(wanted)):
             continue
         if parts.get(name, {}).get("status") == "passed" and name != "env":
             print(f"{name:<20} passed before", flush=True)
             continue
-        allowed = args.limit or (285 if session.only else float("inf"))
+        allowed = args.limit or (285 if session.only or args.tune else float("inf"))
         start = time.monotonic()
         remaining = allowed - (start - begin)
         if remaining < 15:

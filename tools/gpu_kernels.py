@@ -4,6 +4,8 @@
 python tools/gpu_kernels.py cases FAMILY... [--device D] [--seconds S]   every registry sample once, for compute-sanitizer
 python tools/gpu_kernels.py ceilings [--device D]                        a large copy and a large GEMM
 python tools/gpu_kernels.py time FAMILY... [--device D]                  each kernel at a layer's size, against its roof
+python tools/gpu_kernels.py shapes FAMILY... [--device D]                each call of each shape of tools/families/, in bfloat16
+python tools/gpu_kernels.py once FAMILY... [--device D]                  each call of the last shape, once, for a profiler
 
 D: cuda, cpu, or emulated (cases only). ceilings and time print one JSON object a line.
 """
@@ -29,6 +31,7 @@ from lrkern.ops.dispatch import library, use_library
 from lrkern.reference import OPS
 from tools.families import Shape, load
 
+SMALL = Shape(A=4, T=20, I=64, O=64, R=4)  # a rehearsal's
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 # ---------------------------------------------------------------------------------------------- cases
@@ -98,9 +101,32 @@ def time_kernels(families: list[str], device: str) -> Iterator[dict]:
                        "of_roof": roof_ms / ms}  # fmt: skip
 
 
+def calls(family: str, shape: Shape, device: str):
+    return load(family).timed(library(), device, torch.bfloat16, shape)
+
+
+def time_shapes(families: list[str], device: str) -> Iterator[dict]:
+    for family in families:
+        for shape in load(family).SHAPES if device == "cuda" else [SMALL]:
+            for t in calls(family, shape, device):
+                step = timing.Step(lambda _, t=t: t.call())
+                with torch.no_grad():
+                    ms = statistics.median(timing.interleaved({"": [step]}, 20 if device == "cuda" else 2, device)[""])
+                yield {"suite": "shape", "kernel": t.kernel, "case": str(shape), "dtype": "bfloat16", "p50_ms": ms}
+
+
+def once(families: list[str], device: str) -> None:
+    for family in families:
+        for t in calls(family, load(family).SHAPES[-1] if device == "cuda" else SMALL, device):
+            with torch.no_grad():
+                t.call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cases", "ceilings", "time"))
+    parser.add_argument("what", choices=("cases", "ceilings", "time", "shapes", "once"))
     parser.add_argument("families", nargs="*")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu", "emulated"))
     parser.add_argument("--seconds", type=float, default=float("inf"))
@@ -111,8 +137,10 @@ def main() -> int:
     elif args.what == "ceilings":
         for name, rate in ceilings(args.device).items():
             print(json.dumps({"suite": "ceiling", "case": name, "device": args.device, "per_second": rate}))
+    elif args.what == "once":
+        once(args.families, args.device)
     else:
-        for row in time_kernels(args.families, args.device):
+        for row in (time_kernels if args.what == "time" else time_shapes)(args.families, args.device):
             print(json.dumps(row), flush=True)
     return 0
 

@@ -299,6 +299,7 @@ class Prediction:
     dram_bytes: float
     least_bytes: float
     l2_bytes: float
+    sectors: float  # of global memory, that warps ask L1 for
     bytes_per_sector: float | None
     sectors_per_request: float | None
     lines_per_request: float | None
@@ -373,6 +374,7 @@ def predict(counted: Counted, chip: Chip, code: sass.Code | None, least: float, 
         dram_bytes=counted.dram,
         least_bytes=least,
         l2_bytes=l2,
+        sectors=sectors,
         bytes_per_sector=sum(s.used for s in sites) / sectors if sectors else None,
         sectors_per_request=sectors / requests if requests else None,
         lines_per_request=lines / requests if requests else None,
@@ -426,6 +428,7 @@ def added(a: Prediction, b: Prediction) -> Prediction:
         "dram_bytes",
         "least_bytes",
         "l2_bytes",
+        "sectors",
         "issue_slots",
         "tensor_slots",
         "launches",

@@ -33,7 +33,9 @@ CACHE = ROOT / "build" / "static"
 ARCHS = ["80", "89", "90a", "100a", "120a"]
 FLAGS = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas", "-Xptxas=-v", "-lineinfo",
          *(f"-I{folder}" for folder in INCLUDES)]  # fmt: skip
-PROBES = [Source("cuda", "", "", Path("tests/emulator/wrappers.cu"))]  # compiled, without a plan
+PROBES = [
+    Source("cuda", "", "", Path(f"tests/emulator/{name}.cu")) for name in ("wrappers", "tune")
+]  # compiled, without a plan
 
 
 def plan_of(kernel: str) -> Plan | None:

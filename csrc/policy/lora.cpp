@@ -5,12 +5,11 @@
 #include <algorithm>
 
 #include "choice.h"
+#include "tuned.h"
 
 namespace lrk {
 
 namespace {
-
-constexpr int kCudaSms = 132;  // of an H100
 
 // One split needs no partial sums: the kernel writes the result itself.
 int64_t wgrad_partial_sums(const LoraWgradParams& p, int64_t splits) { return splits > 1 ? splits * p.R * p.N : 0; }
@@ -28,18 +27,28 @@ BackwardConfig choose_lora_backward(const BackwardShape& s, Target target) {
   return c;
 }
 
-// The span whose rounds of blocks take least: a block costs its chunks and, to start and to write its sums, some one more.
-ShrinkSplit choose_lora_shrink(int64_t T, int64_t N, int32_t R, Target) {
+// The span whose rounds of blocks take least.
+ShrinkSplit lora_shrink_split(int64_t T, int64_t N, int32_t R, int32_t sms, double start) {
   const bool few = R <= kCudaFewRanks;
   const int64_t tiles = ceil_div(T, kCudaTokens) * ceil_div(R, few ? kCudaFewRanks : kCudaRanks);
-  const int64_t at_once = kCudaSms * (few ? 4 : 2), chunks = ceil_div(N, kCudaChunk);
-  const auto cost = [&](int64_t span) { return ceil_div(tiles * ceil_div(chunks, span), at_once) * (span + 1); };
+  const int64_t at_once = sms * (few ? 4 : 2), chunks = ceil_div(N, kCudaChunk);
+  const auto cost = [&](int64_t span) {
+    return static_cast<double>(ceil_div(tiles * ceil_div(chunks, span), at_once)) * (static_cast<double>(span) + start);
+  };
   int64_t best = 1;
   for (int64_t span = kShrinkGroup; span < chunks + kShrinkGroup; span += kShrinkGroup)
     if (cost(span) <= cost(best)) best = span;
-  const int64_t plane = best == 1 ? 1 : kShrinkGroup;
-  return {static_cast<int32_t>(chunks), static_cast<int32_t>(best), static_cast<int32_t>(plane),
+  return lora_shrink_split(N, best);
+}
+ShrinkSplit lora_shrink_split(int64_t N, int64_t span) {
+  const int64_t chunks = ceil_div(N, kCudaChunk), plane = span == 1 ? 1 : kShrinkGroup;
+  return {static_cast<int32_t>(chunks), static_cast<int32_t>(span), static_cast<int32_t>(plane),
           static_cast<int32_t>(ceil_div(chunks, plane))};
+}
+
+ShrinkSplit choose_lora_shrink(int64_t T, int64_t N, int32_t R, Target target) {
+  const Tuned of = tuned(target.arch);
+  return lora_shrink_split(T, N, R, of.sms, of.start);
 }
 
 CpuTasks choose_lora_cpu_shrink(int64_t T, int64_t N, int64_t R) {
@@ -133,8 +142,9 @@ const Registered registered[] = {
       .arguments = {{"T", {}}, {"N", {}}, {"R", {}}},
       .answer = explain_shrink}},
     {"lora_wgrad",
-     {.rule = "splits of 256 tokens on the CPU and 512 on CUDA, longer where there would be more than 16",
-      .numbers = "counts: partial sums take at most 16 times the result, 512 tokens are 8 tiles; not measured",
+     {.rule = "splits of 256 tokens on the CPU and 128 on CUDA, longer where there would be more than 16",
+      .numbers =
+          "counts: partial sums take at most 16 times the result, 128 tokens are 2 tiles, so that few tokens still make many blocks; not measured",
       .arguments = {{"T", {}}},
       .answer = explain_wgrad}},
 };

@@ -78,7 +78,7 @@ const Registered registered[] = {
       .answer = explain_shrink}},
     {"multi_lora_wgrad",
      {.rule =
-          "splits of an adapter's rows: 240 on the CPU; on CUDA 512 of every slot, more where there would be over 16",
+          "splits of an adapter's rows: 240 on the CPU; on CUDA 128 of every slot, more where there would be over 16",
       .numbers = "counts, as lora_wgrad's; 240 are whole tiles of 24; not measured",
       .arguments = {{"T", {}}, {"K", int64_t{1}}},
       .answer = explain_wgrad}},

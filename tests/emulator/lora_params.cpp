@@ -37,7 +37,7 @@ Case draw_case() {
   c.N = pick({1, 8, 24, 64, 100, 130, 256, 257, 520});
   c.R = static_cast<int32_t>(pick({1, 2, 4, 8, 8, 16, 16, 17, 40, 72}));
   if (c.op == "wgrad" || c.op == "shrink_wgrad") {
-    if (draw() % 4 == 0) c.T = pick({512, 513, 600}), c.N = std::min<int64_t>(c.N, 100);  // more than one split
+    if (draw() % 4 == 0) c.T = pick({128, 129, 600}), c.N = std::min<int64_t>(c.N, 100);  // more than one split
     if (c.op == "shrink_wgrad") c.R = std::min(c.R, 16);
   }
   c.n_contig = c.op != "shrink_wgrad" && draw() % 2;

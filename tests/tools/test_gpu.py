@@ -2,6 +2,7 @@
 """tools/gpu.py and tools/gpu_kernels.py as far as a machine without a GPU can try them."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from lrkern.ops.dispatch import library, use_library
-from tools import families, gpu, gpu_kernels, gpu_status, sources
+from tools import families, gpu, gpu_kernels, gpu_status, sources, tune
 from tools.families import Shape
 from tools.sources import ROOT
 
@@ -57,6 +58,36 @@ def test_rehearsal_on_the_cpu(tmp_path):
     assert {r["part"] for r in evidence.rows} == {"ceilings", "kernels"}
     text = (tmp_path / "summary.md").read_text()
     assert "| lora_shrink | T=" in text and "38 wrappers" in text
+
+
+@pytest.mark.slow
+def test_rehearsal_of_tuning(tmp_path):
+    """Every part but the profiler's goes its way over the emulator; the table that policy reads gets a row of it."""
+    import build
+
+    if why := build.why_not():
+        pytest.skip(why)
+    build.executable("tune", ["tests/emulator/tune.cu", *tune.SOURCES], "plain")
+    done = run("--out", tmp_path, "--rehearse", "--tune", "--only", "lora")
+    assert done.returncode == 0, done.stdout + (tmp_path / "bench.log").read_text()
+    parts = json.loads((tmp_path / "parts.json").read_text())
+    assert list(parts)[:4] == ["env", "build", "ptx", "tests:registry"], "correctness comes first"
+    assert {n: p["status"] for n, p in parts.items() if n.startswith("tune")} == {
+        name: "skipped" if name == "tune:counters" and not gpu.tool("ncu") else "passed" for name, *_ in tune.PARTS
+    }
+    rows = gpu_status.rows_of(tmp_path / "bench.jsonl")
+    sweep = [r for r in rows if r.get("tune") == "sweep"]
+    assert len({r["span"] for r in sweep}) > 2 and all(r["equal"] for r in sweep)
+    assert {r["level"] for r in rows if r.get("tune") == "latency"} == {"shared", "l1", "l2", "dram"}
+    assert all(r["right"] for r in rows if r.get("tune") == "ladder")
+    assert {r["kernel"] for r in rows if r["suite"] == "shape"} >= {"lora_shrink", "lora_expand"}
+    assert re.search(r"^    \{80, \d+, [\d.]+\},  // a rehearsal", (tmp_path / "tuned.h").read_text(), re.M)
+
+
+def test_tuning_fits_its_five_minutes():
+    session = gpu.Session(Path(), sources.families())
+    assert sum(seconds for name, seconds, _ in gpu.tuning(session) if name not in ("build", "env")) <= 440
+    assert [name for name, *_ in gpu.tuning(session)][3:] == ["tests:registry", *(name for name, *_ in tune.PARTS)]
 
 
 FAMILIES = pytest.mark.parametrize("family", sources.families())
