@@ -4,7 +4,7 @@
 python tools/static_checks.py [80 90a ...] [--jobs 2]
 
 Fails where a file does not compile, a kernel has no plan in tools/families/, or one does not keep to its plan: no spills
-and no local memory, the tensor-core instruction and the 128-bit loads it is built around, as many blocks on an SM and bytes
+and no local memory, the tensor-core instruction and the 128-bit loads and stores it is built around, as many blocks on an SM and bytes
 of loads under way as planned (scoreboards say which loads are waited for together), and no more machine code. smXX.cu files are compiled for their own architecture only. Figures are kept in build/static by a hash of what the
 source includes, flags and compiler, so a second run is quick.
 """
@@ -95,6 +95,7 @@ class Figures:
     tensor: dict[str, int] = field(default_factory=dict)
     code: int = 0  # bytes of machine code
     flight: int = 0  # bytes that a warp has under way while it waits for memory, each loop taken LONG times
+    stores: int = 0  # of 128 bits to global memory
 
 
 PTXAS = re.compile(
@@ -126,6 +127,7 @@ def count_sass(text: str, found: dict[str, Figures]) -> None:
             if tensor := sass.TENSOR.match(x.op):
                 figures.tensor[tensor[0]] = figures.tensor.get(tensor[0], 0) + 1
             figures.wide += x.name in ("LDG", "LDGSTS") and x.bytes == 16
+            figures.stores += x.name == "STG" and x.bytes == 16
             figures.local += x.name in ("LDL", "STL")
         figures.code = 16 * len(code.instructions)
         path = sass.hot_path(code)
@@ -149,6 +151,8 @@ def faults(figures: Figures, plan: Plan, arch: str) -> list[str]:
         wrong.append(f"no {plan.tensor} instruction")
     if figures.wide < plan.wide:
         wrong.append(f"{figures.wide} loads of 128 bits from global memory, planned are {plan.wide}")
+    if figures.stores < plan.stores:
+        wrong.append(f"{figures.stores} stores of 128 bits to global memory, planned are {plan.stores}")
     blocks, limit = occupancy(arch, figures.registers, figures.shared + plan.shared, plan.threads)
     if blocks < plan.blocks:
         wrong.append(f"{blocks} blocks on an SM, planned are {plan.blocks}; {limit} are the limit")

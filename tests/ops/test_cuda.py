@@ -3,6 +3,7 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -123,3 +124,13 @@ def test_second_device(op, sample_name, dtype):
     assert all(t.device == torch.device("cuda:1") for t in there.values())
     if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
         assert not same(here, there)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@every_sample
+def test_a_thread_of_its_own_on_a_second_device(op, sample_name, dtype):
+    """Its current device is the first one; autograd's thread for the second one runs the backward."""
+    sample = get_sample(op, sample_name, "cuda:1", dtype)
+    with ThreadPoolExecutor(1) as threads:
+        got = threads.submit(forward_and_backward, op, sample).result()
+    assert not same(got, forward_and_backward(op, sample)) and torch.cuda.current_device() == 0

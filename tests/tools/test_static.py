@@ -76,6 +76,7 @@ def test_a_kernel_that_keeps_to_its_plan_has_no_faults():
         ({"tensor": {}}, Plan(1, tensor="HMMA"), "no HMMA instruction"),
         ({"tensor": {"HMMA": 8}}, Plan(1, tensor="HGMMA"), "no HGMMA instruction"),
         ({"wide": 2}, Plan(1, wide=3), "2 loads of 128 bits from global memory, planned are 3"),
+        ({"stores": 7}, Plan(1, stores=8), "7 stores of 128 bits to global memory, planned are 8"),
         ({"registers": 129}, Plan(4), "3 blocks on an SM, planned are 4; registers are the limit"),
         ({"shared": 30000}, Plan(4, 12288), "3 blocks on an SM, planned are 4; shared memory are the limit"),
         ({}, Plan(1, 164 * 1024), "0 blocks on an SM, planned are 1; shared memory are the limit"),

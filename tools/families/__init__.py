@@ -26,6 +26,7 @@ class Plan:
     flight: int = 0  # bytes of loads under way on an SM that is full, at least
     code: int = 32 << 10  # bytes of machine code, at most: what an SM's instruction cache holds
     threads: int = 128
+    stores: int = 0  # of 128 bits to global memory, at least
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def expand(x: str, f: str, n_contig: bool, plain: bool, sums: bool) -> Plan:
     elem, _, ft, tensor = math_of(x, s)
     shared = tile(64, 32, elem, ft) + (tile(32, 128, elem, ft) if n_contig else tile(128, 32, elem, ft)) + sums * 4096
     wide = (not sums) * vectors(64, 32, s) + vectors(32, 128, f) + vectors(64, 128, x)
-    return Plan(2, shared, tensor, wide, **limits(x, ft, plain, 2, 5))
+    return Plan(2, shared, tensor, wide, stores=vectors(64, 128, x), **limits(x, ft, plain, 2, 5))
 
 
 def wgrad(x: str, f: str, ranks: int, plain: bool) -> Plan:
@@ -66,12 +66,12 @@ def shrink_wgrad(x: str, f: str, plain: bool) -> Plan:
     blocks = 2 if x == s != "float" else 1
     wide = vectors(256, 16, f) + vectors(64, 16, s) + unrolled
     flight = limits(x, xt, plain, blocks, 8)["flight"]  # a tile of dY at once, each vector with code of its own
-    return Plan(blocks, shared, tensor, wide, flight, SLOW_PATHS)
+    return Plan(blocks, shared, tensor, wide, flight=flight, code=SLOW_PATHS)
 
 
 def rescale(x: str) -> Plan:
     return Plan(
-        4, 4 * 256 * 4, wide=2 * vectors(1, 8, x), flight=one_by_one(4)
+        4, 4 * 256 * 4, wide=2 * vectors(1, 8, x), stores=vectors(1, 8, x), flight=one_by_one(4)
     )  # streams: 8 columns a lane, four rows at a time
 
 
