@@ -19,6 +19,7 @@ size_t multi_lora_plan_workspace(const MultiLoraPlanParams& p, Target target) {
 
 size_t multi_lora_shrink_workspace(const MultiLoraShrinkParams& p, Target target) {
   const Adapters& d = p.adapters;
+  if (shrinks_by_pages(p.dtype, p.factor_dtype)) return 0;
   const ShrinkConfig config = choose_multi_lora_shrink(d.T, d.K, p.N, all_ranks(d), target);
   return target.device == Device::kCUDA && config.split ? config.chunks * d.T * d.K * all_ranks(d) * sizeof(float) : 0;
 }

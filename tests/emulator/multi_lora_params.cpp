@@ -43,6 +43,9 @@ Case draw_case() {
   c.N = pick({1, 8, 24, 64, 130, 257, 520});
   c.A = pick({1, 2, 5, 20}), c.K = pick({1, 1, 2, 3}), c.L = pick({1, 1, 2}), c.M = pick({1, 1, 2, 5});
   if (c.op == "wgrad" && draw() % 3 == 0) c.T = pick({600, 1100}), c.N = std::min<int64_t>(c.N, 66), c.A = pick({1, 2});
+  if (c.op == "shrink" && draw() % 4 == 0) {  // several tiles of rows in a block, several steps of a warp
+    std::tie(c.T, c.N) = draw() % 2 ? std::pair<int64_t, int64_t>{1100, 72} : std::pair<int64_t, int64_t>{16, 2600};
+  }
   c.first = static_cast<int32_t>(draw() % c.L);
   c.slices = static_cast<int32_t>(1 + draw() % (c.L - c.first));
   c.pad = pick({0, 0, 8, 3}), c.shift = pick({0, 0, 1, 8});
