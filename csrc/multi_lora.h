@@ -112,11 +112,18 @@ LRK_HD constexpr int64_t part_windows(int64_t T) { return ceil_div(T, split_toke
 
 LRK_HD int64_t all_ranks(const Adapters& d) { return kPageRanks * d.M * d.slices; }  // of the slices at hand
 
-// shrink on CUDA. 16-bit factors of x's type: a block has a page or two of a tile's adapter and all of N, whatever the batch.
-// Other types: one block walks all chunks of its rows, or, where that leaves the GPU idle, one block per chunk writes a
-// partial sum and a second kernel adds them. Both add the same chunks in the same order: equal bits. `ranks` of the slices
-// at hand.
+// shrink on CUDA beside 16-bit factors of x's type: a block has a page or two of a tile's adapter, all of N and so many rows,
+// a multiple of 8. Their number decides how often the pool is read, and no bits.
 constexpr bool shrinks_by_pages(DType x, DType factor) { return x == factor && size_of(x) == 2; }
+constexpr int kFewPageRows = 8, kManyPageRows = 32;
+struct PageShrinkConfig {
+  int32_t rows;
+};
+PageShrinkConfig choose_multi_lora_page_shrink(int64_t T, int64_t K, Target target);
+
+// The same beside other factors: one block walks all chunks of its rows, or, where that leaves the GPU idle, one block per
+// chunk writes a partial sum and a second kernel adds them. Both add the same chunks in the same order: equal bits. `ranks`
+// of the slices at hand.
 constexpr int kFullGrid = 528;  // blocks; fewer leave a GPU idle
 struct ShrinkConfig {
   bool split;

@@ -17,8 +17,6 @@ struct Vectorize {  // where 128-bit accesses are aligned
   bool x = false, u = false, s = false;
 };
 
-inline bool in_eights(int64_t columns) { return columns % 8 == 0; }
-
 // f(the ranks of a block, as a constant)
 template <class F>
 int with_ranks(int64_t R, const F& f) {

@@ -55,14 +55,15 @@ def page_shrink(x: str, pages: int, tiles: int, plain: bool) -> Plan:
     if not plain:
         return Plan(1, shared, "HMMA", code=SLOW_PATHS, threads=256)
     pool, rows = (16, 8 // pages) if tiles == 1 else (8, 4 // pages)
-    return Plan(2, shared, "HMMA", pool + tiles * rows, 32 << 10, threads=256)
+    return Plan(2, shared, "HMMA", pool + tiles * rows, (80 if tiles == 1 else 20) << 10, threads=256)
 
 
 def page_expand(x: str, to: str, pages: int, plain: bool) -> Plan:
     """Ranks of the pool and 8 or 16 rows of the base, all under way at once."""
     if not plain:
         return Plan(2, 0, "HMMA", code=SLOW_PATHS)
-    return Plan(2, 0, "HMMA", 16 + (8 if pages == 1 else 4), 32 << 10)
+    tiles = 1 if pages == 1 or x == "f16" else 2
+    return Plan(2, 0, "HMMA", 16 + tiles * 8 // pages, 16 << 10)
 
 
 KERNELS = {
@@ -101,13 +102,14 @@ def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
     table = pages, ranks, op.multi_lora_plan(index, A)
     s, used = op.multi_lora_shrink(x, a, *table), R * min(A, T)
     yield Timed("multi_lora_plan", lambda: op.multi_lora_plan(index, A), {"index": index, "plan": table[2]}, T)
-    for kernels, a, b, s in (("multi_lora_page", a, b, s), ("multi_lora", a.float(), b.float(), s.float())):
-        moved = {"x": x, "a": a[:used], "s": s}
-        call = lambda a=a: op.multi_lora_shrink(x, a, *table)
-        yield Timed(f"{kernels}_shrink", call, moved, 2 * T * I * R, table)
-        moved = {"y": y, "base": y, "s": s, "b": b[:used]}
-        call = lambda b=b, s=s: op.multi_lora_expand_(y, s, b, *table)
-        yield Timed(f"{kernels}_expand", call, moved, 2 * T * O * R, table)
+    wide = a.float(), b.float(), s.float()  # of another type than x
+    for name, (u, v, sums) in {"multi_lora_page": (a, b, s), "multi_lora": wide}.items():
+        moved = {"x": x, "a": u[:used], "s": sums}
+        call = lambda u=u: op.multi_lora_shrink(x, u, *table)
+        yield Timed(f"{name}_shrink", call, moved, 2 * T * I * R, table)
+        moved = {"y": y, "base": y, "s": sums, "b": v[:used]}
+        call = lambda v=v, sums=sums: op.multi_lora_expand_(y, sums, v, *table)
+        yield Timed(f"{name}_expand", call, moved, 2 * T * O * R, table)
     da = False, True  # that gradient alone
     call = lambda: op.multi_lora_shrink_bwd(s, x, a, *table, None, None, *da)
     yield Timed("multi_lora_wgrad", call, {"x": x, "ds": s, "da": a[:used]}, 2 * T * I * R, table)

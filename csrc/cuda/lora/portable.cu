@@ -296,6 +296,7 @@ int sum_to(void* out, int64_t stride_i, int64_t stride_j, const float* partial, 
 
 // ---- launchers
 
+bool in_eights(int64_t columns) { return columns % 8 == 0; }
 int64_t pitch_of(const Factor& u) { return u.stride_n == 1 ? u.stride_r : u.stride_n; }
 
 // Kept elements are scaled once, in the fp32 result, where the mask is a plain select in the operand.

@@ -3,10 +3,9 @@
 // swapped. M of mma m16n8k16 is the 16 ranks of a page (shrink) or 16 columns of N (expand), and its N 8 rows of a tile of the
 // plan, so that one row of an adapter does not pay for 64. A pool's fragments come straight from global memory, 16 bytes a
 // lane: which index of a sum is which k of a fragment is free as long as both operands agree. Lane = 4 g + t as in ptx.cuh.
-#include "pages.cuh"
-
 #include "cuda/epilogue.cuh"
 #include "cuda/products.cuh"
+#include "pages.cuh"
 #include "rows.cuh"
 
 namespace lrk {
@@ -23,7 +22,6 @@ __device__ __forceinline__ Dropout dropout_at(const Adapters& d, int64_t adapter
 // the pool less often.
 
 constexpr int kShrinkThreads = 256, kShrinkWarps = kShrinkThreads / kWarpThreads;
-constexpr int kManyTiles = 4, kFewRows = 1024;  // up to so many rows, blocks of 8 are not too many
 constexpr int kFragment = 4 * kWarpThreads;  // floats of a 16 x 8 result
 template <int kPages, int kTiles>
 constexpr int kShrinkFloats = kShrinkWarps * kPages * kTiles * kFragment;
@@ -38,7 +36,8 @@ __global__ __launch_bounds__(kShrinkThreads, kPlain ? 2 : 1) void multi_lora_pag
   float* parts = smem.take<float>(kShrinkFloats<kPages, kTiles>);
   const Adapters& d = p.adapters;
   const int64_t G = plan_layout(d.T, d.A).G, page0 = int64_t{blockIdx.y} * kPages;
-  const PlanTile tile = tile_of(d, blockIdx.x / G, blockIdx.x % G).part(static_cast<int>(blockIdx.z) * 8 * kTiles, 8 * kTiles);
+  const PlanTile tile =
+      tile_of(d, blockIdx.x / G, blockIdx.x % G).part(static_cast<int>(blockIdx.z) * 8 * kTiles, 8 * kTiles);
   if (tile.count <= 0) return;
   const int g = lane_id() / 4, t = lane_id() % 4;
   int32_t rows[kTiles];
@@ -101,7 +100,8 @@ __global__ __launch_bounds__(kShrinkThreads, kPlain ? 2 : 1) void multi_lora_pag
     for (int q = 0; q < kPages; ++q) {
       uint32_t words[4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) words[e] = bit_cast<uint32_t>(kPages == 2 ? acc[q][j][e] : acc[0][j][e] + acc[1][j][e]);
+      for (int e = 0; e < 4; ++e)
+        words[e] = bit_cast<uint32_t>(kPages == 2 ? acc[q][j][e] : acc[0][j][e] + acc[1][j][e]);
       store_shared_16(parts + ((warp_id() * kPages + q) * kTiles + j) * kFragment + 4 * lane_id(), words);
     }
   }
@@ -188,11 +188,12 @@ __device__ __forceinline__ void load_ranks(uint32_t (&b)[2][2], const float* s, 
 constexpr int windows_of(int pages, bool plain) { return plain ? 4 / pages : 2; }  // the slow ways need registers too
 
 template <class X, class To, int kPages, bool kPlain>
-__global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_page_expand_kernel(MultiLoraExpandParams p, Vectorize vec,
-                                                                                  SlotRows<To> out) {
+__global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_page_expand_kernel(MultiLoraExpandParams p,
+                                                                                  Vectorize vec, SlotRows<To> out) {
   using Terms = ExpandTerms<X>;
   using S = typename Terms::S;
-  constexpr int kWindows = windows_of(kPages, kPlain), kTiles = kPages == 1 ? 1 : 2, kTerms = Terms::kTerms;
+  constexpr int kWindows = windows_of(kPages, kPlain), kTerms = Terms::kTerms;
+  constexpr int kTiles = kPages == 1 || kTerms == 2 ? 1 : 2;
   const Adapters& d = p.adapters;
   const PlanTile tile = tile_of(d, out.k, blockIdx.x);
   const int g = lane_id() / 4, t = lane_id() % 4;
@@ -226,9 +227,8 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_page_expand_kerne
         for (int e = 0; e < 2; ++e)
 #pragma unroll
           for (int w = 0; w < kWindows; ++w)
-            from[j][w][e] =
-                load_row<kPlain>(out.from + to_rows[j][e] * out.from_pitch + n + 64 * w,
-                                 to_rows[j][e] < 0 ? 0 : p.N - n - 64 * w, vec.x);
+            from[j][w][e] = load_row<kPlain>(out.from + to_rows[j][e] * out.from_pitch + n + 64 * w,
+                                             to_rows[j][e] < 0 ? 0 : p.N - n - 64 * w, vec.x);
     }
     float acc[kTiles][kWindows][4][4] = {};
 #pragma unroll(1)
@@ -291,9 +291,9 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_page_expand_kerne
 #pragma unroll
           for (int i = 0; i < 8; ++i) v.v[i] = acc[j][w][i / 2][i % 2 * 2 + e];
           if (dropout.threshold) drop(v, dropout, seed, row * d.K + out.k, col);
-          finish_row<kPlain>(out.to + row * out.to_pitch + col, from[j][w][e], p.N - col, vec.x, [&](float base, int i) {
-            return unknown ? not_a_number() : base + dropout.keep_scale * v.v[i];
-          });
+          finish_row<kPlain>(
+              out.to + row * out.to_pitch + col, from[j][w][e], p.N - col, vec.x,
+              [&](float base, int i) { return unknown ? not_a_number() : base + dropout.keep_scale * v.v[i]; });
         }
   }
 }
@@ -313,20 +313,22 @@ int with_pages(int64_t pages, const F& f) {
 
 int page_shrink(const MultiLoraShrinkParams& p, Stream stream) {
   const Adapters& d = p.adapters;
-  const int64_t pages = all_pages(d), rows = d.T < kPlanRows ? d.T : kPlanRows;
+  const int64_t pages = all_pages(d), most = d.T < kPlanRows ? d.T : kPlanRows;
   const Vectorize vec{.x = can_vectorize(p.x, p.x_pitch, 2), .u = can_vectorize(p.pool, p.N, 2)};
   const auto run = [&](auto x, auto held, auto tiles, auto plain) {
     return launch("multi_lora_page_shrink",
                   multi_lora_page_shrink_kernel<decltype(x), held.value, tiles.value, plain.value>,
-                  grid_of(d.K * plan_layout(d.T, d.A).G, ceil_div(pages, held.value), ceil_div(rows, 8 * tiles.value)),
+                  grid_of(d.K * plan_layout(d.T, d.A).G, ceil_div(pages, held.value), ceil_div(most, 8 * tiles.value)),
                   dim3(kShrinkThreads), smem_bytes<float>(kShrinkFloats<held.value, tiles.value>), stream, p, vec);
   };
-  constexpr std::integral_constant<int, 1> one;
-  constexpr std::integral_constant<int, kManyTiles> many;
+  constexpr std::integral_constant<int, kFewPageRows / 8> few;
+  constexpr std::integral_constant<int, kManyPageRows / 8> many;
+  const bool plain = vec.x && vec.u && p.N % 8 == 0 && !d.dropout_p;
+  const int32_t rows = choose_multi_lora_page_shrink(d.T, d.K, cuda_target()).rows;
   return with_16_bits(p.dtype, [&](auto x) {
     return with_pages<2>(pages, [&](auto held) {
-      if (!vec.x || !vec.u || !in_eights(p.N) || d.dropout_p) return run(x, held, many, std::false_type{});
-      return d.T * d.K <= kFewRows ? run(x, held, one, std::true_type{}) : run(x, held, many, std::true_type{});
+      if (!plain) return run(x, held, many, std::false_type{});
+      return rows == kFewPageRows ? run(x, held, few, std::true_type{}) : run(x, held, many, std::true_type{});
     });
   });
 }
@@ -344,7 +346,7 @@ int page_expand(const MultiLoraExpandParams& p, const SlotRows<To>& out, Stream 
                   grid_of(plan_layout(d.T, d.A).G, ceil_div(p.N, cols)), dim3(kBlockThreads), 0, stream, p, vec, out);
   };
   if constexpr (std::is_same_v<X, To>)
-    if (vec.x && vec.u && vec.s && in_eights(p.N) && !d.dropout_p)
+    if (vec.x && vec.u && vec.s && p.N % 8 == 0 && !d.dropout_p)
       return with_pages<4>(all_pages(d), [&](auto held) { return run(held, std::true_type{}); });
   return run(std::integral_constant<int, 1>{}, std::false_type{});
 }

@@ -94,7 +94,8 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_expand_kernel(Mul
       using S = typename Product::S;
       Stage<S, typename Product::TileS> ss;
       Stage<F, typename Product::TileU> su;
-      ss.fetch(Gathered<S>{static_cast<const S*>(p.s) + s_at(d, 0, out.k) + r, d.K * d.L * R, rows, end - r, vec.s, ranks});
+      ss.fetch(
+          Gathered<S>{static_cast<const S*>(p.s) + s_at(d, 0, out.k) + r, d.K * d.L * R, rows, end - r, vec.s, ranks});
       su.fetch(Gathered<F>{static_cast<const F*>(p.pool) + n0, p.N, ranks, p.N - n0, vec.u});
       ss.put(product.ts);
       su.put(product.tu);
@@ -240,15 +241,17 @@ int multi_lora_expand_cuda(const MultiLoraExpandParams& p, void* workspace, Stre
         return page_expand<X>(p, out, stream);
       } else {
         const size_t size = sizeof(To);
-        const Vectorize vec{.x = can_vectorize(out.to, out.to_pitch, size) && can_vectorize(out.from, out.from_pitch, size),
-                            .u = can_vectorize(p.pool, p.N, sizeof(F)),
-                            .s = can_vectorize(p.s, kPageRanks, sizeof(TypeOfS<F>))};
+        const Vectorize vec{
+            .x = can_vectorize(out.to, out.to_pitch, size) && can_vectorize(out.from, out.from_pitch, size),
+            .u = can_vectorize(p.pool, p.N, sizeof(F)),
+            .s = can_vectorize(p.s, kPageRanks, sizeof(TypeOfS<F>))};
         return launch("multi_lora_expand", multi_lora_expand_kernel<X, F, To>,
                       grid_of(plan_layout(d.T, d.A).G, ceil_div(p.N, kBN)), dim3(kBlockThreads),
                       Expand<X, F, true>::kBytes + Lists<kExpandK>::kBytes, stream, p, vec, out);
       }
     };
-    if (d.K == 1) return slot(SlotRows<X>{0, static_cast<X*>(p.y), static_cast<const X*>(p.base), p.y_pitch, p.base_pitch});
+    if (d.K == 1)
+      return slot(SlotRows<X>{0, static_cast<X*>(p.y), static_cast<const X*>(p.base), p.y_pitch, p.base_pitch});
     int error = 0;
     for (int64_t k = 0; k < d.K && !error; ++k) error = slot(SlotRows<float>{k, acc, k ? acc : nullptr, p.N, p.N});
     if (error) return error;

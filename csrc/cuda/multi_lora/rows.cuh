@@ -54,8 +54,11 @@ __device__ __forceinline__ PlanTile tile_of(const Adapters& d, int64_t k, int64_
   const int32_t group = tile[0], start = tile[1], next = i + 1 < at.G ? tile[3] : rows;
   if (start < 0 || start >= rows || group < 0 || group > d.A + 1) return {k, kAbsent, 0, plan};
   const int32_t count = (next < rows ? next : rows) - start;
-  return {k, group == 0 ? kAbsent : group > d.A ? kUnknown : group - 1, count < kPlanRows ? count : kPlanRows,
-          plan + start};
+  return {k,
+          group == 0    ? kAbsent
+          : group > d.A ? kUnknown
+                        : group - 1,
+          count < kPlanRows ? count : kPlanRows, plan + start};
 }
 // The same with its rows in a list.
 __device__ __forceinline__ PlanTile plan_tile(const Adapters& d, int64_t k, int64_t i, int32_t* rows) {
