@@ -81,8 +81,8 @@ const Registered registered[] = {
       .answer = explain_plan}},
     {"multi_lora_shrink",
      {.rule =
-          "CUDA, factors of 32 bits: chunks of N in blocks of their own where rows and ranks make fewer than 528 blocks. CPU: 8 ranks a task "
-          "for up to 24 rows, else a page",
+          "CUDA, factors of 32 bits: chunks of N in blocks of their own where rows and ranks make fewer than 528 blocks. "
+          "CPU: 8 ranks a task for up to 24 rows, else a page",
       .numbers = "counts: 528 blocks, two on each of an H100's 132 SMs, are two waves; not measured",
       .arguments = {{"T", {}}, {"N", {}}, {"K", int64_t{1}}, {"R", int64_t{16}}},
       .answer = explain_shrink}},

@@ -54,16 +54,16 @@ def page_shrink(x: str, pages: int, tiles: int, plain: bool) -> Plan:
     shared = 8 * pages * tiles * 512
     if not plain:
         return Plan(1, shared, "HMMA", code=SLOW_PATHS, threads=256)
-    pool, rows = (16, 8 // pages) if tiles == 1 else (8, 4 // pages)
-    return Plan(2, shared, "HMMA", pool + tiles * rows, (80 if tiles == 1 else 20) << 10, threads=256)
+    pool, rows, flight = (16, 8 // pages, 60 << 10) if tiles == 1 else (8, 4 // pages, 22 << 10 >> pages - 1)
+    return Plan(2, shared, "HMMA", pool + tiles * rows, flight, threads=256)
 
 
 def page_expand(x: str, to: str, pages: int, plain: bool) -> Plan:
-    """Ranks of the pool and 8 or 16 rows of the base, all under way at once."""
+    """Four ranks of the pool and two rows of the base for each window of a page, all under way at once."""
     if not plain:
         return Plan(2, 0, "HMMA", code=SLOW_PATHS)
-    tiles = 1 if pages == 1 or x == "f16" else 2
-    return Plan(2, 0, "HMMA", 16 + tiles * 8 // pages, 16 << 10)
+    held, tiles = 2 if x == "f16" else 4, 1 if pages == 1 else 2
+    return Plan(2, 0, "HMMA", 4 * held + 2 * tiles * held // pages, 16 << 10)
 
 
 KERNELS = {

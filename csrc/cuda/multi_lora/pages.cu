@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Multi-LoRA on CUDA, sm_80 and up, where x and the factors share a 16-bit type: shrink and expand with their operands
-// swapped. M of mma m16n8k16 is the 16 ranks of a page (shrink) or 16 columns of N (expand), and its N 8 rows of a tile of the
-// plan, so that one row of an adapter does not pay for 64. A pool's fragments come straight from global memory, 16 bytes a
-// lane: which index of a sum is which k of a fragment is free as long as both operands agree. Lane = 4 g + t as in ptx.cuh.
+// swapped. M of mma m16n8k16 is the 16 ranks of a page (shrink) or 16 columns of N (expand), and its N 8 rows of a tile of
+// the plan, so that one row of an adapter does not pay for 64. A pool's fragments come straight from global memory, 16 bytes
+// a lane: which index of a sum is which k of a fragment is free as long as both operands agree. Lane = 4 g + t, ptx.cuh's.
 #include "cuda/epilogue.cuh"
 #include "cuda/products.cuh"
 #include "pages.cuh"
@@ -18,8 +18,7 @@ __device__ __forceinline__ Dropout dropout_at(const Adapters& d, int64_t adapter
 }
 
 // ---- S. Block (slot and tile, pages, 8 kTiles of its rows). A warp takes every eighth step of N; their sums are added in
-// order: a function of N and R alone. One tile of 8 rows leaves registers for all of a step's loads of the pool, more read
-// the pool less often.
+// order: a function of N and R alone. 8 rows leave registers for all of a step's loads of the pool, more read it less often.
 
 constexpr int kShrinkThreads = 256, kShrinkWarps = kShrinkThreads / kWarpThreads;
 constexpr int kFragment = 4 * kWarpThreads;  // floats of a 16 x 8 result
@@ -105,28 +104,27 @@ __global__ __launch_bounds__(kShrinkThreads, kPlain ? 2 : 1) void multi_lora_pag
       store_shared_16(parts + ((warp_id() * kPages + q) * kTiles + j) * kFragment + 4 * lane_id(), words);
     }
   }
+  // A warp adds up one fragment.
+  const int q = warp_id() / kTiles, j = warp_id() % kTiles;
+  const Page page = page_of(d, tile.adapter, page0 + q);
   sync_threads();
+  if (q >= kPages || 8 * j >= tile.count || page0 + q >= all_pages(d)) return;
+  float sum[4] = {};
 #pragma unroll
-  for (int q = 0; q < kPages; ++q) {  // a warp adds up one fragment
-    const int j = warp_id() - q * kTiles;
-    if (j < 0 || j >= kTiles || 8 * j >= tile.count || page0 + q >= all_pages(d)) continue;
-    float sum[4] = {};
+  for (int w = 0; w < kShrinkWarps; ++w) {
+    uint32_t words[4];
+    load_16(words, parts + ((w * kPages + q) * kTiles + j) * kFragment + 4 * lane_id());
 #pragma unroll
-    for (int w = 0; w < kShrinkWarps; ++w) {
-      uint32_t words[4];
-      load_16(words, parts + ((w * kPages + q) * kTiles + j) * kFragment + 4 * lane_id());
+    for (int e = 0; e < 4; ++e) sum[e] += bit_cast<float>(words[e]);
+  }
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum[e] += bit_cast<float>(words[e]);
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int32_t row = tile.row(d, 8 * j + 2 * t + e % 2);
-      const int r = g + e / 2 * 8;
-      if (row < 0) continue;
-      float v = mul_rn(dropout.keep_scale, sum[e]);
-      if (pages[q].unknown || r >= pages[q].ranks) v = r < pages[q].ranks ? not_a_number() : 0.f;
-      store_s<X>(p, row * d.K + tile.k, (page0 + q) * kPageRanks + r, v);
-    }
+  for (int e = 0; e < 4; ++e) {
+    const int32_t row = tile.row(d, 8 * j + 2 * t + e % 2);
+    const int r = g + e / 2 * 8;
+    if (row < 0) continue;
+    float v = mul_rn(dropout.keep_scale, sum[e]);
+    if (page.unknown || r >= page.ranks) v = r < page.ranks ? not_a_number() : 0.f;
+    store_s<X>(p, row * d.K + tile.k, (page0 + q) * kPageRanks + r, v);
   }
 }
 
@@ -185,15 +183,18 @@ __device__ __forceinline__ void load_ranks(uint32_t (&b)[2][2], const float* s, 
   }
 }
 
-constexpr int windows_of(int pages, bool plain) { return plain ? 4 / pages : 2; }  // the slow ways need registers too
+// Pages times windows that a warp's registers hold: two where each is two terms, or beside the slow ways.
+template <class X>
+constexpr int held_of(bool plain) {
+  return plain && ExpandTerms<X>::kTerms == 1 ? 4 : 2;
+}
 
 template <class X, class To, int kPages, bool kPlain>
 __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_page_expand_kernel(MultiLoraExpandParams p,
                                                                                   Vectorize vec, SlotRows<To> out) {
   using Terms = ExpandTerms<X>;
   using S = typename Terms::S;
-  constexpr int kWindows = windows_of(kPages, kPlain), kTerms = Terms::kTerms;
-  constexpr int kTiles = kPages == 1 || kTerms == 2 ? 1 : 2;
+  constexpr int kWindows = held_of<X>(kPlain) / kPages, kTiles = kPages == 1 ? 1 : 2, kTerms = Terms::kTerms;
   const Adapters& d = p.adapters;
   const PlanTile tile = tile_of(d, out.k, blockIdx.x);
   const int g = lane_id() / 4, t = lane_id() % 4;
@@ -340,14 +341,14 @@ int page_expand(const MultiLoraExpandParams& p, const SlotRows<To>& out, Stream 
       .x = can_vectorize(out.to, out.to_pitch, sizeof(To)) && can_vectorize(out.from, out.from_pitch, sizeof(To)),
       .u = can_vectorize(p.pool, p.N, 2),
       .s = can_vectorize(p.s, kPageRanks, sizeof(TypeOfS<X>))};
-  const auto run = [&](auto held, auto plain) {
-    constexpr int64_t cols = 64 * kWarps * windows_of(held.value, plain.value);
-    return launch("multi_lora_page_expand", multi_lora_page_expand_kernel<X, To, held.value, plain.value>,
+  const auto run = [&](auto pages, auto plain) {
+    constexpr int64_t cols = 64 * kWarps * (held_of<X>(plain.value) / pages.value);
+    return launch("multi_lora_page_expand", multi_lora_page_expand_kernel<X, To, pages.value, plain.value>,
                   grid_of(plan_layout(d.T, d.A).G, ceil_div(p.N, cols)), dim3(kBlockThreads), 0, stream, p, vec, out);
   };
   if constexpr (std::is_same_v<X, To>)
     if (vec.x && vec.u && vec.s && p.N % 8 == 0 && !d.dropout_p)
-      return with_pages<4>(all_pages(d), [&](auto held) { return run(held, std::true_type{}); });
+      return with_pages<held_of<X>(true)>(all_pages(d), [&](auto pages) { return run(pages, std::true_type{}); });
   return run(std::integral_constant<int, 1>{}, std::false_type{});
 }
 template int page_expand<bf16, bf16>(const MultiLoraExpandParams&, const SlotRows<bf16>&, Stream);
