@@ -12,8 +12,8 @@
 //   scatter  G[P, N] += S into columns ids                 its dA
 //
 // R = kPageRanks M. Ranks an adapter lacks, and slots without an adapter, are zeros in S. D multiplies by the dropout mask
-// of (t K + k, column) with the adapter's own probability. Sums run in fp32 and are rounded once; N is summed in chunks as
-// in lora.h, slots, slices and ranks in order: a row's bits depend on no other row, an adapter's gradient on no other
+// of (t K + k, column) with the adapter's own probability. Sums run in fp32 and are rounded once; N is summed in an order of
+// its own, slots, slices and ranks in order: a row's bits depend on no other row, an adapter's gradient on no other
 // adapter. An adapter or a page that does not exist (possible on CUDA, where values are not validated) gives NaN in its rows alone.
 #pragma once
 
@@ -27,7 +27,8 @@ constexpr int kPlanRows = 64;  // rows of one adapter that a tile of the plan ho
 // One plan per slot, int32 [K, plan_length(T, A)]: the rows sorted by adapter. Its parts, in this order:
 //   order  [T]      rows without an adapter, then by adapter, then (CUDA) of unknown adapters; ascending in each group
 //   begin  [A + 3]  group g starts at order[begin[g]]: 0 none, 1 + a adapter a, A + 1 unknown; begin[A + 2] = T
-//   tiles  [G, 2]   (group, start in order), at most kPlanRows rows of one group; an unused tile starts at T
+//   tiles  [G, 2]   (group, start in order), at most kPlanRows rows of one group, in order: a tile
+//                  ends where the next one starts, an unused tile starts at T
 struct PlanLayout {
   int64_t T, A, G, begin, tiles, length;
 };
@@ -111,9 +112,18 @@ LRK_HD constexpr int64_t part_windows(int64_t T) { return ceil_div(T, split_toke
 
 LRK_HD int64_t all_ranks(const Adapters& d) { return kPageRanks * d.M * d.slices; }  // of the slices at hand
 
-// shrink on CUDA: one block walks all chunks of its rows, or, where that leaves the GPU idle, one block per chunk writes
-// a partial sum and a second kernel adds them. Both add the same chunks in the same order: equal bits. `ranks` of the slices
-// at hand.
+// shrink on CUDA beside 16-bit factors of x's type: a block has a page or two of a tile's adapter, all of N and so many rows,
+// a multiple of 8. Their number decides how often the pool is read, and no bits.
+constexpr bool shrinks_by_pages(DType x, DType factor) { return x == factor && size_of(x) == 2; }
+constexpr int kFewPageRows = 8, kManyPageRows = 32;
+struct PageShrinkConfig {
+  int32_t rows;
+};
+PageShrinkConfig choose_multi_lora_page_shrink(int64_t T, int64_t K, Target target);
+
+// The same beside other factors: one block walks all chunks of its rows, or, where that leaves the GPU idle, one block per
+// chunk writes a partial sum and a second kernel adds them. Both add the same chunks in the same order: equal bits. `ranks`
+// of the slices at hand.
 constexpr int kFullGrid = 528;  // blocks; fewer leave a GPU idle
 struct ShrinkConfig {
   bool split;

@@ -12,6 +12,10 @@ ShrinkConfig choose_multi_lora_shrink(int64_t T, int64_t K, int64_t N, int64_t r
   return {ceil_div(T * K, kPlanRows) * rank_blocks < kFullGrid && chunks > 1, chunks};
 }
 
+PageShrinkConfig choose_multi_lora_page_shrink(int64_t T, int64_t K, Target) {
+  return {T * K <= 1024 ? kFewPageRows : kManyPageRows};
+}
+
 // Rows of each group.
 size_t multi_lora_plan_workspace(const MultiLoraPlanParams& p, Target target) {
   return target.device == Device::kCUDA ? p.K * (p.A + 3) * sizeof(int32_t) : 0;
@@ -19,6 +23,7 @@ size_t multi_lora_plan_workspace(const MultiLoraPlanParams& p, Target target) {
 
 size_t multi_lora_shrink_workspace(const MultiLoraShrinkParams& p, Target target) {
   const Adapters& d = p.adapters;
+  if (shrinks_by_pages(p.dtype, p.factor_dtype)) return 0;
   const ShrinkConfig config = choose_multi_lora_shrink(d.T, d.K, p.N, all_ranks(d), target);
   return target.device == Device::kCUDA && config.split ? config.chunks * d.T * d.K * all_ranks(d) * sizeof(float) : 0;
 }
@@ -53,6 +58,11 @@ Answer explain_shrink(const Question& q) {
                   : "each block walks the chunks of N of its rows"};
 }
 
+Answer explain_page_shrink(const Question& q) {
+  const int64_t rows = choose_multi_lora_page_shrink(q["T"], q["K"], q.target()).rows;
+  return {{{"rows", rows}}, text("blocks of ", rows, " rows and all of N")};
+}
+
 Answer explain_wgrad(const Question& q) {
   const int64_t rows = q.cpu() ? kCpuSplitRows : split_tokens(q["T"], kCudaSplit),
                 splits = q.cpu() ? q["K"] * ceil_div(q["T"], rows) : part_windows(q["T"]);
@@ -71,11 +81,16 @@ const Registered registered[] = {
       .answer = explain_plan}},
     {"multi_lora_shrink",
      {.rule =
-          "CUDA: chunks of N in blocks of their own where rows and ranks make fewer than 528 blocks. CPU: 8 ranks a task "
-          "for up to 24 rows, else a page",
+          "CUDA, factors of 32 bits: chunks of N in blocks of their own where rows and ranks make fewer than 528 blocks. "
+          "CPU: 8 ranks a task for up to 24 rows, else a page",
       .numbers = "counts: 528 blocks, two on each of an H100's 132 SMs, are two waves; not measured",
       .arguments = {{"T", {}}, {"N", {}}, {"K", int64_t{1}}, {"R", int64_t{16}}},
       .answer = explain_shrink}},
+    {"multi_lora_page_shrink",
+     {.rule = "CUDA, factors of x's 16-bit type: blocks of 8 rows up to 1024 rows and slots, else of 32",
+      .numbers = "counts: 128 blocks of 8 rows are one on each of an H100's SMs; not measured",
+      .arguments = {{"T", {}}, {"K", int64_t{1}}},
+      .answer = explain_page_shrink}},
     {"multi_lora_wgrad",
      {.rule =
           "splits of an adapter's rows: 240 on the CPU; on CUDA 128 of every slot, more where there would be over 16",

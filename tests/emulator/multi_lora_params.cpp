@@ -43,6 +43,9 @@ Case draw_case() {
   c.N = pick({1, 8, 24, 64, 130, 257, 520});
   c.A = pick({1, 2, 5, 20}), c.K = pick({1, 1, 2, 3}), c.L = pick({1, 1, 2}), c.M = pick({1, 1, 2, 5});
   if (c.op == "wgrad" && draw() % 3 == 0) c.T = pick({600, 1100}), c.N = std::min<int64_t>(c.N, 66), c.A = pick({1, 2});
+  if (c.op == "shrink" && draw() % 4 == 0) {  // several tiles of rows in a block, several steps of a warp
+    std::tie(c.T, c.N) = draw() % 2 ? std::pair<int64_t, int64_t>{1100, 72} : std::pair<int64_t, int64_t>{16, 2600};
+  }
   c.first = static_cast<int32_t>(draw() % c.L);
   c.slices = static_cast<int32_t>(1 + draw() % (c.L - c.first));
   c.pad = pick({0, 0, 8, 3}), c.shift = pick({0, 0, 1, 8});
@@ -62,7 +65,7 @@ std::string judge(const Case& c, const std::vector<int>& schedules) {
   for (int64_t i = used - 1; i > 0; --i) std::swap(pages[i], pages[draw() % (i + 1)]);
   for (int32_t& r : ranks) r = static_cast<int32_t>(draw() % (R + 1));
   for (int32_t& a : index) a = static_cast<int32_t>(draw() % (c.A + 1)) - 1;
-  if (c.T > 512)  // an adapter has several parts only where it has so many rows
+  if (c.T > kCudaSplit)  // an adapter has several parts only where it has so many rows
     for (int32_t& a : index) a = draw() % 16 ? 0 : a;
   for (int64_t& id : ids) id = static_cast<int64_t>(draw() % c.N);
   for (float& p : drop) p = static_cast<float>(c.p);

@@ -368,13 +368,15 @@ def test_the_same_adapter_twice_in_a_row_adds_up(device):
 
 
 def test_one_adapter_for_all_rows_is_lora(device, dtype):
-    """multi_lora against lora_shrink and lora_expand_: the same sums in the same order."""
+    """multi_lora against lora_shrink and lora_expand_: the same sums, on the CPU and in fp32 in the same order."""
     batch = batch_of(device, dtype, A=1, rank=16, assignment="identical", scale="none")
     s, y = batch.run()
     rows = 16 * int(batch.pages[0, 0, 0])
     a, b = batch.a[rows : rows + 16], batch.b[rows : rows + 16].mT.contiguous()
     want = ops.lora_shrink(batch.x, a)
-    assert torch.equal(s[:, 0, 0], want)
+    if (library() is torch.ops.lrkern and device == "cpu") or dtype == torch.float32:
+        assert torch.equal(s[:, 0, 0], want)
+    testing.check(s[:, 0, 0], batch.x.double() @ a.double().T, want, "s")
     out = batch.y.clone()
     ops.lora_expand_(out, want, b)
     testing.check(y, batch.y.double() + want.double() @ b.double().mT, out, "y")

@@ -39,8 +39,9 @@ KNOWN = {
     "lora_sum": HALF | {"L2"},  # of dB, which it stores across its rows
     "lora_expand": {"wavefronts"},  # tiles whose rows are 40 elements apart
     "lora_rescale": HALF | {"wavefronts"},
+    "multi_lora_page_shrink": {"index"},  # every warp walks from its tile to its rows and pages
     "multi_lora_shrink": HALF,
-    "multi_lora_expand": {"index"},  # every block walks from its tile to its rows and pages
+    "multi_lora_expand": HALF | {"index"},
     "multi_lora_wgrad": HALF | {"index", "L2"},
 }
 # Adapters of 64 rows have no partial sums to add.

@@ -32,7 +32,8 @@ class Plan:
 @dataclass(frozen=True)
 class Kernel:
     plan: Callable[..., Plan]  # of its template arguments
-    types: str = ""  # the first of them: "x" of activations, "f" of factors, x's or fp32; "xf" both
+    # The first of them: "x" of activations, "f" of factors, x's or fp32; "xf" both, "xw" beside fp32 ones, "x16" of 16 bits.
+    types: str = ""
     rest: Iterable[tuple] = ((),)  # what may follow
     part: bool = False  # launched before or after another kernel, inside its time
     # Axes of the grid along which an operand of Timed.moved is read again, as its tiles do not lie along them.
@@ -40,7 +41,14 @@ class Kernel:
 
     def plans(self, x: str) -> set[Plan]:
         """Of its instantiations over activations of type x."""
-        pairs = {"": [()], "x": [(x,)], "f": [(x,), ("float",)], "xf": [(x, x), (x, "float")]}[self.types]
+        pairs = {
+            "": [()],
+            "x": [(x,)],
+            "x16": [(x,)] if SIZE[x] == 2 else [],
+            "f": [(x,), ("float",)],
+            "xf": [(x, x), (x, "float")],
+            "xw": [(x, "float")],
+        }[self.types]
         return {self.plan(*types, *rest) for types in pairs for rest in self.rest}
 
 

@@ -49,11 +49,32 @@ def wgrad(x: str, f: str, ranks: int) -> Plan:
     return replace(plain, shared=plain.shared + lists(ranks))
 
 
+def page_shrink(x: str, pages: int, tiles: int, plain: bool) -> Plan:
+    """A step's part of the pool and of 8 rows of x, all under way at once."""
+    shared = 8 * pages * tiles * 512
+    if not plain:
+        return Plan(1, shared, "HMMA", code=SLOW_PATHS, threads=256)
+    pool, rows, flight = (16, 8 // pages, 60 << 10) if tiles == 1 else (8, 4 // pages, 22 << 10 >> pages - 1)
+    return Plan(2, shared, "HMMA", pool + tiles * rows, flight, threads=256)
+
+
+def page_expand(x: str, to: str, pages: int, plain: bool) -> Plan:
+    """Four ranks of the pool and two rows of the base for each window of a page, all under way at once."""
+    if not plain:
+        return Plan(2, 0, "HMMA", code=SLOW_PATHS)
+    held, tiles = 2 if x == "f16" else 4, 1 if pages == 1 else 2
+    return Plan(2, 0, "HMMA", 4 * held + 2 * tiles * held // pages, 16 << 10)
+
+
 KERNELS = {
     "multi_lora_plan": Kernel(streams(4, shared=128 + 1024, threads=256)),  # one block per slot: few
-    "multi_lora_shrink": Kernel(shrink, "xf", [(16,), (64,)], again={"x": "y"}),
-    "multi_lora_sum": Kernel(streams(8), "f", part=True),
-    "multi_lora_expand": Kernel(expand, "xf", [("float",)], again={"s": "y"}),
+    "multi_lora_page_shrink": Kernel(
+        page_shrink, "x16", [(pages, tiles, True) for pages in (1, 2) for tiles in (1, 4)], again={"x": "y", "a": "z"}
+    ),
+    "multi_lora_page_expand": Kernel(page_expand, "x16", [("float", 1, False)], again={"s": "y"}),
+    "multi_lora_shrink": Kernel(shrink, "xw", [(16,), (64,)], again={"x": "y"}),
+    "multi_lora_sum": Kernel(streams(8), "", part=True),
+    "multi_lora_expand": Kernel(expand, "xw", [("float",)], again={"s": "y"}),
     "multi_lora_finish": Kernel(streams(8), "x", part=True),
     "multi_lora_wgrad": Kernel(wgrad, "xf", [(16,), (64,)], again={"ds": "y"}),
     "multi_lora_wgrad_sum": Kernel(streams(8, shared=128), "f", part=True),
@@ -81,10 +102,14 @@ def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
     table = pages, ranks, op.multi_lora_plan(index, A)
     s, used = op.multi_lora_shrink(x, a, *table), R * min(A, T)
     yield Timed("multi_lora_plan", lambda: op.multi_lora_plan(index, A), {"index": index, "plan": table[2]}, T)
-    moved = {"x": x, "a": a[:used], "s": s}
-    yield Timed("multi_lora_shrink", lambda: op.multi_lora_shrink(x, a, *table), moved, 2 * T * I * R, table)
-    moved = {"y": y, "base": y, "s": s, "b": b[:used]}
-    yield Timed("multi_lora_expand", lambda: op.multi_lora_expand_(y, s, b, *table), moved, 2 * T * O * R, table)
+    wide = a.float(), b.float(), s.float()  # of another type than x
+    for name, (u, v, sums) in {"multi_lora_page": (a, b, s), "multi_lora": wide}.items():
+        moved = {"x": x, "a": u[:used], "s": sums}
+        call = lambda u=u: op.multi_lora_shrink(x, u, *table)
+        yield Timed(f"{name}_shrink", call, moved, 2 * T * I * R, table)
+        moved = {"y": y, "base": y, "s": sums, "b": v[:used]}
+        call = lambda v=v, sums=sums: op.multi_lora_expand_(y, sums, v, *table)
+        yield Timed(f"{name}_expand", call, moved, 2 * T * O * R, table)
     da = False, True  # that gradient alone
     call = lambda: op.multi_lora_shrink_bwd(s, x, a, *table, None, None, *da)
     yield Timed("multi_lora_wgrad", call, {"x": x, "ds": s, "da": a[:used]}, 2 * T * I * R, table)

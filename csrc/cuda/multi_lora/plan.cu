@@ -95,8 +95,8 @@ __global__ __launch_bounds__(kBlockThreads) void multi_lora_gather_kernel(MultiL
   const Lists<kPageRanks> lists(smem);
   const Adapters& d = p.adapters;
   const int64_t G = plan_layout(d.T, d.A).G, r0 = int64_t{blockIdx.y} * kPageRanks;
-  const RowTile tile = plan_tile(d, blockIdx.x / G, blockIdx.x % G, lists.rows);
-  if (!tile.count) return;
+  const PlanTile tile = plan_tile(d, blockIdx.x / G, blockIdx.x % G, lists.rows);
+  if (tile.count <= 0) return;
   fill_ranks(d, tile.adapter, r0, all_ranks(d), kPageRanks, lists.ranks);
   sync_threads();
   for (int i = static_cast<int>(threadIdx.x); i < tile.count * kPageRanks; i += kBlockThreads) {

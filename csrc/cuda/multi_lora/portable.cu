@@ -1,23 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Multi-LoRA on CUDA, sm_80 and up: three products over the tiles of a plan, rows of one adapter each. Rows of x, y and S
-// and ranks of a pool are gathered through lists in shared memory; the rest is products.cuh's.
+// and ranks of a pool are gathered through lists in shared memory; the rest is products.cuh's. Shrink and expand of 16-bit
+// factors of x's type are pages.cu's.
 // Occupancy plan: blocks of 128 threads, at least two on an SM.
 #include "cuda/epilogue.cuh"
 #include "cuda/products.cuh"
+#include "pages.cuh"
 #include "rows.cuh"
 
 namespace lrk {
 namespace {
 
 static_assert(kPlanRows == kCudaTokens, "a tile of the plan is one of the products");
-
-// S's rank `at`, counted through the slices at hand.
-template <class F>
-__device__ __forceinline__ void store_s(const MultiLoraShrinkParams& p, int64_t row_and_slot, int64_t at, float v) {
-  using S = TypeOfS<F>;
-  const float scale = p.scales ? p.scales[row_and_slot] : 1.f;
-  static_cast<S*>(p.s)[s_at(p.adapters, row_and_slot) + at] = from_float_fast<S>(scale * v);
-}
 
 // ---- S. Block (slot and tile, ranks, chunk of N): all chunks, or one, its sum to partial [chunk][T][K][slices R].
 
@@ -31,8 +25,8 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_shrink_kernel(Mul
   int32_t *rows = lists.rows, *ranks = lists.ranks;
   const Adapters& d = p.adapters;
   const int64_t G = plan_layout(d.T, d.A).G, r0 = int64_t{blockIdx.y} * kRanks, all = all_ranks(d);
-  const RowTile tile = plan_tile(d, blockIdx.x / G, blockIdx.x % G, rows);
-  if (!tile.count) return;
+  const PlanTile tile = plan_tile(d, blockIdx.x / G, blockIdx.x % G, rows);
+  if (tile.count <= 0) return;
   fill_ranks(d, tile.adapter, r0, all, kRanks, ranks);
   sync_threads();
 
@@ -79,8 +73,7 @@ __global__ __launch_bounds__(kBlockThreads, 8) void multi_lora_sum_kernel(MultiL
 
 template <class X, class F, class To>
 __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_expand_kernel(MultiLoraExpandParams p, Vectorize vec,
-                                                                             int64_t k, To* to, int64_t to_pitch,
-                                                                             const To* from, int64_t from_pitch) {
+                                                                             SlotRows<To> out) {
   using Product = Expand<X, F, true>;
   Smem smem;
   const Product product(smem);
@@ -88,8 +81,8 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_expand_kernel(Mul
   int32_t *rows = lists.rows, *ranks = lists.ranks;
   const Adapters& d = p.adapters;
   const int64_t R = kPageRanks * d.M, n0 = int64_t{blockIdx.y} * kBN;
-  const RowTile tile = plan_tile(d, k, blockIdx.x, rows);
-  if (!tile.count || (tile.adapter == kAbsent && to == from)) return;
+  const PlanTile tile = plan_tile(d, out.k, blockIdx.x, rows);
+  if (tile.count <= 0 || (tile.adapter == kAbsent && out.to == out.from)) return;
   bool unknown = tile.adapter == kUnknown;
   typename Product::Sum acc = {};
   for (int64_t l = 0; l < d.slices && tile.adapter >= 0; ++l) {
@@ -101,7 +94,8 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_expand_kernel(Mul
       using S = typename Product::S;
       Stage<S, typename Product::TileS> ss;
       Stage<F, typename Product::TileU> su;
-      ss.fetch(Gathered<S>{static_cast<const S*>(p.s) + s_at(d, 0, k) + r, d.K * d.L * R, rows, end - r, vec.s, ranks});
+      ss.fetch(
+          Gathered<S>{static_cast<const S*>(p.s) + s_at(d, 0, out.k) + r, d.K * d.L * R, rows, end - r, vec.s, ranks});
       su.fetch(Gathered<F>{static_cast<const F*>(p.pool) + n0, p.N, ranks, p.N - n0, vec.u});
       ss.put(product.ts);
       su.put(product.tu);
@@ -115,10 +109,10 @@ __global__ __launch_bounds__(kBlockThreads, 2) void multi_lora_expand_kernel(Mul
   for_each_row(acc, warp_id() * 16, [&](int, int t, int col, Vec8<float>& v) {
     const int64_t row = rows[t], n = n0 + col;
     if (row < 0 || n >= p.N) return;
-    if (dropout.threshold) drop(v, dropout, seed, row * d.K + k, n);
+    if (dropout.threshold) drop(v, dropout, seed, row * d.K + out.k, n);
     Words8<To> words = {};
-    if (from) words = load_row(from + row * from_pitch + n, p.N - n, vec.x);
-    finish_row(to + row * to_pitch + n, words, p.N - n, vec.x,
+    if (out.from) words = load_row(out.from + row * out.from_pitch + n, p.N - n, vec.x);
+    finish_row(out.to + row * out.to_pitch + n, words, p.N - n, vec.x,
                [&](float base, int i) { return unknown ? not_a_number() : base + dropout.keep_scale * v.v[i]; });
   });
 }
@@ -217,13 +211,15 @@ __global__ __launch_bounds__(kBlockThreads) void multi_lora_wgrad_sum_kernel(Mul
 }  // namespace
 
 int multi_lora_shrink_cuda(const MultiLoraShrinkParams& p, void* workspace, Stream stream) {
+  if (shrinks_by_pages(p.dtype, p.factor_dtype)) return page_shrink(p, stream);
   const Adapters& d = p.adapters;
   const int64_t all = all_ranks(d), G = plan_layout(d.T, d.A).G;
   const ShrinkConfig config = choose_multi_lora_shrink(d.T, d.K, p.N, all, cuda_target());
   float* partial = config.split ? static_cast<float*>(workspace) : nullptr;
   const Vectorize vec{.x = can_vectorize(p.x, p.x_pitch, size_of(p.dtype)),
                       .u = can_vectorize(p.pool, p.N, size_of(p.factor_dtype))};
-  return with_types(p.dtype, p.factor_dtype, [&]<class X, class F>(X, F) {
+  return with_float(p.dtype, [&]<class X>(X) {
+    using F = float;
     const int error = with_ranks(all, [&](auto ranks) {
       return launch("multi_lora_shrink", multi_lora_shrink_kernel<X, F, ranks.value>,
                     grid_of(d.K * G, ceil_div(all, ranks.value), partial ? config.chunks : 1), dim3(kBlockThreads),
@@ -238,22 +234,26 @@ int multi_lora_shrink_cuda(const MultiLoraShrinkParams& p, void* workspace, Stre
 
 int multi_lora_expand_cuda(const MultiLoraExpandParams& p, void* workspace, Stream stream) {
   const Adapters& d = p.adapters;
-  const size_t factor = size_of(p.factor_dtype);
   float* acc = static_cast<float*>(workspace);
   return with_types(p.dtype, p.factor_dtype, [&]<class X, class F>(X, F) {
-    const auto slot = [&]<class To>(int64_t k, To* to, int64_t to_pitch, const To* from, int64_t from_pitch) {
-      const size_t size = sizeof(To);
-      const Vectorize vec{.x = can_vectorize(to, to_pitch, size) && can_vectorize(from, from_pitch, size),
-                          .u = can_vectorize(p.pool, p.N, factor),
-                          .s = can_vectorize(p.s, kPageRanks, size_of(s_dtype(p.factor_dtype)))};
-      return launch("multi_lora_expand", multi_lora_expand_kernel<X, F, To>,
-                    grid_of(plan_layout(d.T, d.A).G, ceil_div(p.N, kBN)), dim3(kBlockThreads),
-                    Expand<X, F, true>::kBytes + Lists<kExpandK>::kBytes, stream, p, vec, k, to, to_pitch, from,
-                    from_pitch);
+    const auto slot = [&]<class To>(const SlotRows<To>& out) {
+      if constexpr (by_pages<X, F>) {
+        return page_expand<X>(p, out, stream);
+      } else {
+        const size_t size = sizeof(To);
+        const Vectorize vec{
+            .x = can_vectorize(out.to, out.to_pitch, size) && can_vectorize(out.from, out.from_pitch, size),
+            .u = can_vectorize(p.pool, p.N, sizeof(F)),
+            .s = can_vectorize(p.s, kPageRanks, sizeof(TypeOfS<F>))};
+        return launch("multi_lora_expand", multi_lora_expand_kernel<X, F, To>,
+                      grid_of(plan_layout(d.T, d.A).G, ceil_div(p.N, kBN)), dim3(kBlockThreads),
+                      Expand<X, F, true>::kBytes + Lists<kExpandK>::kBytes, stream, p, vec, out);
+      }
     };
-    if (d.K == 1) return slot(0, static_cast<X*>(p.y), p.y_pitch, static_cast<const X*>(p.base), p.base_pitch);
+    if (d.K == 1)
+      return slot(SlotRows<X>{0, static_cast<X*>(p.y), static_cast<const X*>(p.base), p.y_pitch, p.base_pitch});
     int error = 0;
-    for (int64_t k = 0; k < d.K && !error; ++k) error = slot(k, acc, p.N, k ? acc : nullptr, p.N);
+    for (int64_t k = 0; k < d.K && !error; ++k) error = slot(SlotRows<float>{k, acc, k ? acc : nullptr, p.N, p.N});
     if (error) return error;
     const Vectorize vec{.x = can_vectorize(p.y, p.y_pitch, sizeof(X)) && can_vectorize(p.base, p.base_pitch, sizeof(X)),
                         .s = can_vectorize(acc, p.N, sizeof(float))};

@@ -32,18 +32,40 @@ __device__ __forceinline__ void fill_rows(const Adapters& d, const int32_t* orde
   }
 }
 
-// Rows of one group in slot k.
-struct RowTile {
+// Rows of one group in slot k: `count` of the order from `order` on. A tile ends where the next one starts, so that one step
+// leads from it to its rows.
+struct PlanTile {
   int64_t k, adapter;  // adapter: kAbsent, kUnknown, or one of A
   int32_t count;
+  const int32_t* order;
+
+  // Those from the i-th on, `most` at most; none where that is not above zero.
+  __device__ __forceinline__ PlanTile part(int i, int most) const {
+    return {k, adapter, count - i < most ? count - i : most, order + i};
+  }
+  __device__ __forceinline__ int32_t row(const Adapters& d, int i) const {
+    const int32_t row = i < count ? order[i] : kAbsent;
+    return row >= 0 && row < d.T ? row : kAbsent;
+  }
 };
-__device__ __forceinline__ RowTile plan_tile(const Adapters& d, int64_t k, int64_t i, int32_t* rows) {
+__device__ __forceinline__ PlanTile tile_of(const Adapters& d, int64_t k, int64_t i) {
   const PlanLayout at = plan_layout(d.T, d.A);
-  const int32_t *plan = d.plan + k * at.length, group = plan[at.tiles + 2 * i], start = plan[at.tiles + 2 * i + 1];
-  if (start < 0 || start >= d.T || group < 0 || group > d.A + 1) return {k, kAbsent, 0};
-  const int32_t left = plan[at.begin + group + 1] - start, count = left < 0 ? 0 : left < kPlanRows ? left : kPlanRows;
-  fill_rows(d, plan, start, count, rows);
-  return {k, group == 0 ? kAbsent : group > d.A ? kUnknown : group - 1, count};
+  const int32_t *plan = d.plan + k * at.length, *tile = plan + at.tiles + 2 * i, rows = static_cast<int32_t>(d.T);
+  const int32_t group = tile[0], start = tile[1], next = i + 1 < at.G ? tile[3] : rows;
+  if (start < 0 || start >= rows || group < 0 || group > d.A + 1) return {k, kAbsent, 0, plan};
+  const int32_t count = (next < rows ? next : rows) - start;
+  return {k,
+          group == 0    ? kAbsent
+          : group > d.A ? kUnknown
+                        : group - 1,
+          count < kPlanRows ? count : kPlanRows, plan + start};
+}
+// The same with its rows in a list.
+__device__ __forceinline__ PlanTile plan_tile(const Adapters& d, int64_t k, int64_t i, int32_t* rows) {
+  const PlanTile tile = tile_of(d, k, i);
+  for (int r = static_cast<int>(threadIdx.x); r < kPlanRows && tile.count > 0; r += kBlockThreads)
+    rows[r] = tile.row(d, r);
+  return tile;
 }
 
 // Where an adapter's rows are in the order of slot k.
@@ -107,6 +129,25 @@ __device__ __forceinline__ bool any(const int32_t* ranks, int count, const Is& i
 __device__ __forceinline__ bool any_present(const int32_t* ranks, int count) {
   return any(ranks, count, [](int32_t row) { return row >= 0; });
 }
+
+// Page q of an adapter, counted through the slices at hand: the pool's rows from `row` on, of which it has `ranks`.
+struct Page {
+  int64_t row;
+  int32_t ranks;
+  bool unknown;  // adapter or page do not exist
+  __device__ __forceinline__ int32_t there() const { return unknown ? 0 : ranks; }
+};
+LRK_HD int64_t all_pages(const Adapters& d) { return d.M * d.slices; }
+__device__ __forceinline__ Page page_of(const Adapters& d, int64_t adapter, int64_t q) {
+  if (adapter == kUnknown) return {0, kPageRanks, true};
+  if (adapter < 0 || q >= all_pages(d)) return {0, 0, false};
+  const unsigned M = static_cast<unsigned>(d.M), l = static_cast<unsigned>(q) / M, m = static_cast<unsigned>(q) % M;
+  const int64_t slice = adapter * d.L + d.first + l, page = d.pages[slice * d.M + m];
+  const int32_t left = d.ranks[slice] - static_cast<int32_t>(m) * kPageRanks;
+  const int32_t ranks = left < 0 ? 0 : left < kPageRanks ? left : kPageRanks;
+  const bool exists = page >= 0 && page < d.P / kPageRanks;
+  return {exists ? page * kPageRanks : 0, ranks, !exists && ranks > 0};
+}
 __device__ __forceinline__ float not_a_number() { return bit_cast<float>(0x7fc00000u); }
 
 // Where S [T, K, L, R] has the ranks of a row's slot k.
@@ -117,6 +158,14 @@ __device__ __forceinline__ int64_t s_at(const Adapters& d, int64_t row, int64_t 
 template <class Params>
 __device__ __forceinline__ float scale_of(const Params& p, int64_t row, int64_t k) {
   return p.scales ? p.scales[row * p.adapters.K + k] : 1.f;
+}
+
+// S's rank `at`, counted through the slices at hand.
+template <class F>
+__device__ __forceinline__ void store_s(const MultiLoraShrinkParams& p, int64_t row_and_slot, int64_t at, float v) {
+  using S = TypeOfS<F>;
+  const float scale = p.scales ? p.scales[row_and_slot] : 1.f;
+  static_cast<S*>(p.s)[s_at(p.adapters, row_and_slot) + at] = from_float_fast<S>(scale * v);
 }
 
 // The probability as a Dropout; its keep_scale is applied to the fp32 result.
