@@ -197,7 +197,7 @@ def test_every_choice_answers(name, device):
 
 def test_choices_by_the_shape():
     """Facts beside the rules of the contracts."""
-    assert host.explain("lora_wgrad", T=600)["splits"] == 2
+    assert host.explain("lora_wgrad", T=600)["splits"] == 5
     assert host.explain("lora_wgrad", T=600, device="cpu")["splits"] == 3
     assert host.explain("lora_shrink", T=8, N=64, R=64, device="cpu")["tasks"] == 16
     assert host.explain("lora_shrink", T=48, N=64, R=64, device="cpu")["tasks"] == 2
