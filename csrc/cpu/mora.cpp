@@ -66,15 +66,20 @@ void rotate(const float* table, int64_t slots, int64_t rank, const From* from, T
 
 int64_t grain(int64_t elements) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements)); }
 
+// Each chunk by turning the one before it; one in kFresh anew, since an error in a turn is one in all that follow.
 void rotation(const MoraRotationParams& p) {
+  constexpr int64_t kFresh = 64;
   const int64_t half = p.rank / 2, count = p.chunks * half;
-  parallel_for(half, grain(p.chunks * 16), [&](int64_t begin, int64_t end) {
+  parallel_for(half, grain(p.chunks), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const double frequency = mora_frequency(i, p.rank);
+      const Turn step = mora_turn(frequency);
+      Turn turn = {1, 0};
       for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
-        const Turn turn = mora_turn(static_cast<double>(chunk) * frequency);
+        if (chunk % kFresh == 0) turn = mora_turn(static_cast<double>(chunk) * frequency);
         p.table[chunk * half + i] = static_cast<float>(turn.cos);
         p.table[count + chunk * half + i] = static_cast<float>(turn.sin);
+        turn = {turn.cos * step.cos - turn.sin * step.sin, turn.sin * step.cos + turn.cos * step.sin};
       }
     }
   });
@@ -85,6 +90,10 @@ void fold(const MoraFoldParams& p) {
   const MoraMap& m = p.map;
   parallel_for(p.T, grain(m.features), [&](int64_t begin, int64_t end) {
     float* sums = thread_scratch(m.slots);
+    const auto finish = [&](const auto* from, H* h) {
+      if (p.rotation) return rotate<false>(p.rotation, m.slots, p.rank, from, h);
+      for_each_lanes(m.slots, [&](int64_t i, auto lanes) { put(h + i, get(from + i, lanes)); });
+    };
     for (int64_t t = begin; t < end; ++t) {
       const X* x = static_cast<const X*>(p.x) + t * p.x_pitch;
       H* h = static_cast<H*>(p.h) + t * m.slots;
@@ -96,13 +105,13 @@ void fold(const MoraFoldParams& p) {
         }
         continue;
       }
+      if (m.extent == m.slots && m.slots <= m.features) {  // a column each
+        finish(x, h);
+        continue;
+      }
       std::fill_n(sums, m.slots, 0.f);
       for_each_run(m, [&](int32_t column, int32_t slot, int32_t n) { move<true>(sums + slot, x + column, n); });
-      if (p.rotation) {
-        rotate<false>(p.rotation, m.slots, p.rank, sums, h);
-      } else {
-        for_each_lanes(m.slots, [&](int64_t i, auto lanes) { put(h + i, get(sums + i, lanes)); });
-      }
+      finish(sums, h);
     }
   });
 }
@@ -115,23 +124,34 @@ void unfold(const MoraUnfoldParams& p) {
     for (int64_t t = begin; t < end; ++t) {
       const H* h = static_cast<const H*>(p.h) + t * m.slots;
       Y* y = static_cast<Y*>(p.y) + t * p.y_pitch;
-      const auto spread = [&](const auto* from) {
-        for_each_run(m, [&](int32_t column, int32_t slot, int32_t n) { move<true>(row + column, from + slot, n); });
+      const Y* base = p.base ? static_cast<const Y*>(p.base) + t * p.base_pitch : nullptr;
+      // y's columns from `column` on are what base has and `from`, or base alone.
+      const auto write = [&](int64_t column, const auto* from, int64_t n) {
+        for_each_lanes(n, [&](int64_t i, auto lanes) {
+          const auto sum = from ? get(from + i, lanes) : decltype(lanes){};
+          put(y + column + i, base ? get(base + column + i, lanes) + sum : sum);
+        });
       };
-      std::fill_n(row, m.features, 0.f);
+      const auto spread = [&](const auto* from) {
+        if (m.extent <= m.features) {  // a slot each
+          for_each_run(m, [&](int32_t column, int32_t slot, int32_t n) { write(column, from + slot, n); });
+          if (y != base) write(m.extent, static_cast<const float*>(nullptr), m.features - m.extent);
+          return;
+        }
+        std::fill_n(row, m.features, 0.f);
+        for_each_run(m, [&](int32_t column, int32_t slot, int32_t n) { move<true>(row + column, from + slot, n); });
+        write(0, row, m.features);
+      };
       if (m.blocks) {
         for (int32_t slot = 0; slot < m.slots; ++slot)
           std::fill(row + m.begin(slot), row + m.begin(slot + 1), to_float(h[slot]));
+        write(0, row, m.features);
       } else if (p.rotation) {
         rotate<true>(p.rotation, m.slots, p.rank, h, turned);
         spread(turned);
       } else {
         spread(h);
       }
-      const Y* base = p.base ? static_cast<const Y*>(p.base) + t * p.base_pitch : nullptr;
-      for_each_lanes(m.features, [&](int64_t i, auto lanes) {
-        put(y + i, base ? get(base + i, lanes) + get(row + i, lanes) : get(row + i, lanes));
-      });
     }
   });
 }

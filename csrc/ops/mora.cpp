@@ -84,25 +84,48 @@ Tensor mora_compress(const Tensor& x_, int64_t rank, int64_t type, bool circular
   return h;
 }
 
-Tensor mora_decompress(const Tensor& h_, int64_t features, int64_t type, bool circular, bool adjoint) {
-  const Arg h{"mora_decompress", "h", h_};
-  h.floats();
-  const int64_t least = type == 6 ? 2 : 1;
-  if (h_.dim() < least) h.refuse("have at least ", least, " dimensions, got ", h_.dim());
-  const int64_t rank = h.last(), n = type == 6 ? h_.size(h_.dim() - 2) : 1;
+// What h has: [..., r], or for type 6 [..., n, r].
+struct Slots {
+  Tensor tensor;
+  int64_t rank, chunks, dims;
+};
+Slots slots_of(const Arg& h, int64_t type) {
+  const int64_t dims = type == 6 ? 2 : 1, given = h.floats().tensor.dim();
+  if (given < dims) h.refuse("have at least ", dims, dims > 1 ? " dimensions" : " dimension", ", got ", given);
+  const int64_t rank = h.last(), n = type == 6 ? h.tensor.size(given - 2) : 1;
   if (rank < 1) h.refuse("have a rank of at least 1 as its last dimension, got ", rank);
   check_type(h.op, type, rank);
-  check_features(h.op, "out_features", features);
-  check_features(h.op, "chunks times rank", n * rank);
-  Tensor y = new_empty(h_, with_last(h_, {features}, least));
-  const Rows rows = rows_of(h.op, y);
+  check_features(h.op, "chunks times rank", check_features(h.op, "chunks", n) * rank);
+  return {as_contiguous(h.tensor), rank, n, dims};
+}
+void decompress(const Rows& y, const Rows* base, const Slots& h, int64_t type, bool circular, bool adjoint) {
   if (adjoint) {
-    const Tensor rotation = type == 6 ? rotation_of(h.op, h_, n, rank) : nothing();
-    unfold(rows, nullptr, mora_input_map(type, features, rank, n, circular), rank, rotation, as_contiguous(h_));
+    const Tensor rotation = type == 6 ? rotation_of(y.op, y.tensor, h.chunks, h.rank) : nothing();
+    unfold(y, base, mora_input_map(type, y.N, h.rank, h.chunks, circular), h.rank, rotation, h.tensor);
   } else {
-    unfold(rows, nullptr, mora_output_map(type, features, rank, n), rank, nothing(), as_contiguous(h_));
+    unfold(y, base, mora_output_map(type, y.N, h.rank, h.chunks), h.rank, nothing(), h.tensor);
   }
+}
+
+Tensor mora_decompress(const Tensor& h_, int64_t features, int64_t type, bool circular, bool adjoint) {
+  const Arg h{"mora_decompress", "h", h_};
+  const Slots slots = slots_of(h, type);
+  check_features(h.op, "out_features", features);
+  const Tensor y = new_empty(h_, with_last(h_, {features}, slots.dims));
+  decompress(rows_of(h.op, y), nullptr, slots, type, circular, adjoint);
   return y;
+}
+
+void mora_decompress_(Tensor y_, const Tensor& h_, int64_t type, bool circular, bool adjoint) {
+  const Arg y{"mora_decompress_", "y", y_}, h{y.op, "h", h_};
+  const Rows rows = y.floats().rows_in_place();
+  check_features(y.op, "the last dimension of y", rows.N);
+  const Slots slots = slots_of(h, type);
+  h.factor_of(y);
+  Sizes sizes = with_last(y_, slots.rank);
+  if (type == 6) sizes.insert(sizes.end() - 1, slots.chunks);
+  h.shape(type == 6 ? "[..., n, r]" : "[..., r]", sizes);
+  decompress(rows, &rows, slots, type, circular, adjoint);
 }
 
 // ---- M beside activations of I and O features
@@ -173,10 +196,8 @@ bool is_h(const Rows& y, const MoraMap& map, ScalarType h) {
 void expand(const Rows& y, const Rows& base, const Adapter& a, const Tensor& h) {
   const ScalarType t = h.scalar_type();
   const Tensor rows = chunk_rows(h, a), m = transposed(a.as(t));
-  if (is_h(y, a.out, t) && base.data() == y.data()) {
-    const Tensor out = chunk_rows(y.tensor, a);
-    return gemm(a.op, out, rows, m, out);
-  }
+  if (is_h(y, a.out, t) && is_h(base, a.out, t))
+    return gemm(a.op, chunk_rows(y.tensor, a), rows, m, chunk_rows(base.tensor, a));
   const Tensor z = new_empty(h, sizes_of(rows));
   gemm(a.op, z, rows, m, std::nullopt);
   unfold(y, &base, a.out, a.rank, nothing(), z);
@@ -330,6 +351,7 @@ std::tuple<Tensor, Tensor> mora_add_bwd(const Tensor& dy_, const Tensor& x_, con
 LRK_OP(mora_compress,
        "(Tensor x, int rank, int type=1, bool circular=True, int chunks=0, bool adjoint=False) -> Tensor")
 LRK_OP(mora_decompress, "(Tensor h, int out_features, int type=1, bool circular=True, bool adjoint=False) -> Tensor")
+LRK_OP(mora_decompress_, "(Tensor(a!) y, Tensor h, int type=1, bool circular=True, bool adjoint=False) -> ()")
 LRK_OP(mora_linear, "(Tensor x, Tensor weight, Tensor? bias, Tensor m, int type=1, bool circular=True) -> Tensor")
 LRK_OP(mora_linear_fwd,
        "(Tensor x, Tensor weight, Tensor? bias, Tensor m, int type=1, bool circular=True) -> (Tensor y, Tensor h)")

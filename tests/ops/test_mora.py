@@ -123,6 +123,24 @@ def test_fold_and_unfold_are_adjoint(I, O, type, device):
     assert left == pytest.approx(dot(h, fold(y, r, type, chunks=chunks, adjoint=True)), abs=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("m_dtype", [torch.float32, torch.bfloat16], ids=["m_float32", "m_bfloat16"])
+def test_type_6_goes_some_tokens_at_a_time(dtype, m_dtype):
+    """Of 16384 slots 32 tokens on the CPU: three times, the last one fewer. dM of a 16-bit M is rounded once for all that."""
+    if m_dtype != torch.float32 and dtype == torch.float32:
+        return
+    I, r, T = 16384, 32, 70
+    x, dy, m = torch.randn(T, I).to(dtype), torch.randn(T, I).to(dtype), (torch.randn(r, r) / 6).to(m_dtype)
+    results = []
+    for convert, ours in ((lambda t: t, True), (testing.to64, False), (lambda t: t, False)):
+        x_, m_ = (convert(t).detach().requires_grad_() for t in (x, m))
+        y = convert(torch.zeros_like(dy))
+        part = lambda y, x, m, ours=ours: lrkern.ops.mora_add(y, x, m, 6) if ours else y + published(x, m, I, 6).to(y)
+        y = part(y, x_ if ours else x_.to(m_.dtype), m_)
+        results.append((y, *torch.autograd.grad(y, (x_, m_), dy.to(y))))
+    testing.check(*results, "panels", fp32_factor=m_dtype != dtype)
+
+
 def test_padding_counts_twice_or_is_zero(device):
     x = torch.randn(4, 10, device=device)
     plain = torch.stack([x[:, p::4].sum(1) for p in range(4)], 1)

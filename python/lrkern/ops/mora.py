@@ -87,6 +87,17 @@ def mora_decompress(
     return _decompress(h, out_features, type, circular, adjoint)
 
 
+_decompress_into = Op("mora_decompress_", instead="mora_add")
+
+
+def mora_decompress_(y: Tensor, h: Tensor, type: int = 1, circular: bool = True, adjoint: bool = False) -> None:
+    """y += decompress(h) in place, beside anyone's products. y [..., O]; h as in ``mora_decompress``, of y's dtype or float32.
+
+    Not differentiable: raises when gradients are recorded and an argument requires one; use ``mora_add`` then.
+    """
+    _decompress_into(y, h, type, circular, adjoint)
+
+
 def _linear_results(x, weight, m, type, **_):
     h = None if type == 6 else m.new_empty((x.shape[:-1].numel(), m.shape[0]), dtype=s_dtype(m.dtype))
     return x.new_empty((*x.shape[:-1], weight.shape[0])), h

@@ -60,6 +60,11 @@ def mora_decompress(h, out_features, type=1, circular=True, adjoint=False):
     return (turned(h, back=True) if type == 6 and adjoint else h).flatten(-2) @ f.mT
 
 
+def mora_decompress_(y, h, type=1, circular=True, adjoint=False):
+    """y += F h, or F^T R^T h, in place"""
+    y.copy_(add(y, mora_decompress(h, y.shape[-1], type, circular, adjoint)))
+
+
 def mora_add(y, x, m, type=1, circular=True):
     """y + decompress(M compress(x))"""
     m, r = m.to(s_dtype(m.dtype)), m.shape[0]
@@ -106,7 +111,6 @@ CASES = {
     "turned_padded": dict(type=6, lead=(6,), I=97, O=61, R=22, chunks=2),
     "turned_zeros": dict(type=6, lead=(6,), I=100, O=140, R=32, circular=False, bias=False),
     "turned_one": dict(type=6, lead=(4, 3), I=20, O=24, R=22),
-    "turned_panels": dict(type=6, lead=(40,), I=16384, O=24, R=4, fp32=True),
     "no_tokens": dict(type=1, lead=(0,), I=16, O=24, R=4),
     "no_tokens_3d": dict(type=6, lead=(2, 0), I=16, O=24, R=4, fp32=True, bias=False),
 }
@@ -134,6 +138,14 @@ def decompress_samples(name: str, t: Layer) -> Iterator[Sample]:
     h = t.draw(*t.lead, *side)
     yield Sample(name, (h, t.O, t.type))
     yield Sample(f"{name}_adjoint", (h, t.I, t.type, t.circular, True))
+
+
+@register(mora_decompress_, mutates="y")
+def decompress_into_samples(name: str, t: Layer) -> Iterator[Sample]:
+    side = (chunks_of(t.type, t.R, t.I, t.O), t.R) if t.type == 6 else (t.R,)
+    y = t.draw(*t.lead, t.I, pitch=t.pitch)
+    h = t.draw(*t.lead, *side, dtype=t.m.dtype)
+    yield Sample(name, (y, h, t.type, t.circular, True))
 
 
 @register(mora_linear, differentiable="x weight bias m", casts="x weight bias m", products="TIO")
