@@ -168,10 +168,10 @@ class Op:
         needed = itemgetter(*self.gradients) if flags else lambda _: ()
         place = dict.fromkeys(self.passed, 0) | {i: n for n, i in enumerate(self.gradients, 1)}  # in (dy, *grads, None)
         by_argument = itemgetter(*(place.get(i, -1) for i in range(len(self.names))))
-        never = lambda **_: False
         only_where = [
-            (tensors.index(n), self.names.index(of), self.saved_if.get(n, never)) for n, of in self.saved_for.items()
+            (tensors.index(n), self.names.index(of), self.saved_if.get(n)) for n, of in self.saved_for.items()
         ]
+        named = lambda args: dict(zip(self.names, args, strict=True))
 
         class Differentiable(Function):
             @staticmethod
@@ -182,8 +182,8 @@ class Op:
                 saved = tensors_of((*args, *results))
                 if only_where:
                     saved = list(saved)
-                    for at, of, needed_by in only_where:
-                        if not ctx.needs_input_grad[of] and not needed_by(**dict(zip(self.names, args, strict=True))):
+                    for at, of, needed in only_where:
+                        if not ctx.needs_input_grad[of] and not (needed and needed(**named(args))):
                             saved[at] = None
                 ctx.save_for_backward(*saved)
                 ctx.others = others_of(args)

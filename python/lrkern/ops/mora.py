@@ -12,6 +12,8 @@ Cycles pad x to a multiple of r, ``circular``ly as the authors do (its first col
 LoRA of rank r. Of type 6 the chunks that y has no room for are dead: their x has no part in y.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -99,7 +101,7 @@ def mora_decompress_(y: Tensor, h: Tensor, type: int = 1, circular: bool = True,
 
 
 def _linear_results(x, weight, m, type, **_):
-    h = None if type == 6 else m.new_empty((x.shape[:-1].numel(), m.shape[0]), dtype=s_dtype(m.dtype))
+    h = None if type == 6 else m.new_empty((math.prod(x.shape[:-1]), m.shape[0]), dtype=s_dtype(m.dtype))
     return x.new_empty((*x.shape[:-1], weight.shape[0])), h
 
 
