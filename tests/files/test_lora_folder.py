@@ -388,7 +388,11 @@ def test_an_own_file_refuses_what_it_cannot_make_again(tmp_path):
         ),
         (RandLoRALinear(4, 4, r=2), {"n": 3}, "l.n must be 2"),
         (VeRALinear(4, 4, r=2), {"dropout": 3.0}, r"VeRALinear: dropout must lie in \[0, 1\]"),
-        (MyVeRA(4, 4, r=2), {}, "l must be NOLALinear, VeRALinear or RandLoRALinear, got MyVeRA, a subclass"),
+        (
+            MyVeRA(4, 4, r=2),
+            {},
+            "l must be MoRALinear, NOLALinear, VeRALinear or RandLoRALinear, got MyVeRA, a subclass",
+        ),
     ):
         for key, value in change.items():
             setattr(layer, key, value)

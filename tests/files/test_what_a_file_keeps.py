@@ -132,7 +132,7 @@ def own_samples(draw, shared=None):
            "alpha": draw(alphas)}  # fmt: skip
     for name in draw(names):
         I, O = SIZES[name]
-        cls = kind if shared else draw(st.sampled_from(["NOLALinear", "VeRALinear", "RandLoRALinear"]))
+        cls = kind if shared else draw(st.sampled_from(["NOLALinear", "VeRALinear", "RandLoRALinear", "MoRALinear"]))
         mine = one if shared else one | {"seed": draw(seeds), "r": draw(st.integers(2, 9)), "dropout": draw(rates),
                                          "distribution": draw(distribution), "alpha": draw(alphas)}  # fmt: skip
         alpha = mine["alpha"]
@@ -144,11 +144,18 @@ def own_samples(draw, shared=None):
                            "max_out": 20 if shared else draw(st.integers(O, 40)), "save_output": draw(flags)},
             "RandLoRALinear": {"randlora_alpha": alpha, "paper_pairing": not shared and draw(flags),
                                "save_output": draw(flags)},
+            "MoRALinear": {"mora_type": draw(st.sampled_from([1, 2, 3, 4, 6])), "paper_rank": draw(flags)},
         }[cls]  # fmt: skip
         adapter_dtype = draw(st.sampled_from([None, "float32", dtype]))
+        if cls == "MoRALinear":
+            common = {key: common[key] for key in ("r", "dropout")}
         layers[name] = {"class": cls, "adapter_dtype": adapter_dtype} | common | special
     left = {name: draw(st.sampled_from(["", "", "disabled", "merged"])) for name in layers}
     return {"seed": draw(seeds), "dtype": dtype, "layers": layers, "left": left}
+
+
+def has_low_rank(layer):
+    return layer["class"] != "RandLoRALinear" and layer.get("mora_type") != 6
 
 
 @some
@@ -161,8 +168,8 @@ def test_own_files(ask, tmp_path_factory, sample, bits):
     got = ask("lrkern", path, sample)
     if bits is None:
         assert torch.equal(got, want)
-        low_rank = all(layer["class"] != "RandLoRALinear" for layer in sample["layers"].values())
-        if low_rank and sample["dtype"] == "float32":
+        low_rank = [has_low_rank(layer) for layer in sample["layers"].values()]
+        if all(low_rank) and sample["dtype"] == "float32":
             close(ask("pool", path, sample), want, plain, sample)
     else:
         assert (got - want).float().norm() <= 0.1 * (want - plain).float().norm() + 0.05 * want.float().norm()
@@ -171,7 +178,7 @@ def test_own_files(ask, tmp_path_factory, sample, bits):
 @some
 @given(sample=own_samples())
 def test_own_layers_as_lora(ask, tmp_path_factory, sample):
-    layers = {name: layer for name, layer in sample["layers"].items() if layer["class"] != "RandLoRALinear"}
+    layers = {name: layer for name, layer in sample["layers"].items() if has_low_rank(layer)}
     if not layers:
         return
     sample = sample | {"layers": layers, "left": {name: sample["left"][name] for name in layers}}

@@ -8,7 +8,7 @@ import torch
 from layer_kinds import EACH, KINDS
 from torch import nn
 
-from lrkern.nn import FusedLoRALinear, NOLALinear, RandLoRALinear, VeRALinear
+from lrkern.nn import FusedLoRALinear, MoRALinear, NOLALinear, RandLoRALinear, VeRALinear
 
 NUMBERS = [math.nan, math.inf, -math.inf, "1", None, True, 10**400, 1e39, [1.0], torch.tensor(1.0)]
 CHANCES = [*NUMBERS[:6], -0.1, 1.1]
@@ -22,6 +22,9 @@ WRONG = {
     FusedLoRALinear: {
         "r": [*WHOLE, 513], "lora_alpha": NUMBERS, "lora_dropout": CHANCES, "use_rslora": FLAGS, "use_dora": FLAGS,
         "train_bias": FLAGS, "init": WORDS, "adapter_dtype": [*DTYPES, torch.bfloat16],
+    },
+    MoRALinear: {
+        "r": [*WHOLE, 0], "mora_type": [0, 5, 7, 6.0, True, "6"], "dropout": CHANCES, "paper_rank": FLAGS, "adapter_dtype": DTYPES,
     },
     NOLALinear: SEEDED | {
         "r": [*WHOLE, 0, 513], "k": [*WHOLE, 0, 4097], "l": [*WHOLE, 0, 4097], "lora_alpha": NUMBERS, "normalize": FLAGS,

@@ -4,11 +4,13 @@
 import pytest
 import torch
 
-from lrkern.nn import FusedLoRALinear, NOLALinear, RandLoRALinear, VeRALinear
+from lrkern.nn import FusedLoRALinear, MoRALinear, NOLALinear, RandLoRALinear, VeRALinear
 
 KINDS = {
     "lora": (FusedLoRALinear, {"r": 4}),
     "dora": (FusedLoRALinear, {"r": 4, "use_dora": True}),
+    "mora": (MoRALinear, {"r": 4, "mora_type": 1}),
+    "mora_turned": (MoRALinear, {"r": 4, "mora_type": 6}),
     "nola": (NOLALinear, {"r": 4, "k": 6, "l": 7}),
     "vera": (VeRALinear, {"r": 8}),
     "randlora": (RandLoRALinear, {"r": 6}),

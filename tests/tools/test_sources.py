@@ -41,8 +41,8 @@ def test_without_cmake_the_kept_list_is_read(monkeypatch, tmp_path):
         ("csrc/policy/lora.cpp", {"lora"}),
         ("csrc/multi_lora.h", {"multi_lora"}),
         ("csrc/lora.h", {"lora", "multi_lora"}),  # whose chunks and limits multi-LoRA shares
-        ("csrc/common.h", {"lora", "multi_lora", "basis"}),
-        ("csrc/cuda/launch.cuh", {"lora", "multi_lora", "basis"}),
+        ("csrc/common.h", {*sources.families()}),
+        ("csrc/cuda/launch.cuh", {*sources.families()}),
         ("csrc/cpu/lora.cpp", set()),
         ("csrc/ops/check.h", set()),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from ..limits import MAX_RANK
-from ..nn.linear import AdapterLinear, LowRankLinear
+from ..nn.linear import AdapterLinear
 from .check import require
 from .folder import PREFIX, write_adapter
 from .lora_config import lora_config, targets
@@ -28,25 +28,26 @@ def _layers(who: str, model: nn.Module | Mapping[str, nn.Module], kinds: str):
 
 
 def to_lora(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> None:
-    """Writes the NOLALinear and VeRALinear layers of a model as a plain PEFT LoRA folder, equal up to rounding: for stock
-    PEFT, vLLM and others that serve LoRA.
+    """Writes the NOLALinear, VeRALinear and MoRALinear layers of a model as a plain PEFT LoRA folder, equal up to rounding: for
+    stock PEFT, vLLM and others that serve LoRA.
 
     model: one that holds the layers, or the layers by the names the base model has for them. NOLA becomes its generated A
-    and scaling · B, VeRA becomes diag(d) A and diag(b) B, in float32 with lora_alpha = r, a scaling of 1. Ranks that differ
+    and scaling · B, VeRA becomes diag(d) A and diag(b) B, MoRA of types 1 to 4 its maps with M in A, in float32 with lora_alpha = r, a scaling of 1. Ranks that differ
     go to rank_pattern and alpha_pattern; dropout is not kept. The folder has adapter_config.json and adapter_model.safetensors, a LoRA's
     size: 4 r (in + out) bytes a layer.
 
-    Refused with a ValueError before anything is written: RandLoRALinear, whose ΔW has full rank, a rank above 512,
+    Refused with a ValueError before anything is written: what has full rank (RandLoRALinear, MoRA of type 6), a rank above 512,
     coefficients that are not finite, no layer at all, and a layer without a name.
     """
-    kinds = either(cls for cls in classes() if issubclass(cls, LowRankLinear))
+    kinds = either(cls for cls in classes() if cls.has_factors())
     named, layers = _layers("to_lora", model, kinds)
     for name, m in layers.items():
         where, full = f"lrkern.convert.to_lora: {name}", min(m.in_features, m.out_features)
         why = f"its ΔW has full rank, {full}, which no LoRA of a lower rank equals"
-        require(isinstance(m, LowRankLinear), f"{where} must be {kinds}, got {type(m).__name__}: {why}")
+        got = type(m).__name__ + (m._settings_repr() if m.has_factors() else "")
+        require(m.low_rank, f"{where} must be {kinds}, got {got}: {why}")
         most = f"{MAX_RANK}, the most that LoRA kernels take"
-        require(m.r <= MAX_RANK, f"{where} must have a rank of at most {most}, got r={m.r}")
+        require(m.lora_rank <= MAX_RANK, f"{where} must have a rank of at most {most}, got r={m.lora_rank}")
     tensors = {}
     for name, m in layers.items():
         a, b, scale = m.factors()
@@ -54,7 +55,7 @@ def to_lora(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
             finite = factor.isfinite().all()
             require(finite, f"lrkern.convert.to_lora: {name}.{key} must be finite, got inf or nan")
             tensors[f"{PREFIX}{name}.{key}.weight"] = factor
-    config = lora_config({name: (m.r, m.r) for name, m in layers.items()}, named)
+    config = lora_config({name: (m.lora_rank, m.lora_rank) for name, m in layers.items()}, named)
     write_adapter(folder, config, tensors)
 
 

@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..limits import DTYPES
-from ..nn.linear import AdapterLinear, LowRankLinear
+from ..nn.linear import AdapterLinear
 from ..nn.plain import no_linear
 from ..ops.basis import STREAM_VERSION
 from .check import is_finite, is_whole, named, refusal, require, shown
@@ -30,7 +31,7 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in DTYPES}
 def classes() -> tuple[type[AdapterLinear], ...]:
     """Those that such a file holds: all that PEFT does not have as plain LoRA; of low rank first."""
     own = [cls for cls in AdapterLinear.KINDS.values() if cls.PEFT_TYPE != LORA]
-    return tuple(sorted(own, key=lambda cls: not issubclass(cls, LowRankLinear)))
+    return tuple(sorted(own, key=lambda cls: not cls.has_factors()))
 
 
 def either(names: Iterable[type], last: str = " or ") -> str:
@@ -83,7 +84,7 @@ def _dequantize(codes: Tensor, scale: Tensor, n: int, bits: int) -> Tensor:
 
 
 def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) -> None:
-    """Writes the adapters of a model's NOLALinear, VeRALinear and RandLoRALinear layers as one file, without base weights.
+    """Writes the adapters of a model's layers, all kinds that PEFT's LoRA is not, as one file, without base weights.
 
     bits: None keeps the coefficients as they are, 8 or 4 quantises them (docs/files.md).
     """
@@ -145,8 +146,13 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
             layer.base_layer = there.requires_grad_(False)
             parent, _, child = name.rpartition(".")
             for key, c in layer.coefficients().items():
-                setattr(layer, key, nn.Parameter(c.detach().to(there.weight.device)))
+                _put(layer, key, c.detach().to(there.weight.device))
             setattr(model.get_submodule(parent), child, layer.train(there.training))
+
+
+def _put(layer: AdapterLinear, key: str, c: Tensor) -> None:
+    owner, _, name = key.rpartition(".")
+    setattr(layer.get_submodule(owner), name, nn.Parameter(c))
 
 
 def read_layers(path: str | Path, among: Collection[str] | None = None) -> dict[str, AdapterLinear]:
@@ -155,7 +161,7 @@ def read_layers(path: str | Path, among: Collection[str] | None = None) -> dict[
     among: what the layers may be called, checked before any of them is made."""
     header, tensors = _read(as_path(path))
     layers, kinds = header["layers"], [_Described.of(kind) for kind in header["kinds"]]
-    owners = {key.removesuffix(".scale").rpartition(".")[0] for key in tensors}
+    owners = {key[: at.start()] for key in tensors for at in re.finditer(r"\.", key)}
     for name, entry in layers.items():
         known = among is None or name in among
         require(known, f"has {named(name)}, which the model does not")
@@ -222,7 +228,8 @@ _ABOUT = "class", "in_features", "out_features", "adapter_dtype"
 
 @cache
 def _defaults(cls: type[AdapterLinear]) -> dict[str, Any]:
-    return cls.from_linear(nn.Linear(1, 1, bias=False, device="meta"), seed=0).settings
+    seed = {"seed": 0} if "seed" in cls.SETTINGS else {}
+    return cls.from_linear(nn.Linear(1, 1, bias=False, device="meta"), **seed).settings
 
 
 def _like(default: Any) -> tuple[str, Callable[[Any], bool]]:
@@ -243,7 +250,7 @@ def _layer(name: str, kind: _Described, seed: Any, bits: int | None, tensors: di
         settings = {key: kind.settings.get(key, seed) for key in kind.cls.SETTINGS}
         layer = kind.cls.from_linear(base, **settings, adapter_dtype=kind.dtype)
     for key, c in layer.coefficients().items():
-        setattr(layer, key, nn.Parameter(_values(f"{name}.{key}", c, bits, tensors)))
+        _put(layer, key, _values(f"{name}.{key}", c, bits, tensors))
     return layer
 
 

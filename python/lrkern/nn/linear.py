@@ -2,7 +2,7 @@
 """A frozen linear layer with an adapter: what all kinds share, and what those of low rank do.
 
 A new kind is a class with SETTINGS, ``_set_up`` and, below LowRankLinear, ``factors``, else ``_adapted``, ``_beside`` and
-``delta_weight``. Files, conversions and serving ask the class; none has a list of kinds.
+``delta_weight``, and where ``low_rank`` may be true, ``factors`` too. Files, conversions and serving ask the class; none has a list of kinds.
 """
 
 from typing import Any, ClassVar
@@ -51,6 +51,7 @@ class AdapterLinear(nn.Module):
     PEFT_TYPE: ClassVar[str | None] = None
     PEFT_SHARES: ClassVar[tuple[str, ...]] = ()
 
+    low_rank = False  # whether a LoRA of lower rank than W equals it: that of ``factors``
     _SUM = "W + delta_weight()"  # what merge writes, in its errors
     _as_merged: "AdapterLinear | None" = None  # what the adapter was when it was merged
 
@@ -148,6 +149,16 @@ class AdapterLinear(nn.Module):
     def not_peft(self) -> str | None:
         """What keeps this layer from being PEFT's method of PEFT_TYPE: "<setting> must ..., got ..."."""
         return None
+
+    @classmethod
+    def has_factors(cls) -> bool:
+        """Whether layers of this kind may be of low rank."""
+        return hasattr(cls, "factors")
+
+    @property
+    def lora_rank(self) -> int:
+        """Of the LoRA that ``factors`` gives."""
+        return self.r
 
     def shared_pair(self) -> tuple[F.Basis, F.Basis] | None:
         """A [r, I] and B [r, O] as large as they are shared with other layers, where the adapter is
@@ -263,6 +274,8 @@ class LowRankLinear(AdapterLinear):
     Forward, delta_weight, merge, ``convert.to_lora`` and serving follow. ``_set_up`` sets ``dropout``. A subclass that has a
     shorter way to y than through its factors overrides ``_adapted``.
     """
+
+    low_rank = True
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """A [r, in], B [out, r] and the scale of their product; differentiable where ``_adapted`` is not overridden."""

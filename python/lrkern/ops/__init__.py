@@ -12,6 +12,7 @@ Bad arguments raise RuntimeError as ``lrkern::op: argument must ..., got ...``.
 from .basis import basis_combine, basis_dot, basis_fill, basis_matmul, basis_matmul_
 from .dispatch import LIBRARY, build_info
 from .lora import linear_expand, lora_add, lora_expand_, lora_linear, lora_shrink
+from .mora import mora_add, mora_compress, mora_decompress, mora_decompress_, mora_linear
 from .multi_lora import (
     multi_lora_embedding,
     multi_lora_expand,

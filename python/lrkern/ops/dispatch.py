@@ -68,7 +68,8 @@ class Op:
 
     results: of X's arguments by name, what X_fwd returns, or X where there is none: shapes and dtypes only.
     trains: the arguments that X_bwd gives gradients of, in its order. passes: one whose gradient is that of the result.
-    saved_for: what is saved only where another argument takes a gradient, and which. function: in place of X_bwd.
+    saved_for: what is saved only where another argument takes a gradient, and which. saved_if: where it is saved all the same,
+    as a function of X's arguments by name. function: in place of X_bwd.
     weigh: an argument, and the gradient that X_bwd takes as a function of the result's and that argument.
     refuses: arguments without a gradient beside others with one; refusal: how that is said. instead: of an op in place, the
     one to use for gradients. casts: what autocast casts to its dtype, or a function of that dtype and the arguments to the
@@ -83,6 +84,7 @@ class Op:
         trains: str = "",
         passes: str = "",
         saved_for: dict[str, str] | None = None,
+        saved_if: dict[str, Callable[..., bool]] | None = None,
         weigh: tuple[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
         function: type[Function] | None = None,
         refuses: str = "",
@@ -95,7 +97,7 @@ class Op:
         arguments = schema_of(name).arguments
         self.name, self.names = name, [a.name for a in arguments]
         self.defaults = tuple(a.default_value for a in arguments)
-        self.saved_for, self.weigh, self.shards = saved_for or {}, weigh, shards or {}
+        self.saved_for, self.saved_if, self.weigh, self.shards = saved_for or {}, saved_if or {}, weigh, shards or {}
         self.gradients, self.passed = (tuple(map(self.names.index, text.split())) for text in (trains, passes))
         self.trained = self.passed + self.gradients
         self.refused = [(n, self.names.index(n)) for n in refuses.split()]
@@ -166,7 +168,10 @@ class Op:
         needed = itemgetter(*self.gradients) if flags else lambda _: ()
         place = dict.fromkeys(self.passed, 0) | {i: n for n, i in enumerate(self.gradients, 1)}  # in (dy, *grads, None)
         by_argument = itemgetter(*(place.get(i, -1) for i in range(len(self.names))))
-        only_where = [(tensors.index(n), self.names.index(of)) for n, of in self.saved_for.items()]
+        only_where = [
+            (tensors.index(n), self.names.index(of), self.saved_if.get(n)) for n, of in self.saved_for.items()
+        ]
+        named = lambda args: dict(zip(self.names, args, strict=True))
 
         class Differentiable(Function):
             @staticmethod
@@ -177,8 +182,8 @@ class Op:
                 saved = tensors_of((*args, *results))
                 if only_where:
                     saved = list(saved)
-                    for at, of in only_where:
-                        if not ctx.needs_input_grad[of]:
+                    for at, of, needed in only_where:
+                        if not ctx.needs_input_grad[of] and not (needed and needed(**named(args))):
                             saved[at] = None
                 ctx.save_for_backward(*saved)
                 ctx.others = others_of(args)

@@ -7,6 +7,7 @@ A family is a module here that registers its ops. Letters as in ops.
 
 from .basis import basis_combine, basis_dot, basis_fill, basis_matmul, basis_matmul_
 from .lora import add, linear_expand, lora_add, lora_expand_, lora_linear, lora_shrink
+from .mora import mora_add, mora_compress, mora_decompress, mora_decompress_, mora_linear
 from .multi_lora import (
     factors,
     multi_lora_embedding,

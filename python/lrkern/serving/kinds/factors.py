@@ -14,7 +14,6 @@ from ...files.folder import Config, Tensors, ranks_and_scalings
 from ...files.lora_config import MORE, check_base
 from ...files.own import classes, either
 from ...limits import PAGE
-from ...nn.linear import LowRankLinear
 from .kind import FAMILIES, Adapter, Kind, Sizes
 from .read import by_linear, plain
 
@@ -34,10 +33,10 @@ class LowRank(Kind):
 
     def of_layers(self, layers):
         for name, layer in layers.items():
-            must = either(cls for cls in classes() if issubclass(cls, LowRankLinear))
-            got = f"{type(layer).__name__}, which has full rank"
-            require(isinstance(layer, LowRankLinear), f"{name} must be {must}, got {got}")
-            self._check_rank(layer.r)  # before factors of any size are made
+            must = either(cls for cls in classes() if cls.has_factors())
+            got = type(layer).__name__ + (layer._settings_repr() if layer.has_factors() else "")
+            require(layer.low_rank, f"{name} must be {must}, got {got}, which has full rank")
+            self._check_rank(layer.lora_rank)  # before factors of any size are made
         return {name: Factors(*layer.factors()) for name, layer in layers.items()}
 
     def read(self, parts: Mapping[str, Factors]) -> Adapter:
