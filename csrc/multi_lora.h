@@ -107,8 +107,10 @@ constexpr int kCpuSplitRows = kCpuSplit / kCpuTokens * kCpuTokens;  // of a spli
 // shrink on the CPU: ranks of a page that a task takes, fewer where rows are few, so that threads share an adapter.
 constexpr int cpu_page_ranks(int64_t rows) { return rows <= kCpuTokens ? kPageRanks / 2 : kPageRanks; }
 
-// Windows of rows that wgrad's scratch on CUDA has planes for, two each, in every slot; one window: no scratch.
-LRK_HD constexpr int64_t part_windows(int64_t T) { return ceil_div(T, split_tokens(T, kCudaSplit)); }
+// Rows of a part of wgrad on CUDA, where there are many: adapters make blocks enough. Windows of so many rows have planes of
+// scratch, two each, in every slot; one window: no scratch.
+LRK_HD constexpr int64_t part_rows(int64_t T) { return split_tokens(T, 512); }
+LRK_HD constexpr int64_t part_windows(int64_t T) { return ceil_div(T, part_rows(T)); }
 
 LRK_HD int64_t all_ranks(const Adapters& d) { return kPageRanks * d.M * d.slices; }  // of the slices at hand
 

@@ -81,7 +81,7 @@ LoraShrinkParams shrink_params(const Rows& x, const SmallFactor& u, void* s, flo
 struct Shrunk {
   Tensor s;  // memory for it where there are partial sums
   OptTensor sums;
-  Partial partial = {};
+  ShrinkSums partial = {};
 };
 Tensor shrink(const Rows& x, const SmallFactor& u, float scale, const DropoutArgs& d) {
   Tensor s = new_empty(x.tensor, with_last(x.tensor, u.R), s_type(u.tensor.scalar_type()));
@@ -94,8 +94,8 @@ Tensor shrink(const Rows& x, const SmallFactor& u, float scale, const DropoutArg
 Shrunk shrink_for_expand(const Rows& x, const SmallFactor& u, float scale, const DropoutArgs& d, int64_t O) {
   // what expand makes of the sums is what shrink's own sum would: scale, and the one of dropout, in one product
   const float k = d.dropout.threshold ? scale * d.dropout.keep_scale : scale;
-  Partial partial =
-      x.T && x.N && u.R && O ? choose_lora_partial(x.T, x.N, u.R, k, DeviceScope(x.op, x.tensor).target) : Partial{};
+  ShrinkSums partial =
+      x.T && x.N && u.R && O ? choose_lora_sums(x.T, x.N, u.R, k, DeviceScope(x.op, x.tensor).target) : ShrinkSums{};
   if (!partial.planes) return {shrink(x, u, scale, d), std::nullopt};
   Shrunk made{new_empty(x.tensor, with_last(x.tensor, u.R), s_type(u.tensor.scalar_type())),
               new_empty(x.tensor, Sizes{partial.planes * x.T * u.R}, ScalarType::Float), partial};
@@ -114,7 +114,7 @@ struct Addend {
 
 // y = c * base + bias + scale * D(S U); y may be base itself.
 void expand(const Rows& y, const Addend& add, const void* s, const SmallFactor& u, float scale, const DropoutArgs& d,
-            const Partial& partial = {}, void* s_out = nullptr) {
+            const ShrinkSums& partial = {}, void* s_out = nullptr) {
   const bool in_place = add.base && add.base->data() == y.data();
   if (!y.T || !y.N || (in_place && !u.R && !add.base_scale)) return;
   const LoraExpandParams p{

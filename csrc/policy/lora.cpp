@@ -51,7 +51,7 @@ ShrinkSplit choose_lora_shrink(int64_t T, int64_t N, int32_t R, Target target) {
   return lora_shrink_split(T, N, R, of.sms, of.start);
 }
 
-Partial choose_lora_partial(int64_t T, int64_t N, int32_t R, float scale, Target target) {
+ShrinkSums choose_lora_sums(int64_t T, int64_t N, int32_t R, float scale, Target target) {
   if (target.device == Device::kCPU || T * R > kPartialSums || R > kPartialRanks) return {};
   const ShrinkSplit split = choose_lora_shrink(T, N, R, target);
   return {nullptr, split.planes > 1 ? split.planes : 0, split.plane == 1 ? kShrinkGroup : 1, scale};
@@ -123,8 +123,8 @@ Answer explain_shrink(const Question& q) {
                                c.planes, " partial sums in the order that rows of any batch have")};
 }
 
-Answer explain_partial(const Question& q) {
-  const Partial c = choose_lora_partial(q["T"], q["N"], static_cast<int32_t>(q["R"]), 1.f, q.target());
+Answer explain_sums(const Question& q) {
+  const ShrinkSums c = choose_lora_sums(q["T"], q["N"], static_cast<int32_t>(q["R"]), 1.f, q.target());
   return {{{"planes", c.planes}},
           c.planes ? text("expand adds up the ", c.planes, " partial sums of shrink") : "shrink makes S"};
 }
@@ -153,11 +153,11 @@ const Registered registered[] = {
           "long as a chunk, 8 ranks make 8 tasks of rank 64; not measured",
       .arguments = {{"T", {}}, {"N", {}}, {"R", {}}},
       .answer = explain_shrink}},
-    {"lora_partial",
+    {"lora_sums",
      {.rule = "CUDA: partial sums of a forward's shrink are left to expand where T R is at most 1024 and R at most 32",
       .numbers = "counts: a launch less, against at most 64 KB from L2 for each 128 columns of O; not measured",
       .arguments = {{"T", {}}, {"N", {}}, {"R", {}}},
-      .answer = explain_partial}},
+      .answer = explain_sums}},
     {"lora_wgrad",
      {.rule = "splits of 256 tokens on the CPU and 128 on CUDA, longer where there would be more than 16",
       .numbers =

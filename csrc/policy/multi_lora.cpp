@@ -64,7 +64,7 @@ Answer explain_page_shrink(const Question& q) {
 }
 
 Answer explain_wgrad(const Question& q) {
-  const int64_t rows = q.cpu() ? kCpuSplitRows : split_tokens(q["T"], kCudaSplit),
+  const int64_t rows = q.cpu() ? kCpuSplitRows : part_rows(q["T"]),
                 splits = q.cpu() ? q["K"] * ceil_div(q["T"], rows) : part_windows(q["T"]);
   return {
       {{"rows", rows}, {"splits", splits}},
@@ -93,7 +93,7 @@ const Registered registered[] = {
       .answer = explain_page_shrink}},
     {"multi_lora_wgrad",
      {.rule =
-          "splits of an adapter's rows: 240 on the CPU; on CUDA 128 of every slot, more where there would be over 16",
+          "splits of an adapter's rows: 240 on the CPU; on CUDA 512 of every slot, more where there would be over 16",
       .numbers = "counts, as lora_wgrad's; 240 are whole tiles of 24; not measured",
       .arguments = {{"T", {}}, {"K", int64_t{1}}},
       .answer = explain_wgrad}},

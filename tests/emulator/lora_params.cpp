@@ -137,8 +137,8 @@ std::string judge(const Case& c, const std::vector<int>& schedules) {
                             : c.op == "rescale" ? run(rescale, lora_rescale_workspace, lora_rescale_cuda)
                                                 : run(both, lora_shrink_wgrad_workspace, lora_shrink_wgrad_cuda);
   if (!wrong.empty()) return wrong;
-  Partial partial =
-      c.op == "shrink" ? choose_lora_partial(c.T, c.N, c.R, c.scale * dropout.keep_scale, kTarget) : Partial{};
+  ShrinkSums partial =
+      c.op == "shrink" ? choose_lora_sums(c.T, c.N, c.R, c.scale * dropout.keep_scale, kTarget) : ShrinkSums{};
   if (partial.planes) {  // the same S by way of its partial sums, and what an expand makes of them
     const std::vector<uint8_t> at_once = s_out.bytes;
     Matrix sums(DType::kF32, partial.planes, c.T * c.R, 0, 0, false);

@@ -65,7 +65,7 @@ std::string judge(const Case& c, const std::vector<int>& schedules) {
   for (int64_t i = used - 1; i > 0; --i) std::swap(pages[i], pages[draw() % (i + 1)]);
   for (int32_t& r : ranks) r = static_cast<int32_t>(draw() % (R + 1));
   for (int32_t& a : index) a = static_cast<int32_t>(draw() % (c.A + 1)) - 1;
-  if (c.T > kCudaSplit)  // an adapter has several parts only where it has so many rows
+  if (part_windows(c.T) > 1)  // an adapter has several parts only where it has so many rows
     for (int32_t& a : index) a = draw() % 16 ? 0 : a;
   for (int64_t& id : ids) id = static_cast<int64_t>(draw() % c.N);
   for (float& p : drop) p = static_cast<float>(c.p);

@@ -36,6 +36,7 @@ KNOWN = {
     "basis_matmul_transposed": HALF | {"L2"},
     "lora_shrink": HALF,
     "lora_shrink_wgrad": HALF | {"L2"},
+    "lora_wgrad": HALF | {"L2"},  # partial sums, two floats a lane
     "lora_sum": HALF | {"L2"},  # of dB, which it stores across its rows
     "lora_expand": {"wavefronts"},  # tiles whose rows are 40 elements apart
     "lora_rescale": HALF | {"wavefronts"},

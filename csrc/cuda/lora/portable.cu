@@ -67,7 +67,7 @@ static_assert(kPartialRanks == kExpandK, "they are one step of expand");
 
 // Sums of partial [planes][T R] to `sums` in shared memory, and S where it is wanted. R is a multiple of 8.
 template <class S>
-__device__ __forceinline__ void add_up(const Partial& p, int count, float* sums, S* s) {
+__device__ __forceinline__ void add_up(const ShrinkSums& p, int count, float* sums, S* s) {
   for (int at = static_cast<int>(threadIdx.x) * 4; at < count; at += kBlockThreads * 4) {
     float sum[4] = {}, part[4] = {};
     int left = p.group;
@@ -391,7 +391,7 @@ int lora_shrink_cuda(const LoraShrinkParams& params, void* workspace, Stream str
 
 int lora_expand_cuda(const LoraExpandParams& params, void*, Stream stream) {
   LoraExpandParams p = with_dropout_scale(params);
-  const Partial& sums = p.partial;
+  const ShrinkSums& sums = p.partial;
   if (sums.data) p.s = p.s_out;
   const size_t size = size_of(p.dtype), factor = size_of(p.factor_dtype);
   const Vectorize vec{.x = can_vectorize(p.y, p.y_pitch, size) && can_vectorize(p.base, p.base_pitch, size),

@@ -89,7 +89,7 @@ struct Parts {
   __device__ __forceinline__ int64_t plane(int64_t s) const { return first + 2 * s + (s > 0); }
 };
 __device__ __forceinline__ Parts parts_of(const Adapters& d, int64_t adapter) {
-  const int64_t length = split_tokens(d.T, kCudaSplit);
+  const int64_t length = part_rows(d.T);
   int64_t most = 0, slot = 0, begin = 0;
   for (int64_t k = 0; k < d.K; ++k) {
     const Span span = rows_of(d, k, adapter);
