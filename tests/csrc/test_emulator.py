@@ -2,8 +2,11 @@
 """The emulator itself: it computes what the hardware computes, and catches the mistakes it exists to catch."""
 
 import functools
+import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +233,25 @@ def test_launchers(family, variant, cases, schedules):
     done = emulator.execute(params_program(family, variant), cases, 1, *schedules)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{cases} cases, 0 failed" in done.stdout
+
+
+@pytest.mark.skipif(not FULL, reason="test-full")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_launchers_under_contraction(family):
+    """As nvcc contracts a * b + c: schedules, and a shrink's two ways to S, still agree in every bit."""
+    test_launchers(family, "contracted", 200, (0, 1))
+
+
+@pytest.mark.skipif(not FULL, reason="test-full")
+def test_two_ways_have_equal_bits_under_contraction():
+    """What tests/ops says of the bits of rows, batches, runs and threads, over kernels that fuse multiply and add."""
+    needs("contracted")
+    files = [f"tests/ops/test_{name}.py" for name in ("lora", "multi_lora", "mora", "rng")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *files]
+    said = "emulated and (bits or batch or order)"
+    env = {**os.environ, "LRK_EMULATOR": "contracted", "LRK_TEST_FULL": ""}
+    done = subprocess.run([*command, "-k", said], cwd=emulator.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]  # 5 where none is selected
 
 
 @pytest.mark.slow

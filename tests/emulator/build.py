@@ -5,6 +5,7 @@ Variants:
   plain      -O2, for speed and for numbers; the shared library of the "emulated" device kind
   sanitized  AddressSanitizer and UBSan; executables only, run as child processes
   tracked    every load and store of a kernel is checked for races and unwritten memory (track.cpp); executables only
+  contracted plain, with every a * b + c that nvcc would contract made one fused operation
   traffic    every load and store is counted, on a sample of blocks, and nothing computed (traffic.cpp); a library of the ops
 
 python tests/emulator/build.py extension | all     builds the shared library, and what else the tests run
@@ -50,13 +51,21 @@ KERNEL = {
     # returns into memory is a store that no hook is called for.
     "traffic": ["-O2", "-g", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fno-tree-sra"],
 }
+KERNEL["contracted"] = [*KERNEL["plain"], "-mfma", "-ffp-contract=fast"]
 RUNTIME = {
     "plain": ["-O3", "-g1", "-ftls-model=initial-exec"],
+    "contracted": ["-O3", "-g1", "-ftls-model=initial-exec"],
     "sanitized": ["-O2", "-g", "-fsanitize=address"],
     "tracked": ["-O2", "-g1"],
     "traffic": ["-O2", "-g1"],
 }
-LINK = {"plain": [], "sanitized": ["-fsanitize=address,undefined"], "tracked": ["-ldl"], "traffic": ["-ldl"]}
+LINK = {
+    "plain": [],
+    "contracted": [],
+    "sanitized": ["-fsanitize=address,undefined"],
+    "tracked": ["-ldl"],
+    "traffic": ["-ldl"],
+}
 
 
 def runtime_of(variant: str) -> list[Path]:
@@ -74,6 +83,8 @@ def why_not(variant: str = "plain") -> str | None:
             said = subprocess.run([CXX, f"-print-file-name={library}"], capture_output=True, text=True).stdout.strip()
             if not os.path.isabs(said):  # the bare name comes back where there is none
                 return f"{CXX} has no {library}"
+    if variant == "contracted" and " fma " not in Path("/proc/cpuinfo").read_text():
+        return "this CPU has no fused multiply-add"
     return None
 
 
@@ -169,10 +180,11 @@ def params_program(family: str, variant: str) -> Path:
     return executable(f"{family}_params", [HERE / f"{family}_params.cpp", *sources_of(family)], variant)
 
 
-NAMESPACE = {"plain": "lrkern_emulated", "traffic": "lrkern_traffic"}
+NAMESPACE = {"plain": "lrkern_emulated", "contracted": "lrkern_emulated", "traffic": "lrkern_traffic"}
+VARIANT = os.environ.get("LRK_EMULATOR", "plain")  # of the device kind `emulated`: plain, or contracted
 
 
-def extension(variant: str = "plain") -> Path:
+def extension(variant: str = VARIANT) -> Path:
     """The glue over emulated kernels: registers torch.ops.lrkern_emulated, or lrkern_traffic, for CPU tensors."""
     spec = importlib.util.find_spec("torch")
     torch = Path(spec.origin).parent
@@ -189,7 +201,8 @@ def extension(variant: str = "plain") -> Path:
     # Both this library and _C.so define lrk::*; neither may reach into the other.
     shared = ["-shared", "-Wl,-Bsymbolic", f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     with locked():
-        return link(f"{NAMESPACE[variant]}.so", compile_all(units), [*shared, *LINK[variant]])
+        name = NAMESPACE[variant] + ("-contracted" if variant == "contracted" else "")
+        return link(f"{name}.so", compile_all(units), [*shared, *LINK[variant]])
 
 
 def launched() -> set[tuple[str, int, int]]:
