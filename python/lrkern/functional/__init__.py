@@ -4,6 +4,7 @@
 # ruff: noqa: F401, F403
 from .dora import *
 from .lora import *
+from .miss import *
 from .mora import *
 from .nola import *
 from .projection import *

@@ -3,7 +3,7 @@
 
 ``lrkern.peft.patch(model)`` makes an existing PEFT model run on lrkern, in place; ``register(config, model)`` makes the
 layers that PEFT creates from a config fused from the start; ``report(model)`` says what runs, ``unpatch(model)`` undoes it.
-``patch`` also takes VeRA and RandLoRA layers, with the projections that PEFT stores.
+``patch`` also takes VeRA and RandLoRA layers, with the projections that PEFT stores, and MiSS layers.
 
 A LoRA layer over an exact nn.Linear runs as one op. Over any other base layer (bitsandbytes, GPTQ, AWQ, torchao, ...) the
 base runs untouched and lrkern adds the low-rank part. DoRA is fused over both. What a layer does is decided in every call
@@ -29,6 +29,7 @@ from .layer import KINDS, Patched, Swapped, cannot_patch, patch_layer, swap_back
 from .lora import FusedLora as _Fused, _create, register  # noqa: F401, the first two for pickles of 0.1
 from .vera import FusedVera  # noqa: F401, the kinds of layers in the order that messages name them
 from .randlora import FusedRandLora  # noqa: F401
+from .miss import FusedMiss  # noqa: F401
 
 # isort: on
 from .lora.mixed import allow_training
@@ -64,7 +65,7 @@ def _layers(model: nn.Module, who: str) -> dict[str, BaseTunerLayer]:
 
 
 def patch(model: nn.Module, mixed_training: bool = False) -> Report:
-    """Makes the LoRA, VeRA and RandLoRA linears of a PEFT model run on lrkern, in place, and reports per layer.
+    """Makes the LoRA, VeRA, RandLoRA and MiSS linears of a PEFT model run on lrkern, in place, and reports per layer.
 
     mixed_training: ``adapter_names=`` is taken while the model trains too, where PEFT raises: a batch trains those of its
     adapters that require gradients. Without it PEFT's refusal stays.
