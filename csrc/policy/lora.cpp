@@ -154,7 +154,9 @@ const Registered registered[] = {
       .arguments = {{"T", {}}, {"N", {}}, {"R", {}}},
       .answer = explain_shrink}},
     {"lora_sums",
-     {.rule = "CUDA: partial sums of a forward's shrink are left to expand where T R is at most 1024 and R at most 32",
+     {.rule =
+          "CUDA: partial sums of a forward's shrink are left to expand where T R is at most 1024 and R at most 32; it adds them up in "
+          "its own kernel where factors are of x's type, rows whole vectors and nothing else is added",
       .numbers = "counts: a launch less, against at most 64 KB from L2 for each 128 columns of O; not measured",
       .arguments = {{"T", {}}, {"N", {}}, {"R", {}}},
       .answer = explain_sums}},

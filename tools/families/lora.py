@@ -44,12 +44,19 @@ def shrink(x: str, f: str, ranks: int, n_contig: bool, plain: bool) -> Plan:
 
 
 def expand(x: str, f: str, n_contig: bool, plain: bool, sums: bool) -> Plan:
-    """sums: it adds up S itself, [T, R] in shared memory, before its products."""
+    """sums, of factors of x's type: it adds up S itself, [T, R] in shared memory, before its products."""
     s = type_of_s(f)
     elem, _, ft, tensor = math_of(x, s)
-    shared = tile(64, 32, elem, ft) + (tile(32, 128, elem, ft) if n_contig else tile(128, 32, elem, ft)) + sums * 4096
+    shared = (
+        tile(64, 32, elem, ft)
+        + (tile(32, 128, elem, ft) if n_contig else tile(128, 32, elem, ft))
+        + (sums and x == f) * 4096
+    )
+    bounds = limits(x, ft, plain, 2, 1 if sums else 5)
+    if sums and x != "float":
+        bounds["code"] = 36 << 10  # what adds up runs once, before the rest
     wide = (not sums) * vectors(64, 32, s) + vectors(32, 128, f) + vectors(64, 128, x)
-    return Plan(2, shared, tensor, wide, stores=vectors(64, 128, x), **limits(x, ft, plain, 2, 5))
+    return Plan(2, shared, tensor, wide, stores=vectors(64, 128, x), **bounds)
 
 
 def wgrad(x: str, f: str, ranks: int, plain: bool) -> Plan:
