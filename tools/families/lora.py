@@ -52,11 +52,8 @@ def expand(x: str, f: str, n_contig: bool, plain: bool, sums: bool) -> Plan:
         + (tile(32, 128, elem, ft) if n_contig else tile(128, 32, elem, ft))
         + (sums and x == f) * 4096
     )
-    bounds = limits(x, ft, plain, 2, 1 if sums else 5)
-    if sums and x != "float":
-        bounds["code"] = 36 << 10  # what adds up runs once, before the rest
     wide = (not sums) * vectors(64, 32, s) + vectors(32, 128, f) + vectors(64, 128, x)
-    return Plan(2, shared, tensor, wide, stores=vectors(64, 128, x), **bounds)
+    return Plan(2, shared, tensor, wide, stores=vectors(64, 128, x), **limits(x, ft, plain, 2, 1 if sums else 5))
 
 
 def wgrad(x: str, f: str, ranks: int, plain: bool) -> Plan:
