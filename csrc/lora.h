@@ -50,15 +50,6 @@ struct Factor {
   int64_t stride_r, stride_n;
 };
 
-// What shrink leaves to expand where T R and R are at most these, a launch less: plane i of partial sums is [T, R] at data + i T R. S is
-// scale times their sum, rounded: groups of `group` first, each in order.
-constexpr int64_t kPartialSums = 1024, kPartialRanks = 32;  // every block of expand adds them up anew
-struct ShrinkSums {
-  float* data = nullptr;  // or there are none
-  int32_t planes = 0, group = 0;
-  float scale = 0.f;
-};
-
 struct LoraShrinkParams {
   const void* x;  // [T, N] dtype
   Factor u;       // [R, N] factor_dtype
@@ -68,8 +59,7 @@ struct LoraShrinkParams {
   DType dtype, factor_dtype;
   float scale;
   Dropout dropout;
-  const int64_t* seed;      // [1] on the device of x; read only where dropout.threshold > 0
-  ShrinkSums partial = {};  // CUDA: where it is given, S is not written
+  const int64_t* seed;  // [1] on the device of x; read only where dropout.threshold > 0
 };
 
 struct LoraExpandParams {
@@ -85,8 +75,6 @@ struct LoraExpandParams {
   float scale;
   Dropout dropout;
   const int64_t* seed;
-  ShrinkSums partial = {};  // CUDA: of what S is the sum, instead of s
-  void* s_out = nullptr;    // [T, R], where that sum goes
 };
 
 struct LoraWgradParams {
@@ -140,8 +128,6 @@ struct ShrinkSplit {
   int32_t chunks, span, plane, planes;  // one plane: S itself
 };
 ShrinkSplit choose_lora_shrink(int64_t T, int64_t N, int32_t R, Target target);
-ShrinkSums choose_lora_sums(int64_t T, int64_t N, int32_t R, float scale,
-                            Target target);  // of a shrink before an expand
 ShrinkSplit lora_shrink_split(int64_t N, int64_t span);
 ShrinkSplit lora_shrink_split(int64_t T, int64_t N, int32_t R, int32_t sms,
                               double start);  // what start is: policy/tuned.h

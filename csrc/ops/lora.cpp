@@ -77,33 +77,12 @@ LoraShrinkParams shrink_params(const Rows& x, const SmallFactor& u, void* s, flo
           .seed = d.seed};
 }
 
-// S, or, where it is brief on CUDA, what it is the sum of, which the expand that follows adds up.
-struct Shrunk {
-  Tensor s;  // memory for it where there are partial sums
-  OptTensor sums;
-  ShrinkSums partial = {};
-};
 Tensor shrink(const Rows& x, const SmallFactor& u, float scale, const DropoutArgs& d) {
   Tensor s = new_empty(x.tensor, with_last(x.tensor, u.R), s_type(u.tensor.scalar_type()));
   if (!s.numel()) return s;
   if (!x.N) return torch::stable::zero_(s);
   run(x.op, x.tensor, shrink_params(x, u, s.mutable_data_ptr(), scale, d), LRK_RUN(lora_shrink));
   return s;
-}
-
-Shrunk shrink_for_expand(const Rows& x, const SmallFactor& u, float scale, const DropoutArgs& d, int64_t O) {
-  // what expand makes of the sums is what shrink's own sum would: scale, and the one of dropout, in one product
-  const float k = d.dropout.threshold ? scale * d.dropout.keep_scale : scale;
-  ShrinkSums partial =
-      x.T && x.N && u.R && O ? choose_lora_sums(x.T, x.N, u.R, k, DeviceScope(x.op, x.tensor).target) : ShrinkSums{};
-  if (!partial.planes) return {shrink(x, u, scale, d), std::nullopt};
-  Shrunk made{new_empty(x.tensor, with_last(x.tensor, u.R), s_type(u.tensor.scalar_type())),
-              new_empty(x.tensor, Sizes{partial.planes * x.T * u.R}, ScalarType::Float), partial};
-  made.partial.data = static_cast<float*>(made.sums->mutable_data_ptr());
-  LoraShrinkParams p = shrink_params(x, u, nullptr, scale, d);
-  p.partial = made.partial;
-  run(x.op, x.tensor, p, LRK_RUN(lora_shrink));
-  return made;
 }
 
 // What the low-rank product is added to: c * base + bias, each of them optional.
@@ -113,8 +92,7 @@ struct Addend {
 };
 
 // y = c * base + bias + scale * D(S U); y may be base itself.
-void expand(const Rows& y, const Addend& add, const void* s, const SmallFactor& u, float scale, const DropoutArgs& d,
-            const ShrinkSums& partial = {}, void* s_out = nullptr) {
+void expand(const Rows& y, const Addend& add, const void* s, const SmallFactor& u, float scale, const DropoutArgs& d) {
   const bool in_place = add.base && add.base->data() == y.data();
   if (!y.T || !y.N || (in_place && !u.R && !add.base_scale)) return;
   const LoraExpandParams p{
@@ -133,18 +111,12 @@ void expand(const Rows& y, const Addend& add, const void* s, const SmallFactor& 
       .factor_dtype = u.dtype,
       .scale = scale,
       .dropout = d.dropout,
-      .seed = d.seed,
-      .partial = partial,
-      .s_out = s_out};
+      .seed = d.seed};
   run(y.op, y.tensor, p, LRK_RUN(lora_expand));
 }
 void expand(const Rows& y, const Addend& add, const Tensor& s, const SmallFactor& u, float scale,
             const DropoutArgs& d) {
   expand(y, add, s.const_data_ptr(), u, scale, d);
-}
-void expand(const Rows& y, const Addend& add, const Shrunk& from, const SmallFactor& u) {
-  if (!from.partial.data) return expand(y, add, from.s, u, 1.f, {});
-  expand(y, add, nullptr, u, 1.f, {}, from.partial, from.s.mutable_data_ptr());
 }
 
 // dX = D(dS A), of x's shape.
@@ -347,18 +319,16 @@ Three lora_forward(const char* op, const Tensor& x_, const BaseProduct& product,
     return {y, nothing(), nothing()};
   }
   if (!base_scale) {
-    // first: x is in L2 then for the GEMM, and the end of y for expand
-    const Shrunk from = shrink_for_expand(rows, a, k, d, b.N);
+    const Tensor s = shrink(rows, a, k, d);  // first: x is in L2 then for the GEMM, and the end of y for expand
     const Tensor y = product.forward(x_, bias);
     const Rows out = rows_of(op, y);
-    expand(out, {.base = out}, from, b);
-    return {y, from.s, nothing()};
+    expand(out, {.base = out}, s, b, 1.f, {});
+    return {y, s, nothing()};
   }
-  const Tensor c = check_base_scale(*base_scale, x, O);
-  const Shrunk from = shrink_for_expand(rows, a, k, d, b.N);
+  const Tensor c = check_base_scale(*base_scale, x, O), s = shrink(rows, a, k, d);
   const Tensor base = product.forward(x_, std::nullopt), y = new_empty(x_, with_last(x_, O));
-  expand(rows_of(op, y), {rows_of(op, base), c, bias ? OptTensor(as_contiguous(*bias)) : std::nullopt}, from, b);
-  return {y, from.s, base};
+  expand(rows_of(op, y), {rows_of(op, base), c, bias ? OptTensor(as_contiguous(*bias)) : std::nullopt}, s, b, 1.f, {});
+  return {y, s, base};
 }
 
 Three lora_linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& a, const Tensor& b,
@@ -436,9 +406,9 @@ std::tuple<Tensor, Tensor> add_forward(const char* op, const Tensor& y_, const T
     add_brief(rows_of(op, out), y.rows(), rows, a, b, k, d);
     return {out, nothing()};
   }
-  const Shrunk from = shrink_for_expand(rows, a, k, d, b.N);
-  expand(rows_of(op, out), {.base = y.rows()}, from, b);
-  return {out, from.s};
+  const Tensor s = shrink(rows, a, k, d);
+  expand(rows_of(op, out), {.base = y.rows()}, s, b, 1.f, {});
+  return {out, s};
 }
 
 std::tuple<Tensor, Tensor> lora_add_fwd(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,

@@ -51,12 +51,6 @@ ShrinkSplit choose_lora_shrink(int64_t T, int64_t N, int32_t R, Target target) {
   return lora_shrink_split(T, N, R, of.sms, of.start);
 }
 
-ShrinkSums choose_lora_sums(int64_t T, int64_t N, int32_t R, float scale, Target target) {
-  if (target.device == Device::kCPU || T * R > kPartialSums || R > kPartialRanks) return {};
-  const ShrinkSplit split = choose_lora_shrink(T, N, R, target);
-  return {nullptr, split.planes > 1 ? split.planes : 0, split.plane == 1 ? kShrinkGroup : 1, scale};
-}
-
 CpuTasks choose_lora_cpu_shrink(int64_t T, int64_t N, int64_t R) {
   const int64_t tiles = ceil_div(T, kCpuTokens), ranks = tiles > 1 ? kCpuRanks : 4;
   return {ranks, ceil_div(R, ranks) * tiles, cpu_grain(std::min<int64_t>(T, kCpuTokens), N, std::min(R, ranks))};
@@ -69,7 +63,7 @@ ShrinkWgradLayout shrink_wgrad_layout(const LoraShrinkWgradParams& p) {
 }
 
 size_t lora_shrink_workspace(const LoraShrinkParams& p, Target target) {
-  if (target.device == Device::kCPU || p.partial.data) return 0;
+  if (target.device == Device::kCPU) return 0;
   const int64_t planes = choose_lora_shrink(p.T, p.N, p.R, target).planes;
   return planes > 1 ? planes * p.T * p.R * sizeof(float) : 0;
 }
@@ -123,12 +117,6 @@ Answer explain_shrink(const Question& q) {
                                c.planes, " partial sums in the order that rows of any batch have")};
 }
 
-Answer explain_sums(const Question& q) {
-  const ShrinkSums c = choose_lora_sums(q["T"], q["N"], static_cast<int32_t>(q["R"]), 1.f, q.target());
-  return {{{"planes", c.planes}},
-          c.planes ? text("expand adds up the ", c.planes, " partial sums of shrink") : "shrink makes S"};
-}
-
 Answer explain_wgrad(const Question& q) {
   const int64_t tokens = split_tokens(q["T"], q.cpu() ? kCpuSplit : kCudaSplit), splits = ceil_div(q["T"], tokens);
   return {{{"tokens", tokens}, {"splits", splits}},
@@ -153,13 +141,6 @@ const Registered registered[] = {
           "long as a chunk, 8 ranks make 8 tasks of rank 64; not measured",
       .arguments = {{"T", {}}, {"N", {}}, {"R", {}}},
       .answer = explain_shrink}},
-    {"lora_sums",
-     {.rule =
-          "CUDA: partial sums of a forward's shrink are left to expand where T R is at most 1024 and R at most 32; it adds them up in "
-          "its own kernel where factors are of x's type, rows whole vectors and nothing else is added",
-      .numbers = "counts: a launch less, against at most 64 KB from L2 for each 128 columns of O; not measured",
-      .arguments = {{"T", {}}, {"N", {}}, {"R", {}}},
-      .answer = explain_sums}},
     {"lora_wgrad",
      {.rule = "splits of 256 tokens on the CPU and 128 on CUDA, longer where there would be more than 16",
       .numbers =

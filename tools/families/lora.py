@@ -43,17 +43,12 @@ def shrink(x: str, f: str, ranks: int, n_contig: bool, plain: bool) -> Plan:
     return Plan(blocks, shared, tensor, wide, **limits(x, xt, plain, blocks, 4))
 
 
-def expand(x: str, f: str, n_contig: bool, plain: bool, sums: bool) -> Plan:
-    """sums, of factors of x's type: it adds up S itself, [T, R] in shared memory, before its products."""
+def expand(x: str, f: str, n_contig: bool, plain: bool) -> Plan:
     s = type_of_s(f)
     elem, _, ft, tensor = math_of(x, s)
-    shared = (
-        tile(64, 32, elem, ft)
-        + (tile(32, 128, elem, ft) if n_contig else tile(128, 32, elem, ft))
-        + (sums and x == f) * 4096
-    )
-    wide = (not sums) * vectors(64, 32, s) + vectors(32, 128, f) + vectors(64, 128, x)
-    return Plan(2, shared, tensor, wide, stores=vectors(64, 128, x), **limits(x, ft, plain, 2, 1 if sums else 5))
+    shared = tile(64, 32, elem, ft) + (tile(32, 128, elem, ft) if n_contig else tile(128, 32, elem, ft))
+    wide = vectors(64, 32, s) + vectors(32, 128, f) + vectors(64, 128, x)
+    return Plan(2, shared, tensor, wide, stores=vectors(64, 128, x), **limits(x, ft, plain, 2, 5))
 
 
 def wgrad(x: str, f: str, ranks: int, plain: bool) -> Plan:
@@ -81,9 +76,7 @@ def rescale(x: str) -> Plan:
 
 KERNELS = {
     "lora_shrink": Kernel(shrink, "xf", list(product((16, 64), BOOLS, BOOLS)), again={"x": "y", "a": "x"}),
-    "lora_expand": Kernel(
-        expand, "xf", [*product(BOOLS, BOOLS, [False]), (False, True, True)], again={"s": "y", "b": "x"}
-    ),
+    "lora_expand": Kernel(expand, "xf", list(product(BOOLS, BOOLS)), again={"s": "y", "b": "x"}),
     "lora_wgrad": Kernel(wgrad, "xf", list(product((16, 64), BOOLS)), again={"ds": "y", "x": "z"}),
     "lora_shrink_wgrad": Kernel(shrink_wgrad, "xf", [(False,), (True,)], again={"s": "y", "b": "x"}),
     "lora_rescale": Kernel(rescale, "x"),
