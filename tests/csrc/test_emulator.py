@@ -238,7 +238,7 @@ def test_launchers(family, variant, cases, schedules):
 @pytest.mark.skipif(not FULL, reason="test-full")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_launchers_under_contraction(family):
-    """As nvcc contracts a * b + c: schedules, and a shrink's two ways to S, still agree in every bit."""
+    """As nvcc contracts a * b + c: results hold, and schedules still agree in every bit."""
     test_launchers(family, "contracted", 200, (0, 1))
 
 

@@ -91,18 +91,6 @@ def test_a_call_launches_its_kernel_and_at_most_two_sums(family):
         assert names.count(kernel) == 1 and len(names) <= 3, names
 
 
-@pytest.mark.parametrize(
-    ("T", "names"), [(16, ["lora_shrink", "lora_expand"]), (128, ["lora_shrink", "lora_sum", "lora_expand"])]
-)
-def test_an_adapter_at_few_tokens_launches_two_kernels(T, names):
-    """Beside the base product; whoever reads S adds up its partial sums."""
-    draw = lambda *shape: torch.randn(*shape).bfloat16()
-    y, x, a, b = draw(T, 1024), draw(T, 2048), draw(16, 2048), draw(1024, 16)
-    with use_library(torch.ops.lrkern_traffic), torch.no_grad():
-        counted = counter().count(lambda: torch.ops.lrkern_traffic.lora_add(y, x, a, b))
-    assert [one.name for one in counted] == names
-
-
 def figures(**changed) -> Counted:
     """A tidy launch: 64 rows of x are read once by each of four columns of blocks, and written once."""
     x = {"name": "x", "sectors": 4096, "used": 4096 * 32, "unique": 1024 * 32, "l2": 4096 * 32}
