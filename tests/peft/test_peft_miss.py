@@ -94,6 +94,20 @@ def test_dropout_drops_x_of_the_adapter_alone():
     assert relative(ours(x), stock(x)) < 2e-6
 
 
+@pytest.mark.parametrize("kind", ["balance", "bat"])
+def test_a_weight_that_lies_across(kind):
+    """Such as a Conv1D's, seen as a linear layer's; and an x and dY whose rows are not next to each other."""
+    stock, ours, _ = pair(kind)
+    for m in (stock, ours):
+        base = layer_of(m).base_layer
+        base.weight = nn.Parameter(base.weight.detach().mT.contiguous().mT, requires_grad=False)
+    assert lrkern.peft.report(ours).fused == 1
+    I, O = KINDS[kind][1:3]
+    x, g = torch.randn(I, 6).mT, torch.randn(O, 6).mT
+    for got, expected in zip(step(ours, x, g), step(stock, x, g), strict=True):
+        assert relative(got, expected) <= 2e-6
+
+
 def test_several_adapters_add_up():
     stock = model("padded")
     stock.add_adapter("other", MissConfig(r=5, init_weights=True, target_modules=["0"]))

@@ -11,14 +11,13 @@ from torch.autograd.function import once_differentiable
 from .. import ops
 from . import base
 
-__all__ = ["bone_linear", "bone_weight", "miss_add", "miss_linear"]
+__all__ = ["bone_linear", "miss_add", "miss_linear"]
 
 
-def _checked(form: str, block: Tensor, I: int, O: int) -> Tensor:
+def _check(form: str, block: Tensor, O: int) -> None:
     if block.dim() != 2 or block.shape[0] < 1 or block.shape[1] < 1 or O % block.shape[1]:
         must = f"must have shape [r, m] with m a divisor of {O}"
         raise RuntimeError(f"lrkern::{form}: block {must}, got {list(block.shape)}")
-    return block
 
 
 def miss_linear(
@@ -29,7 +28,7 @@ def miss_linear(
     x [..., I]; weight [O, I]; bias [O] or None; block [r, O], or of "mini" [r, m], whose columns are repeated O / m times. block may be
     float32 over a 16-bit base; the adapter then runs in float32, and y is rounded once more.
     """
-    _checked("miss_linear", block, weight.shape[1], weight.shape[0])
+    _check("miss_linear", block, weight.shape[0])
     y = base.linear(x, weight, bias)
     h = _folded("miss_linear", x, block, dropout_p, training)
     if (
@@ -46,7 +45,7 @@ def miss_add(y: Tensor, x: Tensor, block: Tensor, dropout_p: float = 0.0, traini
     if y.shape[:-1] != x.shape[:-1]:
         must = f"must have shape [..., O] beside x {list(x.shape)}"
         raise RuntimeError(f"lrkern::miss_add: y {must}, got {list(y.shape)}")
-    _checked("miss_add", block, x.shape[-1], y.shape[-1])
+    _check("miss_add", block, y.shape[-1])
     return _added(y, _folded("miss_add", x, block, dropout_p, training), block)
 
 
@@ -68,7 +67,7 @@ def _added(y: Tensor, h: Tensor, block: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- "bat"
 
 
-def _panels(weight: Tensor, blocks: Tensor) -> Iterator[tuple[slice, slice]]:
+def _panels(blocks: Tensor) -> Iterator[tuple[slice, slice]]:
     """Rows of W and their blocks: a quarter of W at most, or one block."""
     n, r = blocks.shape[:2]
     each = max(1, n // 4)
@@ -79,7 +78,7 @@ def _panels(weight: Tensor, blocks: Tensor) -> Iterator[tuple[slice, slice]]:
 def _panel(weight: Tensor, blocks: Tensor) -> Tensor:
     """Rows of W' = W (I + B) + B, [p r, I], of p blocks."""
     p, r, _ = blocks.shape
-    w = weight.to(blocks.dtype).view(p, -1, r)  # [r n, r] of each block: a row's shards below one another
+    w = weight.to(blocks.dtype).reshape(p, -1, r)  # [r n, r] of each block: a row's shards below one another
     new = torch.baddbmm(w, w, blocks)
     new.view(p, r, -1, r).add_(blocks.unsqueeze(2))
     return new.view(p * r, -1)
@@ -92,7 +91,7 @@ class _Bone(Function):
     def forward(ctx, x, weight, bias, blocks):
         ctx.save_for_backward(x, weight, blocks)
         y = x.new_empty(x.shape[0], weight.shape[0])
-        for rows, of in _panels(weight, blocks):
+        for rows, of in _panels(blocks):
             w, to = _panel(weight[rows], blocks[of]).mT, y[:, rows]
             torch.mm(x, w, out=to) if bias is None else torch.addmm(bias[rows], x, w, out=to)
         return y
@@ -106,7 +105,7 @@ class _Bone(Function):
             raise RuntimeError("lrkern::bone_linear: weight must not require a gradient, it has none here")
         dx = torch.empty_like(x) if need_x else None
         d = torch.empty_like(blocks) if need_blocks else None
-        for rows, of in _panels(weight, blocks):
+        for rows, of in _panels(blocks):
             of_panel, b = dy[:, rows], blocks[of]
             p, r, _ = b.shape
             if need_x:
@@ -114,7 +113,7 @@ class _Bone(Function):
                 dx.addmm_(of_panel, w) if rows.start else torch.mm(of_panel, w, out=dx)
             if need_blocks:
                 g = (of_panel.mT @ x).view(p, -1, r)  # of W', a quarter of it
-                w = weight[rows].to(b.dtype).view(p, -1, r)
+                w = weight[rows].to(b.dtype).reshape(p, -1, r)
                 d[of] = torch.baddbmm(g.view(p, r, -1, r).sum(2), w.mT, g)
         return dx, None, dy.sum(0) if need_bias else None, d
 
@@ -124,7 +123,7 @@ def bone_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) 
     plus B_o. "bat" of PEFT's MiSS, Bone's block-affine form.
 
     x [..., I]; weight [O, I], frozen; bias [O] or None; blocks [O / r, r, r], r a divisor of I. W' is made in panels of at most a
-    quarter of its rows, forward and backward: nothing of W's size is allocated or saved. In blocks' dtype, as PEFT computes it;
+    quarter of its rows, or of one block, forward and backward: nothing of W's size is allocated or saved. In blocks' dtype, as PEFT computes it;
     y in x's.
     """
     sizes = weight.shape[0] // max(1, blocks.shape[-1]), blocks.shape[-1], blocks.shape[-1]
@@ -139,8 +138,3 @@ def bone_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) 
         bias = None if bias is None else bias.to(to)
         y = _Bone.apply(x.flatten(0, -2).to(to), weight, bias, blocks.to(to))
     return y.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
-
-
-def bone_weight(weight: Tensor, blocks: Tensor) -> Tensor:
-    """W' [O, I] of ``bone_linear``, in blocks' dtype."""
-    return torch.cat([_panel(weight[rows], blocks[of]) for rows, of in _panels(weight, blocks)])
