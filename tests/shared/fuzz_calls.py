@@ -113,8 +113,8 @@ def call(rng: random.Random, schema, note) -> bool:
         isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu" and not t.is_complex()
     )
     before = {n: args[n].clone() for n in written if plain(args[n])}
-    wrapper = getattr(lrkern.ops, name, None)
-    train = wrapper is not None and not written and rng.random() < 0.3
+    wrapper, result = getattr(lrkern.ops, name, None), OPS[base_of(schema)].mutates
+    train = wrapper is not None and result is None and rng.random() < 0.3
     values = good and wrapper is not None and not train and rng.random() < 0.5
     given = {n: v.clone() if n in before else v for n, v in args.items()} if values else None
     trainable = OPS[name].differentiable if train else ()
@@ -140,7 +140,7 @@ def call(rng: random.Random, schema, note) -> bool:
             assert same, f"refused, yet {n} was written: {text}"
         return True
     if values:
-        check_values(schema, given, args[written[0]] if written else out, text)
+        check_values(schema, given, args[result] if result else out, text)
     if good and isinstance(out, Tensor):
         foretold = getattr(torch.ops.lrkern, name)(
             **{k: v.to("meta") if isinstance(v, Tensor) else v for k, v in args.items()}

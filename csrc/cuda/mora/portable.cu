@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // MoRA on CUDA, sm_80 and up: streams without products. A thread has kWidth neighbouring slots or columns of one row: eight
-// where all sizes and addresses are of whole vectors, else one. Blocks of 128 threads stand over a power of two of them side by
-// side, and rows below one another.
-#include "cuda/tile.cuh"
+// where all sizes and addresses are of whole vectors, else one.
+#include "cuda/place.cuh"
 #include "mora.h"
 
 namespace lrk {
@@ -53,16 +52,6 @@ __device__ __forceinline__ Columns<kWidth> turned(const Columns<kWidth>& v, cons
   for (int i = 0; i < kWidth; ++i) r.v[i] = v.v[i] * c.v[i] + sign * (other.v[i] * s.v[i]);
   return r;
 }
-
-// The row and the group of a thread; groups side by side are 2^shift.
-struct Place {
-  int64_t row;
-  int group;
-  explicit __device__ __forceinline__ Place(int shift)
-      : row((int64_t{blockIdx.x} << (7 - shift)) + (static_cast<int>(threadIdx.x) >> shift)),
-        group((static_cast<int>(blockIdx.y) << shift) + (static_cast<int>(threadIdx.x) & ((1 << shift) - 1))) {}
-};
-static_assert(kBlockThreads == 1 << 7);
 
 // The slot of a pair's first half.
 __device__ __forceinline__ int pair_slot(int pair, int rank) { return pair / (rank / 2) * rank + pair % (rank / 2); }
@@ -176,11 +165,8 @@ template <class F>
 int with_width(bool vectors, int64_t T, int64_t columns, const F& f) {
   return with_bool(vectors, [&](auto eight) {
     constexpr int kWidth = eight.value ? 8 : 1;
-    const int64_t groups = ceil_div(columns, kWidth);
-    int shift = 0;
-    while (shift < 7 && (int64_t{1} << shift) < groups) ++shift;
-    const dim3 grid = grid_of(ceil_div(T, int64_t{1} << (7 - shift)), ceil_div(groups, int64_t{1} << shift));
-    return f(std::integral_constant<int, kWidth>{}, shift, grid);
+    const PlaceGrid at = place_grid(T, ceil_div(columns, kWidth));
+    return f(std::integral_constant<int, kWidth>{}, at.shift, at.grid);
   });
 }
 

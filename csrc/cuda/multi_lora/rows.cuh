@@ -2,7 +2,7 @@
 // Rows and ranks of a block of multi-LoRA, as lists in shared memory, and matrices gathered through them.
 #pragma once
 
-#include "cuda/tile.cuh"
+#include "cuda/place.cuh"
 #include "multi_lora.h"
 
 namespace lrk {
@@ -148,7 +148,6 @@ __device__ __forceinline__ Page page_of(const Adapters& d, int64_t adapter, int6
   const bool exists = page >= 0 && page < d.P / kPageRanks;
   return {exists ? page * kPageRanks : 0, ranks, !exists && ranks > 0};
 }
-__device__ __forceinline__ float not_a_number() { return bit_cast<float>(0x7fc00000u); }
 
 // Where S [T, K, L, R] has the ranks of a row's slot k.
 __device__ __forceinline__ int64_t s_at(const Adapters& d, int64_t row_and_slot) {

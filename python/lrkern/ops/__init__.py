@@ -21,3 +21,4 @@ from .multi_lora import (
     multi_lora_plan,
     multi_lora_shrink,
 )
+from .s2ft import gather_matmul, gather_matmul_, scatter_add, scatter_add_, slice_gather, slice_linear

@@ -69,7 +69,7 @@ class Op:
     results: of X's arguments by name, what X_fwd returns, or X where there is none: shapes and dtypes only.
     trains: the arguments that X_bwd gives gradients of, in its order. passes: one whose gradient is that of the result.
     saved_for: what is saved only where another argument takes a gradient, and which. saved_if: where it is saved all the same,
-    as a function of X's arguments by name. function: in place of X_bwd.
+    as a function of X's arguments by name; saved_only: where it is saved at all, likewise. function: in place of X_bwd.
     weigh: an argument, and the gradient that X_bwd takes as a function of the result's and that argument.
     refuses: arguments without a gradient beside others with one; refusal: how that is said. instead: of an op in place, the
     one to use for gradients. casts: what autocast casts to its dtype, or a function of that dtype and the arguments to the
@@ -85,6 +85,7 @@ class Op:
         passes: str = "",
         saved_for: dict[str, str] | None = None,
         saved_if: dict[str, Callable[..., bool]] | None = None,
+        saved_only: dict[str, Callable[..., bool]] | None = None,
         weigh: tuple[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
         function: type[Function] | None = None,
         refuses: str = "",
@@ -97,7 +98,8 @@ class Op:
         arguments = schema_of(name).arguments
         self.name, self.names = name, [a.name for a in arguments]
         self.defaults = tuple(a.default_value for a in arguments)
-        self.saved_for, self.saved_if, self.weigh, self.shards = saved_for or {}, saved_if or {}, weigh, shards or {}
+        self.saved_for, self.saved_if, self.saved_only = saved_for or {}, saved_if or {}, saved_only or {}
+        self.weigh, self.shards = weigh, shards or {}
         self.gradients, self.passed = (tuple(map(self.names.index, text.split())) for text in (trains, passes))
         self.trained = self.passed + self.gradients
         self.refused = [(n, self.names.index(n)) for n in refuses.split()]
@@ -169,7 +171,8 @@ class Op:
         place = dict.fromkeys(self.passed, 0) | {i: n for n, i in enumerate(self.gradients, 1)}  # in (dy, *grads, None)
         by_argument = itemgetter(*(place.get(i, -1) for i in range(len(self.names))))
         only_where = [
-            (tensors.index(n), self.names.index(of), self.saved_if.get(n)) for n, of in self.saved_for.items()
+            (tensors.index(n), self.names.index(of), self.saved_if.get(n), self.saved_only.get(n))
+            for n, of in self.saved_for.items()
         ]
         named = lambda args: dict(zip(self.names, args, strict=True))
 
@@ -182,8 +185,9 @@ class Op:
                 saved = tensors_of((*args, *results))
                 if only_where:
                     saved = list(saved)
-                    for at, of, needed in only_where:
-                        if not ctx.needs_input_grad[of] and not (needed and needed(**named(args))):
+                    for at, of, needed, only in only_where:
+                        wanted = ctx.needs_input_grad[of] or (needed and needed(**named(args)))
+                        if not wanted or (only and not only(**named(args))):
                             saved[at] = None
                 ctx.save_for_backward(*saved)
                 ctx.others = others_of(args)

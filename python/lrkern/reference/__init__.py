@@ -20,3 +20,4 @@ from .multi_lora import (
 )
 from .registry import OPS, Draw, Op, Sample
 from .rng import BITS, basis_elements, dropout_multiplier, philox4x32
+from .s2ft import gather_matmul, gather_matmul_, scatter_add, scatter_add_, slice_gather, slice_linear
