@@ -63,9 +63,9 @@ struct SliceScatterParams {
 };
 
 struct SliceWriteParams {
-  void* w;               // W [O, I] dtype, at any strides
-  const void* slice;     // [rows, columns] slice_dtype, contiguous: [O, s], or of rows of W [s, I]
-  const int32_t* index;  // [s]; one out of range (CUDA) is not written
+  void* w;                                    // W [O, I] dtype, at any strides
+  const void* slice;                          // [rows, columns] slice_dtype, contiguous: [O, s], or of rows of W [s, I]
+  const int32_t* index;                       // [s]; one out of range (CUDA) is not written
   int64_t rows, columns, N, w_row, w_column;  // N: how many rows or columns W has there
   bool of_rows;
   DType dtype, slice_dtype;

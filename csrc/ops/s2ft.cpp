@@ -49,10 +49,9 @@ Slices check_slices(const Arg& like, int64_t T, int64_t N, const Tensor& index_,
     const Arg scales{like.op, "scales", *scales_};
     if (!ids_) scales.refuse("be None without ids, got a tensor");
     scales.holds<float>(like).contiguous();
-    found.scales = scales
-                       .shape(found.slots ? "[T, K], as ids" : "[T], as ids",
-                              found.slots ? Sizes{T, found.of.K} : Sizes{T})
-                       .data<float>();
+    found.scales =
+        scales.shape(found.slots ? "[T, K], as ids" : "[T], as ids", found.slots ? Sizes{T, found.of.K} : Sizes{T})
+            .data<float>();
   }
   if (on_cuda(like.op, like.tensor)) return found;
   check_ascending(index, found.of, N);
@@ -192,8 +191,7 @@ Pool pool_of(const Beside& b) {
             P};
   const auto data = [](const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); };
   run(b.x.op, b.x.tensor, SlicePagesParams{data(pool.pages), data(pool.ranks), s.A, M, s.s}, LRK_RUN(slice_pages));
-  run(b.x.op, b.x.tensor,
-      MultiLoraPlanParams{.index = s.ids, .plan = data(pool.plan), .T = b.x.T, .K = s.K, .A = s.A},
+  run(b.x.op, b.x.tensor, MultiLoraPlanParams{.index = s.ids, .plan = data(pool.plan), .T = b.x.T, .K = s.K, .A = s.A},
       LRK_RUN(multi_lora_plan));
   pool.adapters = {.pages = data(pool.pages),
                    .ranks = data(pool.ranks),
@@ -380,9 +378,28 @@ Trained check_trained(const Arg& x, const Tensor& weight, const Tensor& slice_, 
   const int64_t s = index_.dim() ? index_.size(0) : 0;
   const Arg slice{x.op, "slice", slice_};
   const SliceIndex of = check_slices(x, 0, weight.size(dim), index_, std::nullopt, std::nullopt).of;
+  if (!on_cuda(x.op, x.tensor) && s && of.index[s - 1] < 0)
+    Arg{x.op, "index", index_}.refuse("have a feature of weight in each place, got ", of.index[s - 1], " at ", s - 1);
   slice.factor_of(x);
   dim ? slice.shape("[O, s]", {weight.size(0), s}) : slice.shape("[s, I]", {s, weight.size(1)});
   return {of, dim == 0};
+}
+void write(const Arg& x, const Tensor& weight, const Tensor& slice_, const Trained& t, int64_t dim) {
+  const Tensor slice = as_contiguous(slice_);
+  if (!slice.numel()) return;
+  run(x.op, x.tensor,
+      SliceWriteParams{.w = weight.mutable_data_ptr(),
+                       .slice = slice.const_data_ptr(),
+                       .index = t.of.index,
+                       .rows = slice.size(0),
+                       .columns = slice.size(1),
+                       .N = weight.size(dim),
+                       .w_row = weight.stride(0),
+                       .w_column = weight.stride(1),
+                       .of_rows = t.of_rows,
+                       .dtype = x.dtype(),
+                       .slice_dtype = dtype_of(slice)},
+      LRK_RUN(slice_write));
 }
 Tensor as_matrix(const Rows& r) { return seen_as(r.tensor, {r.T, r.N}, {r.pitch, 1}); }
 Tensor turned(const Rows& r) { return seen_as(r.tensor, {r.N, r.T}, {1, r.pitch}); }
@@ -394,21 +411,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, Tensor& weight, const OptTe
   const AtenLinear product(weight);
   product.check(x, bias);
   const Trained t = check_trained(x, weight, slice_, index, dim);
-  const Tensor slice = as_contiguous(slice_);
-  if (slice.numel())
-    run(x.op, x_,
-        SliceWriteParams{.w = weight.mutable_data_ptr(),
-                         .slice = slice.const_data_ptr(),
-                         .index = t.of.index,
-                         .rows = slice.size(0),
-                         .columns = slice.size(1),
-                         .N = weight.size(dim),
-                         .w_row = weight.stride(0),
-                         .w_column = weight.stride(1),
-                         .of_rows = t.of_rows,
-                         .dtype = x.dtype(),
-                         .slice_dtype = dtype_of(slice)},
-        LRK_RUN(slice_write));
+  write(x, weight, slice_, t, dim);
   Tensor h = nothing();
   if (keeps && !t.of_rows) {
     h = new_empty(x_, Sizes{rows.T, t.of.s});
@@ -435,6 +438,8 @@ std::tuple<Tensor, Tensor, Tensor> slice_linear_bwd(const Tensor& dy_, const Opt
   Arg{dy.op, "weight", weight}.strided().on(dy).typed_as(dy).shape("[O, I]", {rows.N, -1});
   const Trained t = check_trained(dy, weight, slice, index, dim);
   const AtenLinear product(weight);
+  // W holds the slice, unless another forward wrote another one since, or FSDP gathered W from its shards again.
+  if (need_dx) write(dy, weight, slice, t, dim);
   Tensor d = nothing();
   if (need_dslice && !(slice.numel() && rows.T)) {
     d = new_zeros(slice);
@@ -442,7 +447,8 @@ std::tuple<Tensor, Tensor, Tensor> slice_linear_bwd(const Tensor& dy_, const Opt
     d = new_empty(dy_, sizes_of(slice));
     if (t.of_rows) {
       if (!x_) fail(dy.op, "x is needed for the gradient of slice where dim is 0, got None");
-      const Rows x = Arg{dy.op, "x", *x_}.strided().on(dy).typed_as(dy).shape("[..., I]", with_last(dy_, weight.size(1))).rows();
+      const Rows x =
+          Arg{dy.op, "x", *x_}.strided().on(dy).typed_as(dy).shape("[..., I]", with_last(dy_, weight.size(1))).rows();
       const Tensor g = new_empty(dy_, Sizes{rows.T, t.of.s});
       gather(rows, t.of, nullptr, g, t.of.s);
       gemm(dy.op, d, turned(rows_of(dy.op, g)), as_matrix(x), std::nullopt);
@@ -463,15 +469,12 @@ std::tuple<Tensor, Tensor, Tensor> slice_linear_bwd(const Tensor& dy_, const Opt
 LRK_OP(slice_gather, "(Tensor x, Tensor index, Tensor? ids=None, Tensor? scales=None) -> Tensor")
 LRK_OP(scatter_add, "(Tensor y, Tensor h, Tensor index, Tensor? ids=None, Tensor? scales=None) -> Tensor")
 LRK_OP(scatter_add_, "(Tensor(a!) y, Tensor h, Tensor index, Tensor? ids=None, Tensor? scales=None) -> ()")
-LRK_OP(gather_matmul,
-       "(Tensor y, Tensor x, Tensor d, Tensor index, Tensor? ids=None, Tensor? scales=None) -> Tensor")
-LRK_OP(gather_matmul_,
-       "(Tensor(a!) y, Tensor x, Tensor d, Tensor index, Tensor? ids=None, Tensor? scales=None) -> ()")
+LRK_OP(gather_matmul, "(Tensor y, Tensor x, Tensor d, Tensor index, Tensor? ids=None, Tensor? scales=None) -> Tensor")
+LRK_OP(gather_matmul_, "(Tensor(a!) y, Tensor x, Tensor d, Tensor index, Tensor? ids=None, Tensor? scales=None) -> ()")
 LRK_OP(gather_matmul_bwd,
        "(Tensor dy, Tensor x, Tensor d, Tensor index, Tensor? ids, Tensor? scales, bool need_dx, bool need_dd) -> "
        "(Tensor dx, Tensor dd)")
-LRK_OP(slice_linear,
-       "(Tensor x, Tensor(a!) weight, Tensor? bias, Tensor slice, Tensor index, int dim=1) -> Tensor")
+LRK_OP(slice_linear, "(Tensor x, Tensor(a!) weight, Tensor? bias, Tensor slice, Tensor index, int dim=1) -> Tensor")
 LRK_OP(slice_linear_fwd,
        "(Tensor x, Tensor(a!) weight, Tensor? bias, Tensor slice, Tensor index, int dim=1) -> (Tensor y, Tensor h)")
 LRK_OP(slice_linear_bwd,

@@ -74,8 +74,8 @@ std::string judge_write(const Case& c, const std::vector<int>& schedules) {
   const int64_t rows = c.of_rows ? c.N : c.T, columns = c.of_rows ? c.T : c.N;  // of W
   Matrix w(c.dtype, rows, columns, c.pad, c.shift, true);
   Matrix slice(c.h_dtype, c.of_rows ? c.s : c.T, c.of_rows ? c.T : c.s, 0, 0, true);
-  const SliceWriteParams p{w.data(), slice.data(), index.data(), slice.rows, slice.cols, c.N,
-                           w.pitch,  1,            c.of_rows,    c.dtype,    c.h_dtype};
+  const SliceWriteParams p{w.data(), slice.data(), index.data(), slice.rows, slice.cols, c.N, w.pitch,
+                           1,        c.of_rows,    c.dtype,      c.h_dtype};
   const std::string wrong =
       run_schedules(schedules, {&w, &slice}, {w}, [&] { return slice_write_cuda(p, nullptr, nullptr); });
   if (!wrong.empty()) return wrong;

@@ -14,9 +14,7 @@ def draw(rng: random.Random, schema, layer: Layer) -> dict[str, Any]:
         args["bias"] = None
     T, dim, name = torch.Size(layer.lead).numel(), rng.choice((0, 1)), schema.name
     features = layer.I
-    if "scatter" in name:
-        features = layer.O
-    elif "linear" in name and dim == 0:
+    if "scatter" in name or ("linear" in name and dim == 0):
         features = layer.O
     s, A, slots = rng.randint(0, min(features, 90)), rng.randint(1, 4), rng.choice((0, 0, 1, 2, 3))
     mixed = slots and "linear" not in name

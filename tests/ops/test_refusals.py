@@ -13,6 +13,11 @@ import lrkern.ops
 from lrkern.reference import OPS
 
 T, I, O, R = 6, 16, 12, 4
+COLUMNS, IDS, EACH = (
+    torch.tensor([0, 2, 3, 9]).int(),
+    torch.tensor([0, -1, 1, 1, 0, 0]).int(),
+    torch.tensor([[0, 1], [4, -1]]).int(),
+)
 
 
 def good(name):
@@ -38,11 +43,62 @@ def good(name):
         "mora_decompress_": {"y": torch.randn(T, O), "h": s, "type": 1, "circular": True, "adjoint": False},
         "mora_linear": {"x": x, "weight": w, "bias": bias, "m": torch.randn(R, R), "type": 1, "circular": True},
         "mora_add": {"y": torch.randn(T, O), "x": x, "m": torch.randn(R, R), "type": 6, "circular": True},
+        "slice_gather": {"x": x, "index": COLUMNS, "ids": None, "scales": None},
+        "scatter_add": {"y": torch.randn(T, O), "h": s, "index": COLUMNS, "ids": None, "scales": None},
+        "scatter_add_": {"y": torch.randn(T, O), "h": s, "index": COLUMNS, "ids": None, "scales": None},
+        "gather_matmul": {
+            "y": torch.randn(T, O),
+            "x": x,
+            "d": torch.randn(R, O),
+            "index": COLUMNS,
+            "ids": None,
+            "scales": None,
+        },
+        "gather_matmul_": {
+            "y": torch.randn(T, O),
+            "x": x,
+            "d": torch.randn(R, O),
+            "index": COLUMNS,
+            "ids": None,
+            "scales": None,
+        },
+        "slice_linear": {"x": x, "weight": w, "bias": bias, "slice": torch.randn(O, R), "index": COLUMNS, "dim": 1},
     }[name]
 
 
 SEED = torch.tensor([1])
+MIXED = {"index": EACH, "ids": IDS}  # of two adapters, of two columns at most
 CASES = [
+    ("slice_gather", {"x": torch.randn(T, I).double()}, "x must be float32, float16 or bfloat16, got float64"),
+    ("slice_gather", {"index": COLUMNS.long()}, "index must be int32, got int64"),
+    ("slice_gather", {"index": EACH}, r"index must have shape \[s\] = \[\*\], got \[2, 2\]"),
+    ("slice_gather", {"ids": IDS}, r"index must have shape \[A, s\] = \[\*, \*\], got \[4\]"),
+    ("slice_gather", {"index": EACH, "ids": IDS.long()}, "ids must be int32, got int64"),
+    ("slice_gather", {"index": EACH, "ids": IDS[:3]}, r"ids must have shape \[T\] = \[6\], got \[3\]"),
+    ("slice_gather", {"index": EACH, "ids": IDS.new_zeros(T, 0)}, r"ids must have at least one slot, got \[6, 0\]"),
+    ("slice_gather", {"scales": torch.ones(T)}, "scales must be None without ids, got a tensor"),
+    ("slice_gather", MIXED | {"scales": torch.ones(T, 1)}, r"scales must have shape \[T\], as ids = \[6\], got \[6, 1\]"),
+    ("slice_gather", MIXED | {"scales": torch.ones(T).half()}, "scales must be float32, got float16"),
+    ("scatter_add", {"y": torch.tensor(1.0)}, "y must have at least one dimension, got a scalar"),
+    ("scatter_add", {"h": torch.randn(T, R).half()}, r"h must be float32 \(the dtype of y\), got float16"),
+    ("scatter_add", {"h": torch.randn(T, R + 1)}, r"h must have shape \[..., s\] = \[6, 4\], got \[6, 5\]"),
+    ("scatter_add_", {"y": torch.randn(O, T).t()}, "y must be rows of contiguous elements at one pitch"),
+    ("gather_matmul", {"x": torch.randn(T, I).long()}, "x must be float32, float16 or bfloat16, got int64"),
+    ("gather_matmul", {"y": torch.randn(T, O).half()}, r"y must be float32 \(the dtype of x\), got float16"),
+    ("gather_matmul", {"y": torch.randn(T + 1, O)}, r"y must have shape \[..., O\] = \[6, 12\], got \[7, 12\]"),
+    ("gather_matmul", {"d": torch.randn(O, R)}, r"d must have shape \[s, O\] = \[4, 12\], got \[12, 4\]"),
+    ("gather_matmul", {"d": torch.randn(R, O).half()}, r"d must be float32 \(the dtype of x\), got float16"),
+    ("gather_matmul", MIXED, r"d must have shape \[A, s, O\] = \[2, 2, 12\], got \[4, 12\]"),
+    ("gather_matmul_", {"y": torch.randn(O, T).t()}, "y must be rows of contiguous elements at one pitch"),
+    ("gather_matmul_", {"d": torch.randn(R, O).to_sparse()}, "d must be a dense strided tensor"),
+    ("slice_linear", {"x": torch.randn(T, I + 1)}, rf"x must have {I} features \(weight is"),
+    ("slice_linear", {"weight": torch.randn(O, I).half()}, r"weight must be float32 \(the dtype of x\), got float16"),
+    ("slice_linear", {"bias": torch.randn(O + 1)}, rf"bias must have shape \[O\] = \[{O}\], got \[{O + 1}\]"),
+    ("slice_linear", {"slice": torch.randn(R, I)}, rf"slice must have shape \[O, s\] = \[{O}, {R}\], got \[{R}, {I}\]"),
+    ("slice_linear", {"slice": torch.randn(O, R), "dim": 0}, rf"slice must have shape \[s, I\] = \[{R}, {I}\], got \[{O}, {R}\]"),
+    ("slice_linear", {"slice": torch.randn(O, R).half()}, r"slice must be float32 \(the dtype of x\), got float16"),
+    ("slice_linear", {"index": COLUMNS[None]}, r"index must have shape \[s\] = \[\*\], got \[1, 4\]"),
+    ("slice_linear", {"dim": 2}, r"dim must be 0 \(rows of weight\) or 1 \(columns\), got 2"),
     # op, changed arguments, what the message says
     ("lora_shrink", {"x": torch.randn(T, I).double()}, "x must be float32, float16 or bfloat16, got float64"),
     ("lora_shrink", {"x": torch.tensor(1.0)}, "x must have at least one dimension, got a scalar"),

@@ -15,7 +15,11 @@ KERNELS = {
     "slice_pages": Kernel(lambda *_: Plan(8), part=True),
 }
 
-SHAPES = [Shape(T=8192, I=4096, O=4096, R=64), Shape(T=8192, I=11008, O=4096, R=224), Shape(A=16, T=64, I=4096, O=4096, R=64)]
+SHAPES = [
+    Shape(T=8192, I=4096, O=4096, R=64),
+    Shape(T=8192, I=11008, O=4096, R=224),
+    Shape(A=16, T=64, I=4096, O=4096, R=64),
+]
 
 
 def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:

@@ -95,6 +95,8 @@ def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) ->
     tensors, kinds, entries = {}, [], {}
     for name, layer in layers.items():
         _check_settings(name, layer)
+        exact = f"save_adapter: bits must be None for {type(layer).__name__} ({name}), whose values are those of W, got {bits}"
+        require(bits is None or layer.QUANTIZES, exact)
         kind = _kind(layer)
         if kind not in kinds:
             kinds.append(kind)
@@ -147,12 +149,15 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
             parent, _, child = name.rpartition(".")
             for key, c in layer.coefficients().items():
                 _put(layer, key, c.detach().to(there.weight.device))
+            for key, b in layer._buffers.items():
+                layer._buffers[key] = b if b is None else b.to(there.weight.device)
             setattr(model.get_submodule(parent), child, layer.train(there.training))
 
 
 def _put(layer: AdapterLinear, key: str, c: Tensor) -> None:
     owner, _, name = key.rpartition(".")
-    setattr(layer.get_submodule(owner), name, nn.Parameter(c))
+    owner = layer.get_submodule(owner)
+    setattr(owner, name, nn.Parameter(c, owner._parameters[name].requires_grad))
 
 
 def read_layers(path: str | Path, among: Collection[str] | None = None) -> dict[str, AdapterLinear]:
@@ -285,9 +290,11 @@ def _check_place(model: nn.Module, name: str, layer: AdapterLinear) -> None:
         for key, c in there.coefficients().items():
             fits = layer.get_parameter(key).to(c.dtype).isfinite().all()
             require(fits, f"{name}.{key} must be finite in the model's {c.dtype}, got inf or nan")
+        require(not (got := layer.unlike(there)), f"{name} must be of the model's base, got {got}")
         return
     must = f"{name} must be an nn.Linear with a plain weight in the model"
     require(not (got := no_linear(there)), f"{must}, got {got}")
     require(name, "an nn.Linear cannot be replaced in itself; give the module that holds it")
     got, want = list(there.weight.shape), [layer.out_features, layer.in_features]
     require(got == want, f"{name} must have a weight of shape {want} in the model, got {got}")
+    require(not (got := layer.unlike(there)), f"{name} must be of the model's base, got {got}")

@@ -5,6 +5,7 @@ from .lora import FusedLoRALinear as FusedLoRALinear
 from .mora import MoRALinear as MoRALinear
 from .nola import NOLALinear as NOLALinear
 from .randlora import RandLoRALinear as RandLoRALinear
+from .s2ft import S2FTLinear as S2FTLinear
 from .vera import VeRALinear as VeRALinear
 
 __all__ = sorted(name for name, thing in vars().items() if getattr(thing, "__module__", "").startswith(__name__))

@@ -51,6 +51,8 @@ class AdapterLinear(nn.Module):
     PEFT_TYPE: ClassVar[str | None] = None
     PEFT_SHARES: ClassVar[tuple[str, ...]] = ()
 
+    QUANTIZES: ClassVar[bool] = True  # whether a file may keep the coefficients in 8 or 4 bits
+
     low_rank = False  # whether a LoRA of lower rank than W equals it: that of ``factors``
     _SUM = "W + delta_weight()"  # what merge writes, in its errors
     _as_merged: "AdapterLinear | None" = None  # what the adapter was when it was merged
@@ -165,6 +167,10 @@ class AdapterLinear(nn.Module):
         b ⊙ ((d ⊙ (x Aᵀ)) B) and its coefficients are d [r] and b [out]: what serving keeps once for all layers."""
         return None
 
+    def unlike(self, base: nn.Module) -> str | None:
+        """What says that this layer, read from a file, is not of this base layer or layer of its kind, where it can tell."""
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
         if self.merged or not self.enabled or not self.r:
             return self._base_alone(x)
@@ -206,16 +212,19 @@ class AdapterLinear(nn.Module):
     def merge(self) -> None:
         """W += delta_weight(), rounded once to W's dtype; forward is the base layer from then on. Refuses a non-finite
         result and leaves W as it was; a layer that is merged or disabled; and a base layer that is no plain nn.Linear."""
-        self._refuse_if(self.merged, "merge", "not be merged already; unmerge() first")
-        self._refuse_if(not self.enabled, "merge", "be enabled; enable_adapter() first")
-        kind, plain = type(self.base_layer).__name__, plain_linear(self.base_layer)[0] is not None
-        must = f"have a plain nn.Linear without hooks as base_layer, W is not all that {kind} computes"
-        self._refuse_if(not plain, "merge", must)
+        self._check_merge()
         if self.r:
             now = _snapshot(self)
             self._write(now._merged_weight(self.base_layer.weight.float()), "merge")
             self.__dict__["_as_merged"] = now  # not a submodule
         self.merged = True
+
+    def _check_merge(self) -> None:
+        self._refuse_if(self.merged, "merge", "not be merged already; unmerge() first")
+        self._refuse_if(not self.enabled, "merge", "be enabled; enable_adapter() first")
+        kind, plain = type(self.base_layer).__name__, plain_linear(self.base_layer)[0] is not None
+        must = f"have a plain nn.Linear without hooks as base_layer, W is not all that {kind} computes"
+        self._refuse_if(not plain, "merge", must)
 
     @torch.no_grad()
     def unmerge(self) -> None:

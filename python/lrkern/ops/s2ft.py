@@ -9,7 +9,6 @@ not validated, that row is NaN and no other.
 
 import math
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -71,9 +70,7 @@ _scatter = Op(
 )
 
 
-def scatter_add(
-    y: Tensor, h: Tensor, index: Tensor, ids: Tensor | None = None, scales: Tensor | None = None
-) -> Tensor:
+def scatter_add(y: Tensor, h: Tensor, index: Tensor, ids: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
     """y, and added to its columns y[t, index[ids[t, k]]] what scales[t, k] · h[t, k] has for them, as a new tensor.
 
     y [..., N]; h [..., s], or [..., K, s] where ids is [T, K], of y's dtype or float32. Slots are summed in order in float32 and rounded once.
@@ -91,7 +88,12 @@ def scatter_add_(y: Tensor, h: Tensor, index: Tensor, ids: Tensor | None = None,
 
 
 _matmul = Op(
-    "gather_matmul", results=lambda y, **_: like_contiguous(y), trains="x d", passes="y", refuses="scales", casts="y x d"
+    "gather_matmul",
+    results=lambda y, **_: like_contiguous(y),
+    trains="x d",
+    passes="y",
+    refuses="scales",
+    casts="y x d",
 )
 
 
@@ -134,9 +136,7 @@ _linear = Op(
 )
 
 
-def slice_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slice: Tensor, index: Tensor, dim: int = 1
-) -> Tensor:
+def slice_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slice: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     """y = x Wᵀ + bias, where W is weight with ``slice`` in its columns ``index`` (dim 1) or its rows (dim 0), and only they train.
 
     x [..., I]; weight [O, I]; slice [O, s], or of rows [s, I], of x's dtype or float32. slice is first written into weight, in

@@ -70,7 +70,9 @@ class Layer:
     """lead: leading dimensions of x. R: columns of a slice. fp32: d and slice, beside activations of any dtype. slots: of a row, none
     where all rows have one slice. A: adapters, of 1 to R columns. run: columns are neighbours. pitch: of x's rows; 0: contiguous."""
 
-    def __init__(self, draw: Draw, lead, I, O, R, fp32=False, bias=True, pitch=0, slots=0, A=3, run=False, scaled=False):
+    def __init__(
+        self, draw: Draw, lead, I, O, R, fp32=False, bias=True, pitch=0, slots=0, A=3, run=False, scaled=False
+    ):
         self.draw, self.lead, self.I, self.O, self.R, self.pitch = draw, lead, I, O, R, pitch
         self.x, self.type = draw(*lead, I, pitch=pitch), torch.float32 if fp32 else draw.dtype
         self.weight, self.bias = draw(O, I, std=max(I, 1) ** -0.5), draw(O) if bias else None
@@ -159,9 +161,9 @@ def matmul_into_samples(name: str, t: Layer) -> Iterator[Sample]:
 
 @register(slice_linear, differentiable="x bias slice", casts="x weight bias", products="TIO")
 def linear_samples(name: str, t: Layer) -> Iterator[Sample]:
-    for dim in (0, 1):
-        if t.R <= t.weight.shape[dim]:
+    for dim, which in ((1, ""), (0, "_rows")):
+        if t.weight.shape[dim] >= t.R:
             index = t.index(t.weight.shape[dim], one=True)
             slice = t.weight.index_select(dim, index.long()).to(t.type)
             weight = t.weight.index_copy(dim, index.long(), slice.to(t.weight.dtype))
-            yield Sample(f"{name}_dim{dim}", (t.x, weight, t.bias, slice, index, dim))
+            yield Sample(f"{name}{which}", (t.x, weight, t.bias, slice, index, dim))
