@@ -109,3 +109,39 @@ class StoredOps:
                 self.a_as_b = a.mT.contiguous()
             OPS.lora_expand_.default(dx, ds, self.a_as_b, scale)
         return dx, None, None, da, db, dc
+
+
+# ---- for providers whose parameters are no inputs of the case
+
+
+class WithDw(Function):
+    """A linear layer of which W trains, though it asks for no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        torch.mm(dy.mT, x)
+        return dy @ weight, None, None
+
+
+class Trained(Function):
+    """run(x) with the gradients of a module's own parameters in the step: asked for the one of x, it makes them as well."""
+
+    @staticmethod
+    def forward(ctx, run, module, x):
+        if not x.requires_grad:
+            return run(x)
+        with torch.enable_grad():
+            inner = x.detach().requires_grad_()
+            ctx.of = inner, [p for p in module.parameters() if p.requires_grad], run(inner)
+        return ctx.of[2].detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, parameters, y = ctx.of
+        return None, None, torch.autograd.grad(y, [x, *parameters], dy)[0]

@@ -19,30 +19,14 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
-from stored import OPS, LayerSuite, StoredLinear, frozen
+from stored import OPS, LayerSuite, StoredLinear, Trained, WithDw, frozen
 from suite import Call, Case
 from torch import Tensor
-from torch.autograd import Function
 
 from lrkern import _host
 from lrkern.nn import MoRALinear
 from lrkern.ops.dispatch import use_library
 from lrkern.reference import Draw, mora_linear
-
-
-class Full(Function):
-    """A linear layer whose W trains."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        torch.mm(dy.mT, x)
-        return dy @ weight, None, None
 
 
 def published(x: Tensor, m: Tensor, O: int, kind: int, cos: Tensor, sin: Tensor) -> Tensor:
@@ -158,7 +142,7 @@ class Suite(LayerSuite):
 
         # Its own parameters are no inputs of the case, and train all the same.
         x, whole, stored = d.inputs["x"], layer(d.linear), layer(StoredLinear(d.linear, d.y, d.dx))
-        return Call(lambda: Trained.apply(whole, x), Call(lambda: Trained.apply(stored, x)), exact=False)
+        return Call(lambda: Trained.apply(whole, whole, x), Call(lambda: Trained.apply(stored, stored, x)), exact=False)
 
     def published(self, d: Data) -> Call:
         x, m, O, kind = d.inputs["x"], d.inputs["m"], d.case.O, int(d.case.type)
@@ -167,7 +151,7 @@ class Suite(LayerSuite):
     def full(self, d: Data) -> Call:
         x, weight, bias = (d.inputs[name] for name in ("x", "weight", "bias"))
         truth = lambda x, weight, bias, m: F.linear(x, weight, bias)
-        return Call(lambda: Full.apply(x, weight, bias), truth=truth)
+        return Call(lambda: WithDw.apply(x, weight, bias), truth=truth)
 
     def lrkern(self, d: Data) -> Call:
         run, r = (lambda: d.layer(d.inputs["x"])), d.layer.rank
@@ -175,21 +159,3 @@ class Suite(LayerSuite):
         rows = _host.explain("mora_rows", T=d.case.T, P=slots, device=d.y.device.type)["rows"]
         stored = StoredMora(d.y.clone(), d.dx.clone(), rows)
         return Call(run, Call(run, around=lambda: use_library(stored)))
-
-
-class Trained(Function):
-    """A layer with the gradients of its own parameters in the step: asked for the one of x, it makes them as well."""
-
-    @staticmethod
-    def forward(ctx, layer, x):
-        if not x.requires_grad:
-            return layer(x)
-        with torch.enable_grad():
-            inner = x.detach().requires_grad_()
-            ctx.of = inner, [p for p in layer.parameters() if p.requires_grad], layer(inner)
-        return ctx.of[2].detach()
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, parameters, y = ctx.of
-        return None, torch.autograd.grad(y, [x, *parameters], dy)[0]
