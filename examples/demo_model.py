@@ -87,20 +87,33 @@ def load_base(device: str = "cpu", seed: int = 0) -> Rater:
     return model.requires_grad_(False).to(device)
 
 
-def add_adapter(model: Rater, side: str, seed: int = 0, dropout: float = 0.0) -> peft.PeftModel:
-    """LoRA on every Linear of the base, and a trainable head. With lrkern it is the same model, patched in place."""
+def add_adapter(model: Rater, side: str, seed: int = 0, dropout: float = 0.0) -> nn.Module:
+    """LoRA on every Linear of the base, and a trainable head. With lrkern it is the same model, patched in place; any other
+    side but "lora", the same again, is one of demo_methods.py."""
+    if side not in (*SIDES, "lora"):
+        import demo_methods
+
+        return demo_methods.adapt(model, side, seed)
     torch.manual_seed(seed)
     config = peft.LoraConfig(
         task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear"
     )
     model = peft.get_peft_model(model, config)
-    if side == "lrkern":
+    if side != "peft":
         import lrkern.peft
 
         report = lrkern.peft.patch(model)
         if report.fused < len(report.layers):
             raise DemoError(str(report))
     return model
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    if isinstance(model, peft.PeftModel):
+        return model.save_pretrained(folder)
+    import demo_methods
+
+    return demo_methods.save(model, folder)
 
 
 def load_adapter(model: Rater, folder: Path) -> peft.PeftModel:

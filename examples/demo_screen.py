@@ -43,8 +43,44 @@ def same_learning(s: dict) -> str | None:
         )
 
 
+def method_learning(s: dict) -> str | None:
+    if x := s.get("method"):
+        name, r, files = x["name"], x["mean_r"], x["file_bytes"]
+        count = {side: f"{n / 1e6:.3f} M" for side, n in x["trainable"].items()}
+        rows = [
+            f"learning        {name} r={r[name]:.3f}  LoRA r={r['lora']:.3f}  frozen base {r['base']:.3f}     "
+            f"trained {name} {count[name]} | LoRA {count['lora']}     a file {mb(files[name])} | LoRA {mb(files['lora'])}"
+        ]
+        for domain in x["r"][name]:
+            values = "  ".join(f"{side} {x['r'][side][domain]:.3f}" for side in ("base", "lora", name))
+            rows.append(f"{'':18}{domain:<9}{values}")
+        return "\n".join(rows)
+
+
+def method_cost(s: dict) -> str | None:
+    if (m := s.get("method")) and (x := s.get("cost_per_step")):
+        name, noise = m["name"], " (no difference within noise)" if x["within_noise"] else ""
+        return (
+            f"cost per step   base {x['base_ms']:.0f} ms | LoRA +{x['lora_ms']:.1f} ± {x['lora_noise_ms']:.1f} | "
+            f"{name} +{x[f'{name}_ms']:.1f} ± {x[f'{name}_noise_ms']:.1f}{noise}     saved for backward beyond x: "
+            f"LoRA {mb(x['lora_saved_bytes'])} | {name} {mb(x[f'{name}_saved_bytes'])}     "
+            f"peak LoRA {mb(x['lora_peak_bytes'], 0)} | {name} {mb(x[f'{name}_peak_bytes'], 0)}"
+        )
+
+
+def method_round_trip(s: dict) -> str | None:
+    if x := s.get("method_round_trip"):
+        ok = verdict(x["ok"], f"<= {x['bound']:.0e}")
+        return f"round trip      the base loads all {len(x['gaps'])} files: max |dy| {x['max_gap']:.1e}   {ok}"
+
+
+def method_files(s: dict) -> str | None:
+    if x := s.get("method"):
+        return f"files    {s['out']}/{{summary.json, loss.png, {x['name']}/ (4)}}     the part to copy: examples/demo_methods.py"
+
+
 def cost_per_step(s: dict) -> str | None:
-    if x := s.get("cost_per_step"):
+    if (x := s.get("cost_per_step")) and "method" not in s:
         noise = " (no difference within noise)" if x["within_noise"] else ""
         times = (
             f"base {x['base_ms']:.0f} ms | PEFT +{x['peft_ms']:.1f} ± {x['peft_noise_ms']:.1f} | "
@@ -99,10 +135,14 @@ def try_it(s: dict) -> str | None:
     return "try it   " + "\n         ".join(rows) if rows else None
 
 
-def files(s: dict) -> str:
+def files(s: dict) -> str | None:
     return (
-        f"files    {s['out']}/{{summary.json, loss.png, adapters/ (4)}}     "
-        "your model: import lrkern.peft; lrkern.peft.patch(model)"
+        None
+        if "method" in s
+        else (
+            f"files    {s['out']}/{{summary.json, loss.png, adapters/ (4)}}     "
+            "your model: import lrkern.peft; lrkern.peft.patch(model)"
+        )
     )
 
 
@@ -110,9 +150,22 @@ def mb(size: float, digits: int = 2) -> str:
     return f"{size / 1e6:.{digits}f} MB"
 
 
-NUMBERED = same_learning, cost_per_step, right_adapter, mixed_batch, round_trip
+NUMBERED = (
+    same_learning,
+    method_learning,
+    method_cost,
+    cost_per_step,
+    right_adapter,
+    mixed_batch,
+    round_trip,
+    method_round_trip,
+)
 LINES: list[Callable[[dict], str | None]] = [
     header,
+    method_learning,
+    method_cost,
+    method_round_trip,
+    method_files,
     same_learning,
     cost_per_step,
     right_adapter,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training runs of one side of the demo, in a process of its own: `python demo_train.py`, one line of input a job.
 
-A line is the path of a job.json, which names the side (peft or lrkern) and holds the text; the run leaves an adapter folder
+A line is the path of a job.json, which names the side (peft, lrkern or a method) and holds the text; the run leaves an adapter folder
 and result.json in job["out"], and "done" in the output.
 """
 
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from demo_model import add_adapter, load_base, pearson, predict, progress, step, synchronize, tokenizer
+from demo_model import add_adapter, load_base, pearson, predict, progress, save_adapter, step, synchronize, tokenizer
 from torch import Tensor, nn
 
 
@@ -63,7 +63,7 @@ def main(job: dict) -> dict:
 
     torch.set_num_threads(job["cores"])  # only this side scores all domains: the other is about to end
     model.eval()
-    model.save_pretrained(out)
+    save_adapter(model, out)
     label = lambda name: f"{job['domain']:>8} {job['side']:<6} scores {name}"
     scores = {name: predict(model, tokenize, texts, device, label(name)) for name, texts in job["score"].items()}
     return dict(

@@ -69,7 +69,11 @@ class Data(suite.Data):
         self.dims, inputs = [layer._dim for layer in self.layers], {"x": x}
         for n, layer in enumerate(self.layers):
             layer.slice.requires_grad_(self.train)
-            inputs |= {f"weight{n}": layer.base_layer.weight, f"bias{n}": layer.base_layer.bias, f"slice{n}": layer.slice}
+            inputs |= {
+                f"weight{n}": layer.base_layer.weight,
+                f"bias{n}": layer.base_layer.bias,
+                f"slice{n}": layer.slice,
+            }
         super().__init__(inputs, draw(T, I if block else O), self.truth_of)
         self.linear = self.linears[0]
         if not block:

@@ -139,9 +139,8 @@ struct Beside {
 };
 Beside check_beside(const Arg& y, const Arg& x, const Tensor& d_, const Tensor& index, const OptTensor& ids,
                     const OptTensor& scales) {
-  x.floats(), y.strided().on(x).typed_as(x);
-  y.shape("[..., O]", with_last(x.tensor, y.tensor.dim() ? y.last() : -1));
-  const Rows rows = x.rows();
+  const Rows rows = x.floats().rows();
+  y.strided().on(x).typed_as(x).shape("[..., O]", with_last(x.tensor, y.tensor.dim() ? y.last() : -1));
   const Slices s = check_slices(x, rows.T, rows.N, index, ids, scales);
   const Arg d{x.op, "d", d_};
   d.factor_of(x);

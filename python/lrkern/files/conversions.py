@@ -28,13 +28,14 @@ def _layers(who: str, model: nn.Module | Mapping[str, nn.Module], kinds: str):
 
 
 def to_lora(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> None:
-    """Writes the NOLALinear, VeRALinear and MoRALinear layers of a model as a plain PEFT LoRA folder, equal up to rounding: for
-    stock PEFT, vLLM and others that serve LoRA.
+    """Writes the NOLALinear, VeRALinear, MoRALinear and S2FTLinear layers of a model as a plain PEFT LoRA folder, equal up to
+    rounding: for stock PEFT, vLLM and others that serve LoRA.
 
     model: one that holds the layers, or the layers by the names the base model has for them. NOLA becomes its generated A
-    and scaling · B, VeRA becomes diag(d) A and diag(b) B, MoRA of types 1 to 4 its maps with M in A, in float32 with lora_alpha = r, a scaling of 1. Ranks that differ
-    go to rank_pattern and alpha_pattern; dropout is not kept. The folder has adapter_config.json and adapter_model.safetensors, a LoRA's
-    size: 4 r (in + out) bytes a layer.
+    and scaling · B, VeRA becomes diag(d) A and diag(b) B, MoRA of types 1 to 4 its maps with M in A, S2FT the features that
+    are picked and their change, in float32 with lora_alpha = r, a scaling of 1. Ranks that differ go to rank_pattern and
+    alpha_pattern; dropout is not kept. The folder has adapter_config.json and adapter_model.safetensors, a LoRA's size: 4 r
+    (in + out) bytes a layer.
 
     Refused with a ValueError before anything is written: what has full rank (RandLoRALinear, MoRA of type 6), a rank above 512,
     coefficients that are not finite, no layer at all, and a layer without a name.
