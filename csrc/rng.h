@@ -39,7 +39,7 @@ LRK_HD Philox philox4x32(Philox c, uint64_t key) {
 }
 
 // c3's fields. Values are part of the stream: add, never renumber.
-enum class Method : uint32_t { kDropout = 1, kNola = 2, kVera = 3, kRandLora = 4 };
+enum class Method : uint32_t { kDropout = 1, kNola = 2, kVera = 3, kRandLora = 4, kMx = 5 };
 enum class Distribution : uint32_t {
   kBits16 = 1,     // dropout's: the bits themselves
   kUniform8 = 2,   // (2 h + 1) / 2^8 - 1 of 8 bits h

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// The MX family: MXFP4 (OCP Microscaling Formats 1.0), its codecs and the contract of its kernels. T rows, K features, O rows of
+// a weight, G = ceil(K / 32) blocks of a row. Row pitches are in elements; the last dimension is contiguous unless a stride says so.
+//
+//   e2m1   4 bits: a sign and 0, .5, 1, 1.5, 2, 3, 4, 6. No inf, no NaN. The even k is the low nibble
+//   e8m0   8 bits b: 2^(b - 127); 0x00 is 2^-127, 0xFF is NaN
+//   block  32 elements along K and one e8m0: 4.25 bits an element; those past K are zeros
+//
+// A block with a NaN or an infinity has the scale 0xFF and codes 0: it is NaN as a whole. One of zeros has the scale 0x00 and
+// codes 0, as one of which the rule asks for a scale below 2^-127. Beyond 6 scales an element saturates.
+#pragma once
+
+#include <cmath>
+
+#include "lora.h"
+
+namespace lrk {
+
+constexpr int kMxBlock = 32, kMxBytes = kMxBlock / 2;
+
+// ---- elements
+
+LRK_HD constexpr float e2m1_value(uint32_t code) {
+  constexpr float magnitudes[8] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f};
+  return code & 8u ? -magnitudes[code & 7u] : magnitudes[code & 7u];
+}
+// To the nearest, ties to the even code, saturating; a NaN gives 0.
+LRK_HD uint32_t e2m1_magnitude(float magnitude) {
+  return (magnitude > .25f) + (magnitude >= .75f) + (magnitude > 1.25f) + (magnitude >= 1.75f) + (magnitude > 2.5f) +
+         (magnitude >= 3.5f) + (magnitude > 5.f);
+}
+LRK_HD uint32_t e2m1_code(float x) { return e2m1_magnitude(fabsf(x)) | (bit_cast<uint32_t>(x) >> 28 & 8u); }
+// One of the two neighbours, the upper one with the probability of the distance to the lower one, by 16 random bits.
+LRK_HD uint32_t e2m1_stochastic(float x, uint32_t bits) {
+  const float a = fabsf(x);
+  const uint32_t low = (a >= .5f) + (a >= 1.f) + (a >= 1.5f) + (a >= 2.f) + (a >= 3.f) + (a >= 4.f) + (a >= 6.f);
+  const float step = low < 4u ? 2.f : low < 6u ? 1.f : .5f;  // one over the distance of the neighbours
+  const float part = (a - e2m1_value(low)) * step * 65536.f;
+  const uint32_t up = low < 7u && static_cast<float>(bits) + .5f < part;
+  return (low + up) | (bit_cast<uint32_t>(x) >> 28 & 8u);
+}
+
+// ---- scales
+
+LRK_HD float e8m0_value(uint32_t byte) {
+  return bit_cast<float>(byte == 0u ? 0x00400000u : byte == 255u ? 0x7fc00000u : byte << 23);
+}
+// One over it, exact; of NaN it is 0, so that all codes become 0.
+LRK_HD float e8m0_inverse(uint32_t byte) {
+  return bit_cast<float>(byte == 254u ? 0x00400000u : byte == 255u ? 0u : (254u - byte) << 23);
+}
+
+// How a block gets its scale. Of the largest magnitude m: kFloor 2^(floor(log2 m) - 2) (OCP), kCeil 2^(ceil(log2 m) - 2), kRceil
+// 2^ceil(log2(m / 6)), kEven m rounded to one bit of mantissa and then as kFloor. Of the root mean square s (Quartet, arXiv
+// 2505.14669): kQuest 2^floor(log2(0.487079 s + 1e-8)) as published, kQuestNearest the same to the nearest power, by its logarithm.
+enum class MxRule : int32_t { kFloor = 0, kRceil = 1, kCeil = 2, kEven = 3, kQuest = 4, kQuestNearest = 5 };
+constexpr int kMxRules = 6;
+constexpr bool is_quest(MxRule rule) { return rule == MxRule::kQuest || rule == MxRule::kQuestNearest; }
+
+LRK_HD uint32_t clamped_scale(int32_t byte) { return static_cast<uint32_t>(byte < 0 ? 0 : byte > 254 ? 254 : byte); }
+// Of m, or for a quest rule s; 0xFF where it is not finite.
+LRK_HD uint32_t mx_scale(MxRule rule, float of) {
+  float x = of;
+  if (is_quest(rule)) x = fmaf(0.487079f, of, 1e-8f);  // one rounding on every device
+  if (rule == MxRule::kRceil) x = of / 6.f;
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  if ((bit_cast<uint32_t>(of) & 0x7f800000u) == 0x7f800000u) return 255u;
+  if (of == 0.f) return 0u;
+  const auto field = [](uint32_t b) { return static_cast<int32_t>(b >> 23); };
+  switch (rule) {
+    case MxRule::kRceil: return clamped_scale(field(bits + 0x7fffffu));
+    case MxRule::kCeil: return clamped_scale(field(bits + 0x7fffffu) - 2);
+    case MxRule::kEven: return clamped_scale(field(bits + 0x200000u) - 2);
+    case MxRule::kQuest: return clamped_scale(field(bits));
+    case MxRule::kQuestNearest: return clamped_scale(field(bits + (0x800000u - 0x3504f3u)));  // from sqrt(2) on
+    default: return clamped_scale(field(bits) - 2);
+  }
+}
+
+// ---- what a quantiser does to a block before it has a scale
+
+// y = H x / sqrt(32) of 32 values, H the Hadamard matrix of Sylvester's order, x with signs of its own: bit i of `signs` turns
+// x[i]. Sums in fp32 in the order of the butterfly.
+LRK_HD void hadamard32(float (&v)[kMxBlock], uint32_t signs) {
+  for (int i = 0; i < kMxBlock; ++i) v[i] = bit_cast<float>(bit_cast<uint32_t>(v[i]) ^ (signs >> i & 1u) << 31);
+  for (int h = 1; h < kMxBlock; h *= 2)
+    for (int i = 0; i < kMxBlock; ++i)
+      if (!(i & h)) {
+        const float a = v[i], b = v[i + h];
+        v[i] = a + b;
+        v[i + h] = a - b;
+      }
+  for (int i = 0; i < kMxBlock; ++i) v[i] *= 0.17677669529663687f;
+}
+// 16 bits for stochastic rounding of element (row, column): the stream of dropout with another tag.
+LRK_HD Philox mx_random(uint64_t seed, int64_t row, int64_t col_block) {
+  return philox4x32(Philox{{static_cast<uint32_t>(col_block), static_cast<uint32_t>(row), 0u,
+                            stream_tag(Method::kMx, Distribution::kBits16)}},
+                    seed);
+}
+
+// ---- the Blackwell layout of scales (tcgen05, cuBLAS): byte of row r and block g of a [R, G] matrix, padded to 128 by 4
+
+LRK_HD constexpr int64_t swizzled_scale(int64_t r, int64_t g, int64_t G) {
+  return (r / 128 * ceil_div(G, int64_t{4}) + g / 4) * 512 + r % 32 * 16 + r % 128 / 32 * 4 + g % 4;
+}
+
+// ---- kernels
+
+struct MxQuantizeParams {
+  const void* x;         // [T, K] dtype at strides (x_row, x_column)
+  uint8_t* codes;        // [T, G, 16]
+  uint8_t* scales;       // [T, G]
+  int32_t* mask;         // [T, G], bit i: element i of the block is within 6 scales; or null
+  const int64_t* seed;   // [1] for stochastic rounding, or null
+  const int32_t* signs;  // [1] of the Hadamard transform, or null for none turned
+  int64_t T, K, x_row, x_column;
+  float gain;  // elements are multiplied by it before they are rounded
+  MxRule rule;
+  bool hadamard;
+  DType dtype;
+};
+
+struct MxDequantizeParams {
+  const uint8_t* codes;   // [T, G, 16], rows at `pitch` bytes
+  const uint8_t* scales;  // [T, G], rows at scale_pitch
+  void* y;                // [T, columns] dtype: blocks first.. of each row
+  int64_t T, columns, pitch, scale_pitch, y_pitch;
+  DType dtype;
+};
+
+// A packed weight [O, K].
+struct MxWeight {
+  const uint8_t* codes;   // [O, G, 16]
+  const uint8_t* scales;  // [O, G]
+  int64_t O, K;
+  LRK_HD constexpr int64_t G() const { return ceil_div(K, int64_t{kMxBlock}); }
+};
+
+// Y[T, O] = X[T, K] W^T + bias + S[T, R] B^T of few rows, one accumulator, rounded once.
+struct MxLinearParams {
+  MxWeight w;
+  const void* x;     // [T, K] dtype
+  void* y;           // [T, O] dtype, contiguous
+  const void* bias;  // [O] dtype, or null
+  const void* s;     // [T, R] s_dtype(b_dtype), contiguous, or null
+  const void* b;     // [O, R] b_dtype, contiguous
+  int64_t T, x_pitch;
+  int32_t R;
+  DType dtype, b_dtype;
+};
+// dX[T, K] = dY[T, O] W of few rows.
+struct MxLinearDxParams {
+  MxWeight w;
+  const void* dy;  // [T, O] dtype
+  void* dx;        // [T, K] dtype, contiguous
+  int64_t T, dy_pitch;
+  DType dtype;
+};
+
+// Rows of x up to which codes are decoded in registers; beyond them W is decoded in panels of so many rows, for dx of so many
+// columns, whole blocks, for ATen's GEMM.
+constexpr int kMxFewCpu = 8, kMxFewCuda = 16;
+struct MxWay {
+  bool few;
+  int64_t rows, columns;
+};
+MxWay choose_mx_way(int64_t T, int64_t O, int64_t K, Target target);
+
+LRK_KERNEL(mx_quantize, MxQuantizeParams)
+LRK_KERNEL(mx_dequantize, MxDequantizeParams)
+LRK_KERNEL(mx_linear, MxLinearParams)
+LRK_KERNEL(mx_linear_dx, MxLinearDxParams)
+
+}  // namespace lrk

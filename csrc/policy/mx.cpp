@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// MX: which way a packed weight is multiplied, and how much of it is decoded at a time. Its kernels need no scratch memory.
+#include "mx.h"
+
+#include <algorithm>
+
+#include "choice.h"
+
+namespace lrk {
+
+MxWay choose_mx_way(int64_t T, int64_t O, int64_t K, Target target) {
+  const bool few = T <= (target.device == Device::kCPU ? kMxFewCpu : kMxFewCuda);
+  // A panel and a product's rows beside it stay in the cache; on CUDA panels are there for memory alone.
+  const int64_t elements = target.device == Device::kCPU ? int64_t{1} << 19 : int64_t{1} << 25;
+  const auto panel = [&](int64_t along, int64_t across) {
+    const int64_t n = std::max<int64_t>(elements / std::max<int64_t>(1, across), 64) / 32 * 32;
+    return std::min(n, ceil_div(std::max<int64_t>(along, 1), int64_t{32}) * 32);
+  };
+  return {few, panel(O, K), panel(K, O)};
+}
+
+size_t mx_quantize_workspace(const MxQuantizeParams&, Target) { return 0; }
+size_t mx_dequantize_workspace(const MxDequantizeParams&, Target) { return 0; }
+size_t mx_linear_workspace(const MxLinearParams&, Target) { return 0; }
+size_t mx_linear_dx_workspace(const MxLinearDxParams&, Target) { return 0; }
+
+namespace {
+
+Answer explain_way(const Question& q) {
+  const MxWay way = choose_mx_way(q["T"], q["O"], q["K"], q.target());
+  return {{{"few", way.few}, {"rows", way.rows}, {"columns", way.columns}},
+          way.few ? "codes are decoded in registers"
+                  : text("W is decoded ", way.rows, " rows at a time for y and ", way.columns,
+                         " columns for dx, each to ATen's GEMM")};
+}
+
+const Registered registered[] = {
+    {"mx_linear",
+     {.rule = "few rows of x: codes are decoded in registers; more of them: panels of W for ATen's GEMM",
+      .numbers =
+          "CPU: up to 8 rows, measured; panels of 2^19 elements stay in the last-level cache. CUDA: up to 16 rows, a count",
+      .arguments = {{"T", {}}, {"O", {}}, {"K", {}}},
+      .answer = explain_way}},
+};
+
+}  // namespace
+
+}  // namespace lrk

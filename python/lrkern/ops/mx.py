@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MXFP4 (OCP Microscaling Formats 1.0): blocks of 32 elements along the last dimension, e2m1 codes of 4 bits and one e8m0 scale.
+
+e2m1: a sign and 0, .5, 1, 1.5, 2, 3, 4, 6. e8m0: byte b is 2^(b - 127), 0x00 is 2^-127 and 0xFF is NaN. codes uint8 [..., 16 G], two
+elements a byte, the even one in the low half; scales uint8 [..., G]; G = ceil(K / 32), elements past K are zeros. A block with a NaN or
+an infinity is NaN as a whole (scale 0xFF, codes 0); one of zeros has scale 0x00.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .dispatch import Op, below_autograd, library, once
+
+BLOCK = 32
+RULES = ("floor", "rceil", "ceil", "even", "quest", "quest_nearest")
+
+
+def _packed(x, mask, **_):
+    G = -(-x.shape[-1] // BLOCK)
+    bytes_of = lambda n, dtype: x.new_empty((*x.shape[:-1], n), dtype=dtype)
+    return bytes_of(16 * G, torch.uint8), bytes_of(G, torch.uint8), bytes_of(G, torch.int32) if mask else None
+
+
+_quantize = Op("mx_quantize", results=_packed)
+
+
+def mx_quantize(
+    x: Tensor,
+    rule: str = "even",
+    hadamard: bool = False,
+    signs: Tensor | None = None,
+    seed: Tensor | None = None,
+    gain: float = 1.0,
+    mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """codes, scales and, where asked for, mask of x [..., K] in float32, float16 or bfloat16; a matrix at any strides (``x.mT`` is not
+    copied).
+
+    rule, of a block's largest magnitude m: "floor" 2^(floor(log2 m) - 2) as OCP has it, "ceil" 2^(ceil(log2 m) - 2), "rceil"
+    2^ceil(log2(m / 6)), "even" m rounded to one bit of mantissa, then as floor (the least error on Gaussian data); of its root mean
+    square s: "quest" 2^floor(log2(0.487079 s + 1e-8)) as Quartet's kernels (arXiv 2505.14669), "quest_nearest" the nearest power instead,
+    of less error. Elements are rounded to the nearest, ties to even; with ``seed`` int64 [1] stochastically, by 16 bits of Philox for each
+    (row, column), the same on every device. Beyond 6 scales they saturate.
+
+    hadamard: of each block H x / √32 first, with bit i of ``signs`` int32 [1] turning element i. gain: elements are multiplied by it
+    between scaling and rounding (Quartet's backward: 0.75 with "floor"). mask int32 [..., G]: bit i says that element i is below 6 scales.
+    Not differentiable.
+    """
+    return _quantize(x, rule, hadamard, signs, seed, gain, mask)
+
+
+_dequantize = Op(
+    "mx_dequantize", results=lambda codes, columns, dtype, **_: codes.new_empty((*codes.shape[:-1], columns), dtype=dtype)
+)
+
+
+def mx_dequantize(codes: Tensor, scales: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x [..., columns], each element rounded once to dtype: exact in float32, and in bfloat16 but for scales of 2^126 and 2^127.
+
+    codes [..., 16 G] and scales [..., G]; columns in (32 (G - 1), 32 G].
+    """
+    return _dequantize(codes, scales, columns, dtype)
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx, x, codes, scales, bias):
+        with below_autograd():
+            y = library().mx_linear.default(x, codes, scales, bias)
+        ctx.save_for_backward(codes, scales)
+        ctx.columns = x.shape[-1]
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        need_x, *_, need_bias = ctx.needs_input_grad
+        dx, dbias = once("mx_linear", _bwd(dy, *ctx.saved_tensors, ctx.columns, need_x, need_bias))
+        return dx, None, None, dbias
+
+
+def _bwd(*args):
+    with below_autograd():
+        return library().mx_linear_bwd.default(*args)
+
+
+def _y(x, codes, **_):
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+_linear = Op("mx_linear", results=_y, trains="x bias", function=_Linear, casts="x bias")
+
+
+def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + bias with W [O, I] in MXFP4: x in 16 bits or float32, W as ``mx_dequantize`` gives it, frozen.
+
+    x [..., I]; codes [O, 16 G]; scales [O, G]; bias [O] of x's dtype or None. Differentiable in x and bias: dx comes from the same bytes.
+    Few rows of x decode codes in registers and sum in float32; more of them decode W in panels, never whole, for ATen's GEMM
+    (``lrkern._host.explain("mx_linear", ...)``). Saves W's bytes alone. Double backward is refused.
+    """
+    return _linear(x, codes, scales, bias)
+
+
+class _LinearExpand(Function):
+    @staticmethod
+    def forward(ctx, x, codes, scales, bias, s, b):
+        with below_autograd():
+            y = library().mx_linear_expand.default(x, codes, scales, bias, s, b)
+        ctx.save_for_backward(codes, scales, s, b)
+        ctx.columns = x.shape[-1]
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        codes, scales, s, b = ctx.saved_tensors
+        need_x, _, _, need_bias, need_s, need_b = ctx.needs_input_grad
+        base = _bwd(dy, codes, scales, ctx.columns, need_x, need_bias)
+        with below_autograd():
+            *_, ds, db = library().linear_expand_bwd.default(dy, None, None, s, b, 1.0, False, False, False, need_s, need_b)
+        dx, dbias, ds, db = once("mx_linear_expand", (*base, ds, db))
+        return dx, None, None, dbias, ds, db
+
+
+_linear_expand = Op(
+    "mx_linear_expand", results=_y, trains="x bias s b", function=_LinearExpand, casts="x bias s b"
+)
+
+
+def mx_linear_expand(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, s: Tensor, b: Tensor
+) -> Tensor:
+    """y = x Wᵀ + bias + S Bᵀ with W in MXFP4: LoRA's second half, S = ``lora_shrink`` with its scale in it, beside ``mx_linear``.
+
+    s [..., R]; b [O, R], of x's dtype or float32. One sum in float32 and one rounding for few rows, and for more where b has x's dtype and
+    that is not float16: there B's columns join those of a panel of W. Else y is rounded twice, as LoRA's over a dense W.
+    Differentiable in x, bias, s and b. Double backward is refused.
+    """
+    return _linear_expand(x, codes, scales, bias, s, b)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MXFP4. Formats and rules: see ops/mx.py."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from .lora import add, s_dtype
+from .registry import Draw, Family, Sample, register
+from .rng import philox4x32
+
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MX, BITS16 = 5, 1  # method and distribution of the stream
+
+
+def blocks_of(x):
+    """[..., G, 32], zeros past the end"""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+
+
+def transformed(v, signs=None):
+    """H v / sqrt(32) of blocks, sums in the order of the butterfly"""
+    if signs is not None:
+        v = v * (1 - 2 * (signs.long() >> torch.arange(32, device=v.device) & 1)).to(v.dtype)
+    for h in (1, 2, 4, 8, 16):
+        a, b = v.unflatten(-1, (-1, 2, h)).unbind(-2)
+        v = torch.stack([a + b, a - b], -2).flatten(-3)
+    return v * torch.tensor(0.17677669529663687, dtype=torch.float32).to(v)
+
+
+def scale_bytes(v, rule):
+    """e8m0 of blocks v [..., 32] of float32"""
+    finite = v.isfinite().all(-1)
+    if rule.startswith("quest"):
+        total = torch.zeros_like(v[..., 0])
+        for x in v.unbind(-1):  # fused, in order: the product of two fp32 is exact in fp64
+            total = (total.double() + x.double() * x.double()).float()
+        of = (total / 32).sqrt()
+        x = (of.double() * torch.tensor(0.487079, dtype=torch.float32).double() + 1e-8).float()
+    else:
+        of = v.abs().amax(-1)
+        x = of / 6 if rule == "rceil" else of
+    add, less = {"floor": (0, 2), "rceil": (0x7FFFFF, 0), "ceil": (0x7FFFFF, 2), "even": (0x200000, 2),
+                 "quest": (0, 0), "quest_nearest": (0x800000 - 0x3504F3, 0)}[rule]  # fmt: skip
+    byte = ((x.view(torch.int32).long() + add) >> 23) - less
+    byte = torch.where(of == 0, 0, byte.clamp(0, 254))
+    return torch.where(finite & of.isfinite(), byte, 255)
+
+
+def scale_values(scales, dtype=torch.float32):
+    return torch.where(scales == 255, torch.nan, torch.ldexp(torch.ones((), dtype=torch.float64), scales.double() - 127)).to(dtype)
+
+
+def random16(T, K, seed):
+    """16 bits for each of [T, K], K a multiple of 32"""
+    row, block = torch.meshgrid(torch.arange(T), torch.arange(K // 8), indexing="ij")
+    tag = torch.full_like(row, MX << 16 | BITS16 << 22)
+    words = torch.stack(philox4x32([block, row, torch.zeros_like(row), tag], int(seed)), -1)
+    return torch.stack([words & 0xFFFF, words >> 16], -1).reshape(T, K)
+
+
+def encode(y, bits=None):
+    """codes of y [..., 32]: to the nearest with ties to even, or by 16 random bits"""
+    a, values = y.abs(), torch.tensor(VALUES, dtype=y.dtype, device=y.device)
+    if bits is None:
+        middle = (values[1:] + values[:-1]) / 2
+        even = torch.arange(7, device=y.device) % 2 == 1  # between 1 and 2, 3 and 4, 5 and 6 the upper code is the even one
+        code = ((a[..., None] > middle) | ((a[..., None] == middle) & even)).sum(-1)
+    else:
+        low = (a[..., None] >= values[1:]).sum(-1)
+        up = values[(low + 1).clamp_max(7)]
+        part = (a - values[low]) / torch.where(low < 7, up - values[low], 1.0) * 65536
+        code = low + ((low < 7) & (bits.view(low.shape).to(part.dtype) + 0.5 < part))
+    return code | (torch.signbit(y).long() << 3)
+
+
+def mx_quantize(x, rule="even", hadamard=False, signs=None, seed=None, gain=1.0, mask=False):
+    """codes, scales and mask of blocks of 32"""
+    v = blocks_of(x.float().cpu())
+    if hadamard:
+        v = transformed(v, None if signs is None else signs.cpu())
+    scales = scale_bytes(v, rule)
+    inverse = torch.where(scales == 255, 0, 1 / scale_values(scales.clamp_max(254), torch.float64))
+    y = (v.double() * inverse[..., None]).float() * torch.tensor(gain, dtype=torch.float32)
+    T, K = x.shape[:-1].numel(), v.shape[-2] * 32
+    codes = encode(y.double(), None if seed is None else random16(T, K, seed))
+    codes = torch.where((scales == 255)[..., None], 0, codes).flatten(-2)
+    within = ((y.abs() < 6).long() << torch.arange(32)).sum(-1)
+    within = torch.where(within >= 2**31, within - 2**32, within).int()
+    packed = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+    return packed.to(x.device), scales.to(torch.uint8).to(x.device), within.to(x.device) if mask else None
+
+
+def mx_dequantize(codes, scales, columns, dtype=torch.float32):
+    """e2m1 times 2^(e8m0 - 127)"""
+    code = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()
+    values = torch.tensor([*VALUES, *(-v for v in VALUES)], dtype=torch.float64, device=codes.device)[code]
+    scaled = values.unflatten(-1, (scales.shape[-1], 32)) * scale_values(scales.cpu(), torch.float64).to(codes.device)[..., None]
+    return scaled.flatten(-2)[..., :columns].to(dtype)
+
+
+def mx_linear(x, codes, scales, bias=None):
+    """y = x W^T + bias, W in MXFP4"""
+    return torch.nn.functional.linear(x, mx_dequantize(codes, scales, x.shape[-1], x.dtype), bias)
+
+
+def mx_linear_expand(x, codes, scales, bias, s, b):
+    """y = x W^T + bias + S B^T, W in MXFP4"""
+    b = b.to(s_dtype(b.dtype))
+    return add(mx_linear(x, codes, scales, bias), s.to(b.dtype) @ b.mT)
+
+
+class Layer:
+    """lead: leading dimensions of x. fp32: s and b, beside activations of any dtype. pitch: of x's rows; 0: contiguous."""
+
+    def __init__(self, draw: Draw, lead, I, O, R=4, fp32=False, bias=True, pitch=0, rule="even", hadamard=False, seed=False, gain=1.0, mask=False, turned=False):
+        self.draw, self.lead, self.I, self.O, self.R, self.pitch = draw, lead, I, O, R, pitch
+        self.x, self.type = draw(*lead, I, pitch=pitch), torch.float32 if fp32 else draw.dtype
+        self.codes, self.scales, _ = mx_quantize(draw(O, I, dtype=torch.float32, std=max(I, 1) ** -0.5), rule)
+        self.bias = draw(O) if bias else None
+        self.rule, self.hadamard, self.gain, self.mask, self.turned = rule, hadamard, gain, mask, turned
+        self.seed = draw.seed() if seed else None
+        signs = torch.randint(-(2**31), 2**31, (1,), generator=draw.generator).int().to(draw.device)
+        self.signs = signs if hadamard else None
+
+
+CASES = {
+    "one_token": dict(lead=(1,), I=64, O=48),
+    "odd": dict(lead=(7,), I=67, O=35, bias=False, rule="floor"),
+    "few": dict(lead=(2, 3), I=544, O=33, R=16, rule="rceil", mask=True),
+    "wide": dict(lead=(70,), I=1032, O=264, R=16, fp32=True, rule="ceil"),
+    "pitched": dict(lead=(3, 5), I=96, O=60, pitch=107, rule="quest", mask=True),
+    "turned": dict(lead=(19,), I=128, O=64, R=33, fp32=True, hadamard=True, rule="quest_nearest", turned=True),
+    "stochastic": dict(lead=(5, 4), I=96, O=40, seed=True, gain=0.75, rule="floor", hadamard=True),
+    "no_rank": dict(lead=(33,), I=40, O=72, R=0),
+    "no_tokens": dict(lead=(0,), I=32, O=24),
+    "no_tokens_3d": dict(lead=(2, 0), I=16, O=24, fp32=True, bias=False),
+    "one_row": dict(lead=(), I=32, O=8),
+}
+
+
+def large(T: int, I: int, O: int, R: int, fp32: bool) -> dict:
+    return dict(lead=(T,), I=I, O=O, R=R, fp32=fp32)
+
+
+FAMILY = Family(name="mx", layer=Layer, cases=CASES, large=large, seed=2100, direct_sample="wide")
+register = partial(register, family=FAMILY)
+
+
+@register(mx_quantize)
+def quantize_samples(name: str, t: Layer) -> Iterator[Sample]:
+    x = t.draw(t.I, t.x.shape[:-1].numel()).mT if t.turned else t.x
+    yield Sample(name, (x, t.rule, t.hadamard, t.signs, t.seed, t.gain, t.mask))
+
+
+@register(mx_dequantize)
+def dequantize_samples(name: str, t: Layer) -> Iterator[Sample]:
+    yield Sample(name, (t.codes, t.scales, t.I, t.draw.dtype))
+
+
+@register(mx_linear, differentiable="x bias", casts="x bias", products="TIO")
+def linear_samples(name: str, t: Layer) -> Iterator[Sample]:
+    yield Sample(name, (t.x, t.codes, t.scales, t.bias))
+
+
+@register(mx_linear_expand, differentiable="x bias s b", casts="x bias s b", products="TIO TRO")
+def linear_expand_samples(name: str, t: Layer) -> Iterator[Sample]:
+    s = t.draw(*t.lead, t.R, dtype=s_dtype(t.type))
+    yield Sample(name, (t.x, t.codes, t.scales, t.bias, s, t.draw(t.O, t.R, dtype=t.type)))
