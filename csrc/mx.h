@@ -20,10 +20,8 @@ constexpr int kMxBlock = 32, kMxBytes = kMxBlock / 2;
 
 // ---- elements
 
-LRK_HD constexpr float e2m1_value(uint32_t code) {
-  constexpr float magnitudes[8] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f};
-  return code & 8u ? -magnitudes[code & 7u] : magnitudes[code & 7u];
-}
+// A sign, an exponent and a bit of mantissa are those of a float but for the bias.
+LRK_HD float e2m1_value(uint32_t code) { return bit_cast<float>((code & 7u) << 22 | (code & 8u) << 28) * 0x1p126f; }
 // To the nearest, ties to the even code, saturating; a NaN gives 0.
 LRK_HD uint32_t e2m1_magnitude(float magnitude) {
   return (magnitude > .25f) + (magnitude >= .75f) + (magnitude > 1.25f) + (magnitude >= 1.75f) + (magnitude > 2.5f) +
@@ -162,7 +160,7 @@ struct MxLinearDxParams {
 // columns, whole blocks, for ATen's GEMM.
 constexpr int kMxFewCpu = 8, kMxFewCuda = 16;
 struct MxWay {
-  bool few;
+  bool few, few_dx;
   int64_t rows, columns;
 };
 MxWay choose_mx_way(int64_t T, int64_t O, int64_t K, Target target);
@@ -170,6 +168,8 @@ MxWay choose_mx_way(int64_t T, int64_t O, int64_t K, Target target);
 LRK_KERNEL(mx_quantize, MxQuantizeParams)
 LRK_KERNEL(mx_dequantize, MxDequantizeParams)
 LRK_KERNEL(mx_linear, MxLinearParams)
-LRK_KERNEL(mx_linear_dx, MxLinearDxParams)
+// On the CPU alone: CUDA makes dX of few rows from panels too.
+size_t mx_linear_dx_workspace(const MxLinearDxParams& p, Target target);
+void mx_linear_dx_cpu(const MxLinearDxParams& p, void* workspace);
 
 }  // namespace lrk

@@ -127,6 +127,13 @@ __device__ __forceinline__ void cp_async_wait() {
 // A product that is rounded for itself: the compiler may not fuse it with a sum.
 __device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 
+// Two bf16 products, each rounded once; subnormals are numbers. (mul.bf16x2 is of sm_90; -0 leaves every product as it is.)
+__device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));
+  return y;
+}
+
 // Conversions. The values are those of to_float and from_float in common.h, except that every NaN becomes one NaN.
 __device__ __forceinline__ float to_float_fast(float x) { return x; }
 __device__ __forceinline__ float to_float_fast(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }

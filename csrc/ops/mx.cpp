@@ -238,7 +238,7 @@ std::tuple<Tensor, Tensor> mx_linear_bwd(const Tensor& dy_, const Tensor& codes,
   if (!T || !K) return {dx, dbias};
   if (!O) return {torch::stable::zero_(dx), dbias};
   const MxWay way = way_of(dy, T, w, K);
-  if (way.few) {
+  if (way.few_dx) {
     run(dy.op, dy_,
         MxLinearDxParams{.w = {bytes_of(w.codes), bytes_of(w.scales), O, K},
                          .dy = rows.data(),
@@ -246,7 +246,8 @@ std::tuple<Tensor, Tensor> mx_linear_bwd(const Tensor& dy_, const Tensor& codes,
                          .T = T,
                          .dy_pitch = rows.pitch,
                          .dtype = rows.dtype},
-        LRK_RUN(mx_linear_dx));
+        mx_linear_dx_workspace, mx_linear_dx_cpu,
+        static_cast<int (*)(const MxLinearDxParams&, void*, Stream)>(nullptr));
     return {dx, dbias};
   }
   const Tensor d = seen_as(rows.tensor, {T, O}, {rows.pitch, 1}), out = seen_as(dx, {T, K}, {K, 1});

@@ -16,7 +16,7 @@ MxWay choose_mx_way(int64_t T, int64_t O, int64_t K, Target target) {
     const int64_t n = std::max<int64_t>(elements / std::max<int64_t>(1, across), 64) / 32 * 32;
     return std::min(n, ceil_div(std::max<int64_t>(along, 1), int64_t{32}) * 32);
   };
-  return {few, panel(O, K), panel(K, O)};
+  return {few, few && target.device == Device::kCPU, panel(O, K), panel(K, O)};
 }
 
 size_t mx_quantize_workspace(const MxQuantizeParams&, Target) { return 0; }
@@ -28,7 +28,7 @@ namespace {
 
 Answer explain_way(const Question& q) {
   const MxWay way = choose_mx_way(q["T"], q["O"], q["K"], q.target());
-  return {{{"few", way.few}, {"rows", way.rows}, {"columns", way.columns}},
+  return {{{"few", way.few}, {"few_dx", way.few_dx}, {"rows", way.rows}, {"columns", way.columns}},
           way.few ? "codes are decoded in registers"
                   : text("W is decoded ", way.rows, " rows at a time for y and ", way.columns,
                          " columns for dx, each to ATen's GEMM")};

@@ -89,6 +89,12 @@ void cp_async_wait(LRK_AT) {
 
 inline float mul_rn(float a, float b) { return a * b; }  // g++ fuses nothing without -mfma
 
+inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {  // a product of two bf16 is exact in fp32
+  const auto half = [](uint32_t x) { return to_float(bf16{static_cast<uint16_t>(x)}); };
+  return from_float<bf16>(half(a) * half(b)).bits |
+         static_cast<uint32_t>(from_float<bf16>(half(a >> 16) * half(b >> 16)).bits) << 16;
+}
+
 inline float to_float_fast(float x) { return x; }
 inline float to_float_fast(bf16 x) { return to_float(x); }
 inline float to_float_fast(f16 x) { return to_float(x); }

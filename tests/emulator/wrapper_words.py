@@ -115,6 +115,9 @@ def expected(tile: list[list[int]]) -> Iterator[tuple[str, int, list[int]]]:
             [v] * 64,
         )
     yield "clock64, __threadfence", 94, [1] * THREADS
+    e2m1 = [(0, 0.5, 1, 1.5, 2, 3, 4, 6)[t % 8] for t in T]
+    low = [bf16_bits(e2m1[t]) | (t // 8 % 2) << 15 for t in T]
+    yield "mul_bf16x2", 99, [low[t] | bf16_bits(f32(1.5 * bf16_of(flat[t]))) << 16 for t in T]
     for name, word in (("load_16, store_shared_16", 95), ("store_16", 100)):
         for i in range(4):
             yield name, word + i, [flat[t * 8 + 2 * i] | flat[t * 8 + 2 * i + 1] << 16 for t in T]

@@ -121,9 +121,10 @@ __global__ void __launch_bounds__(64) wrappers(const uint16_t* in, uint32_t* out
   load_16(quad, in + t * 8);
   store_shared_16(tile + t * 8, quad);
   load_16(again, tile + t * 8);
-  for (uint32_t v : again) put(v);  // 95..98
-  put(0);
-  store_16(word + 100, quad);  // 100..103
+  for (uint32_t v : again) put(v);                                                                  // 95..98
+  const uint32_t raw = static_cast<uint32_t>(t % 8) << 6 | static_cast<uint32_t>(t / 8 % 2) << 15;  // e2m1 times 2^-126
+  put(mul_bf16x2(raw | static_cast<uint32_t>(in[t]) << 16, 0x7e80u | 0x3fc0u << 16));               // 99
+  store_16(word + 100, quad);                                                                       // 100..103
   n = kWords;
 }
 
