@@ -17,6 +17,6 @@ __all__ = ["__version__", "functional", "nn", "ops"]
 
 def __getattr__(name: str) -> ModuleType:
     """Those that import PEFT, which takes seconds, come when they are used."""
-    if name in ("convert", "files", "peft", "serving"):
+    if name in ("convert", "files", "peft", "s2ft", "serving"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
