@@ -315,7 +315,7 @@ def test_records_are_held_against_the_model():
             with pytest.raises(ValueError, match=text):
                 call(model, wrong)
             assert_same_bits(model, now)
-    with pytest.raises(ValueError, match=r"q must be a plain nn\.Linear, got NoneType"):
+    with pytest.raises(ValueError, match="q must be a linear of the model"):
         unpermute(model, Record(((part._replace(q="q"), order),)))
     with pytest.raises(ValueError, match="must have 40 rows, got 32"):
         unpermute(model, Record(((part._replace(head_dim=10), order),)))

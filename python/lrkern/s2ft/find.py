@@ -8,7 +8,7 @@ is refused.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -139,7 +139,7 @@ def find(model: nn.Module, attention: bool = True, ffn: bool = True) -> list[Par
         found = [_attention(modules, name, holders[name], block) for name in names]
         parts += found if attention else []
         parts += [_ffn(modules, block, names, found)] if ffn else []
-    _check_linears(model, modules, [name for part in parts for name in part.linears])
+    check_linears("lrkern.s2ft.find", model, [name for part in parts for name in part.linears])
     return parts
 
 
@@ -274,21 +274,25 @@ def _common(names: list[str]) -> str:
     return ".".join(words[0][:same])
 
 
-def _check_linears(model: nn.Module, modules: dict[str, nn.Module], names: list[str]) -> None:
-    """Plain, and no tensor of theirs stands anywhere else."""
+def check_linears(who: str, model: nn.Module, names: Iterable[str]) -> None:
+    """They are plain nn.Linear with weights of their own that no other place of the model has."""
+    modules = dict(model.named_modules())
     places: dict[int, list[str]] = {}
     for owner, m in model.named_modules(remove_duplicate=False):
         for key, t in (*m._parameters.items(), *m._buffers.items()):
             if t is not None and t.numel() and not t.is_meta:
                 places.setdefault(t.data_ptr(), []).append(_join(owner, key))
     for name in names:
-        m = modules[name]
-        plain = plain_linear(m)[0] is not None
-        _refuse_unless(
-            plain, name, f"must be a plain nn.Linear without hooks or parametrizations, got {type(m).__name__}"
-        )
+        m = modules.get(name)
+        require(m is not None, f"{who}: {name} must be a linear of the model, got no such module")
+        must = "must be a plain nn.Linear without hooks, parametrizations or adapters"
+        own = (
+            plain_linear(m)[0] is not None and name.rpartition(".")[2] != "base_layer"
+        )  # ours and PEFT's name below an adapter
+        require(own, f"{who}: {name} {must}, got {type(m).__name__}")
         for key, t in m._parameters.items():
             if t is not None:
-                there = places.get(t.data_ptr(), [])
-                other = [place for place in there if place != _join(name, key)]
-                _refuse_unless(not other, f"{name}.{key}", f"must stand at one place of the model, got {other[:1]} too")
+                require(not t.is_meta, f"{who}: {name}.{key} must have values, got one on the meta device")
+                others = [place for place in places.get(t.data_ptr(), []) if place != _join(name, key)]
+                once = "must stand at one place of the model"
+                require(not others, f"{who}: {name}.{key} {once}, got {', '.join(others[:1])} too")

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..files.check import is_whole, require, shown
-from ..nn.linear import AdapterLinear
-from ..nn.plain import plain_linear
 from .calibrate import still
-from .find import FFN, Attention, Part, find
+from .find import FFN, Attention, Part, check_linears, find
 from .select import Chosen, Selection, check_index
 
 _WITHIN = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the outputs' norm; a wrong order is far out, rounding far in
@@ -108,7 +106,7 @@ def reorder(model: nn.Module, orders: Iterable[tuple[Part, Tensor]]) -> Record:
 
 def unpermute(model: nn.Module, record: Record) -> None:
     """The order of before ``permute`` or ``reorder``, in place, bit for bit: an ordinary checkpoint again, with trained slices where
-    their channels were. Layers of ``prepare`` are put back first, with ``release``. Refused with a ValueError, nothing changed: a
+    their channels were. Of a model that ``prepare`` changed, ``release`` comes first. Refused with a ValueError, nothing changed: a
     record that does not fit the model."""
     _check("unpermute", model, record)
     _move(model, record, back=True)
@@ -172,10 +170,11 @@ def _moved(record: Record, name: str, chosen: Chosen) -> Chosen:
 
 
 def _check(what: str, model: nn.Module, record: Record) -> None:
-    modules, who = dict(model.named_modules()), f"lrkern.s2ft.{what}:"
+    who = f"lrkern.s2ft.{what}:"
     linears = [name for part, _ in record.orders for name in part.linears]
     twice = sorted({name for name in linears if linears.count(name) > 1})
     require(not twice, f"{who} each linear must be of one part, got {twice[:1]} of two")
+    check_linears(who[:-1], model, linears)
     for part, order in record.orders:
         whole = order.shape == (part.units,) and torch.equal(order.sort().values, torch.arange(part.units))
         require(
@@ -185,13 +184,8 @@ def _check(what: str, model: nn.Module, record: Record) -> None:
         kept = f"keep the {part.group} heads of a key and value head together"
         require((groups == groups[:, :1]).all(), f"{who} order of {part.name} must {kept}, got {shown(order.tolist())}")
         for name, dim, index in part.places(order):
-            m = modules.get(name)
-            adapted = isinstance(m, AdapterLinear)
-            must = f"{name} must be a plain nn.Linear{', release(model) first' if adapted else ''}"
-            require(m is not None and plain_linear(m)[0] is not None, f"{who} {must}, got {type(m).__name__}")
-            size = m.weight.shape[dim]
+            size = model.get_submodule(name).weight.shape[dim]
             require(size == len(index), f"{who} {name} must have {len(index)} {('rows', 'columns')[dim]}, got {size}")
-            require(not m.weight.is_meta, f"{who} {name} must have its weight, got one on the meta device")
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def check_index(who: str, name: str, index: Tensor, channels: int) -> Tensor:
     must = f"index of {name} must be a 1-D tensor of distinct whole numbers in 0..{channels - 1}"
     whole = isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int32, torch.int64)
     require(whole, f"{who}: {must}, got {getattr(index, 'dtype', type(index).__name__)}")
-    index = index.cpu().long()
+    index = index.cpu().long().contiguous()
     held = bool(((index >= 0) & (index < channels)).all()) and len(index.unique()) == len(index)
     require(held, f"{who}: {must}, got {shown(index.tolist())}")
     return index
