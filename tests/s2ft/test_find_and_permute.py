@@ -8,25 +8,14 @@ import s2ft_models
 import tiny_models
 import torch
 import transformers
-from s2ft_models import MODELS, assert_same_bits, batch, bits, logits, made
+from s2ft_models import MODELS, another_order, assert_same_bits, batch, bits, logits, made
 from torch import nn
 
 from lrkern.s2ft import FFN, Attention, Chosen, Record, find, permute, reorder, select, unpermute
 
 
-def cycle(n, gen):
-    """A random order that leaves nothing where it was."""
-    c, order = torch.randperm(n, generator=gen), torch.empty(n, dtype=torch.int64)
-    order[c] = c.roll(1)
-    return order
-
-
 def orders(model, seed=0):
-    """A random order of every part: groups as a whole, and heads within them."""
-    gen = torch.Generator().manual_seed(seed)
-    for part in find(model):
-        groups = cycle(part.units // part.group, gen)
-        yield part, torch.cat([g * part.group + cycle(part.group, gen) for g in groups])
+    return another_order(find(model), seed)
 
 
 # ---- find
@@ -90,6 +79,18 @@ REFUSED = {
         r"tell heads apart .*sinks \[12\]",
     ),
     "alibi": (lambda: changed("bert", lambda m: setattr(m.config, "position_embedding_type", "alibi")), "alibi"),
+    "random blocks": (
+        lambda: transformers.BigBirdModel(transformers.BigBirdConfig(**s2ft_models.SIZES)),
+        "must not attend to random blocks",
+    ),
+    "position biases of all blocks": (
+        lambda: transformers.MPNetModel(transformers.MPNetConfig(**s2ft_models.SIZES)),
+        r"no values by head outside its blocks, got encoder\.relative_attention_bias\.weight \[32, 4\]",
+    ),
+    "a linear for them": (
+        lambda: changed("bert", lambda m: swap(m.bert.encoder, "rel_pos_bias", nn.Linear(9, 4, bias=False))),
+        r"outside its blocks, got bert\.encoder\.rel_pos_bias\.weight \[4, 9\]",
+    ),
     "norm before o": (
         lambda: changed("bert", lambda m: _sub_norm(m.bert.encoder.layer[0].attention.output)),
         r"nothing between the heads and .*output\.dense, got .*\[32\]",
@@ -145,6 +146,14 @@ def test_refused(why):
     with pytest.raises(ValueError, match=text):
         select(model, o=0.5, down=0.5)
     assert_same_bits(model, before)
+
+
+def test_as_many_labels_as_heads():
+    """Or as frequencies: by chance."""
+    for labels in (4, 32):
+        config = transformers.BertConfig(**s2ft_models.SIZES, num_labels=labels)
+        assert len(find(transformers.BertForSequenceClassification(config))) == 4
+    assert made("llama-gqa").model.rotary_emb.inv_freq.shape == (4,)
 
 
 def test_attention_of_a_model_with_experts():

@@ -4,7 +4,9 @@
 import pytest
 import torch
 from s2ft_models import DECODERS, MODELS, assert_same_bits, batch, bits, made
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lrkern.s2ft.calibrate
 from lrkern.s2ft import find, select
@@ -211,6 +213,37 @@ def test_a_panel_at_a_time(monkeypatch):
         panels = select(model, by=by, **f)
         monkeypatch.undo()
         assert all(torch.equal(whole[n].index, panels[n].index) for n in whole)
+
+
+class Made(TorchDispatchMode):
+    """How large the tensors are that ops make, views and in-place results aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, t.numel())
+        return result
+
+
+@pytest.mark.parametrize("by", ["weight", "activation", "gradient", "product"])
+def test_nothing_as_large_as_a_weight(by, monkeypatch):
+    """No copy of W, and no dW: with 2 rows of 4 tokens all else is smaller."""
+    monkeypatch.setattr(lrkern.s2ft.calibrate, "PANEL", 8)
+    model = made("llama-gqa")
+    with Made() as seen:
+        select(model, o=0.5, v=0.5, down=0.5, up=0.5, by=by, multiple=1, batches=[batch(0, rows=2, tokens=4)])
+    assert 8 * 32 <= seen.largest < 16 * 32, "v's [16, 32] is the smallest of the weights"
+    dense = made("llama-gqa").requires_grad_(False)
+    dense.model.layers[0].self_attn.v_proj.weight.requires_grad_(True)
+    with Made() as seen:
+        dense(**batch(0, rows=2, tokens=4)).loss.backward()
+    assert seen.largest >= 16 * 32  # the mode sees backward
 
 
 @pytest.mark.parametrize("kind", DECODERS)

@@ -4,6 +4,7 @@
 import copy
 import functools
 import os
+from collections.abc import Iterable, Iterator
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -60,3 +61,18 @@ def assert_same_bits(model: nn.Module, before: dict[str, Tensor]) -> None:
     now = model.state_dict()
     assert now.keys() == before.keys()
     assert not [name for name, t in before.items() if not torch.equal(t, now[name])]
+
+
+def cycle(n: int, gen: torch.Generator) -> Tensor:
+    """A random order that leaves nothing where it was."""
+    c, order = torch.randperm(n, generator=gen), torch.empty(n, dtype=torch.int64)
+    order[c] = c.roll(1)
+    return order
+
+
+def another_order(parts: Iterable, seed: int = 0) -> Iterator[tuple]:
+    """A random order of every part: groups as a whole, and heads within them."""
+    gen = torch.Generator().manual_seed(seed)
+    for part in parts:
+        groups = cycle(part.units // part.group, gen)
+        yield part, torch.cat([g * part.group + cycle(part.group, gen) for g in groups])

@@ -115,8 +115,8 @@ def find(model: nn.Module, attention: bool = True, ffn: bool = True) -> list[Par
 
     Refused with a ValueError that names the module and says why: a model without such a block; q, k and v in one linear; blocks
     beside one with attention that have none; sizes that are not whole heads or not the config's; experts; parameters and
-    buffers with a value a head or a channel (norms over all heads, sinks, position biases), where norms over head_dim alone are shared
-    by the heads and stay; position biases by slope (alibi), which depend on a head's number; linears that are no plain
+    buffers with a value a head or a channel (norms over all heads, sinks, position biases, of one block or of all), where norms over
+    head_dim alone are shared by the heads and stay; what depends on a head's number (alibi, random blocks); linears that are no plain
     nn.Linear (hooks, parametrizations, adapters), and weights that stand at two places.
 
     attention, ffn: which parts to look for; of the other kind nothing is asked.
@@ -137,6 +137,8 @@ def find(model: nn.Module, attention: bool = True, ffn: bool = True) -> list[Par
     parts: list[Part] = []
     for block, names in blocks.items():
         found = [_attention(modules, name, holders[name], block) for name in names]
+        if attention:
+            _check_outside(modules, block, [*blocks], {part.heads for part in found})
         parts += found if attention else []
         parts += [_ffn(modules, block, names, found)] if ffn else []
     check_linears("lrkern.s2ft.find", model, [name for part in parts for name in part.linears])
@@ -197,9 +199,11 @@ def _attention(modules: dict[str, nn.Module], holder: str, roles: dict[str, str]
     q, k, v, (o,) = roles["q"], roles["k"], roles["v"], others
     heads, kv_heads, head_dim = _heads(modules, holder, q, k, v, o)
     held = modules[holder]
-    kind = getattr(getattr(held, "config", None), "position_embedding_type", None)
-    alibi = kind == "alibi" or getattr(getattr(held, "config", None), "alibi", False)
+    config = getattr(held, "config", None)
+    alibi = getattr(config, "position_embedding_type", None) == "alibi" or getattr(config, "alibi", False)
     _refuse_unless(not alibi, holder, "must not have alibi, whose slopes depend on a head's number")
+    random = hasattr(held, "num_random_blocks") or getattr(config, "attention_type", None) == "block_sparse"
+    _refuse_unless(not random, holder, "must not attend to random blocks, which depend on a head's number")
     for name, t in _tensors(modules, holder, (q, k, v, o)):
         shared = t.dim() == 1 and len(t) == head_dim and "norm" in _parent(name).rpartition(".")[2].lower()
         shared = shared or t.numel() == 1 or "inv_freq" in name
@@ -214,6 +218,20 @@ def _attention(modules: dict[str, nn.Module], holder: str, roles: dict[str, str]
             fits = _parent(name) not in before and t.dim() <= 1
             _refuse_unless(fits, scope, f"must have nothing between the heads and {o}, got {name} {list(t.shape)}")
     return Attention(holder, q, k, v, o, heads, kv_heads, head_dim)
+
+
+def _check_outside(modules: dict[str, nn.Module], block: str, blocks: list[str], heads: set[int]) -> None:
+    """Nothing of the model has a value a head for all blocks, as MPNet's and LayoutLMv3's position biases. A linear has them as rows;
+    one that is further away, a classifier, may have as many by chance."""
+    beside = _parent(_parent(block))
+    for name, t in _tensors(modules, "", tuple(blocks) if block else ("",)):
+        owner, _, key = name.rpartition(".")
+        if isinstance(modules[owner], nn.Linear):
+            count = len(t) if key == "weight" and _within(owner, beside) else None
+        else:
+            count = t.shape[-1] if t.dim() in (1, 2) and "inv_freq" not in key else None
+        text = f"must have no values by head outside its blocks, got {name} {list(t.shape)}"
+        _refuse_unless(count not in heads - {1}, beside, text)
 
 
 def _heads(modules: dict[str, nn.Module], holder: str, *linears: str) -> tuple[int, int, int]:
