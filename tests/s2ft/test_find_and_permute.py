@@ -144,7 +144,7 @@ def test_refused(why):
     with pytest.raises(ValueError, match=text):
         find(model)
     with pytest.raises(ValueError, match=text):
-        select(model, o=0.5, down=0.5)
+        select(model, o=0.5, down=0.5, v=0.5, up=0.5)
     assert_same_bits(model, before)
 
 
@@ -156,14 +156,18 @@ def test_as_many_labels_as_heads():
     assert made("llama-gqa").model.rotary_emb.inv_freq.shape == (4,)
 
 
-def test_attention_of_a_model_with_experts():
-    """Of a part that is not asked for, nothing is asked."""
-    model = tiny_models.tiny("mixtral")
-    assert {type(p) for p in find(model, ffn=False)} == {Attention}
+@pytest.mark.parametrize("part", ["attention", "ffn"])
+def test_of_a_part_that_is_not_asked_for_nothing_is_asked(part):
+    """Experts beside attention; norms over all heads beside a feed-forward part."""
+    model = own("Mixtral", num_local_experts=3) if part == "attention" else own("Olmo2")
+    kind, asked = (Attention, {"o": 0.5}) if part == "attention" else (FFN, {"down": 0.5})
+    assert {type(p) for p in find(model, attention=kind is Attention, ffn=kind is FFN)} == {kind}
     ids = {"input_ids": batch()["input_ids"]}
-    before = logits(model, **ids)
-    permute(model, select(model, o=0.5, groups=True, generator=0), ids)
-    torch.testing.assert_close(logits(model, **ids), before, rtol=0, atol=1e-5)
+    before, y = bits(model), logits(model, **ids)
+    record, _ = permute(model, select(model, **asked, groups=True, generator=1), ids)
+    assert len(record.orders) == 2
+    torch.testing.assert_close(logits(model, **ids), y, rtol=0, atol=1e-5)
+    assert any(not torch.equal(t, before[name]) for name, t in model.state_dict().items())
     with pytest.raises(ValueError, match="neither"):
         find(model, attention=False, ffn=False)
 

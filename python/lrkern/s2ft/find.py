@@ -135,12 +135,15 @@ def find(model: nn.Module, attention: bool = True, ffn: bool = True) -> list[Par
             name = _join(beside, child)
             require(name in blocks, f"lrkern.s2ft.find: {name} must have {form} as the blocks beside it, got none")
     parts: list[Part] = []
+    heads: dict[str, set[int]] = {}  # by what holds the list of blocks
     for block, names in blocks.items():
-        found = [_attention(modules, name, holders[name], block) for name in names]
+        takers = {name: _taker(modules, name, holders[name], block) for name in names}
         if attention:
-            _check_outside(modules, block, [*blocks], {part.heads for part in found})
-        parts += found if attention else []
-        parts += [_ffn(modules, block, names, found)] if ffn else []
+            found = [_attention(modules, name, holders[name], *takers[name]) for name in names]
+            heads.setdefault(_parent(_parent(block)), set()).update(part.heads for part in found)
+            parts += found
+        parts += [_ffn(modules, block, (*names, *(o for _, o in takers.values())))] if ffn else []
+    _check_outside(modules, tuple(blocks), heads)
     check_linears("lrkern.s2ft.find", model, [name for part in parts for name in part.linears])
     return parts
 
@@ -188,7 +191,8 @@ def _tensors(modules: dict[str, nn.Module], scope: str, but: tuple[str, ...]) ->
                     yield _join(name, key), t
 
 
-def _attention(modules: dict[str, nn.Module], holder: str, roles: dict[str, str], block: str) -> Attention:
+def _taker(modules: dict[str, nn.Module], holder: str, roles: dict[str, str], block: str) -> tuple[str, str]:
+    """The one linear that takes the heads, in the module that has q, k and v or, where that has no other, in its parent; and which."""
     scope = holder
     others = _linears(modules, scope).keys() - roles.values()
     if not others and holder != block:
@@ -196,7 +200,11 @@ def _attention(modules: dict[str, nn.Module], holder: str, roles: dict[str, str]
         others = _linears(modules, scope).keys() - roles.values()
     text = "must have one linear beside query, key and value, that takes the heads"
     _refuse_unless(len(others) == 1, scope, f"{text}, got {', '.join(sorted(others)) or 'none'}")
-    q, k, v, (o,) = roles["q"], roles["k"], roles["v"], others
+    return scope, others.pop()
+
+
+def _attention(modules: dict[str, nn.Module], holder: str, roles: dict[str, str], scope: str, o: str) -> Attention:
+    q, k, v = roles["q"], roles["k"], roles["v"]
     heads, kv_heads, head_dim = _heads(modules, holder, q, k, v, o)
     held = modules[holder]
     config = getattr(held, "config", None)
@@ -209,29 +217,26 @@ def _attention(modules: dict[str, nn.Module], holder: str, roles: dict[str, str]
         shared = shared or t.numel() == 1 or "inv_freq" in name
         why = "nothing else that may tell heads apart (norms over head_dim do not)"
         _refuse_unless(shared, holder, f"must have {why}, got {name} {list(t.shape)}")
-    if scope != holder:
-        before = [n for n in modules if _within(n, scope) and not _within(n, holder)]
-        before = before[
-            : before.index(o)
-        ]  # modules stand in the order they are applied in, as BERT's dense and LayerNorm
+    if scope != holder:  # modules stand in the order they are applied in, as BERT's dense and LayerNorm
+        beside = [name for name in modules if _within(name, scope) and not _within(name, holder)]
+        before = beside[: beside.index(o)]
         for name, t in _tensors(modules, scope, (holder, o)):
             fits = _parent(name) not in before and t.dim() <= 1
             _refuse_unless(fits, scope, f"must have nothing between the heads and {o}, got {name} {list(t.shape)}")
     return Attention(holder, q, k, v, o, heads, kv_heads, head_dim)
 
 
-def _check_outside(modules: dict[str, nn.Module], block: str, blocks: list[str], heads: set[int]) -> None:
+def _check_outside(modules: dict[str, nn.Module], blocks: tuple[str, ...], heads: dict[str, set[int]]) -> None:
     """Nothing of the model has a value a head for all blocks, as MPNet's and LayoutLMv3's position biases. A linear has them as rows;
     one that is further away, a classifier, may have as many by chance."""
-    beside = _parent(_parent(block))
-    for name, t in _tensors(modules, "", tuple(blocks) if block else ("",)):
+    for name, t in _tensors(modules, "", blocks):
         owner, _, key = name.rpartition(".")
-        if isinstance(modules[owner], nn.Linear):
-            count = len(t) if key == "weight" and _within(owner, beside) else None
-        else:
-            count = t.shape[-1] if t.dim() in (1, 2) and "inv_freq" not in key else None
-        text = f"must have no values by head outside its blocks, got {name} {list(t.shape)}"
-        _refuse_unless(count not in heads - {1}, beside, text)
+        linear = isinstance(modules[owner], nn.Linear)
+        count = len(t) if linear and key == "weight" else t.shape[-1] if not linear and t.dim() in (1, 2) else 1
+        for beside, counts in heads.items():
+            fits = count not in counts - {1} or "inv_freq" in key or (linear and not _within(owner, beside))
+            text = f"must have no values by head outside its blocks, got {name} {list(t.shape)}"
+            _refuse_unless(fits, beside, text)
 
 
 def _heads(modules: dict[str, nn.Module], holder: str, *linears: str) -> tuple[int, int, int]:
@@ -260,9 +265,9 @@ def _first(owner: Any, *keys: str) -> int | None:
     return next((n for key in keys if type(n := getattr(owner, key, None)) is int and n > 0), None)
 
 
-def _ffn(modules: dict[str, nn.Module], block: str, holders: list[str], found: list[Attention]) -> FFN:
-    attention = [name for part in found for name in part.linears]
-    linears = {name: m for name, m in _linears(modules, block).items() if name not in attention}
+def _ffn(modules: dict[str, nn.Module], block: str, attention: tuple[str, ...]) -> FFN:
+    """Of what is in a block beside attention."""
+    linears = {n: m for n, m in _linears(modules, block).items() if not any(_within(n, other) for other in attention)}
     shapes = Counter((m.out_features, m.in_features) for m in linears.values())
     wide = [shape for shape, n in shapes.items() if shapes.keys() == {shape, shape[::-1]} and n == len(linears) - 1]
     text = "must have beside attention two or three linears, up [F, H], maybe gate [F, H], and down [H, F]"
@@ -274,7 +279,7 @@ def _ffn(modules: dict[str, nn.Module], block: str, holders: list[str], found: l
     width, hidden = wide[0] if len(linears) == 3 else linears[names[0]].weight.shape
     up = tuple(n for n in names if linears[n].out_features == width)
     down = next(n for n in names if n not in up)
-    for name, t in _tensors(modules, block, (*linears, *attention, *holders)):
+    for name, t in _tensors(modules, block, (*linears, *attention)):
         shared = t.numel() == 1 or (t.dim() == 1 and len(t) == hidden)
         why = f"nothing else that may tell the {width} channels apart"
         _refuse_unless(shared, block, f"must have {why}, got {name} {list(t.shape)}")
@@ -304,10 +309,8 @@ def check_linears(who: str, model: nn.Module, names: Iterable[str]) -> None:
         m = modules.get(name)
         require(m is not None, f"{who}: {name} must be a linear of the model, got no such module")
         must = "must be a plain nn.Linear without hooks, parametrizations or adapters"
-        own = (
-            plain_linear(m)[0] is not None and name.rpartition(".")[2] != "base_layer"
-        )  # ours and PEFT's name below an adapter
-        require(own, f"{who}: {name} {must}, got {type(m).__name__}")
+        own = name.rpartition(".")[2] != "base_layer"  # as adapters call it, ours and PEFT's
+        require(own and plain_linear(m)[0] is not None, f"{who}: {name} {must}, got {type(m).__name__}")
         for key, t in m._parameters.items():
             if t is not None:
                 require(not t.is_meta, f"{who}: {name}.{key} must have values, got one on the meta device")
