@@ -8,6 +8,7 @@ import lrkern.peft; lrkern.peft.patch(model)   # a PEFT model, in place
 __version__ = "0.1.0"
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 from . import _moved, functional, nn, ops  # noqa: F401
@@ -16,7 +17,7 @@ __all__ = ["__version__", "functional", "nn", "ops"]
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Those that import PEFT, which takes seconds, come when they are used."""
-    if name in ("convert", "files", "peft", "serving"):
+    """The other rooms, some of which import PEFT, which takes seconds, come when they are used."""
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

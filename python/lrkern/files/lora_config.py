@@ -37,8 +37,8 @@ def targets(layers: Iterable[str], every: Iterable[str] | None = None) -> list[s
     return "|".join(map(re.escape, layers))
 
 
-def lora_config(layers: Mapping[str, tuple[int, float]], every: Iterable[str], **more: Any) -> dict[str, Any]:
-    """A LoraConfig of these layers, rank and lora_alpha by name, among all modules of a model. The largest rank is the rule,
+def lora_config(layers: Mapping[str, tuple[int, float]], every: Iterable[str] | None, **more: Any) -> dict[str, Any]:
+    """A LoraConfig of these layers, rank and lora_alpha by name, among all modules of a model, where they are known. The largest rank is the rule,
     others are in rank_pattern and alpha_pattern, whose keys are regexes of the end of a name."""
     r, alpha = max(layers.values(), key=lambda layer: layer[0])
     config = {
