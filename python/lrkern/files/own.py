@@ -229,7 +229,8 @@ _ABOUT = "class", "in_features", "out_features", "adapter_dtype"
 @cache
 def _defaults(cls: type[AdapterLinear]) -> dict[str, Any]:
     seed = {"seed": 0} if "seed" in cls.SETTINGS else {}
-    return cls.from_linear(nn.Linear(1, 1, bias=False, device="meta"), **seed).settings
+    wide = nn.Linear(4096, 4096, bias=False, device="meta")  # enough for any default, of no memory
+    return cls.from_linear(wide, **seed).settings
 
 
 def _like(default: Any) -> tuple[str, Callable[[Any], bool]]:

@@ -78,6 +78,15 @@ class AdapterLinear(nn.Module):
         return cls._wrap(linear, **settings)
 
     @classmethod
+    def from_conv1d(cls, conv: nn.Module, **settings: Any):
+        """Wraps transformers' Conv1D, whose weight is [in, out]: the base layer's is a view of it, so that ``merge`` writes there."""
+        if type(conv).__name__ != "Conv1D" or not isinstance(getattr(conv, "weight", None), nn.Parameter):
+            raise TypeError(f"{cls.__name__}.from_conv1d: conv must be a Conv1D, got {type(conv).__name__}")
+        linear = nn.Linear(*conv.weight.shape, bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter(conv.weight.detach().mT), conv.bias
+        return cls.from_linear(linear, **settings)
+
+    @classmethod
     def _wrap(cls, linear: nn.Linear, *args: Any, **settings: Any):
         if got := no_linear(linear):
             raise TypeError(f"{cls.__name__}.from_linear: linear must be an nn.Linear with a plain weight, got {got}")
