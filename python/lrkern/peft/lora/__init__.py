@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ... import functional as F
 from ...caches import DoraNorm
 from ...limits import DTYPES, MAX_RANK
-from ..layer import PLAIN, Patched, Plan, dropout_p, hooked, patch_layer, plain_linear
+from ..layer import KINDS, PLAIN, Patched, Plan, dropout_p, hooked, patch_layer, plain_linear
 from .mixed import NAMED, check_again, in_order
 
 
@@ -195,9 +195,16 @@ def register(config: peft.LoraConfig, model: nn.Module) -> None:
         lrkern.peft.register(config, model); model = peft.get_peft_model(model, config)
 
     or PeftModel.from_pretrained(model, folder, config=config). PEFT does not write a registration to its files.
+
+    LoRA alone: of its configs PEFT asks who makes the layers. VeRA, RandLoRA and MiSS are patched once they are there; their configs
+    are a TypeError that says so.
     """
     if not isinstance(config, peft.LoraConfig):
-        raise TypeError(f"lrkern.peft.register: config must be a peft.LoraConfig, got {type(config).__name__}")
+        tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING.get(getattr(config, "peft_type", None))
+        later = getattr(tuner, "tuner_layer_cls", None) in KINDS
+        instead = "; call lrkern.peft.patch(model) after get_peft_model: PEFT makes such layers itself" if later else ""
+        got = f"got {type(config).__name__}{instead}"
+        raise TypeError(f"lrkern.peft.register: config must be a peft.LoraConfig, {got}")
     theirs = dict(config._custom_modules or {})  # the user's own choice of classes goes on deciding
     kinds = {type(m) for m in model.modules() if not list(m.children()) and [*m.parameters(), *m.buffers()]}
     if any(isinstance(m, LoraLayer) for m in model.modules()) or not kinds:
