@@ -52,6 +52,7 @@ class AdapterLinear(nn.Module):
     PEFT_SHARES: ClassVar[tuple[str, ...]] = ()
 
     low_rank = False  # whether a LoRA of lower rank than W equals it: that of ``factors``
+    FULL: ClassVar[str] = "has full rank"  # why not
     _SUM = "W + delta_weight()"  # what merge writes, in its errors
     _as_merged: "AdapterLinear | None" = None  # what the adapter was when it was merged
 

@@ -32,6 +32,7 @@ class MissLinear(AdapterLinear):
     """
 
     PEFT_TYPE = "MISS"
+    FULL = "has full rank and depends on W"
     PEFT_SHARES = ("r", "kind", "mini_r", "dropout")
     SETTINGS = ("r", "kind", "mini_r", "dropout")
 
