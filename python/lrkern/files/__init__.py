@@ -19,7 +19,7 @@ from .projections import draw_projections, store_projections
 # isort: off
 from .vera import save_vera  # the methods that have folders, in the order that messages name them
 from .randlora import save_randlora
-from . import miss  # noqa: F401
+from . import miss, mora  # noqa: F401
 # isort: on
 
 __all__ = ["draw_projections", "load", "save", "save_randlora", "save_vera", "store_projections"]
@@ -46,8 +46,9 @@ def save(model: nn.Module, path: str | Path, kind: str | None = None, **options:
 
 def load(model: nn.Module, path: str | Path) -> None:
     """Loads a PEFT LoRA folder into a model's FusedLoRALinear layers (``lrkern.peft.load_adapter``), or puts the layers of a file
-    of lrkern's own, or those of a PEFT MiSS folder, into the model: an nn.Linear is replaced by its layer, and a layer that is
-    there already, with the same settings, takes the coefficients (``own.load_adapter``)."""
+    of lrkern's own, or those of a PEFT MiSS folder or of one that MoRA's authors' code wrote, into the model: an nn.Linear
+    is replaced by its layer, and a layer that is there already, with the same settings, takes the coefficients
+    (``own.load_adapter``)."""
     with refusal("lrkern.files.load: "):
         folder = as_path(path).is_dir()
     if not folder:
