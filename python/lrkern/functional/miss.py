@@ -2,7 +2,7 @@
 """MiSS (Kang et al., arXiv 2409.15371, Bone before) as PEFT's ``init_weights`` names its kinds: shards of W that share an update."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -106,13 +106,14 @@ def _panel(weight: Tensor, blocks: Tensor, whole: bool = True) -> Tensor:
 
 
 class _Bone(Function):
-    """start + x W'ᵀ for a bias [O] as start, start + x ΔWᵀ for a y [T, O]. Saves x, W and the blocks; makes the panels again in
-    backward."""
+    """start + x W'ᵀ for a bias [O] as start, start + x ΔWᵀ for a y [T, O]. Saves x, W and the blocks, or in place of W who gives it;
+    makes the panels again in backward."""
 
     @staticmethod
     def forward(ctx, x, weight, start, blocks):
-        ctx.save_for_backward(x, weight, blocks)
-        ctx.whole = start is None or start.dim() == 1
+        ctx.dense, ctx.whole = weight if callable(weight) else None, start is None or start.dim() == 1
+        ctx.save_for_backward(x, None if ctx.dense else weight, blocks)
+        weight = _dense(ctx.dense, x, blocks) if ctx.dense else weight
         y = x.new_empty(x.shape[0], weight.shape[0])
         for rows, of in _panels(blocks):
             w, to = _panel(weight[rows], blocks[of], ctx.whole).mT, y[:, rows]
@@ -126,6 +127,7 @@ class _Bone(Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, blocks = ctx.saved_tensors
+        weight = _dense(ctx.dense, x, blocks) if ctx.dense else weight
         need_x, need_w, need_start, need_blocks = ctx.needs_input_grad
         if need_w:
             raise RuntimeError("lrkern::bone_linear: weight must not require a gradient, it has none here")
@@ -145,33 +147,47 @@ class _Bone(Function):
         return dx, None, dstart, d
 
 
-def _check_blocks(form: str, weight: Tensor, blocks: Tensor) -> None:
-    sizes = weight.shape[0] // max(1, blocks.shape[-1]), blocks.shape[-1], blocks.shape[-1]
+def _dense(weight: Callable[[], Tensor], x: Tensor, blocks: Tensor) -> Tensor:
+    with torch.no_grad():
+        w = weight()
+    base.of_shape("bone_linear", "weight()", w, "[O, I]", blocks.shape[0] * blocks.shape[-1], x.shape[-1])
+    return w
+
+
+def _check_blocks(form: str, I: int, O: int, blocks: Tensor) -> None:
+    sizes = O // max(1, blocks.shape[-1]), blocks.shape[-1], blocks.shape[-1]
     base.of_shape(form, "blocks", blocks, "[O / r, r, r]", *sizes)
-    for name, n in (("I", weight.shape[1]), ("O", weight.shape[0])):
+    for name, n in (("I", I), ("O", O)):
         if not sizes[1] or n % sizes[1]:
             raise RuntimeError(f"lrkern::{form}: blocks must have an r that divides {name} = {n}, got {sizes[1]}")
 
 
-def _bone(form: str, x: Tensor, weight: Tensor, start: Tensor | None, blocks: Tensor) -> Tensor:
+Weight = Tensor | Callable[[], Tensor]
+
+
+def _bone(form: str, x: Tensor, weight: Weight, start: Tensor | None, blocks: Tensor) -> Tensor:
     """[..., O] in blocks' dtype, or autocast's."""
-    _check_blocks(form, weight, blocks)
-    if torch.is_grad_enabled() and weight.requires_grad:
+    O = blocks.shape[0] * blocks.shape[-1] if callable(weight) else weight.shape[0]
+    _check_blocks(form, x.shape[-1] if callable(weight) else weight.shape[1], O, blocks)
+    if not callable(weight) and torch.is_grad_enabled() and weight.requires_grad:
         raise RuntimeError(f"lrkern::{form}: weight must not require a gradient, it has none here")
     to = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else blocks.dtype
     with torch.autocast(x.device.type, enabled=False):
         start = None if start is None else start.to(to)
         y = _Bone.apply(_rows(x).to(to), weight, start, blocks.to(to))
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], O)
 
 
-def bone_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> Tensor:
+def bone_linear(x: Tensor, weight: Weight, bias: Tensor | None, blocks: Tensor) -> Tensor:
     """y = x W'ᵀ + bias with W' = W (I + B) + B by shards: rows o r .. o r + r of W, in shards of r columns, are each times I + B_o,
     plus B_o. "bat" of PEFT's MiSS, Bone's block-affine form.
 
     x [..., I]; weight [O, I], frozen; bias [O] or None; blocks [O / r, r, r], r a divisor of I. W' is made in panels of at most a
-    quarter of its rows, or of one block, forward and backward: nothing of W's size is allocated or saved. In blocks' dtype, as PEFT computes it;
-    y in x's.
+    quarter of its rows, or of one block, forward and backward: nothing of W's size is allocated or saved. In blocks' dtype, as
+    PEFT computes it; y in x's.
+
+    weight may be a function that gives it, of a base layer that keeps it in another form (quantised): it is called in forward and
+    again in backward, and what it gives is not kept.
     """
     return _bone("bone_linear", x, weight, bias, blocks).to(x.dtype)
 
@@ -187,5 +203,5 @@ def bone_add(y: Tensor, x: Tensor, weight: Tensor, blocks: Tensor) -> Tensor:
 
 def bone_delta(weight: Tensor, blocks: Tensor) -> Tensor:
     """ΔW = W B + B by shards, [O, I] in float32."""
-    _check_blocks("bone_delta", weight, blocks)
+    _check_blocks("bone_delta", weight.shape[1], weight.shape[0], blocks)
     return _panel(weight, blocks.float(), whole=False)
