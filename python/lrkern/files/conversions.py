@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lrkern's adapters as folders for stock PEFT: as plain LoRA, or as PEFT's method of the same name with its projections."""
+"""lrkern's adapters as folders for stock PEFT: as plain LoRA, or as PEFT's method of the same name."""
 
 from collections.abc import Mapping
 from pathlib import Path
