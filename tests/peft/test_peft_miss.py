@@ -3,7 +3,6 @@
 
 import copy
 
-import peft
 import pytest
 import torch
 from peft import MissConfig, PeftModel, get_peft_model
@@ -140,19 +139,6 @@ def test_what_is_not_fused_says_why():
     layer_of(ours).miss_dropout["default"] = nn.Identity()
     layer_of(ours).miss_block["default"].data = layer_of(ours).miss_block["default"].data.double()
     assert "a block of dtype torch.float64" in str(lrkern.peft.report(ours))
-
-
-@pytest.mark.parametrize("config", [peft.MissConfig, peft.VeraConfig, peft.RandLoraConfig, peft.IA3Config])
-def test_register_says_what_does_it(config):
-    """PEFT asks of LoRA's configs alone who makes the layers."""
-    net, made = nn.Sequential(nn.Linear(8, 8)), config(target_modules=["0"])
-    with pytest.raises(
-        TypeError, match=f"register: config must be a peft.LoraConfig, got {config.__name__}"
-    ) as refusal:
-        lrkern.peft.register(made, net)
-    assert ("call lrkern.peft.patch(model) after get_peft_model" in str(refusal.value)) == (config != peft.IA3Config)
-    with pytest.raises(TypeError, match="register: config must be a peft.LoraConfig, got dict$"):
-        lrkern.peft.register({}, net)
 
 
 class Scaled(nn.Linear):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ... import functional as F
 from ...caches import DoraNorm
 from ...limits import DTYPES, MAX_RANK
-from ..layer import KINDS, PLAIN, Patched, Plan, dropout_p, hooked, patch_layer, plain_linear
+from ..layer import PLAIN, Patched, Plan, dropout_p, hooked, patch_layer, plain_linear
 from .mixed import NAMED, check_again, in_order
 
 
@@ -162,6 +162,12 @@ class FusedLora(Patched, layers=LoraLayer):
         without = [rows.pop(0)[0]] if len(rows) > len(adapters) else []
         return back(without + [F.lora_add(*yx, *f[:4]) for yx, f in zip(rows, adapters.values(), strict=True)])
 
+    @staticmethod
+    def _registers(config: peft.LoraConfig, kinds: set[type]) -> bool:
+        theirs = dict(config._custom_modules or {})  # the user's own choice of classes goes on deciding
+        config._register_custom_module(dict.fromkeys([*kinds, *theirs], functools.partial(_create, theirs)))
+        return True
+
     def _forget(self) -> None:
         self.__dict__["_lrkern_norm"].clear()
 
@@ -187,32 +193,6 @@ def _reached(name: str) -> property:
 
 for _name in ("base_layer", "lora_A", "lora_B"):
     setattr(FusedLora, _name, _reached(_name))
-
-
-def register(config: peft.LoraConfig, model: nn.Module) -> None:
-    """Makes the LoRA layers that PEFT creates from this config fused from the start, whatever their base layer:
-
-        lrkern.peft.register(config, model); model = peft.get_peft_model(model, config)
-
-    or PeftModel.from_pretrained(model, folder, config=config). PEFT does not write a registration to its files.
-
-    LoRA alone: of its configs PEFT asks who makes the layers. VeRA, RandLoRA and MiSS are patched once they are there; their configs
-    are a TypeError that says so.
-    """
-    if not isinstance(config, peft.LoraConfig):
-        tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING.get(getattr(config, "peft_type", None))
-        later = getattr(tuner, "tuner_layer_cls", None) in KINDS
-        instead = "; call lrkern.peft.patch(model) after get_peft_model: PEFT makes such layers itself" if later else ""
-        got = f"got {type(config).__name__}{instead}"
-        raise TypeError(f"lrkern.peft.register: config must be a peft.LoraConfig, {got}")
-    theirs = dict(config._custom_modules or {})  # the user's own choice of classes goes on deciding
-    kinds = {type(m) for m in model.modules() if not list(m.children()) and [*m.parameters(), *m.buffers()]}
-    if any(isinstance(m, LoraLayer) for m in model.modules()) or not kinds:
-        raise ValueError(
-            "lrkern.peft.register: model must be a model without LoRA layers yet (patch is for those), with layers to "
-            f"adapt, got {type(model).__name__}"
-        )
-    config._register_custom_module(dict.fromkeys([*kinds, *theirs], functools.partial(_create, theirs)))
 
 
 def _create(
