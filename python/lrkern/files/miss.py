@@ -7,11 +7,8 @@ from .folder import PREFIX, READERS, WRITERS, by_linear, check_plain, write_adap
 from .lora_config import targets
 from .own import as_layer
 
-_KINDS = {
-    True: "balance",
-    "mini": "mini",
-    "bat": "bat",
-}  # init_weights: our word; False is True with other numbers to begin with
+# init_weights and our word for it; False is True with other numbers to begin with
+_KINDS = {True: "balance", "mini": "mini", "bat": "bat"}
 
 
 def _read(config, tensors, linears):
@@ -24,9 +21,10 @@ def _read(config, tensors, linears):
         settings["mini_r"] = 1 if config.get("mini_r") is None else config["mini_r"]
     if kind != "bat":
         settings["dropout"] = config.get("miss_dropout") or 0.0
-    found = by_linear(config, tensors, linears, "miss_block")
-    block = "miss_block"
-    return {name: as_layer(name, MissLinear, linears[name], settings, {block: b}) for name, (b,) in found.items()}
+    return {
+        name: as_layer(name, MissLinear, linears[name], settings, {"miss_block": block})
+        for name, (block,) in by_linear(config, tensors, linears, "miss_block").items()
+    }
 
 
 def _write(folder, layers, modules):

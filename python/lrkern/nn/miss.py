@@ -98,9 +98,9 @@ class MissLinear(AdapterLinear):
         return *F.miss_factors(self.miss_block, self.in_features, self.out_features), 1.0
 
     def _merged_weight(self, w: Tensor) -> Tensor:
-        if self.kind == "bat":  # what no unmerge would find again
+        if self.kind == "bat" and self.miss_block.isfinite().all():
             most, cond = 1 / torch.finfo(self.base_layer.weight.dtype).eps, torch.linalg.cond(self._times())
-            if not (cond <= most).all():
+            if not (cond <= most).all():  # no unmerge would find W again
                 must = f"I + miss_block must have a condition number of at most {most:g}"
                 raise ValueError(f"MissLinear.merge: {must}, got {cond.max():g}; W is unchanged")
         return super()._merged_weight(w)
