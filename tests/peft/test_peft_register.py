@@ -78,6 +78,19 @@ def test_injected():
     assert lrkern.peft.report(peft.inject_adapter_in_model(config, base)).fused == 2
 
 
+def test_a_model_of_transformers():
+    """get_peft_model, and transformers' own add_adapter."""
+    minilm = pytest.importorskip("minilm")
+    for add in (
+        lambda model, config: peft.get_peft_model(model, config),
+        lambda model, config: model.add_adapter(config, "a"),
+    ):
+        model, config = minilm.bert(1), CONFIGS["miss"](target_modules=["query", "dense"])
+        lrkern.peft.register(config, model)
+        add(model, config)
+        assert type(model) is type(minilm.bert(1)) and lrkern.peft.report(model).fused == 5
+
+
 @kinds
 def test_nothing_else_is_changed(kind):
     config, waiting = CONFIGS[kind](), Net()
