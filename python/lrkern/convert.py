@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters over random bases as folders for stock PEFT: as plain LoRA, or as VeRA and RandLoRA with their projections."""
+"""lrkern's adapters as folders for stock PEFT: as plain LoRA, or as PEFT's method of the same name."""
 
 from .files.conversions import to_lora, to_peft
 

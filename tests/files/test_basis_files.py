@@ -138,7 +138,7 @@ BROKEN = {
     "a shape": (lambda h, t: put(t, KEY, torch.ones(71)), rf"{KEY} must be torch.float32 \[70\], got torch.float32 \[71\]"),
     "a dtype": (lambda h, t: put(t, KEY, torch.ones(70).half()), f"{KEY} must be torch.float32 .*, got torch.float16"),
     "not finite": (lambda h, t: t[KEY].fill_(torch.nan), f"{KEY} must be finite"),
-    "a class": (lambda h, t: put(h["kinds"][0], "class", "LoRA"), "kinds: class must be MoRALinear, NOLALinear, VeRALinear or RandLoRALinear, got 'LoRA'"),
+    "a class": (lambda h, t: put(h["kinds"][0], "class", "LoRA"), "kinds: class must be MissLinear, MoRALinear, NOLALinear, VeRALinear or RandLoRALinear, got 'LoRA'"),
     "a setting more": (lambda h, t: put(h["kinds"][0], "rank", 4), "kinds: settings must be"),
     "a setting": (lambda h, t: put(h["kinds"][0], "r", 0), "0 cannot be made: NOLALinear: r must be"),
     "a setting's type": (lambda h, t: put(h["kinds"][0], "dropout", "no"), "kinds: dropout must be a finite number"),
@@ -190,7 +190,7 @@ def test_what_cannot_be_saved_or_loaded(tmp_path):
     path = tmp_path / "a"
     with pytest.raises(ValueError, match="save_adapter: bits must be None, 8 or 4, got 2"):
         save_adapter(adapted(), path, bits=2)
-    with pytest.raises(ValueError, match="model must have MoRALinear, .* got Sequential with none"):
+    with pytest.raises(ValueError, match="model must have MissLinear, .* got Sequential with none"):
         save_adapter(plain(), path)
     model = adapted()
     model[0].nola_alpha.data[3] = torch.inf
@@ -294,10 +294,10 @@ def test_what_is_no_lora(tmp_path):
     spoilt[4].vera_lambda_b.data[0] = torch.nan
     large = nn.Sequential(VeRALinear(8, 8, r=513))
     for model, text in [
-        (plain(), "model must have MoRALinear, NOLALinear or VeRALinear layers, got none"),
+        (plain(), "model must have MissLinear, MoRALinear, NOLALinear or VeRALinear layers, got none"),
         (
             adapted(),
-            "2.1 must be MoRALinear, NOLALinear or VeRALinear, got RandLoRALinear: its ΔW has full rank, 33, which no LoRA",
+            "2.1 must be MissLinear, MoRALinear, NOLALinear or VeRALinear, got RandLoRALinear: its ΔW has full rank, 33, which no LoRA",
         ),
         (large, "0 must have a rank of at most 512, the most that LoRA kernels take, got r=513"),
         (spoilt, "4.lora_B must be finite, got inf or nan"),
@@ -342,10 +342,16 @@ def test_what_peft_cannot_hold(tmp_path):
     spoilt = sharing("randlora")
     spoilt[0].randlora_gamma.data[0, 0] = torch.inf
     for model, text in [
-        (plain(), "model must have VeRALinear or RandLoRALinear layers, got none"),
-        (adapted({"0": PLACES["0"]}), "0 must be VeRALinear, or RandLoRALinear as all others, got NOLALinear"),
-        (adapted({k: PLACES[k] for k in ("2.0", "2.1")}), "2.1 must be VeRALinear, or RandLoRALinear as all others"),
-        (other_seed, "2.0.seed must be 78, as the first layer's, got 77: PEFT's layers share one pair"),
+        (plain(), "model must have VeRALinear, RandLoRALinear or MissLinear layers, got none"),
+        (
+            adapted({"0": PLACES["0"]}),
+            "0 must be VeRALinear, RandLoRALinear, or MissLinear as all others, got NOLALinear",
+        ),
+        (
+            adapted({k: PLACES[k] for k in ("2.0", "2.1")}),
+            "2.1 must be VeRALinear, RandLoRALinear, or MissLinear as all others",
+        ),
+        (other_seed, "2.0.seed must be 78, as the first layer's, got 77: PEFT has one for all layers"),
         (sharing("randlora", paper_pairing=True), "0.paper_pairing must be False, PEFT's pairing, got True"),
         (spoilt, "0.randlora_gamma must be finite, got inf or nan"),
     ]:

@@ -122,17 +122,29 @@ def test_lora(ask, tmp_path_factory, sample):
         close(ask("pool", path, sample), want, plain, sample)
 
 
+KINDS = ["NOLALinear", "VeRALinear", "RandLoRALinear", "MoRALinear", "MissLinear"]
+
+
+@st.composite
+def miss_settings(draw):
+    """Of any layer here."""
+    kind, powers = draw(st.sampled_from(["balance", "mini", "bat"])), st.sampled_from([1, 2, 4])
+    settings = {"kind": kind, "mini_r": draw(powers) if kind == "mini" else 1}
+    return settings | ({"r": draw(powers), "dropout": 0.0} if kind == "bat" else {})
+
+
 @st.composite
 def own_samples(draw, shared=None):
     """shared: the settings that PEFT has once for all layers, of one kind."""
     layers, dtype = {}, draw(dtypes)
     distribution = st.sampled_from(["uniform8", "uniform16", "uniform32", "sign", "ternary6", "ternary4"])
-    kind = draw(st.sampled_from(["VeRALinear", "RandLoRALinear"]))
+    kind = draw(st.sampled_from(["VeRALinear", "RandLoRALinear", "MissLinear"]))
+    all_alike = draw(miss_settings())
     one = {"seed": draw(seeds), "r": draw(st.integers(3, 9)), "dropout": draw(rates), "distribution": draw(distribution),
            "alpha": draw(alphas)}  # fmt: skip
     for name in draw(names):
         I, O = SIZES[name]
-        cls = kind if shared else draw(st.sampled_from(["NOLALinear", "VeRALinear", "RandLoRALinear", "MoRALinear"]))
+        cls = kind if shared else draw(st.sampled_from(KINDS))
         mine = one if shared else one | {"seed": draw(seeds), "r": draw(st.integers(2, 9)), "dropout": draw(rates),
                                          "distribution": draw(distribution), "alpha": draw(alphas)}  # fmt: skip
         alpha = mine["alpha"]
@@ -145,9 +157,10 @@ def own_samples(draw, shared=None):
             "RandLoRALinear": {"randlora_alpha": alpha, "paper_pairing": not shared and draw(flags),
                                "save_output": draw(flags)},
             "MoRALinear": {"mora_type": draw(st.sampled_from([1, 2, 3, 4, 6])), "paper_rank": draw(flags)},
+            "MissLinear": all_alike if shared else draw(miss_settings()),
         }[cls]  # fmt: skip
         adapter_dtype = draw(st.sampled_from([None, "float32", dtype]))
-        if cls == "MoRALinear":
+        if cls in ("MoRALinear", "MissLinear"):
             common = {key: common[key] for key in ("r", "dropout")}
         layers[name] = {"class": cls, "adapter_dtype": adapter_dtype} | common | special
     left = {name: draw(st.sampled_from(["", "", "disabled", "merged"])) for name in layers}
@@ -155,7 +168,7 @@ def own_samples(draw, shared=None):
 
 
 def has_low_rank(layer):
-    return layer["class"] != "RandLoRALinear" and layer.get("mora_type") != 6
+    return layer["class"] != "RandLoRALinear" and layer.get("mora_type") != 6 and layer.get("kind") != "bat"
 
 
 @some
@@ -198,7 +211,10 @@ def test_own_layers_as_pefts_method(ask, tmp_path_factory, sample):
     note(f"path={path}")
     files.save(as_left(net, sample), path, kind="peft")
     close(ask("peft", path, sample), want, plain, sample)
-    if all(layer["class"] == "VeRALinear" for layer in sample["layers"].values()):
+    kinds = {layer["class"] for layer in sample["layers"].values()}
+    if kinds == {"MissLinear"}:
+        close(ask("lrkern", path, sample), want, plain, sample)
+    if "RandLoRALinear" not in kinds and all(map(has_low_rank, sample["layers"].values())):
         close(ask("pool", path, sample), want, plain, sample)
 
 

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from layer_kinds import EACH, shake
 from torch import nn
 
 pytest.importorskip("safetensors")
@@ -86,3 +87,19 @@ def test_as_plain_lora(Middle, tmp_path):
     to_lora({"there": layer}, tmp_path)
     a, b = (load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.there.lora_{x}.weight"] for x in "AB")
     torch.testing.assert_close(b @ a, layer.delta_weight(), atol=1e-5, rtol=1e-5)
+
+
+@EACH
+def test_conv1d(cls, settings):
+    """transformers' Conv1D has W transposed, and merging writes it."""
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    conv, x = Conv1D(32, 20), torch.randn(4, 20)
+    layer = shake(cls.from_conv1d(conv, **settings).eval())
+    assert (layer.in_features, layer.out_features) == (20, 32) and not conv.bias.requires_grad
+    y, plain = layer(x), conv(x)
+    layer.merge()
+    torch.testing.assert_close(conv(x), y, atol=2e-5, rtol=1e-4)
+    layer.unmerge()
+    torch.testing.assert_close(conv(x), plain, atol=2e-5, rtol=1e-4)
+    with pytest.raises(TypeError, match=f"{cls.__name__}.from_conv1d: conv must be a Conv1D, got Linear"):
+        cls.from_conv1d(nn.Linear(2, 2))

@@ -6,10 +6,9 @@ import copy
 
 import pytest
 import torch
-from layer_kinds import EACH, shake
+from layer_kinds import EACH, drop, shake
 
 import lrkern.ops
-from lrkern.nn import FusedLoRALinear
 
 ON_KERNELS = pytest.mark.parametrize("device", ["emulated", "cuda"], indirect=True)
 SIZES = pytest.mark.parametrize("sizes", [(48, 40), (40, 72)], ids=str)
@@ -78,7 +77,8 @@ def on_cpu(call, *args):
 @EACH
 def test_two_replays_of_a_graph_draw_two_masks(cls, settings, device):
     """The seed is drawn inside the graph: as with nn.Dropout two replays differ, and torch's seed says which they are."""
-    dropout = {"lora_dropout" if cls is FusedLoRALinear else "dropout": 0.5}
+    if not (dropout := drop(cls, settings, 0.5)):
+        pytest.skip("no dropout")
     layer = shake(cls(48, 40, **settings, **dropout)).to(device).train()
     x, dy = torch.ones(64, 48, device=device), torch.ones(64, 40, device=device)
     side = torch.cuda.Stream()

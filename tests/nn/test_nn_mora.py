@@ -82,24 +82,6 @@ def test_one_chunk(type):
 
 
 @types
-def test_conv1d(type):
-    """transformers' Conv1D has W transposed; the authors' merge does not notice."""
-    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
-    conv = Conv1D(33, 20)
-    layer = MoRALinear.from_conv1d(conv, r=6, mora_type=type).eval()
-    assert (layer.in_features, layer.out_features) == (20, 33)
-    x = torch.randn(4, 20)
-    torch.testing.assert_close(layer(x), conv(x))
-    with torch.no_grad():
-        layer.lora_A.weight.normal_()
-    y = layer(x)
-    layer.merge()
-    torch.testing.assert_close(conv(x), y, atol=2e-5, rtol=1e-5)
-    with pytest.raises(TypeError, match="conv must be a Conv1D, got Linear"):
-        MoRALinear.from_conv1d(nn.Linear(2, 2))
-
-
-@types
 def test_starts_as_the_base_and_learns(type):
     base, x = nn.Linear(40, 24), torch.randn(6, 40)
     layer = MoRALinear.from_linear(base, r=4, mora_type=type)
@@ -241,7 +223,7 @@ def test_as_lora(tmp_path, type):
 
 def test_what_is_no_lora(tmp_path):
     net = nn.Sequential(made(64, 48, 6))
-    text = r"0 must be MoRALinear, NOLALinear or VeRALinear, got MoRALinear, r=8, mora_type=6.*full rank, 48, which no LoRA"
+    text = r"0 must be MissLinear, MoRALinear, NOLALinear or VeRALinear, got MoRALinear, r=8, mora_type=6.*full rank, 48, which no LoRA"
     with pytest.raises(ValueError, match=text):
         lrkern.convert.to_lora(net, tmp_path / "a")
     with pytest.raises(ValueError, match="type must be 1, 2, 3 or 4, got 6"):

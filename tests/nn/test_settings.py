@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from layer_kinds import EACH, KINDS
+from layer_kinds import EACH, KINDS, drop
 from torch import nn
 
-from lrkern.nn import FusedLoRALinear, MoRALinear, NOLALinear, RandLoRALinear, VeRALinear
+from lrkern.nn import FusedLoRALinear, MissLinear, MoRALinear, NOLALinear, RandLoRALinear, VeRALinear
 
 NUMBERS = [math.nan, math.inf, -math.inf, "1", None, True, 10**400, 1e39, [1.0], torch.tensor(1.0)]
 CHANCES = [*NUMBERS[:6], -0.1, 1.1]
@@ -22,6 +22,9 @@ WRONG = {
     FusedLoRALinear: {
         "r": [*WHOLE, 513], "lora_alpha": NUMBERS, "lora_dropout": CHANCES, "use_rslora": FLAGS, "use_dora": FLAGS,
         "train_bias": FLAGS, "init": WORDS, "adapter_dtype": [*DTYPES, torch.bfloat16],
+    },
+    MissLinear: {
+        "r": [*WHOLE, 0, 9], "kind": WORDS, "mini_r": [*WHOLE, 0, 3], "dropout": CHANCES, "adapter_dtype": DTYPES,
     },
     MoRALinear: {
         "r": [*WHOLE, 0], "mora_type": [0, 5, 7, 6.0, True, "6"], "dropout": CHANCES, "paper_rank": FLAGS, "adapter_dtype": DTYPES,
@@ -68,9 +71,9 @@ def test_a_base_of_another_dtype(cls, settings, dtype):
 
 @EACH
 def test_what_is_taken(cls, settings):
-    drop = "lora_dropout" if cls is FusedLoRALinear else "dropout"
     for value in (0, 1, 0.5):
-        assert getattr(cls(8, 8, **settings | {drop: value}), drop) == value
+        for name, p in drop(cls, settings, value).items():
+            assert getattr(cls(8, 8, **settings | {name: p}), name) == value
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         base = torch.bfloat16 if dtype is torch.bfloat16 else torch.float16
         layer = cls(8, 8, dtype=base, adapter_dtype=dtype, **settings)

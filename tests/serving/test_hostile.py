@@ -52,6 +52,21 @@ def vera_parts():
     return config, {f"base_model.model.{n}.{k}": torch.ones(s) for n in NAMES for k, s in db.items()}
 
 
+def miss_parts():
+    config = {"peft_type": "MISS", "r": R, "init_weights": True, "target_modules": ["q_proj", "v_proj", LONG]}
+    return config, {f"base_model.model.{n}.miss_block": torch.ones(R, O) for n in NAMES}
+
+
+def mora_parts():
+    """As MoRA's authors' code writes them: r̂ of rank 4 is 13."""
+    config, _ = lora_parts()
+    config |= {"use_mora": True, "mora_type": 2}
+    return config, {f"base_model.model.{n}.lora_{x}.weight": torch.ones(13, 13) for n in NAMES for x in "AB"}
+
+
+PARTS = {"LORA": lora_parts, "VERA": vera_parts, "MISS": miss_parts, "MORA": mora_parts}
+
+
 def write(folder, parts):
     folder.mkdir()
     config, tensors = parts
@@ -82,10 +97,12 @@ class Doors:
         held += [pool.names, pool.resident, list(pool._free), dict(pool._adapters), set(pool._reserved)]
         return [*held, [getattr(kind, "pair", None) for kind in pool._kinds], sorted(self.tmp.glob("to*"))]
 
-    def of_folder(self, path, vera=False):
+    def of_folder(self, path, family="LORA"):
         yield lambda: self.pool.load("new", path)
         yield lambda: self.pool.load("lora", path, replace=True)
-        if vera:
+        if family in ("MISS", "MORA"):
+            yield lambda: lrkern.files.load(self.base, path)
+        elif family == "VERA":
             yield lambda: store_projections(path, self.base, self.tmp / "to")
         else:
             yield lambda: lrkern.peft.load_adapter(self.fused, path)
@@ -163,11 +180,12 @@ def running():
 
 
 def test_the_parts_themselves_are_taken(doors, tmp_path):
-    lora, vera = write(tmp_path / "lora", lora_parts()), write(tmp_path / "vera", vera_parts())
-    for call in (*doors.of_folder(lora), *doors.of_folder(vera, vera=True)):
-        if "new" in doors.pool:
-            doors.pool.remove("new")
-        call()
+    for family, parts in PARTS.items():
+        for call in doors.of_folder(write(tmp_path / family, parts()), family):
+            if "new" in doors.pool:
+                doors.pool.remove("new")
+            call()
+            doors.base = model()
     assert (tmp_path / "to").is_dir()
     for call in doors.of_file(own_file(tmp_path / "own")):
         if "new" in doors.pool:
@@ -210,27 +228,15 @@ CASES = {
     "fan_in_fan_out a word": ({"fan_in_fan_out": "no"}, "fan_in_fan_out must be true or false, got 'no'"),
     "targets a number": ({"target_modules": 7}, "target_modules must be a string or a list of strings, got 7"),
     "targets an object": ({"target_modules": {"q_proj": 1}}, "target_modules must be a string or a list of strings"),
-    "targets a list of lists": (
-        {"target_modules": [["q_proj"]]},
-        "target_modules must be a string or a list of strings",
-    ),
+    "targets a list of lists": ({"target_modules": [["q_proj"]]}, "target_modules must be a string or a list of strings"),
     "targets nested deeply": ({"target_modules": json.loads("[" * 300 + "]" * 300)}, "target_modules must be a string"),
     "targets very long": ({"target_modules": 5}, "target_modules must be a string or a list of strings, got 5"),
     "excluded numbers": ({"exclude_modules": [1, 2]}, "exclude_modules must be a string or a list of strings"),
-    "layers_to_transform a word": (
-        {"layers_to_transform": "0"},
-        "layers_to_transform must be a whole number or a list",
-    ),
-    "layers_to_transform floats": (
-        {"layers_to_transform": [0.0]},
-        "layers_to_transform must be a whole number or a list",
-    ),
+    "layers_to_transform a word": ({"layers_to_transform": "0"}, "layers_to_transform must be a whole number or a list"),
+    "layers_to_transform floats": ({"layers_to_transform": [0.0]}, "layers_to_transform must be a whole number or a list"),
     "layers_to_transform true": ({"layers_to_transform": True}, "layers_to_transform must be a whole number or a list"),
-    "layers_pattern numbers": (
-        {"layers_pattern": [1], "layers_to_transform": [0]},
-        "layers_pattern must be a string or",
-    ),
-}
+    "layers_pattern numbers": ({"layers_pattern": [1], "layers_to_transform": [0]}, "layers_pattern must be a string or"),
+}  # fmt: skip
 LORA_CASES = {
     "alpha beyond fp32": ({"lora_alpha": 1e39}, r"lora_alpha must be a finite number \(in float32\), got 1e\+39"),
     "alpha of 400 digits": ({"lora_alpha": 10**400}, "lora_alpha must be a finite number .*, got 1000"),
@@ -265,8 +271,9 @@ VERA_CASES = {
 
 def configs():
     for name, (change, message) in CASES.items():
-        for family in ("LORA", "VERA"):
-            yield pytest.param(family, change, message, id=f"{family} {name}")
+        for family in PARTS:
+            said = message if family in ("LORA", "VERA") else ""  # in words of the family's own
+            yield pytest.param(family, change, said, id=f"{family} {name}")
     for family, cases in (("LORA", LORA_CASES), ("VERA", VERA_CASES)):
         yield from (pytest.param(family, *case, id=f"{family} {name}") for name, case in cases.items())
 
@@ -277,10 +284,10 @@ SERVED = ("target_modules", "exclude_modules", "layers_pattern", "layers_to_tran
 
 @pytest.mark.parametrize(("family", "change", "message"), [*configs()])
 def test_hostile_configs(doors, tmp_path, family, change, message):
-    config, tensors = lora_parts() if family == "LORA" else vera_parts()
+    config, tensors = PARTS[family]()
     config |= change
     folder = write(tmp_path / "bad", (config, tensors))
-    calls = [*doors.of_folder(folder, vera=family == "VERA")]
+    calls = [*doors.of_folder(folder, family)]
     refuse(doors, [*calls, lambda: doors.pool.add("new", config, tensors)], message)
 
 
@@ -445,9 +452,9 @@ def folder_damages():
 @pytest.mark.parametrize("family", ["LORA", "VERA"])
 @pytest.mark.parametrize(("damage", "message"), [*folder_damages()])
 def test_hostile_folders(doors, tmp_path, running, family, damage, message):
-    folder = write(tmp_path / "bad", lora_parts() if family == "LORA" else vera_parts())
+    folder = write(tmp_path / "bad", PARTS[family]())
     damage(folder)
-    refuse(doors, doors.of_folder(folder, vera=family == "VERA"), message, running)
+    refuse(doors, doors.of_folder(folder, family), message, running)
 
 
 def shards(folder):
@@ -470,17 +477,15 @@ WHERE = {  # what stands where a folder should
 @pytest.mark.parametrize("family", ["LORA", "VERA"])
 @pytest.mark.parametrize("name", WHERE)
 def test_what_is_no_folder_of_pefts(doors, tmp_path, name, family):
-    folder = write(tmp_path / "bad", lora_parts() if family == "LORA" else vera_parts())
+    folder = write(tmp_path / "bad", PARTS[family]())
     WHERE[name][0](folder)
-    calls = [*doors.of_folder(folder, vera=family == "VERA")]
+    calls = [*doors.of_folder(folder, family)]
     refuse(doors, calls[:3], WHERE[name][1])  # files.load takes what is no folder for a file of lrkern's own
 
 
 @pytest.mark.parametrize("path", ["org/name-of-the-hub", "", "a\0b", "x" * 5000, None, 7, b"bytes", ["a"]], ids=repr)
 def test_paths(doors, path):
-    refuse(
-        doors, [*doors.of_folder(path), *doors.of_folder(path, vera=True), *doors.of_file(path)], "must|cannot be read"
-    )
+    refuse(doors, [*doors.of_folder(path), *doors.of_folder(path, "VERA"), *doors.of_file(path)], "must|cannot be read")
 
 
 # ---- files of lrkern's own
@@ -547,8 +552,8 @@ OWN = {
     "an index true": (entry([True, 1]), "must be .which of the 2 kinds, seed., got"),
     "a seed of 2^63": (entry([0, 2**63]), "seed must be a whole number in"),
     "a seed a list": (entry([0, [1]]), "seed must be a whole number in"),
-    "class a list": (kind(**{"class": ["NOLALinear"]}), "kinds: class must be MoRALinear, NOLALinear, VeRALinear or RandLoRALinear, got"),
-    "class Linear": (kind(**{"class": "Linear"}), "kinds: class must be MoRALinear, .*, got 'Linear'"),
+    "class a list": (kind(**{"class": ["NOLALinear"]}), "kinds: class must be MissLinear, MoRALinear, NOLALinear, VeRALinear or RandLoRALinear, got"),
+    "class Linear": (kind(**{"class": "Linear"}), "kinds: class must be MissLinear, .*, got 'Linear'"),
     "in_features 10^12": (kind(in_features=10**12), "in_features and out_features must be sizes of a linear"),
     "sizes of 2^61": (kind(in_features=2**31 - 1, out_features=2**31 - 1), "must be sizes of a linear"),
     "in_features a float": (kind(in_features=16.0), "must be sizes of a linear"),

@@ -86,7 +86,10 @@ DAMAGES = {
     "alpha nan": (edit_config(lora_alpha=float("nan")), r"lora_alpha must be a finite number \(in float32\), got nan"),
     "patterns a list": (edit_config(rank_pattern=[1]), "rank_pattern must be an object"),
     "a broken regex": (edit_config(target_modules="(("), r"target_modules is no regex: .*, got '\(\('"),
-    "another family": (edit_config(peft_type="IA3"), r"peft_type must be one of \['LORA', 'VERA'\], got 'IA3'"),
+    "another family": (
+        edit_config(peft_type="IA3"),
+        r"peft_type must be one of \['LORA', 'MISS', 'MORA', 'VERA'\], got 'IA3'",
+    ),
     "dora": (edit_config(use_dora=True), "use_dora must be off"),
     "bias": (edit_config(bias="lora_only"), "bias must be 'none', got 'lora_only'"),
     "lora_bias": (edit_config(lora_bias=True), "lora_bias must be off"),

@@ -513,7 +513,10 @@ def test_a_batch_of_nola_vera_lora_and_the_base_is_each_alone(folders, tmp_path)
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("randlora", "must be MoRALinear, NOLALinear or VeRALinear, got RandLoRALinear, which has full rank"),
+        (
+            "randlora",
+            "must be MissLinear, MoRALinear, NOLALinear or VeRALinear, got RandLoRALinear, which has full rank",
+        ),
         ("truncated", "cannot be read"),
         ("other model", "has 0, which the model does not"),
         ("other pair", "projections must be the pool's"),

@@ -4,11 +4,14 @@
 import pytest
 import torch
 
-from lrkern.nn import FusedLoRALinear, MoRALinear, NOLALinear, RandLoRALinear, VeRALinear
+from lrkern.nn import FusedLoRALinear, MissLinear, MoRALinear, NOLALinear, RandLoRALinear, VeRALinear
 
 KINDS = {
     "lora": (FusedLoRALinear, {"r": 4}),
     "dora": (FusedLoRALinear, {"r": 4, "use_dora": True}),
+    "miss": (MissLinear, {"r": 4}),
+    "miss_mini": (MissLinear, {"r": 4, "kind": "mini", "mini_r": 4}),
+    "miss_bat": (MissLinear, {"r": 4, "kind": "bat"}),
     "mora": (MoRALinear, {"r": 4, "mora_type": 1}),
     "mora_turned": (MoRALinear, {"r": 4, "mora_type": 6}),
     "nola": (NOLALinear, {"r": 4, "k": 6, "l": 7}),
@@ -16,6 +19,11 @@ KINDS = {
     "randlora": (RandLoRALinear, {"r": 6}),
 }
 EACH = pytest.mark.parametrize(("cls", "settings"), KINDS.values(), ids=KINDS)
+
+
+def drop(cls, settings, p):
+    """The setting that drops with probability p; none for a kind that has no dropout."""
+    return {} if settings.get("kind") == "bat" else {"lora_dropout" if cls is FusedLoRALinear else "dropout": p}
 
 
 @torch.no_grad()

@@ -10,14 +10,16 @@ from typing import Any
 from torch import nn
 
 from ..nn import FusedLoRALinear
+from ..nn.linear import AdapterLinear
 from . import conversions, lora, own
-from .check import refusal, require
-from .folder import as_path
+from .check import named, refusal, require
+from .folder import READERS, as_path, check_config, features_of, peft_type, read_adapter, read_config
 from .projections import draw_projections, store_projections
 
 # isort: off
-from .vera import save_vera  # the methods that share projections, in the order that messages name them
+from .vera import save_vera  # the methods that have folders, in the order that messages name them
 from .randlora import save_randlora
+from . import miss, mora  # noqa: F401
 # isort: on
 
 __all__ = ["draw_projections", "load", "save", "save_randlora", "save_vera", "store_projections"]
@@ -44,7 +46,23 @@ def save(model: nn.Module, path: str | Path, kind: str | None = None, **options:
 
 def load(model: nn.Module, path: str | Path) -> None:
     """Loads a PEFT LoRA folder into a model's FusedLoRALinear layers (``lrkern.peft.load_adapter``), or puts the layers of a file
-    of lrkern's own into the model (``own.load_adapter``)."""
+    of lrkern's own, or those of a PEFT MiSS folder or of one that MoRA's authors' code wrote, into the model: an nn.Linear
+    is replaced by its layer, and a layer that is there already, with the same settings, takes the coefficients
+    (``own.load_adapter``)."""
     with refusal("lrkern.files.load: "):
         folder = as_path(path).is_dir()
-    (lora if folder else own).load_adapter(model, path)
+    if not folder:
+        return own.load_adapter(model, path)
+    with refusal(f"lrkern.files.load: {named(str(path))}: ", "; the model is unchanged"):
+        check_config(config := read_config(path))
+        if read := READERS.get(peft_type(config)):
+            _, tensors = read_adapter(path)
+            return own.place(model, read(config, tensors, _linears(model)))
+    lora.load_adapter(model, path)
+
+
+def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """[I, O] by name, a layer of ours as one linear."""
+    named = {name: m for name, m in model.named_modules() if features_of(m)}
+    inside = tuple(f"{name}." for name, m in named.items() if isinstance(m, AdapterLinear))
+    return {name: features_of(m) for name, m in named.items() if not name.startswith(inside)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lrkern's adapters as folders for stock PEFT: as plain LoRA, or as PEFT's method of the same name with its projections."""
+"""lrkern's adapters as folders for stock PEFT: as plain LoRA, or as PEFT's method of the same name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +9,9 @@ from torch import nn
 from ..limits import MAX_RANK
 from ..nn.linear import AdapterLinear
 from .check import require
-from .folder import PREFIX, write_adapter
-from .lora_config import lora_config, targets
+from .folder import PREFIX, WRITERS, write_adapter
+from .lora_config import lora_config
 from .own import check_places, classes, either, own_layers
-from .projections import METHODS, save_pair
 
 
 def _layers(who: str, model: nn.Module | Mapping[str, nn.Module], kinds: str):
@@ -28,16 +27,16 @@ def _layers(who: str, model: nn.Module | Mapping[str, nn.Module], kinds: str):
 
 
 def to_lora(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> None:
-    """Writes the NOLALinear, VeRALinear, MoRALinear and S2FTLinear layers of a model as a plain PEFT LoRA folder, equal up to
+    """Writes the NOLALinear, VeRALinear, MoRALinear, MissLinear and S2FTLinear layers of a model as a plain PEFT LoRA folder, equal up to
     rounding: for stock PEFT, vLLM and others that serve LoRA.
 
     model: one that holds the layers, or the layers by the names the base model has for them. NOLA becomes its generated A
-    and scaling · B, VeRA becomes diag(d) A and diag(b) B, MoRA of types 1 to 4 its maps with M in A, S2FT the features that
-    are picked and their change, in float32 with lora_alpha = r, a scaling of 1. Ranks that differ go to rank_pattern and
+    and scaling · B, VeRA becomes diag(d) A and diag(b) B, MoRA of types 1 to 4 its maps with M in A, MiSS but
+    "bat" its fold and its block, S2FT the features that are picked and their change, in float32 with lora_alpha = r, a scaling of 1. Ranks that differ go to rank_pattern and
     alpha_pattern; dropout is not kept. The folder has adapter_config.json and adapter_model.safetensors, a LoRA's size: 4 r
     (in + out) bytes a layer.
 
-    Refused with a ValueError before anything is written: what has full rank (RandLoRALinear, MoRA of type 6), a rank above 512,
+    Refused with a ValueError before anything is written: what has full rank (RandLoRALinear, MoRA of type 6, MiSS "bat"), a rank above 512,
     coefficients that are not finite, no layer at all, and a layer without a name.
     """
     kinds = either(cls for cls in classes() if cls.has_factors())
@@ -61,28 +60,26 @@ def to_lora(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
 
 
 def to_peft(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> None:
-    """Writes the VeRALinear or the RandLoRALinear layers of a model as a PEFT folder of that kind, with the generated
-    projections in it (save_projection=True): stock PEFT computes the same up to rounding.
+    """Writes the VeRALinear, the RandLoRALinear or the MissLinear layers of a model as a PEFT folder of that kind: stock PEFT
+    computes the same up to rounding. VeRA and RandLoRA with the generated projections in it (save_projection=True).
 
-    All layers must share one pair, as PEFT's do: one seed, r and distribution, and for VeRA one max_in; for RandLoRA
-    one randlora_alpha, and not paper_pairing. Refused with a ValueError before anything is written: what differs, NOLALinear,
-    which PEFT does not have (``to_lora``), and coefficients that are not finite.
+    All layers must be alike in what PEFT has once: of MiSS all settings; of the others one pair, which is one seed, r and
+    distribution, and for VeRA one max_in; for RandLoRA one randlora_alpha, and not paper_pairing. Refused with a ValueError
+    before anything is written: what differs, NOLALinear and MoRALinear, which PEFT does not have (``to_lora``), and coefficients
+    that are not finite.
     """
-    kinds = [cls for kind in METHODS for cls in AdapterLinear.KINDS.values() if kind == cls.PEFT_TYPE]
+    kinds = [cls for kind in WRITERS for cls in AdapterLinear.KINDS.values() if kind == cls.PEFT_TYPE]
     named, layers = _layers("to_peft", model, either(kinds))
     first = next(iter(layers.values()))
     for name, m in layers.items():
         where = f"lrkern.convert.to_peft: {name}"
-        alike = m.PEFT_TYPE in METHODS and type(m) is type(first)
+        alike = m.PEFT_TYPE in WRITERS and type(m) is type(first)
         require(alike, f"{where} must be {either(kinds, ', or ')} as all others, got {type(m).__name__}")
         for key in m.PEFT_SHARES:
             want, got = getattr(first, key), getattr(m, key)
-            text = f"must be {want}, as the first layer's, got {got}: PEFT's layers share one pair"
+            text = f"must be {want}, as the first layer's, got {got}: PEFT has one for all layers"
             require(got == want, f"{where}.{key} {text}")
         require(not m.not_peft(), f"{where}.{m.not_peft()}")
         for key, c in m.coefficients().items():
             require(c.isfinite().all(), f"{where}.{key} must be finite, got inf or nan")
-    vectors = {name: ((m.in_features, m.out_features), *m.coefficients().values()) for name, m in layers.items()}
-    A, B = first.projections()  # any rows and columns of them: sizes follow from the layers
-    options = {"target_modules": targets(layers, named)} | METHODS[first.PEFT_TYPE].options(first)
-    save_pair(folder, first.PEFT_TYPE, vectors, A, B, **options)
+    WRITERS[first.PEFT_TYPE](folder, layers, named)

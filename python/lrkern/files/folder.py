@@ -3,7 +3,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..functional import lora_scaling
+from ..nn.linear import AdapterLinear
 from .check import is_finite, is_whole, named, refusal, require, shown
 from .patterns import first_keys, first_matches
 from .read import read_json, read_tensors
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]  # of adapter_config.json
 Tensors = Mapping[str, Tensor]  # by their key in the file
+
+Sizes = Mapping[str, tuple[int, int]]  # [I, O] of every linear of a model by name
+
+# By peft_type, how a folder of that method is made of layers (the folder, they by name, all modules of the model by name), and how
+# its config and tensors become layers over bases on the meta device. A ValueError says what no such folder or layer can be.
+WRITERS: dict[str, Callable[[str | Path, Mapping[str, AdapterLinear], Mapping[str, nn.Module]], None]] = {}
+READERS: dict[str, Callable[[Config, Tensors, Sizes], dict[str, AdapterLinear]]] = {}
+FORKS: dict[
+    str, str
+] = {}  # by the flag of a LoraConfig that a fork of PEFT has, the method that it means: a peft_type to us
 
 PREFIX = "base_model.model."
 LORA = "LORA"  # the peft_type of what FusedLoRALinear computes
@@ -37,10 +48,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of a PEFT folder, as they are. A ValueError says why where they cannot be read."""
-    folder, weights = as_path(folder), "adapter_model.safetensors"
-    if not folder.is_dir():
-        absent = "nothing there (what is on a hub must be downloaded first)"
-        raise ValueError(f"must be a PEFT folder, got {'a file' if folder.exists() else absent}")
+    folder, weights = _there(folder), "adapter_model.safetensors"
     with refusal("cannot be read: ", of=(OSError,)):
         held = {entry.name for entry in islice(os.scandir(folder), 1000)}
         there = weights in held or os.path.lexists(folder / weights)
@@ -48,12 +56,25 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     require(there or not shards, f"must hold one {weights}, got shards of it, which are not read")
     pickled = "pickle files such as adapter_model.bin are not read"
     require(there, f"must hold {weights} ({pickled}), got {sorted(map(named, held))[:4] or 'an empty folder'}")
-    with refusal("adapter_config.json cannot be read: "):
-        config = read_json(folder / "adapter_config.json")
-    require(isinstance(config, dict), f"adapter_config.json must hold an object, got {type(config).__name__}")
+    config = read_config(folder)
     with refusal(f"{weights} cannot be read: "):
         _, tensors = read_tensors(folder / weights)
     return config, tensors
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    with refusal("adapter_config.json cannot be read: "):
+        config = read_json(_there(folder) / "adapter_config.json")
+    require(isinstance(config, dict), f"adapter_config.json must hold an object, got {type(config).__name__}")
+    return config
+
+
+def _there(folder: str | Path) -> Path:
+    folder = as_path(folder)
+    if not folder.is_dir():
+        absent = "nothing there (what is on a hub must be downloaded first)"
+        raise ValueError(f"must be a PEFT folder, got {'a file' if folder.exists() else absent}")
+    return folder
 
 
 def linear_of(key: str, ends: tuple[str, ...]) -> str | None:
@@ -107,11 +128,23 @@ _KINDS: dict[str, tuple[str, Any]] = {
         lambda value: all(is_whole(v, 0, 2**31 - 1) for v in (value if isinstance(value, list | tuple) else [value])),
     ),
     "layers_pattern": _names,
-    "init_lora_weights": ("true, false or a string", lambda value: isinstance(value, bool | str)),
+    **dict.fromkeys(
+        ("init_lora_weights", "init_weights"), ("true, false or a string", lambda value: isinstance(value, bool | str))
+    ),
     "bias": ("a string", lambda value: isinstance(value, str)),
     "projection_prng_key": ("a 64-bit integer", lambda value: is_whole(value, -(2**63), 2**64 - 1)),
     **dict.fromkeys(
-        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "save_projection", "sparse", "very_sparse"), _flag
+        (
+            "use_rslora",
+            "use_dora",
+            "lora_bias",
+            "fan_in_fan_out",
+            "save_projection",
+            "sparse",
+            "very_sparse",
+            "use_mora",
+        ),
+        _flag,
     ),
 }
 
@@ -129,8 +162,10 @@ def check_config(config: Any) -> None:
 
 
 def peft_type(config: Config) -> Any:
-    """Of a config as the file has it, or as PEFT's ``to_dict`` gives it."""
-    return getattr(config.get("peft_type"), "value", config.get("peft_type"))
+    """Of a config as the file has it, or as PEFT's ``to_dict`` gives it; of a fork's the method that its flag means."""
+    kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
+    forks = (method for flag, method in FORKS.items() if config.get(flag) is True)
+    return next(forks, kind) if kind == LORA else kind
 
 
 def rank_and_scaling(config: Config, name: str) -> tuple[int, float]:
@@ -191,6 +226,36 @@ def _matching(key: str, pattern: Any, names: list[str]) -> set[str]:
     listed = set(pattern)
     ends = lambda name: (name[i + 1 :] for i, c in enumerate(name) if c == ".")
     return {name for name in names if name in listed or not listed.isdisjoint(ends(name))}
+
+
+def check_plain(config: Config, more: tuple[str, ...]) -> None:
+    """Refuses what trains more than the adapter's own tensors."""
+    for key in more:
+        require(not config.get(key), f"{key} must be off, got {shown(config.get(key))}")
+    bias = config.get("bias", "none")
+    require(bias == "none", f"bias must be 'none', got {shown(bias)}")
+
+
+def by_linear(config: Config, tensors: Tensors, linears: Sizes, *keys: str) -> dict[str, list[Tensor]]:
+    """By linear the tensors of these keys, all there, of the linears that the config names and no other."""
+    what, ends = " and ".join(keys), tuple(f".{key}" for key in keys)
+    found: dict[str, dict[str, Tensor]] = {}
+    for k, tensor in tensors.items():
+        name = linear_of(k, ends)
+        require(name, f"must hold {what} of linears, got {named(k)}")
+        found.setdefault(name, {})[next(key for key in keys if k.endswith(f".{key}"))] = tensor
+    require(found, f"must hold {what} of linears, got none")
+    if unknown := sorted(found.keys() - linears.keys()):
+        raise ValueError(f"must be of this model's linears, got {named(unknown[0])}")
+    lacking = [f"{name}.{k.removesuffix('.weight')}" for name in found for k in keys if k not in found[name]]
+    if (wanted := targeted(config, linears)) is not None:
+        lacking += sorted(wanted - found.keys())
+        if extra := sorted(found.keys() - wanted):
+            targets = shown(config.get("target_modules"))
+            raise ValueError(f"must hold what target_modules={targets} names and no more, got {extra[0]}")
+    if lacking:
+        raise ValueError(f"lacks {lacking[0]} and {len(lacking) - 1} more")
+    return {name: [parts[k] for k in keys] for name, parts in found.items()}
 
 
 def features_of(module: nn.Module) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from ..limits import DTYPES
 from ..nn.linear import AdapterLinear
 from ..nn.plain import no_linear
 from ..ops.basis import STREAM_VERSION
-from .check import is_finite, is_whole, named, refusal, require, shown
+from .check import check_finite, check_shape, is_finite, is_whole, named, refusal, require, shown
 from .folder import LORA, as_path, replaced
 from .read import parse, read_tensors
 
@@ -133,10 +133,14 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     layer that is there already, with the same settings, takes the coefficients and the seed. What ``save_adapter``
     wrote without bits computes the same bits. The whole file is checked before anything changes."""
     with refusal(f"load_adapter: {named(str(path))}: ", "; the model is unchanged"):
-        plan = read_layers(path, dict(model.named_modules()))
-        for name, layer in plan.items():
-            _check_place(model, name, layer)
-    for name, layer in plan.items():
+        place(model, read_layers(path, dict(model.named_modules())))
+
+
+def place(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> None:
+    """Puts layers over bases on the meta device into a model, as ``load_adapter`` says."""
+    for name, layer in layers.items():
+        _check_place(model, name, layer)
+    for name, layer in layers.items():
         there = model.get_submodule(name)
         if isinstance(there, classes()):  # coefficients that it has, in its own dtype
             with torch.no_grad():
@@ -148,13 +152,13 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
             layer.base_layer = there.requires_grad_(False)
             parent, _, child = name.rpartition(".")
             for key, c in layer.coefficients().items():
-                _put(layer, key, c.detach().to(there.weight.device))
+                put(layer, key, c.detach().to(there.weight.device))
             for key, b in layer._buffers.items():
                 layer._buffers[key] = b if b is None else b.to(there.weight.device)
             setattr(model.get_submodule(parent), child, layer.train(there.training))
 
 
-def _put(layer: AdapterLinear, key: str, c: Tensor) -> None:
+def put(layer: AdapterLinear, key: str, c: Tensor) -> None:
     owner, _, name = key.rpartition(".")
     owner = layer.get_submodule(owner)
     setattr(owner, name, nn.Parameter(c, owner._parameters[name].requires_grad))
@@ -234,7 +238,8 @@ _ABOUT = "class", "in_features", "out_features", "adapter_dtype"
 @cache
 def _defaults(cls: type[AdapterLinear]) -> dict[str, Any]:
     seed = {"seed": 0} if "seed" in cls.SETTINGS else {}
-    return cls.from_linear(nn.Linear(1, 1, bias=False, device="meta"), **seed).settings
+    wide = nn.Linear(4096, 4096, bias=False, device="meta")  # enough for any default, of no memory
+    return cls.from_linear(wide, **seed).settings
 
 
 def _like(default: Any) -> tuple[str, Callable[[Any], bool]]:
@@ -250,12 +255,32 @@ def _like(default: Any) -> tuple[str, Callable[[Any], bool]]:
 
 def _layer(name: str, kind: _Described, seed: Any, bits: int | None, tensors: dict[str, Tensor]) -> AdapterLinear:
     """The layer as the file describes it, coefficients included, over a base on the meta device."""
-    with refusal(f"{named(name)} cannot be made: "):
-        base = nn.Linear(*kind.sizes, bias=False, device="meta")
-        settings = {key: kind.settings.get(key, seed) for key in kind.cls.SETTINGS}
-        layer = kind.cls.from_linear(base, **settings, adapter_dtype=kind.dtype)
+    settings = {key: kind.settings.get(key, seed) for key in kind.cls.SETTINGS}
+    layer = _over_meta(name, kind.cls, kind.sizes, settings, kind.dtype)
     for key, c in layer.coefficients().items():
-        _put(layer, key, _values(f"{name}.{key}", c, bits, tensors))
+        put(layer, key, _values(f"{name}.{key}", c, bits, tensors))
+    return layer
+
+
+def _over_meta(
+    name: str, cls: type[AdapterLinear], sizes: tuple[int, int], settings: dict[str, Any], dtype: torch.dtype
+):
+    with refusal(f"{named(name)} cannot be made: "):
+        return cls.from_linear(nn.Linear(*sizes, bias=False, device="meta"), **settings, adapter_dtype=dtype)
+
+
+def as_layer(
+    name: str, cls: type[AdapterLinear], sizes: tuple[int, int], settings: dict[str, Any], tensors: dict[str, Tensor]
+) -> AdapterLinear:
+    """The layer that has these settings and coefficients, by their key in its state_dict, over a base on the meta device."""
+    dtypes = {t.dtype for t in tensors.values()}
+    one = len(dtypes) == 1 and dtypes <= {*DTYPES}
+    layer = _over_meta(name, cls, sizes, settings, dtypes.pop() if one else torch.float32)
+    for key, c in layer.coefficients().items():
+        check_shape(f"{name}.{key}", tensors[key], c.shape)
+        check_finite(f"{name}.{key}", tensors[key])
+        put(layer, key, tensors[key].to(c.dtype, copy=True))  # the file's own bytes would change with it
+        check_finite(f"{name}.{key} in {c.dtype}", layer.get_parameter(key))
     return layer
 
 

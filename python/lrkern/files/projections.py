@@ -155,6 +155,15 @@ def _rows(p: Projection, rows: int, cols: int, what: str) -> Tensor:
     return p[:rows, :cols].detach().float().cpu()
 
 
+def write_layers(folder: str | Path, layers: Mapping[str, AdapterLinear], named: Mapping[str, nn.Module]) -> None:
+    """Writes layers that share one pair, as a folder that stores it."""
+    first = next(iter(layers.values()))
+    vectors = {name: ((m.in_features, m.out_features), *m.coefficients().values()) for name, m in layers.items()}
+    A, B = first.projections()  # any rows and columns of them: sizes follow from the layers
+    options = {"target_modules": targets(layers, named)} | METHODS[first.PEFT_TYPE].options(first)
+    save_pair(folder, first.PEFT_TYPE, vectors, A, B, **options)
+
+
 def save_pair(folder: str | Path, kind: str, layers: Layers, A: Projection, B: Projection, **options: Any) -> None:
     """Writes a folder with its projections; options: what PEFT's config takes beside the rank."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # here, for those who write folders without PEFT

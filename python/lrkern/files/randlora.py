@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from ..functional.projection import Projection
-from .projections import METHODS, Layers, Method, save_pair, uniform
+from .folder import WRITERS
+from .projections import METHODS, Layers, Method, save_pair, uniform, write_layers
 
 
 def _draw(config, a, b, generator, drawn_in):
@@ -34,6 +35,7 @@ def save_randlora(
     save_pair(folder, "RANDLORA", layers, A, B, randlora_alpha=alpha, randlora_dropout=dropout)
 
 
+WRITERS["RANDLORA"] = write_layers
 METHODS["RANDLORA"] = Method(
     own="randlora",
     vectors=("lambda", "gamma"),

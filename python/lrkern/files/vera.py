@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from ..functional.projection import Projection
-from .projections import METHODS, Layers, Method, save_pair, uniform
+from .folder import WRITERS
+from .projections import METHODS, Layers, Method, save_pair, uniform, write_layers
 
 
 def save_vera(folder: str | Path, layers: Layers, A: Projection, B: Projection, dropout: float = 0.0) -> None:
@@ -17,6 +18,7 @@ def save_vera(folder: str | Path, layers: Layers, A: Projection, B: Projection, 
     save_pair(folder, "VERA", layers, A, B, vera_dropout=dropout)
 
 
+WRITERS["VERA"] = write_layers
 METHODS["VERA"] = Method(
     own="vera",
     vectors=("lambda_d", "lambda_b"),

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MiSS (Kang et al., arXiv 2409.15371, Bone before) as PEFT's ``init_weights`` names its kinds: shards of W that share an update."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .. import ops
 from . import base
 
-__all__ = ["bone_linear", "miss_add", "miss_linear"]
+__all__ = ["bone_add", "bone_delta", "bone_linear", "miss_add", "miss_delta", "miss_factors", "miss_linear"]
 
 
 def _check(form: str, block: Tensor, O: int) -> None:
@@ -36,7 +37,7 @@ def miss_linear(
         and block.shape[1] == y.shape[-1]
         and not torch.is_autocast_enabled(x.device.type)
     ):
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), block).view(y.shape)
+        return torch.addmm(_rows(y), _rows(h), block).view(y.shape)
     return _added(y, h, block)
 
 
@@ -47,6 +48,10 @@ def miss_add(y: Tensor, x: Tensor, block: Tensor, dropout_p: float = 0.0, traini
         raise RuntimeError(f"lrkern::miss_add: y {must}, got {list(y.shape)}")
     _check("miss_add", block, y.shape[-1])
     return _added(y, _folded("miss_add", x, block, dropout_p, training), block)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _folded(form: str, x: Tensor, block: Tensor, dropout_p: float, training: bool) -> Tensor:
@@ -64,6 +69,22 @@ def _added(y: Tensor, h: Tensor, block: Tensor) -> Tensor:
     return (y + z).to(y.dtype)
 
 
+def miss_factors(block: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] in float32 with ΔW = B A exactly: A has a one in each column where x is folded, B is block, for "mini"
+    repeated, the other way round."""
+    _check("miss_factors", block, out_features)
+    one = torch.eye(block.shape[0], device=block.device)
+    a = ops.mora_decompress(one, in_features, circular=False, adjoint=True)
+    return a, ops.mora_decompress(block.float(), out_features).mT
+
+
+def miss_delta(block: Tensor, in_features: int, out_features: int) -> Tensor:
+    """ΔW [out, in] in float32: ΔW[o, j] = block[j mod r, o mod m]."""
+    _check("miss_delta", block, out_features)
+    rows = ops.mora_decompress(block.float(), out_features).mT
+    return ops.mora_decompress(rows, in_features, circular=False, adjoint=True)
+
+
 # ---------------------------------------------------------------------------------------------- "bat"
 
 
@@ -75,32 +96,39 @@ def _panels(blocks: Tensor) -> Iterator[tuple[slice, slice]]:
         yield slice(i * r, min(n, i + each) * r), slice(i, i + each)
 
 
-def _panel(weight: Tensor, blocks: Tensor) -> Tensor:
-    """Rows of W' = W (I + B) + B, [p r, I], of p blocks."""
+def _panel(weight: Tensor, blocks: Tensor, whole: bool = True) -> Tensor:
+    """Rows of W' = W (I + B) + B, or of ΔW = W B + B alone, [p r, I], of p blocks."""
     p, r, _ = blocks.shape
     w = weight.to(blocks.dtype).reshape(p, -1, r)  # [r n, r] of each block: a row's shards below one another
-    new = torch.baddbmm(w, w, blocks)
+    new = torch.baddbmm(w, w, blocks) if whole else torch.bmm(w, blocks)
     new.view(p, r, -1, r).add_(blocks.unsqueeze(2))
     return new.view(p * r, -1)
 
 
 class _Bone(Function):
-    """Saves x, W and the blocks; makes W' again in backward."""
+    """start + x W'ᵀ for a bias [O] as start, start + x ΔWᵀ for a y [T, O]. Saves x, W and the blocks, or in place of W who gives it;
+    makes the panels again in backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, blocks):
-        ctx.save_for_backward(x, weight, blocks)
+    def forward(ctx, x, weight, start, blocks):
+        ctx.dense, ctx.whole = weight if callable(weight) else None, start is None or start.dim() == 1
+        ctx.save_for_backward(x, None if ctx.dense else weight, blocks)
+        weight = _dense(ctx.dense, x, blocks) if ctx.dense else weight
         y = x.new_empty(x.shape[0], weight.shape[0])
         for rows, of in _panels(blocks):
-            w, to = _panel(weight[rows], blocks[of]).mT, y[:, rows]
-            torch.mm(x, w, out=to) if bias is None else torch.addmm(bias[rows], x, w, out=to)
+            w, to = _panel(weight[rows], blocks[of], ctx.whole).mT, y[:, rows]
+            into = {} if torch.compiler.is_compiling() else {"out": to}  # dynamo takes none with gaps between its rows
+            part = torch.mm(x, w, **into) if start is None else torch.addmm(start[..., rows], x, w, **into)
+            if not into:
+                to.copy_(part)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight, blocks = ctx.saved_tensors
-        need_x, need_w, need_bias, need_blocks = ctx.needs_input_grad
+        weight = _dense(ctx.dense, x, blocks) if ctx.dense else weight
+        need_x, need_w, need_start, need_blocks = ctx.needs_input_grad
         if need_w:
             raise RuntimeError("lrkern::bone_linear: weight must not require a gradient, it has none here")
         dx = torch.empty_like(x) if need_x else None
@@ -109,32 +137,71 @@ class _Bone(Function):
             of_panel, b = dy[:, rows], blocks[of]
             p, r, _ = b.shape
             if need_x:
-                w = _panel(weight[rows], b)
+                w = _panel(weight[rows], b, ctx.whole)
                 dx.addmm_(of_panel, w) if rows.start else torch.mm(of_panel, w, out=dx)
             if need_blocks:
                 g = (of_panel.mT @ x).view(p, -1, r)  # of W', a quarter of it
                 w = weight[rows].to(b.dtype).reshape(p, -1, r)
                 d[of] = torch.baddbmm(g.view(p, r, -1, r).sum(2), w.mT, g)
-        return dx, None, dy.sum(0) if need_bias else None, d
+        dstart = (dy.sum(0) if ctx.whole else dy) if need_start else None
+        return dx, None, dstart, d
 
 
-def bone_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> Tensor:
+def _dense(weight: Callable[[], Tensor], x: Tensor, blocks: Tensor) -> Tensor:
+    with torch.no_grad():
+        w = weight()
+    base.of_shape("bone_linear", "weight()", w, "[O, I]", blocks.shape[0] * blocks.shape[-1], x.shape[-1])
+    return w
+
+
+def _check_blocks(form: str, I: int, O: int, blocks: Tensor) -> None:
+    sizes = O // max(1, blocks.shape[-1]), blocks.shape[-1], blocks.shape[-1]
+    base.of_shape(form, "blocks", blocks, "[O / r, r, r]", *sizes)
+    for name, n in (("I", I), ("O", O)):
+        if not sizes[1] or n % sizes[1]:
+            raise RuntimeError(f"lrkern::{form}: blocks must have an r that divides {name} = {n}, got {sizes[1]}")
+
+
+Weight = Tensor | Callable[[], Tensor]
+
+
+def _bone(form: str, x: Tensor, weight: Weight, start: Tensor | None, blocks: Tensor) -> Tensor:
+    """[..., O] in blocks' dtype, or autocast's."""
+    O = blocks.shape[0] * blocks.shape[-1] if callable(weight) else weight.shape[0]
+    _check_blocks(form, x.shape[-1] if callable(weight) else weight.shape[1], O, blocks)
+    if not callable(weight) and torch.is_grad_enabled() and weight.requires_grad:
+        raise RuntimeError(f"lrkern::{form}: weight must not require a gradient, it has none here")
+    to = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else blocks.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        start = None if start is None else start.to(to)
+        y = _Bone.apply(_rows(x).to(to), weight, start, blocks.to(to))
+    return y.view(*x.shape[:-1], O)
+
+
+def bone_linear(x: Tensor, weight: Weight, bias: Tensor | None, blocks: Tensor) -> Tensor:
     """y = x W'ᵀ + bias with W' = W (I + B) + B by shards: rows o r .. o r + r of W, in shards of r columns, are each times I + B_o,
     plus B_o. "bat" of PEFT's MiSS, Bone's block-affine form.
 
     x [..., I]; weight [O, I], frozen; bias [O] or None; blocks [O / r, r, r], r a divisor of I. W' is made in panels of at most a
-    quarter of its rows, or of one block, forward and backward: nothing of W's size is allocated or saved. In blocks' dtype, as PEFT computes it;
-    y in x's.
+    quarter of its rows, or of one block, forward and backward: nothing of W's size is allocated or saved. In blocks' dtype, as
+    PEFT computes it; y in x's.
+
+    weight may be a function that gives it, of a base layer that keeps it in another form (quantised): it is called in forward and
+    again in backward, and what it gives is not kept.
     """
-    sizes = weight.shape[0] // max(1, blocks.shape[-1]), blocks.shape[-1], blocks.shape[-1]
-    base.of_shape("bone_linear", "blocks", blocks, "[O / r, r, r]", *sizes)
-    for name, n in (("I", weight.shape[1]), ("O", weight.shape[0])):
-        if not sizes[1] or n % sizes[1]:
-            raise RuntimeError(f"lrkern::bone_linear: blocks must have an r that divides {name} = {n}, got {sizes[1]}")
-    if torch.is_grad_enabled() and weight.requires_grad:
-        raise RuntimeError("lrkern::bone_linear: weight must not require a gradient, it has none here")
-    to = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else blocks.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        bias = None if bias is None else bias.to(to)
-        y = _Bone.apply(x.flatten(0, -2).to(to), weight, bias, blocks.to(to))
-    return y.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
+    return _bone("bone_linear", x, weight, bias, blocks).to(x.dtype)
+
+
+def bone_add(y: Tensor, x: Tensor, weight: Tensor, blocks: Tensor) -> Tensor:
+    """y + x ΔWᵀ with ΔW = W B + B by shards as in ``bone_linear``, beside a base layer of any kind that gave y [..., O]: weight is the W
+    that the change is of. Differentiable in y, x and blocks; y's dtype stays."""
+    if y.shape != (*x.shape[:-1], weight.shape[0]):
+        must = f"must have shape {[*x.shape[:-1], weight.shape[0]]} beside x {list(x.shape)}"
+        raise RuntimeError(f"lrkern::bone_add: y {must}, got {list(y.shape)}")
+    return _bone("bone_add", x, weight, _rows(y), blocks).to(y.dtype)
+
+
+def bone_delta(weight: Tensor, blocks: Tensor) -> Tensor:
+    """ΔW = W B + B by shards, [O, I] in float32."""
+    _check_blocks("bone_delta", weight.shape[1], weight.shape[0], blocks)
+    return _panel(weight, blocks.float(), whole=False)

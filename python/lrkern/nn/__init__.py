@@ -2,6 +2,7 @@
 """Drop-in modules."""
 
 from .lora import FusedLoRALinear as FusedLoRALinear
+from .miss import MissLinear as MissLinear
 from .mora import MoRALinear as MoRALinear
 from .nola import NOLALinear as NOLALinear
 from .randlora import RandLoRALinear as RandLoRALinear

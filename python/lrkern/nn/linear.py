@@ -54,6 +54,7 @@ class AdapterLinear(nn.Module):
     QUANTIZES: ClassVar[bool] = True  # whether a file may keep the coefficients in 8 or 4 bits
 
     low_rank = False  # whether a LoRA of lower rank than W equals it: that of ``factors``
+    FULL: ClassVar[str] = "has full rank"  # why not
     _SUM = "W + delta_weight()"  # what merge writes, in its errors
     _as_merged: "AdapterLinear | None" = None  # what the adapter was when it was merged
 
@@ -78,6 +79,15 @@ class AdapterLinear(nn.Module):
     def from_linear(cls, linear: nn.Linear, **settings: Any):
         """Wraps an existing layer: its weight and bias are used as they are, not copied, and frozen."""
         return cls._wrap(linear, **settings)
+
+    @classmethod
+    def from_conv1d(cls, conv: nn.Module, **settings: Any):
+        """Wraps transformers' Conv1D, whose weight is [in, out]: the base layer's is a view of it, so that ``merge`` writes there."""
+        if type(conv).__name__ != "Conv1D" or not isinstance(getattr(conv, "weight", None), nn.Parameter):
+            raise TypeError(f"{cls.__name__}.from_conv1d: conv must be a Conv1D, got {type(conv).__name__}")
+        linear = nn.Linear(*conv.weight.shape, bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter(conv.weight.detach().mT), conv.bias
+        return cls.from_linear(linear, **settings)
 
     @classmethod
     def _wrap(cls, linear: nn.Linear, *args: Any, **settings: Any):

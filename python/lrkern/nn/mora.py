@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import functional as F
 from .linear import AdapterLinear
@@ -62,15 +62,6 @@ class MoRALinear(AdapterLinear):
             must = "must be 1, 2, 3, 4 or 6 (there is no 5), or None"
             raise ValueError(f"{type(self).__name__}: mora_type {must}, got {given!r}")
         return value
-
-    @classmethod
-    def from_conv1d(cls, conv: nn.Module, **settings: Any) -> "MoRALinear":
-        """Wraps transformers' Conv1D, whose weight is [in, out]: the base layer's is a view of it, so that ``merge`` writes there."""
-        if type(conv).__name__ != "Conv1D" or not isinstance(getattr(conv, "weight", None), nn.Parameter):
-            raise TypeError(f"{cls.__name__}.from_conv1d: conv must be a Conv1D, got {type(conv).__name__}")
-        linear = nn.Linear(*conv.weight.shape, bias=False, device="meta")
-        linear.weight, linear.bias = nn.Parameter(conv.weight.detach().mT), conv.bias
-        return cls.from_linear(linear, **settings)
 
     @property
     def low_rank(self) -> bool:

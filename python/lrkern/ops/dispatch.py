@@ -73,7 +73,8 @@ class Op:
     weigh: an argument, and the gradient that X_bwd takes as a function of the result's and that argument.
     refuses: arguments without a gradient beside others with one; refusal: how that is said. instead: of an op in place, the
     one to use for gradients. casts: what autocast casts to its dtype, or a function of that dtype and the arguments to the
-    dtype of each. shards: DTensor's rules of X, X_fwd and X_bwd by suffix, see sharding.py.
+    dtype of each. shards: DTensor's rules of X, X_fwd and X_bwd by suffix, see sharding.py. leading: how many dimensions of its
+    first tensor are rows, as a function of X's arguments by name, where it is not all but the last.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Op:
         instead: str = "",
         casts: str | Casts = "",
         shards: dict[str, dict[str, str]] | None = None,
+        leading: Callable[..., int] | None = None,
     ):
         OPS[name] = self
         arguments = schema_of(name).arguments
@@ -103,7 +105,7 @@ class Op:
         self.gradients, self.passed = (tuple(map(self.names.index, text.split())) for text in (trains, passes))
         self.trained = self.passed + self.gradients
         self.refused = [(n, self.names.index(n)) for n in refuses.split()]
-        self.refusal = refusal
+        self.refusal, self.leading = refusal, leading
         self.fwd, self.bwd = (name + s if hasattr(torch.ops.lrkern, name + s) else "" for s in ("_fwd", "_bwd"))
         self.function = function or (self.make_function() if trains else None)
         if trains or refuses:

@@ -39,7 +39,7 @@ def _compressed(x, rank, type, chunks, **_):
     return x.new_empty((*x.shape[:-1], *side), dtype=s_dtype(x.dtype))
 
 
-_compress = Op("mora_compress", results=_compressed, trains="x", function=_Compress)
+_compress = Op("mora_compress", results=_compressed, trains="x", function=_Compress, shards={"": {"tokens": "T>T"}})
 
 
 def mora_compress(
@@ -74,7 +74,14 @@ def _decompressed(h, out_features, type, **_):
     return h.new_empty((*h.shape[: -2 if type == 6 else -1], out_features))
 
 
-_decompress = Op("mora_decompress", results=_decompressed, trains="h", function=_Decompress)
+_decompress = Op(
+    "mora_decompress",
+    results=_decompressed,
+    trains="h",
+    function=_Decompress,
+    shards={"": {"tokens": "T>T"}},
+    leading=lambda h, type=1, **_: h.ndim - (2 if type == 6 else 1),
+)
 
 
 def mora_decompress(
@@ -112,6 +119,11 @@ _linear = Op(
     saved_for={"x": "weight"},
     saved_if={"x": lambda type, **_: type == 6},
     casts="x weight bias m",
+    shards={
+        "": {"tokens": "TRRR>T"},
+        "_fwd": {"batch": "TRRR>TT"},  # h is [T, r]
+        "_bwd": {"batch": "TTRRT>TPPP"},
+    },
 )
 
 
@@ -132,7 +144,14 @@ def _casts_beside_y(low, y, *_):
     return None, low, low if y.dtype == low else torch.float32, None, None
 
 
-_add = Op("mora_add", results=lambda y, **_: like_contiguous(y), trains="x m", passes="y", casts=_casts_beside_y)
+_add = Op(
+    "mora_add",
+    results=lambda y, **_: like_contiguous(y),
+    trains="x m",
+    passes="y",
+    casts=_casts_beside_y,
+    shards={"": {"tokens": "TTR>T"}, "_bwd": {"tokens": "TTR>TP"}},
+)
 
 
 def mora_add(y: Tensor, x: Tensor, m: Tensor, type: int = 1, circular: bool = True) -> Tensor:

@@ -51,7 +51,8 @@ def mx_quantize(
 
 
 _dequantize = Op(
-    "mx_dequantize", results=lambda codes, columns, dtype, **_: codes.new_empty((*codes.shape[:-1], columns), dtype=dtype)
+    "mx_dequantize",
+    results=lambda codes, columns, dtype, **_: codes.new_empty((*codes.shape[:-1], columns), dtype=dtype),
 )
 
 
@@ -116,19 +117,17 @@ class _LinearExpand(Function):
         need_x, _, _, need_bias, need_s, need_b = ctx.needs_input_grad
         base = _bwd(dy, codes, scales, ctx.columns, need_x, need_bias)
         with below_autograd():
-            *_, ds, db = library().linear_expand_bwd.default(dy, None, None, s, b, 1.0, False, False, False, need_s, need_b)
+            *_, ds, db = library().linear_expand_bwd.default(
+                dy, None, None, s, b, 1.0, False, False, False, need_s, need_b
+            )
         dx, dbias, ds, db = once("mx_linear_expand", (*base, ds, db))
         return dx, None, None, dbias, ds, db
 
 
-_linear_expand = Op(
-    "mx_linear_expand", results=_y, trains="x bias s b", function=_LinearExpand, casts="x bias s b"
-)
+_linear_expand = Op("mx_linear_expand", results=_y, trains="x bias s b", function=_LinearExpand, casts="x bias s b")
 
 
-def mx_linear_expand(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, s: Tensor, b: Tensor
-) -> Tensor:
+def mx_linear_expand(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, s: Tensor, b: Tensor) -> Tensor:
     """y = x Wᵀ + bias + S Bᵀ with W in MXFP4: LoRA's second half, S = ``lora_shrink`` with its scale in it, beside ``mx_linear``.
 
     s [..., R]; b [O, R], of x's dtype or float32. One sum in float32 and one rounding for few rows, and for more where b has x's dtype and

@@ -3,7 +3,7 @@
 
 ``lrkern.peft.patch(model)`` makes an existing PEFT model run on lrkern, in place; ``register(config, model)`` makes the
 layers that PEFT creates from a config fused from the start; ``report(model)`` says what runs, ``unpatch(model)`` undoes it.
-``patch`` also takes VeRA and RandLoRA layers, with the projections that PEFT stores, and MiSS layers.
+Both also take VeRA and RandLoRA layers, with the projections that PEFT stores, and MiSS layers.
 
 A LoRA layer over an exact nn.Linear runs as one op. Over any other base layer (bitsandbytes, GPTQ, AWQ, torchao, ...) the
 base runs untouched and lrkern adds the low-rank part. DoRA is fused over both. What a layer does is decided in every call
@@ -26,7 +26,7 @@ from ..files.lora import load_adapter, save_adapter
 from .layer import KINDS, Patched, Swapped, cannot_patch, patch_layer, swap_back
 
 # isort: off
-from .lora import FusedLora as _Fused, _create, register  # noqa: F401, the first two for pickles of 0.1
+from .lora import FusedLora as _Fused, _create  # noqa: F401, for pickles of 0.1
 from .vera import FusedVera  # noqa: F401, the kinds of layers in the order that messages name them
 from .randlora import FusedRandLora  # noqa: F401
 from .miss import FusedMiss  # noqa: F401
@@ -34,6 +34,7 @@ from .miss import FusedMiss  # noqa: F401
 # isort: on
 from .lora.mixed import allow_training
 from .sharded import gathered
+from .waiting import register
 
 __all__ = ["Report", "load_adapter", "patch", "register", "report", "save_adapter", "unpatch"]
 

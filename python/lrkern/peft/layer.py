@@ -50,6 +50,11 @@ class Patched(Swapped):
         if layers:
             KINDS[layers] = cls
 
+    @staticmethod
+    def _registers(config: Any, kinds: set[type]) -> bool:
+        """Registers a config with PEFT itself, for base layers of these classes, where PEFT asks it who makes the layers."""
+        return False
+
     def _adapter(self, name: str) -> tuple | str | None:
         """An active adapter, why PEFT's own code must run, or None where this layer has no such adapter."""
         raise NotImplementedError

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's MiSS layers on lrkern: a fold and a product for every column, and "bat" without a second W."""
+"""PEFT's MiSS layers on lrkern: a fold and a product for every column, and "bat" without a second W.
+
+Over a quantised base the first two go on top of what the base computes. "bat" asks PEFT's backend for the dequantised weight, as
+PEFT does, and once more in backward: PEFT keeps a W' instead."""
 
 from peft.tuners.miss.layer import MissLayer
 
@@ -37,11 +40,12 @@ class FusedMiss(Patched, layers=MissLayer):
 
     def _over(self, weight, bias, adapters):
         if self.miss_fn == "bat":
-            if weight is None:
-                return "bat over a base layer that is no plain nn.Linear"
+            backend = getattr(self, "quantization_backend", None)  # PEFT's way to a quantised weight, new in 0.21
+            if weight is None and not (backend and backend.supports_merge):
+                return "bat over a base layer that is no plain nn.Linear, nor gives its dequantised weight"
             if len(adapters) > 1:
                 return "several bat adapters, one over the other"
-            if weight.requires_grad:
+            if weight is not None and weight.requires_grad:
                 return "bat over a weight that trains"
         return super()._over(weight, bias, adapters)
 
@@ -59,5 +63,9 @@ class FusedMiss(Patched, layers=MissLayer):
         return F.miss_add(y, x, *adapter)
 
     def _run(self, plan, x):
+        if (
+            plan.weight is None and self.miss_fn == "bat"
+        ):  # as PEFT, which asks for the weight and not for the base's forward
+            return F.bone_linear(x, self.get_base_weight, self.get_base_layer().bias, *plan.adapters[0])
         y = super()._run(plan, x)
         return y if y.dtype == x.dtype else y.to(x.dtype)

@@ -49,7 +49,9 @@ def scale_bytes(v, rule):
 
 
 def scale_values(scales, dtype=torch.float32):
-    return torch.where(scales == 255, torch.nan, torch.ldexp(torch.ones((), dtype=torch.float64), scales.double() - 127)).to(dtype)
+    return torch.where(
+        scales == 255, torch.nan, torch.ldexp(torch.ones((), dtype=torch.float64), scales.double() - 127)
+    ).to(dtype)
 
 
 def random16(T, K, seed):
@@ -65,7 +67,9 @@ def encode(y, bits=None):
     a, values = y.abs(), torch.tensor(VALUES, dtype=y.dtype, device=y.device)
     if bits is None:
         middle = (values[1:] + values[:-1]) / 2
-        even = torch.arange(7, device=y.device) % 2 == 1  # between 1 and 2, 3 and 4, 5 and 6 the upper code is the even one
+        even = (
+            torch.arange(7, device=y.device) % 2 == 1
+        )  # between 1 and 2, 3 and 4, 5 and 6 the upper code is the even one
         code = ((a[..., None] > middle) | ((a[..., None] == middle) & even)).sum(-1)
     else:
         low = (a[..., None] >= values[1:]).sum(-1)
@@ -96,7 +100,10 @@ def mx_dequantize(codes, scales, columns, dtype=torch.float32):
     """e2m1 times 2^(e8m0 - 127)"""
     code = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()
     values = torch.tensor([*VALUES, *(-v for v in VALUES)], dtype=torch.float64, device=codes.device)[code]
-    scaled = values.unflatten(-1, (scales.shape[-1], 32)) * scale_values(scales.cpu(), torch.float64).to(codes.device)[..., None]
+    scaled = (
+        values.unflatten(-1, (scales.shape[-1], 32))
+        * scale_values(scales.cpu(), torch.float64).to(codes.device)[..., None]
+    )
     return scaled.flatten(-2)[..., :columns].to(dtype)
 
 
@@ -114,7 +121,23 @@ def mx_linear_expand(x, codes, scales, bias, s, b):
 class Layer:
     """lead: leading dimensions of x. fp32: s and b, beside activations of any dtype. pitch: of x's rows; 0: contiguous."""
 
-    def __init__(self, draw: Draw, lead, I, O, R=4, fp32=False, bias=True, pitch=0, rule="even", hadamard=False, seed=False, gain=1.0, mask=False, turned=False):
+    def __init__(
+        self,
+        draw: Draw,
+        lead,
+        I,
+        O,
+        R=4,
+        fp32=False,
+        bias=True,
+        pitch=0,
+        rule="even",
+        hadamard=False,
+        seed=False,
+        gain=1.0,
+        mask=False,
+        turned=False,
+    ):
         self.draw, self.lead, self.I, self.O, self.R, self.pitch = draw, lead, I, O, R, pitch
         self.x, self.type = draw(*lead, I, pitch=pitch), torch.float32 if fp32 else draw.dtype
         self.codes, self.scales, _ = mx_quantize(draw(O, I, dtype=torch.float32, std=max(I, 1) ** -0.5), rule)

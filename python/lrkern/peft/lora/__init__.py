@@ -162,6 +162,12 @@ class FusedLora(Patched, layers=LoraLayer):
         without = [rows.pop(0)[0]] if len(rows) > len(adapters) else []
         return back(without + [F.lora_add(*yx, *f[:4]) for yx, f in zip(rows, adapters.values(), strict=True)])
 
+    @staticmethod
+    def _registers(config: peft.LoraConfig, kinds: set[type]) -> bool:
+        theirs = dict(config._custom_modules or {})  # the user's own choice of classes goes on deciding
+        config._register_custom_module(dict.fromkeys([*kinds, *theirs], functools.partial(_create, theirs)))
+        return True
+
     def _forget(self) -> None:
         self.__dict__["_lrkern_norm"].clear()
 
@@ -187,25 +193,6 @@ def _reached(name: str) -> property:
 
 for _name in ("base_layer", "lora_A", "lora_B"):
     setattr(FusedLora, _name, _reached(_name))
-
-
-def register(config: peft.LoraConfig, model: nn.Module) -> None:
-    """Makes the LoRA layers that PEFT creates from this config fused from the start, whatever their base layer:
-
-        lrkern.peft.register(config, model); model = peft.get_peft_model(model, config)
-
-    or PeftModel.from_pretrained(model, folder, config=config). PEFT does not write a registration to its files.
-    """
-    if not isinstance(config, peft.LoraConfig):
-        raise TypeError(f"lrkern.peft.register: config must be a peft.LoraConfig, got {type(config).__name__}")
-    theirs = dict(config._custom_modules or {})  # the user's own choice of classes goes on deciding
-    kinds = {type(m) for m in model.modules() if not list(m.children()) and [*m.parameters(), *m.buffers()]}
-    if any(isinstance(m, LoraLayer) for m in model.modules()) or not kinds:
-        raise ValueError(
-            "lrkern.peft.register: model must be a model without LoRA layers yet (patch is for those), with layers to "
-            f"adapt, got {type(model).__name__}"
-        )
-    config._register_custom_module(dict.fromkeys([*kinds, *theirs], functools.partial(_create, theirs)))
 
 
 def _create(

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ... import ops
 from ...files.check import check_shape, require
-from ...files.folder import Config, Tensors, ranks_and_scalings
+from ...files.folder import Config, Sizes, Tensors, by_linear, check_plain, ranks_and_scalings
 from ...files.lora_config import MORE, check_base
 from ...files.own import classes, either
 from ...limits import PAGE
-from .kind import FAMILIES, Adapter, Kind, Sizes
-from .read import by_linear, plain
+from .kind import FAMILIES, Adapter, Kind
 
 
 class Factors(NamedTuple):
@@ -35,7 +34,7 @@ class LowRank(Kind):
         for name, layer in layers.items():
             must = either(cls for cls in classes() if cls.has_factors())
             got = type(layer).__name__ + (layer._settings_repr() if layer.has_factors() else "")
-            require(layer.low_rank, f"{name} must be {must}, got {got}, which has full rank")
+            require(layer.low_rank, f"{name} must be {must}, got {got}, which {layer.FULL}")
             self._check_rank(layer.lora_rank)  # before factors of any size are made
         return {name: Factors(*layer.factors()) for name, layer in layers.items()}
 
@@ -111,7 +110,7 @@ class _Batch:
 
 def _lora(config: Config, tensors: Tensors, linears: Sizes) -> dict[str, Factors]:
     """LoRA and rsLoRA (Hu et al., arXiv 2106.09685; arXiv 2312.03732) as PEFT writes them."""
-    plain(config, ("use_dora", *MORE))
+    check_plain(config, ("use_dora", *MORE))
     check_base(config)
     result = {}
     found = by_linear(config, tensors, linears, "lora_A.weight", "lora_B.weight")

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from ...files.check import require
-from ...files.folder import Config, Tensors
+from ...files.folder import Config, Sizes, Tensors
 from ...nn.linear import AdapterLinear
 from ..layer import Layer
 
 if TYPE_CHECKING:
     from ..pool import AdapterPool
-
-Sizes = Mapping[str, tuple[int, int]]  # [I, O] of every linear of the model by name
 
 # By peft_type, how a config and file become the parts of some kind: It refuses with a ValueError what cannot be served exactly.
 FAMILIES: dict[str, Callable[[Config, Tensors, Sizes], Any]] = {}

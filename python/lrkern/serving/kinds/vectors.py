@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ...files.check import refusal, require
-from ...files.folder import Config, Tensors
+from ...files.folder import Config, Sizes, Tensors, by_linear, check_plain
 from ...files.projections import check_trained, pair_shapes, projections
 from ...functional.projection import Basis, Projection, cols_of, project, rows_of
 from ...limits import PAGE
-from .kind import FAMILIES, Adapter, Kind, Sizes
-from .read import by_linear, plain
+from .kind import FAMILIES, Adapter, Kind
 
 
 class Vectors(NamedTuple):
@@ -197,7 +196,7 @@ class _Batch:
 
 def _vera(config: Config, tensors: Tensors, linears: Sizes) -> Shared:
     """VeRA (Kopiczko et al., arXiv 2310.11454) as PEFT writes it: with its projections, or drawn again from their key."""
-    plain(config, ("modules_to_save",))
+    check_plain(config, ("modules_to_save",))
     own = {k: t for k, t in tensors.items() if k not in ("base_model.vera_A", "base_model.vera_B")}
     found = by_linear(config, own, linears, "vera_lambda_d", "vera_lambda_b")
     sizes = {name: linears[name] for name in found}
