@@ -29,8 +29,8 @@ def replace(model: nn.Module, cls: type[nn.Module], **settings: Any) -> None:
 
 
 def s2ft(model: nn.Module) -> None:
-    """5 % of the channels of each feed-forward block and a head of each attention, at random, in o_proj and down_proj."""
-    lrkern.s2ft.prepare(model.bert, heads=1 / 12, channels=0.05, by="random", seed=0)
+    """A head of each attention in o and 5 % of the channels of each feed-forward block in down, at random."""
+    lrkern.s2ft.prepare(model.bert, o=1 / 12, down=0.05, copermute=False, generator=0)
 
 
 METHODS: dict[str, Callable[[nn.Module], None]] = {

@@ -256,6 +256,63 @@ def test_stock_peft_loads_what_lrkern_wrote(model, tiny, tmp_path):
     )
 
 
+@pytest.mark.parametrize("method", demo.METHODS)
+def test_a_method_trains_and_its_file_is_what_it_learnt(model, method, tmp_path):
+    import demo_methods
+
+    torch = model.torch
+    config = model.transformers.BertConfig(
+        vocab_size=50, hidden_size=384, num_hidden_layers=1, num_attention_heads=12, intermediate_size=1536,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+
+    def base():
+        torch.manual_seed(0)
+        return model.Rater(config).requires_grad_(False).eval()
+
+    assert demo_methods.METHODS.keys() == {*demo.METHODS}
+    before = base()(**a_batch(torch))
+    adapted = model.add_adapter(base(), method, seed=3)
+    torch.testing.assert_close(adapted(**a_batch(torch)), before)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(2):  # random bases move one factor first
+        model.step(adapted.train(), a_batch(torch), torch.tensor([1.0, -1.0]))
+        optimizer.step()
+    after = adapted.eval()(**a_batch(torch))
+    assert (after - before).abs().max() > 1e-4
+    model.save_adapter(adapted, tmp_path)
+    assert torch.equal(demo_methods.load(base(), tmp_path)(**a_batch(torch)), after)
+
+
+def test_a_methods_screen():
+    summary = a_summary()
+    r = {side: dict.fromkeys(DOMAINS, 0.5) for side in ("base", "lora", "mora")}
+    sides = ("lora", "mora")
+    cost = summary["cost_per_step"] | {
+        f"{side}_{key}": 3.0 for side in sides for key in ("ms", "noise_ms", "saved_bytes", "peak_bytes")
+    }
+    method = dict(
+        name="mora",
+        r=r,
+        mean_r=dict.fromkeys(r, 0.5),
+        trainable=dict.fromkeys(sides, 1e6),
+        file_bytes=dict.fromkeys(sides, 4e6),
+    )
+    kept = {key: summary[key] for key in ("settings", "guard", "seconds", "out")}
+    trip = dict(gaps=dict.fromkeys(DOMAINS, 1e-3), max_gap=1e-3, bound=1e-5, ok=False)
+    shown = screen(kept | dict(cost_per_step=cost, method=method, method_round_trip=trip))
+    for start in ("lrkern demo ·", "1 learning", "2 cost", "3 round"):
+        assert re.search(f"^{re.escape(start)}", shown, re.M), start
+    assert "PEFT" not in shown and "FAIL" in shown and demo.failed(kept | dict(method_round_trip=trip))
+
+
+def test_dry_run_of_a_method_says_its_own_steps():
+    command = [sys.executable, "demo.py", "--dry-run", "--quick", "--method", "bone"]
+    done = subprocess.run(command, cwd=demo.HERE, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "LoRA and bone" in done.stdout and "mixed batch" not in done.stdout and "the base loads the 4" in done.stdout
+
+
 def drop_last_bytes(path):
     path.write_bytes(path.read_bytes()[:-100])
 

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from layer_kinds import shake
-from tiny_models import adapt, parts, tiny
+from tiny_models import tiny
 from torch import nn
 
 from minilm import one_thread  # isort: skip  # noqa: F401
