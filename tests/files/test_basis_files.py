@@ -138,7 +138,7 @@ BROKEN = {
     "a shape": (lambda h, t: put(t, KEY, torch.ones(71)), rf"{KEY} must be torch.float32 \[70\], got torch.float32 \[71\]"),
     "a dtype": (lambda h, t: put(t, KEY, torch.ones(70).half()), f"{KEY} must be torch.float32 .*, got torch.float16"),
     "not finite": (lambda h, t: t[KEY].fill_(torch.nan), f"{KEY} must be finite"),
-    "a class": (lambda h, t: put(h["kinds"][0], "class", "LoRA"), "kinds: class must be MissLinear, MoRALinear, NOLALinear, VeRALinear or RandLoRALinear, got 'LoRA'"),
+    "a class": (lambda h, t: put(h["kinds"][0], "class", "LoRA"), "kinds: class must be MissLinear, MoRALinear, NOLALinear, S2FTLinear, VeRALinear or RandLoRALinear, got 'LoRA'"),
     "a setting more": (lambda h, t: put(h["kinds"][0], "rank", 4), "kinds: settings must be"),
     "a setting": (lambda h, t: put(h["kinds"][0], "r", 0), "0 cannot be made: NOLALinear: r must be"),
     "a setting's type": (lambda h, t: put(h["kinds"][0], "dropout", "no"), "kinds: dropout must be a finite number"),
@@ -294,10 +294,10 @@ def test_what_is_no_lora(tmp_path):
     spoilt[4].vera_lambda_b.data[0] = torch.nan
     large = nn.Sequential(VeRALinear(8, 8, r=513))
     for model, text in [
-        (plain(), "model must have MissLinear, MoRALinear, NOLALinear or VeRALinear layers, got none"),
+        (plain(), "model must have MissLinear, MoRALinear, NOLALinear, S2FTLinear or VeRALinear layers, got none"),
         (
             adapted(),
-            "2.1 must be MissLinear, MoRALinear, NOLALinear or VeRALinear, got RandLoRALinear: its ΔW has full rank, 33, which no LoRA",
+            "2.1 must be MissLinear, MoRALinear, NOLALinear, S2FTLinear or VeRALinear, got RandLoRALinear: its ΔW has full rank, 33, which no LoRA",
         ),
         (large, "0 must have a rank of at most 512, the most that LoRA kernels take, got r=513"),
         (spoilt, "4.lora_B must be finite, got inf or nan"),

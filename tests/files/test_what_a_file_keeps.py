@@ -19,6 +19,7 @@ from layer_kinds import shake
 
 from lrkern import files
 from lrkern.nn.linear import AdapterLinear
+from lrkern.nn.s2ft import as_text
 
 FULL = bool(os.environ.get("LRK_TEST_FULL"))
 some = settings(
@@ -122,7 +123,7 @@ def test_lora(ask, tmp_path_factory, sample):
         close(ask("pool", path, sample), want, plain, sample)
 
 
-KINDS = ["NOLALinear", "VeRALinear", "RandLoRALinear", "MoRALinear", "MissLinear"]
+KINDS = ["NOLALinear", "VeRALinear", "RandLoRALinear", "MoRALinear", "MissLinear", "S2FTLinear"]
 
 
 @st.composite
@@ -131,6 +132,13 @@ def miss_settings(draw):
     kind, powers = draw(st.sampled_from(["balance", "mini", "bat"])), st.sampled_from([1, 2, 4])
     settings = {"kind": kind, "mini_r": draw(powers) if kind == "mini" else 1}
     return settings | ({"r": draw(powers), "dropout": 0.0} if kind == "bat" else {})
+
+
+@st.composite
+def slices(draw, I, O):
+    side = draw(st.sampled_from(["input", "output"]))
+    columns = draw(st.sets(st.integers(0, (I if side == "input" else O) - 1), min_size=1, max_size=9))
+    return {"side": side, "index": as_text(sorted(columns))}
 
 
 @st.composite
@@ -158,8 +166,11 @@ def own_samples(draw, shared=None):
                                "save_output": draw(flags)},
             "MoRALinear": {"mora_type": draw(st.sampled_from([1, 2, 3, 4, 6])), "paper_rank": draw(flags)},
             "MissLinear": all_alike if shared else draw(miss_settings()),
+            "S2FTLinear": draw(slices(I, O)),
         }[cls]  # fmt: skip
         adapter_dtype = draw(st.sampled_from([None, "float32", dtype]))
+        if cls == "S2FTLinear":
+            common = {}
         if cls in ("MoRALinear", "MissLinear"):
             common = {key: common[key] for key in ("r", "dropout")}
         layers[name] = {"class": cls, "adapter_dtype": adapter_dtype} | common | special
@@ -177,6 +188,10 @@ def test_own_files(ask, tmp_path_factory, sample, bits):
     net, want, plain = trained(sample)
     path = tmp_path_factory.mktemp("own") / "a"
     note(f"path={path}")
+    if bits and any(layer["class"] == "S2FTLinear" for layer in sample["layers"].values()):
+        with pytest.raises(ValueError, match="bits must be None for S2FTLinear"):
+            files.save(net, path, bits=bits)
+        bits = None
     files.save(as_left(net, sample), path, bits=bits)
     got = ask("lrkern", path, sample)
     if bits is None:

@@ -50,12 +50,7 @@ def alone(model: nn.Module, cls: type[AdapterLinear], settings: dict, seed: int,
         if name.split(".")[-1] in TARGETS:
             parent, _, child = name.rpartition(".")
             seeded = {"seed": 3} if "seed" in cls.SETTINGS else {}
-            layer = cls.from_linear(m, **settings | seeded)
-            start = getattr(layer, "start", None)
-            was = None if start is None else start.detach().clone()
-            shake(layer, seed, by)
-            if was is not None:
-                layer.start.data.copy_(was)  # what W had is no coefficient to be shaken
+            layer = shake(cls.from_linear(m, **settings | seeded), seed, by)
             setattr(model.get_submodule(parent), child, layer)
     return model.eval()
 
