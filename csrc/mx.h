@@ -159,11 +159,12 @@ struct MxLinearDxParams {
 // Rows of x up to which codes are decoded in registers; beyond them W is decoded in panels of so many rows, for dx of so many
 // columns, whole blocks, for ATen's GEMM.
 constexpr int kMxFewCpu = 8, kMxFewCuda = 16;
+// `widens`: 16-bit x meets them in fp32, rounded once behind the GEMM.
 struct MxWay {
-  bool few, few_dx;
+  bool few, few_dx, widens;
   int64_t rows, columns;
 };
-MxWay choose_mx_way(int64_t T, int64_t O, int64_t K, Target target);
+MxWay choose_mx_way(int64_t T, int64_t O, int64_t K, DType dtype, Target target);
 
 LRK_KERNEL(mx_quantize, MxQuantizeParams)
 LRK_KERNEL(mx_dequantize, MxDequantizeParams)

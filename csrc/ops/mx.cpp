@@ -116,29 +116,41 @@ Packed check_weight(const Arg& x, const Tensor& codes, const Tensor& scales) {
   return check_packed(x.op, codes, scales, &x, "[O, G]");
 }
 MxWay way_of(const Arg& x, int64_t T, const Packed& w, int64_t K) {
-  return choose_mx_way(T, w.O, K, DeviceScope(x.op, x.tensor).target);
+  return choose_mx_way(T, w.O, K, x.dtype(), DeviceScope(x.op, x.tensor).target);
 }
 
-// S B^T beside the product, S [..., R] with its scale in it. Factors of x's type join W's columns, so that one GEMM makes the sum.
+// S B^T beside the product, S [..., R] with its scale in it.
 struct LowRank {
   Tensor s, b;  // [T, R] and [O, R], contiguous
   int64_t R;
-  bool joins;
 };
 
+// What ATen's GEMM multiplies in: x's type, or fp32 where that is faster (MxWay::widens).
+ScalarType gemm_type(const Arg& x, const MxWay& way) { return way.widens ? ScalarType::Float : x.type(); }
+// Factors of its type join W's columns, so that one GEMM makes the sum.
+bool joins(const LowRank& low, ScalarType t) {
+  return low.R && (t == ScalarType::Float || (low.b.scalar_type() == t && t != ScalarType::Half));
+}
+// out = a b + add, through fp32 where out has 16 bits and the operands do not.
+void product(const char* op, const Tensor& out, const Tensor& a, const Tensor& b, const OptTensor& add) {
+  if (out.scalar_type() == a.scalar_type()) return gemm(op, out, a, b, add);
+  const Tensor wide = new_empty(a, sizes_of(out));
+  gemm(op, wide, a, b, add ? OptTensor(as_type(*add, a.scalar_type())) : std::nullopt);
+  torch::stable::copy_(const_cast<Tensor&>(out), wide);
+}
+
 // Rows of x beside S as what a panel [W, B] is multiplied with: x itself where that is all there is.
-Tensor joined(const Rows& x, int64_t blocks, const LowRank& low) {
+Tensor joined(const Rows& x, int64_t blocks, const Tensor& s, int64_t R, ScalarType t) {
   const Tensor rows = seen_as(x.tensor, {x.T, x.N}, {x.pitch, 1});
-  const int64_t R = low.joins ? low.R : 0;
-  if (blocks == x.N && !R) return rows;
-  Tensor made = new_empty(x.tensor, Sizes{x.T, blocks + R});
+  if (blocks == x.N && !R) return as_type(rows, t);
+  Tensor made = new_empty(x.tensor, Sizes{x.T, blocks + R}, t);
   const auto put = [&](int64_t first, const Tensor& t) {
     Tensor part = torch::stable::narrow(made, 1, first, t.size(1));
     torch::stable::copy_(part, t);
   };
   if (blocks != x.N) torch::stable::zero_(made);
   put(0, rows);
-  if (R) put(blocks, low.s);
+  if (R) put(blocks, s);
   return made;
 }
 
@@ -148,7 +160,7 @@ Tensor forward(const Arg& x, const Tensor& codes, const Tensor& scales, const Op
   check_columns(x.op, "the last dimension of x", rows.N, w);
   if (bias_) Arg{x.op, "bias", *bias_}.strided().on(x).typed_as(x).shape("[O]", {w.O});
   OptTensor bias = bias_ ? OptTensor(as_contiguous(*bias_)) : std::nullopt;
-  const int64_t T = rows.T, K = rows.N, O = w.O, blocks = w.G * kMxBlock, R = low.joins ? low.R : 0;
+  const int64_t T = rows.T, K = rows.N, O = w.O, blocks = w.G * kMxBlock;
   const Tensor y = new_empty(x.tensor, with_last(x.tensor, O));
   if (!T || !O) return y;
   const MxWay way = way_of(x, T, w, K);
@@ -168,8 +180,10 @@ Tensor forward(const Arg& x, const Tensor& codes, const Tensor& scales, const Op
         LRK_RUN(mx_linear));
     return y;
   }
-  const Tensor wide = joined(rows, blocks, low);
-  Tensor panel = new_empty(x.tensor, Sizes{std::min(way.rows, O), blocks + R}), out = seen_as(y, {T, O}, {O, 1});
+  const ScalarType type = gemm_type(x, way);
+  const int64_t R = joins(low, type) ? low.R : 0;
+  const Tensor wide = joined(rows, blocks, low.s, R, type);
+  Tensor panel = new_empty(x.tensor, Sizes{std::min(way.rows, O), blocks + R}, type), out = seen_as(y, {T, O}, {O, 1});
   for (int64_t o = 0; o < O; o += way.rows) {
     const int64_t n = std::min(way.rows, O - o);
     const auto here = [&](const Tensor& t) { return torch::stable::narrow(const_cast<Tensor&>(t), 0, o, n); };
@@ -179,8 +193,8 @@ Tensor forward(const Arg& x, const Tensor& codes, const Tensor& scales, const Op
       Tensor beside = torch::stable::narrow(used, 1, blocks, R);
       torch::stable::copy_(beside, here(low.b));
     }
-    gemm(x.op, torch::stable::narrow(out, 1, o, n), wide, torch::stable::transpose(used, 0, 1),
-         bias ? OptTensor(here(*bias)) : std::nullopt);
+    product(x.op, torch::stable::narrow(out, 1, o, n), wide, torch::stable::transpose(used, 0, 1),
+            bias ? OptTensor(here(*bias)) : std::nullopt);
   }
   if (low.R && !R)
     run(x.op, x.tensor,
@@ -218,8 +232,7 @@ Tensor mx_linear_expand(const Tensor& x_, const Tensor& codes, const Tensor& sca
   if (x_.dim() < 1) x.refuse("have at least one dimension, got a scalar");
   s.strided().on(x).shape("[..., R]", with_last(x_, R));
   const Tensor rows = seen_as(s.s_beside(b), {s.rows().T, R}, {R, 1});
-  const bool joins = b.type() == x.type() && x.type() != ScalarType::Half;
-  return forward(x, codes, scales, bias, LowRank{rows, as_contiguous(b_), R, joins});
+  return forward(x, codes, scales, bias, LowRank{rows, as_contiguous(b_), R});
 }
 
 // dx = dy W, from the same bytes.
@@ -250,12 +263,13 @@ std::tuple<Tensor, Tensor> mx_linear_bwd(const Tensor& dy_, const Tensor& codes,
         static_cast<int (*)(const MxLinearDxParams&, void*, Stream)>(nullptr));
     return {dx, dbias};
   }
-  const Tensor d = seen_as(rows.tensor, {T, O}, {rows.pitch, 1}), out = seen_as(dx, {T, K}, {K, 1});
+  const ScalarType type = gemm_type(dy, way);
+  const Tensor d = as_type(seen_as(rows.tensor, {T, O}, {rows.pitch, 1}), type), out = seen_as(dx, {T, K}, {K, 1});
   for (int64_t k = 0; k < K; k += way.columns) {
     const int64_t n = std::min(way.columns, K - k);
-    const Tensor panel = new_empty(dy_, Sizes{O, n});
+    const Tensor panel = new_empty(dy_, Sizes{O, n}, type);
     decode(dy.op, w, 0, O, k, n, panel, n);
-    gemm(dy.op, torch::stable::narrow(const_cast<Tensor&>(out), 1, k, n), d, panel, std::nullopt);
+    product(dy.op, torch::stable::narrow(const_cast<Tensor&>(out), 1, k, n), d, panel, std::nullopt);
   }
   return {dx, dbias};
 }

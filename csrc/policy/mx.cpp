@@ -8,7 +8,20 @@
 
 namespace lrk {
 
-MxWay choose_mx_way(int64_t T, int64_t O, int64_t K, Target target) {
+namespace {
+
+// Whether oneDNN has instructions for products of 16-bit floats.
+bool multiplies_halves() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return true;
+#endif
+}
+
+}  // namespace
+
+MxWay choose_mx_way(int64_t T, int64_t O, int64_t K, DType dtype, Target target) {
   const bool few = T <= (target.device == Device::kCPU ? kMxFewCpu : kMxFewCuda);
   // A panel and a product's rows beside it stay in the cache; on CUDA panels are there for memory alone.
   const int64_t elements = target.device == Device::kCPU ? int64_t{1} << 19 : int64_t{1} << 25;
@@ -16,7 +29,8 @@ MxWay choose_mx_way(int64_t T, int64_t O, int64_t K, Target target) {
     const int64_t n = std::max<int64_t>(elements / std::max<int64_t>(1, across), 64) / 32 * 32;
     return std::min(n, ceil_div(std::max<int64_t>(along, 1), int64_t{32}) * 32);
   };
-  return {few, few && target.device == Device::kCPU, panel(O, K), panel(K, O)};
+  const bool cpu = target.device == Device::kCPU, widens = cpu && size_of(dtype) == 2 && !multiplies_halves();
+  return {few, few && cpu, widens, panel(O, K), panel(K, O)};
 }
 
 size_t mx_quantize_workspace(const MxQuantizeParams&, Target) { return 0; }
@@ -27,19 +41,22 @@ size_t mx_linear_dx_workspace(const MxLinearDxParams&, Target) { return 0; }
 namespace {
 
 Answer explain_way(const Question& q) {
-  const MxWay way = choose_mx_way(q["T"], q["O"], q["K"], q.target());
-  return {{{"few", way.few}, {"few_dx", way.few_dx}, {"rows", way.rows}, {"columns", way.columns}},
-          way.few ? "codes are decoded in registers"
-                  : text("W is decoded ", way.rows, " rows at a time for y and ", way.columns,
-                         " columns for dx, each to ATen's GEMM")};
+  const MxWay way = choose_mx_way(q["T"], q["O"], q["K"], q["halves"] ? DType::kBF16 : DType::kF32, q.target());
+  return {
+      {{"few", way.few}, {"few_dx", way.few_dx}, {"widens", way.widens}, {"rows", way.rows}, {"columns", way.columns}},
+      way.few ? "codes are decoded in registers"
+              : text("W is decoded ", way.rows, " rows at a time for y and ", way.columns,
+                     " columns for dx, each to ATen's GEMM")};
 }
 
 const Registered registered[] = {
     {"mx_linear",
-     {.rule = "few rows of x: codes are decoded in registers; more of them: panels of W for ATen's GEMM",
+     {.rule =
+          "few rows of x: codes are decoded in registers; more of them: panels of W for ATen's GEMM, in fp32 where a "
+          "CPU has no products of 16-bit floats",
       .numbers =
           "CPU: up to 8 rows, measured; panels of 2^19 elements stay in the last-level cache. CUDA: up to 16 rows, a count",
-      .arguments = {{"T", {}}, {"O", {}}, {"K", {}}},
+      .arguments = {{"T", {}}, {"O", {}}, {"K", {}}, {"halves", 0}},
       .answer = explain_way}},
 };
 
