@@ -5,8 +5,9 @@ python tools/static_checks.py [80 90a ...] [--jobs 2]
 
 Fails where a file does not compile, a kernel has no plan in tools/families/, or one does not keep to its plan: no spills
 and no local memory, the tensor-core instruction and the 128-bit loads and stores it is built around, as many blocks on an SM and bytes
-of loads under way as planned (scoreboards say which loads are waited for together), and no more machine code. smXX.cu files are compiled for their own architecture only. Figures are kept in build/static by a hash of what the
-source includes, flags and compiler, so a second run is quick.
+of loads under way as planned (scoreboards say which loads are waited for together), and no more machine code or, where the
+plan says so, instructions of a trip of the loop with its products. smXX.cu files are compiled for their own architecture only.
+Figures are kept in build/static by a hash of what the source includes, flags and compiler, so a second run is quick.
 """
 
 import argparse
@@ -96,6 +97,7 @@ class Figures:
     code: int = 0  # bytes of machine code
     flight: int = 0  # bytes that a warp has under way while it waits for memory, each loop taken LONG times
     stores: int = 0  # of 128 bits to global memory
+    loop: int = 0  # instructions of a trip of the longest loop with tensor instructions, the inner ones apart
 
 
 PTXAS = re.compile(
@@ -133,6 +135,9 @@ def count_sass(text: str, found: dict[str, Figures]) -> None:
         path = sass.hot_path(code)
         for loop in path.loops():
             loop.trips = LONG
+            own = loop.own()
+            if any(sass.TENSOR.match(x.op) for x in own):
+                figures.loop = max(figures.loop, len(own))
         figures.flight = round(sass.in_flight(path, sass.feeding(path)))
 
 
@@ -158,6 +163,8 @@ def faults(figures: Figures, plan: Plan, arch: str) -> list[str]:
         wrong.append(f"{blocks} blocks on an SM, planned are {plan.blocks}; {limit} are the limit")
     if (flight := on_an_sm(figures, plan, arch)) < plan.flight:
         wrong.append(f"{flight} bytes of loads under way on an SM, planned are {plan.flight}")
+    if plan.loop and figures.loop > plan.loop:
+        wrong.append(f"{figures.loop} instructions of a trip of its loop, planned are at most {plan.loop}")
     if figures.code > plan.code:
         wrong.append(f"{figures.code} bytes of machine code, planned are at most {plan.code}")
     return [f"{figures.kernel} on sm_{arch}: {text}" for text in wrong]

@@ -134,6 +134,11 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
   return y;
 }
 
+// Four of the eight bytes of a (0..3) and b (4..7): byte i is the one that nibble i names, at most 7.
+__device__ __forceinline__ uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t which) {
+  return __byte_perm(a, b, which);
+}
+
 // Conversions. The values are those of to_float and from_float in common.h, except that every NaN becomes one NaN.
 __device__ __forceinline__ float to_float_fast(float x) { return x; }
 __device__ __forceinline__ float to_float_fast(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }

@@ -71,12 +71,17 @@ Packed check_packed(const char* op, const Tensor& codes_, const Tensor& scales_,
   if (codes_.dim() < 1 || codes.last() % kMxBytes)
     codes.refuse("have whole blocks of 16 bytes as its last dimension, got ", text_of(sizes_of(codes_)));
   scales.shape(name, with_last(codes_, codes.last() / kMxBytes));
-  const int64_t G = codes.last() / kMxBytes;
-  return {as_contiguous(codes_), as_contiguous(scales_), G ? scales_.numel() / G : 0, G};
+  Packed w{as_contiguous(codes_), as_contiguous(scales_), 1, codes.last() / kMxBytes};
+  for (int64_t i = 0; i + 1 < codes_.dim(); ++i) w.O *= codes_.size(i);
+  const bool cuda = DeviceScope(op, codes_).target.device == Device::kCUDA;
+  if (cuda && reinterpret_cast<uintptr_t>(w.codes.const_data_ptr()) % kMxBytes)
+    codes.refuse("begin at a multiple of 16 bytes, where a GPU loads whole blocks, got a view between two");
+  return w;
 }
 void check_columns(const char* op, const char* name, int64_t K, const Packed& w) {
-  if (ceil_div(K, int64_t{kMxBlock}) != w.G)
-    fail(op, name, " must lie in (", 32 * (w.G - 1), ", ", 32 * w.G, "], the features of ", w.G, " blocks, got ", K);
+  const int64_t least = w.G ? kMxBlock * (w.G - 1) + 1 : 0, most = kMxBlock * w.G;
+  if (K < least || K > most)
+    fail(op, name, " must lie in [", least, ", ", most, "], the features of ", w.G, " blocks, got ", K);
 }
 const uint8_t* bytes_of(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
 

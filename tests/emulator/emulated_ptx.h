@@ -95,6 +95,13 @@ inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {  // a product of two bf16 i
          static_cast<uint32_t>(from_float<bf16>(half(a >> 16) * half(b >> 16)).bits) << 16;
 }
 
+inline uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t which) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t y = 0;
+  for (int i = 0; i < 4; ++i) y |= static_cast<uint32_t>(bytes >> (which >> 4 * i & 7u) * 8 & 0xffu) << 8 * i;
+  return y;
+}
+
 inline float to_float_fast(float x) { return x; }
 inline float to_float_fast(bf16 x) { return to_float(x); }
 inline float to_float_fast(f16 x) { return to_float(x); }

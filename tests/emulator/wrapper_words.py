@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-THREADS, WORDS, GLOBALS = 64, 104, 4
+THREADS, WORDS, GLOBALS = 64, 108, 4
 VALUES = (1.00390625, -3.1415927, 65504.0, 70000.0, 6.1e-5, 3e-8, -0.0, 1e-45, 1e30)
 MASK = 0xFFFFFFFF
 
@@ -118,6 +118,8 @@ def expected(tile: list[list[int]]) -> Iterator[tuple[str, int, list[int]]]:
     e2m1 = [(0, 0.5, 1, 1.5, 2, 3, 4, 6)[t % 8] for t in T]
     low = [bf16_bits(e2m1[t]) | (t // 8 % 2) << 15 for t in T]
     yield "mul_bf16x2", 99, [low[t] | bf16_bits(f32(1.5 * bf16_of(flat[t]))) << 16 for t in T]
+    for i in (0, 1):
+        yield "byte_perm", 104 + i, [flat[t * 8 + i] | flat[t * 8 + 2 + i] << 16 for t in T]
     for name, word in (("load_16, store_shared_16", 95), ("store_16", 100)):
         for i in range(4):
             yield name, word + i, [flat[t * 8 + 2 * i] | flat[t * 8 + 2 * i + 1] << 16 for t in T]

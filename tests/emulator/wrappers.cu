@@ -9,7 +9,7 @@
 
 namespace lrk {
 
-constexpr int kWords = 104, kGlobals = 4;
+constexpr int kWords = 108, kGlobals = 4;
 
 // in: [64, 64] 16-bit floats, exact in both formats. out: [64, kWords] and kGlobals zeros.
 __global__ void __launch_bounds__(64) wrappers(const uint16_t* in, uint32_t* out) {
@@ -125,6 +125,8 @@ __global__ void __launch_bounds__(64) wrappers(const uint16_t* in, uint32_t* out
   const uint32_t raw = static_cast<uint32_t>(t % 8) << 6 | static_cast<uint32_t>(t / 8 % 2) << 15;  // e2m1 times 2^-126
   put(mul_bf16x2(raw | static_cast<uint32_t>(in[t]) << 16, 0x7e80u | 0x3fc0u << 16));               // 99
   store_16(word + 100, quad);                                                                       // 100..103
+  n = 104;
+  for (uint32_t which : {0x5410u, 0x7632u}) put(byte_perm(quad[0], quad[1], which));  // 104, 105
   n = kWords;
 }
 

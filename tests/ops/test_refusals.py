@@ -62,11 +62,16 @@ def good(name):
             "ids": None,
             "scales": None,
         },
+        "mx_quantize": {"x": x, "rule": "even", "hadamard": True, "signs": SIGNS, "seed": SEED, "gain": 1.0, "mask": False},
+        "mx_dequantize": {"codes": CODES, "scales": SCALES, "columns": I, "dtype": torch.float32},
+        "mx_linear": {"x": x, "codes": CODES, "scales": SCALES, "bias": bias},
+        "mx_linear_expand": {"x": x, "codes": CODES, "scales": SCALES, "bias": bias, "s": s, "b": b},
         "slice_linear": {"x": x, "weight": w, "bias": bias, "slice": torch.randn(O, R), "index": COLUMNS, "dim": 1},
     }[name]
 
 
-SEED = torch.tensor([1])
+SEED, SIGNS = torch.tensor([1]), torch.tensor([5]).int()
+CODES, SCALES = torch.zeros(O, 16, dtype=torch.uint8), torch.full((O, 1), 127, dtype=torch.uint8)
 MIXED = {"index": EACH, "ids": IDS}  # of two adapters, of two columns at most
 CASES = [
     ("slice_gather", {"x": torch.randn(T, I).double()}, "x must be float32, float16 or bfloat16, got float64"),
@@ -99,6 +104,40 @@ CASES = [
     ("slice_linear", {"slice": torch.randn(O, R).half()}, r"slice must be float32 \(the dtype of x\), got float16"),
     ("slice_linear", {"index": COLUMNS[None]}, r"index must have shape \[s\] = \[\*\], got \[1, 4\]"),
     ("slice_linear", {"dim": 2}, r"dim must be 0 \(rows of weight\) or 1 \(columns\), got 2"),
+    ("mx_quantize", {"x": torch.randn(T, I).double()}, "x must be float32, float16 or bfloat16, got float64"),
+    ("mx_quantize", {"x": torch.tensor(1.0)}, "x must have at least one dimension, got a scalar"),
+    ("mx_quantize", {"rule": "nearest"}, "rule must be floor, rceil, ceil, even, quest or quest_nearest, got nearest"),
+    ("mx_quantize", {"hadamard": False}, "signs must be None without hadamard, got a tensor"),
+    ("mx_quantize", {"signs": SIGNS.long()}, "signs must be int32, got int64"),
+    ("mx_quantize", {"signs": SIGNS.repeat(2)}, r"signs must have shape \[1\] = \[1\], got \[2\]"),
+    ("mx_quantize", {"seed": SEED.int()}, "seed must be int64, got int32"),
+    ("mx_quantize", {"seed": SEED.repeat(2)}, r"seed must have shape \[1\] = \[1\], got \[2\]"),
+    ("mx_quantize", {"gain": math.nan}, "gain must be finite in float32, got nan"),
+    ("mx_dequantize", {"codes": CODES.char()}, "codes must be uint8, got int8"),
+    ("mx_dequantize", {"codes": CODES[:, :8]}, r"codes must have whole blocks of 16 bytes as its last dimension, got \[12, 8\]"),
+    ("mx_dequantize", {"scales": SCALES.float()}, "scales must be uint8, got float32"),
+    ("mx_dequantize", {"scales": SCALES[:5]}, r"scales must have shape \[..., G\] = \[12, 1\], got \[5, 1\]"),
+    ("mx_dequantize", {"columns": 33}, r"columns must lie in \[1, 32\], the features of 1 blocks, got 33"),
+    ("mx_dequantize", {"columns": 0}, r"columns must lie in \[1, 32\], the features of 1 blocks, got 0"),
+    ("mx_dequantize", {"codes": CODES[:, :0], "scales": SCALES[:, :0], "columns": -1}, r"columns must lie in \[0, 0\]"),
+    ("mx_dequantize", {"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16, got float64"),
+    ("mx_linear", {"x": torch.randn(T, I).long()}, "x must be float32, float16 or bfloat16, got int64"),
+    ("mx_linear", {"x": torch.randn(T, 33)}, r"the last dimension of x must lie in \[1, 32\], the features of 1 blocks, got 33"),
+    ("mx_linear", {"codes": CODES[0]}, r"codes must have shape \[O, 16 G\], got \[16\]"),
+    ("mx_linear", {"codes": CODES.to_sparse()}, "codes must be a dense strided tensor"),
+    ("mx_linear", {"scales": SCALES.repeat(1, 2)}, r"scales must have shape \[O, G\] = \[12, 1\], got \[12, 2\]"),
+    ("mx_linear", {"scales": SCALES.to_sparse()}, "scales must be a dense strided tensor"),
+    ("mx_linear", {"bias": torch.randn(O + 1)}, rf"bias must have shape \[O\] = \[{O}\], got \[{O + 1}\]"),
+    ("mx_linear", {"bias": torch.randn(O).half()}, r"bias must be float32 \(the dtype of x\), got float16"),
+    ("mx_linear_expand", {"x": torch.tensor(1.0)}, "x must have at least one dimension, got a scalar"),
+    ("mx_linear_expand", {"codes": CODES[:, :8]}, "codes must have whole blocks of 16 bytes"),
+    ("mx_linear_expand", {"scales": SCALES[:5]}, r"scales must have shape \[O, G\] = \[12, 1\], got \[5, 1\]"),
+    ("mx_linear_expand", {"bias": torch.randn(O).half()}, r"bias must be float32 \(the dtype of x\), got float16"),
+    ("mx_linear_expand", {"s": torch.randn(T + 1, R)}, rf"s must have shape \[..., R\] = \[{T}, {R}\], got \[{T + 1}, {R}\]"),
+    ("mx_linear_expand", {"s": torch.randn(T, R).half()}, r"s must be float32 \(the dtype of b\), got float16"),
+    ("mx_linear_expand", {"b": torch.randn(O + 1, R)}, rf"b must have shape \[O, R\] = \[{O}, \*\], got \[{O + 1}, {R}\]"),
+    ("mx_linear_expand", {"b": torch.randn(O, R).half()}, r"b must be float32 \(the dtype of x\), got float16"),
+    ("mx_linear_expand", {"b": torch.randn(O, 513)}, "b must have a rank of at most 512, got 513"),
     # op, changed arguments, what the message says
     ("lora_shrink", {"x": torch.randn(T, I).double()}, "x must be float32, float16 or bfloat16, got float64"),
     ("lora_shrink", {"x": torch.tensor(1.0)}, "x must have at least one dimension, got a scalar"),

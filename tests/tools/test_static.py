@@ -81,6 +81,7 @@ def test_a_kernel_that_keeps_to_its_plan_has_no_faults():
         ({"shared": 30000}, Plan(4, 12288), "3 blocks on an SM, planned are 4; shared memory are the limit"),
         ({}, Plan(1, 164 * 1024), "0 blocks on an SM, planned are 1; shared memory are the limit"),
         ({"flight": 512}, Plan(1, flight=8193), "8192 bytes of loads under way on an SM, planned are 8193"),
+        ({"loop": 302}, Plan(1, loop=301), "302 instructions of a trip of its loop, planned are at most 301"),
         ({"code": 1025}, Plan(1, code=1024), "1025 bytes of machine code, planned are at most 1024"),
     ],
 )

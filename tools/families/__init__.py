@@ -27,6 +27,7 @@ class Plan:
     code: int = 32 << 10  # bytes of machine code, at most: what an SM's instruction cache holds
     threads: int = 128
     stores: int = 0  # of 128 bits to global memory, at least
+    loop: int = 0  # instructions of a trip of the loop with the tensor instruction, at most; 0: not asked
 
 
 @dataclass(frozen=True)

@@ -90,103 +90,147 @@ __global__ __launch_bounds__(kBlockThreads, 8) void mx_dequantize_kernel(MxDequa
 
 // ---- Y = X W^T of few rows. Block: 16 rows of W, eight warps that share its chunks of 128 features.
 // Thread 4 g + t of a warp has block t of a chunk, of rows g and g + 8: four words of 8 codes each. Codes i and i + 4 of a word
-// become a pair by two shifts, so that is the order of features that x is put in as well.
+// become a pair by two shifts, so that is the order of features that x is put in as well. Rows past the end are the last one
+// once more: what comes of them is not stored.
 
-constexpr int kMxThreads = 256, kMxWarps = kMxThreads / kWarpThreads, kMxRows = 16, kMxAhead = 2;
+constexpr int kMxThreads = 256, kMxWarps = kMxThreads / kWarpThreads, kMxRows = 16;
 
 struct Codes {
-  uint32_t words[4];
-  uint32_t scale;  // twice, as bf16
+  uint32_t words[4], byte;  // its scale
 };
-
-__device__ __forceinline__ Codes load_codes(const MxWeight& w, int64_t row, int64_t g) {
-  Codes c = {};
-  if (row >= w.O || g >= w.G()) return c;
-  const int64_t at = row * w.G() + g;
-  load_16(c.words, w.codes + at * kMxBytes);
-  const uint32_t byte = w.scales[at];
-  const uint32_t half = byte == 0u ? 0x0040u : byte == 255u ? 0x7fc0u : byte << 7;
-  c.scale = half | half << 16;
-  return c;
-}
+struct CodesRow {
+  const uint8_t *codes, *scales;
+  __device__ __forceinline__ CodesRow(const MxWeight& w, int64_t row) {
+    const int64_t block = (row < w.O ? row : w.O - 1) * w.G();
+    codes = w.codes + block * kMxBytes, scales = w.scales + block;
+  }
+  __device__ __forceinline__ Codes load(int64_t block, bool there) const {
+    Codes c = {};
+    if (there) load_16(c.words, codes + block * kMxBytes), c.byte = scales[block];
+    return c;
+  }
+};
+// A code that lies where bf16 has an exponent's last bits and a mantissa's first is 2^-126 times its value. One product with
+// 2^126 times the scale makes up for that, exactly, as long as this is a bf16: for scales up to 2. Larger ones take two.
+constexpr uint32_t kOneProduct = 128;
+struct Scale {
+  uint32_t first, second;  // each twice
+  explicit __device__ __forceinline__ Scale(uint32_t byte) {
+    const uint32_t small = byte < kOneProduct ? byte : kOneProduct;
+    first = small * 0x00800080u + 0x3f003f00u;
+    second = byte == 255u ? 0x7fc07fc0u : (byte - small) * 0x00800080u + 0x3f803f80u;
+  }
+};
 // Codes i and i + 4 of a word times their scale.
-__device__ __forceinline__ uint32_t pair_of(uint32_t word, int i, uint32_t scale) {
+template <bool kLarge>
+__device__ __forceinline__ uint32_t pair_of(uint32_t word, int i, const Scale& scale) {
   const uint32_t moved = word >> (4 * i);
-  const uint32_t raw = (moved << 12 & 0x80008000u) | (moved << 6 & 0x01c001c0u);  // times 2^-126
-  return mul_bf16x2(mul_bf16x2(raw, 0x7e807e80u), scale);
+  const uint32_t pair = mul_bf16x2((moved << 12 & 0x80008000u) | (moved << 6 & 0x01c001c0u), scale.first);
+  return kLarge ? mul_bf16x2(pair, scale.second) : pair;
 }
 
-// x of one row in block g, as bf16 terms: pairs (i, i + 4) of each of four runs of 8 features.
+// x of one row in block g, as bf16 terms: pairs (i, i + 4) of each of four runs of 8 features. One term holds bf16, two f16
+// and three fp32; beside inf and nan the others are 0. kPlain: rows are aligned, of whole blocks.
 template <class X>
 struct Features {
-  static constexpr int kTerms = sizeof(X) == 2 ? (std::is_same_v<X, f16> ? 2 : 1) : 3;
+  static constexpr int kTerms = std::is_same_v<X, bf16> ? 1 : std::is_same_v<X, f16> ? 2 : 3;
   uint32_t pairs[kTerms][4][4];
 
-  __device__ __forceinline__ void load(const X* x, int64_t K, int64_t g, bool there, bool vectors) {
+  template <bool kPlain>
+  __device__ __forceinline__ void load(const X* x, int64_t left, bool vectors) {
+    if (kPlain) left = left > 0 ? kMxBlock : 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t k = g * kMxBlock + 8 * i;
-      Vec8<float> v = {};
-      if (there && vectors && k + 8 <= K) {
-        Words8<X> words;
-        load_words(words, x + k);
-        v = floats(words);
-      } else if (there) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) v.v[j] = k + j < K ? to_float_fast(x[k + j]) : 0.f;
-      }
-#pragma unroll
-      for (int term = 0; term < kTerms; ++term)
+      const Words8<X> words = load_row<kPlain>(x + 8 * i, left - 8 * i, vectors);
+      if constexpr (kTerms == 1) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const uint32_t pair = pack_fast<bf16>(v.v[j], v.v[j + 4]);
-          pairs[term][i][j] = pair;
-          v.v[j] -= bit_cast<float>(pair << 16);
-          v.v[j + 4] -= bit_cast<float>(pair & 0xffff0000u);
+          const uint32_t low = words.w[0][j / 2], high = words.w[0][j / 2 + 2];
+          pairs[0][i][j] = byte_perm(low, high, j % 2 ? 0x7632u : 0x5410u);
         }
+      } else {
+        Vec8<float> v = floats(words);
+#pragma unroll
+        for (int term = 0; term < kTerms; ++term)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const uint32_t pair = pack_fast<bf16>(v.v[j], v.v[j + 4]);
+            pairs[term][i][j] = pair;
+            v.v[j] = rest(v.v[j], bit_cast<float>(pair << 16));
+            v.v[j + 4] = rest(v.v[j + 4], bit_cast<float>(pair & 0xffff0000u));
+          }
+      }
     }
+  }
+  static __device__ __forceinline__ float rest(float v, float term) {
+    return (bit_cast<uint32_t>(term) & 0x7f800000u) == 0x7f800000u ? 0.f : v - term;
   }
 };
 
-template <class X, class B, int kTiles>
+// A thread's block of two rows of W times the same features of kTiles tiles of x.
+template <bool kLarge, class X, int kTiles>
+__device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const Codes& low, const Codes& high,
+                                         const Features<X> (&x)[kTiles]) {
+  const Scale of_low(low.byte), of_high(high.byte);
+#pragma unroll
+  for (int w = 0; w < 4; ++w)
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t a[4] = {pair_of<kLarge>(low.words[w], i, of_low), pair_of<kLarge>(high.words[w], i, of_high),
+                             pair_of<kLarge>(low.words[w], i + 1, of_low),
+                             pair_of<kLarge>(high.words[w], i + 1, of_high)};
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int term = 0; term < Features<X>::kTerms; ++term) {
+          const uint32_t b[2] = {x[n].pairs[term][w][i], x[n].pairs[term][w][i + 1]};
+          mma_16816(acc[n], a, b, bf16{});
+        }
+    }
+}
+
+template <class X, class B, int kTiles, bool kPlain>
 __global__ __launch_bounds__(kMxThreads, 1) void mx_linear_kernel(MxLinearParams p, bool vectors) {
+  constexpr int kAhead = Features<X>::kTerms * kTiles == 1 ? 2 : 1;  // chunks whose loads are under way together
   Smem smem;
   float* sums = smem.take<float>(kMxWarps * kTiles * kMxRows * 8);
   const int lane = lane_id(), warp = warp_id(), g = lane / 4, t = lane % 4;
-  const int64_t o0 = int64_t{blockIdx.x} * kMxRows, chunks = ceil_div(p.w.G(), int64_t{4});
-  float acc[kTiles][4] = {};
-  for (int64_t c0 = warp; c0 < chunks; c0 += kMxWarps * kMxAhead) {
-    Codes low[kMxAhead], high[kMxAhead];
+  const int64_t o0 = int64_t{blockIdx.x} * kMxRows, G = p.w.G();
+  const CodesRow low_row(p.w, o0 + g), high_row(p.w, o0 + g + 8);
+  const X* rows[kTiles];
 #pragma unroll
-    for (int i = 0; i < kMxAhead; ++i) {
-      const int64_t block = (c0 + i * kMxWarps) * 4 + t;
-      low[i] = load_codes(p.w, o0 + g, block);
-      high[i] = load_codes(p.w, o0 + g + 8, block);
+  for (int n = 0; n < kTiles; ++n) {
+    const int64_t row = 8 * n + g;
+    rows[n] = static_cast<const X*>(p.x) + (row < p.T ? row : p.T - 1) * p.x_pitch;
+  }
+  float acc[kTiles][4] = {};
+  for (int64_t first = 4 * warp; first < G; first += 4 * kMxWarps * kAhead) {
+    Codes low[kAhead], high[kAhead];
+    Features<X> x[kAhead][kTiles];
+    const auto load = [&](auto whole) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int64_t block = first + 4 * kMxWarps * i + t, k = block * kMxBlock;
+        low[i] = low_row.load(block, whole.value || block < G);
+        high[i] = high_row.load(block, whole.value || block < G);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+          x[i][n].template load<kPlain>(rows[n] + k, whole.value ? kMxBlock : p.w.K - k, vectors);
+      }
+    };
+    if (kPlain && first + 4 * kMxWarps * (kAhead - 1) + 4 <= G) {  // nothing to ask for
+      load(std::true_type{});
+    } else {
+      load(std::false_type{});
     }
 #pragma unroll
-    for (int i = 0; i < kMxAhead; ++i) {
-      const int64_t block = (c0 + i * kMxWarps) * 4 + t;
-      Features<X> x[kTiles];
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const int64_t row = 8 * n + g;
-        x[n].load(static_cast<const X*>(p.x) + row * p.x_pitch, p.w.K, block, row < p.T && block < p.w.G(), vectors);
+    for (int i = 0; i < kAhead; ++i) {
+      const uint32_t largest = low[i].byte > high[i].byte ? low[i].byte : high[i].byte;
+      if (any_lane(largest > kOneProduct)) {
+        multiply<true>(acc, low[i], high[i], x[i]);
+      } else {
+        multiply<false>(acc, low[i], high[i], x[i]);
       }
-#pragma unroll
-      for (int w = 0; w < 4; ++w)
-#pragma unroll
-        for (int half = 0; half < 4; half += 2) {
-          const uint32_t a[4] = {
-              pair_of(low[i].words[w], half, low[i].scale), pair_of(high[i].words[w], half, high[i].scale),
-              pair_of(low[i].words[w], half + 1, low[i].scale), pair_of(high[i].words[w], half + 1, high[i].scale)};
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-            for (int term = 0; term < Features<X>::kTerms; ++term) {
-              const uint32_t b[2] = {x[n].pairs[term][w][half], x[n].pairs[term][w][half + 1]};
-              mma_16816(acc[n], a, b, bf16{});
-            }
-        }
     }
   }
 #pragma unroll
@@ -241,9 +285,12 @@ int mx_linear_cuda(const MxLinearParams& p, void*, Stream stream) {
   const bool vectors = can_vectorize(p.x, p.x_pitch, size_of(p.dtype));
   return with_types(p.dtype, p.b_dtype, [&]<class X, class B>(X, B) {
     return with_bool(p.T > 8, [&](auto two) {
-      constexpr int kTiles = two.value ? 2 : 1;
-      return launch("mx_linear", mx_linear_kernel<X, B, kTiles>, grid_of(ceil_div(p.w.O, int64_t{kMxRows}), 1),
-                    dim3(kMxThreads), smem_bytes<float>(kMxWarps * kTiles * kMxRows * 8), stream, p, vectors);
+      return with_bool(vectors && p.w.K % kMxBlock == 0, [&](auto plain) {
+        constexpr int kTiles = two.value ? 2 : 1;
+        return launch("mx_linear", mx_linear_kernel<X, B, kTiles, plain.value>,
+                      grid_of(ceil_div(p.w.O, int64_t{kMxRows}), 1), dim3(kMxThreads),
+                      smem_bytes<float>(kMxWarps * kTiles * kMxRows * 8), stream, p, vectors);
+      });
     });
   });
 }

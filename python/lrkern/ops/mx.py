@@ -57,9 +57,10 @@ _dequantize = Op(
 
 
 def mx_dequantize(codes: Tensor, scales: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """x [..., columns], each element rounded once to dtype: exact in float32, and in bfloat16 but for scales of 2^126 and 2^127.
+    """x [..., columns], each element rounded once to dtype: exact in float32 and bfloat16, but that of scales of 2^126 and 2^127
+    codes beyond their range become infinite; float16 holds scales of 2^-23 to 2^13 exactly.
 
-    codes [..., 16 G] and scales [..., G]; columns in (32 (G - 1), 32 G].
+    codes [..., 16 G] and scales [..., G]; columns in [32 G - 31, 32 G].
     """
     return _dequantize(codes, scales, columns, dtype)
 

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs every launcher of csrc/mx.h at params level over the emulator: codes and scales must be those of loops over csrc/mx.h's
+// codecs bit for bit, decoded values exact, and products within a sum's bound of double; equal bits under every schedule tried.
+// Codes and scales are any bytes; the allocations end where the last block does.
+#include <tuple>
+
+#include "mx.h"
+#include "params.h"
+
+namespace {
+
+using namespace lrk;
+
+struct Case {
+  std::string op;
+  DType dtype, b_dtype;
+  int64_t T, K, O, R, pad, shift;
+  MxRule rule;
+  bool hadamard, random, across, mask, bias, low_rank, any_scale;
+  float gain;
+
+  int64_t G() const { return ceil_div(K, int64_t{kMxBlock}); }
+  std::string text() const {
+    return words(op, " ", lrk::name_of(dtype), "/", lrk::name_of(b_dtype), " T=", T, " K=", K, " O=", O, " R=", R,
+                 " pad=", pad, " shift=", shift, " rule=", static_cast<int>(rule), hadamard ? " hadamard" : "",
+                 random ? " random" : "", across ? " across" : "", mask ? " mask" : "", bias ? " bias" : "",
+                 low_rank ? " low rank" : "", any_scale ? " any scale" : "", " gain=", gain);
+  }
+};
+
+Case draw_case() {
+  Case c{};
+  const int64_t op = pick({0, 0, 1, 2, 2, 2});
+  c.op = op == 0 ? "quantize" : op == 1 ? "dequantize" : "linear";
+  std::tie(c.dtype, c.b_dtype) = draw_types();
+  c.T = op == 2 ? 1 + static_cast<int64_t>(draw() % kMxFewCuda) : pick({1, 3, 16, 33, 130});
+  c.K = pick({1, 31, 32, 33, 64, 100, 256, 544, 1088, 2112});
+  c.O = pick({1, 7, 16, 17, 40, 64});
+  c.R = pick({1, 4, 16, 33});
+  c.pad = pick({0, 0, 8, 3}), c.shift = pick({0, 0, 0, 1, 8});
+  c.rule = static_cast<MxRule>(draw() % kMxRules);
+  c.hadamard = draw() % 2, c.random = draw() % 3 == 0, c.across = draw() % 3 == 0, c.mask = draw() % 2;
+  c.bias = draw() % 2, c.low_rank = draw() % 2, c.any_scale = draw() % 3 == 0;
+  c.gain = draw() % 3 ? 1.f : .75f;
+  return c;
+}
+
+uint32_t code_at(const std::vector<uint8_t>& codes, int64_t i) {
+  return codes[static_cast<size_t>(i / 2)] >> i % 2 * 4 & 15u;
+}
+
+// What the quantiser does to a block, written from the header's codecs.
+struct Block {
+  uint32_t codes[kMxBlock], scale, within = 0;
+  Block(const Case& c, float (&v)[kMxBlock], uint32_t signs, uint64_t seed, int64_t row, int64_t k) {
+    if (c.hadamard) hadamard32(v, signs);
+    float of = 0.f;
+    for (float x : v) of = is_quest(c.rule) ? fmaf(x, x, of) : std::max(of, std::fabs(x));
+    bool finite = true;
+    for (float x : v) finite = finite && std::isfinite(x);
+    if (is_quest(c.rule)) of = sqrtf(of / kMxBlock);
+    scale = finite ? mx_scale(c.rule, of) : 255u;
+    for (int i = 0; i < kMxBlock; ++i) {
+      const float y = v[i] * e8m0_inverse(scale) * c.gain;
+      within |= static_cast<uint32_t>(std::fabs(y) < 6.f) << i;
+      codes[i] = c.random ? e2m1_stochastic(y, bits16(mx_random(seed, row, (k + i) / 8), i % 8)) : e2m1_code(y);
+      if (scale == 255u) codes[i] = 0;
+    }
+  }
+};
+
+std::string judge_quantize(const Case& c, const std::vector<int>& schedules) {
+  Matrix x(c.dtype, c.across ? c.K : c.T, c.across ? c.T : c.K, c.pad, c.shift, true);
+  const int64_t x_row = c.across ? 1 : x.pitch, x_column = c.across ? x.pitch : 1, G = c.G();
+  const double sizes[] = {1e-30, 1e-3, 1, 100, 0};
+  const auto put = [&](int64_t t, int64_t k, double v) {
+    store(c.dtype, x.bytes.data() + x.offset, t * x_row + k * x_column, v);
+  };
+  for (int64_t t = 0; t < c.T; ++t)  // every block of a size of its own, and some that are not numbers
+    for (int64_t g = 0; g < G; ++g) {
+      const double size = sizes[draw() % 5];
+      for (int64_t k = g * kMxBlock; k < std::min(c.K, (g + 1) * kMxBlock); ++k) put(t, k, size * draw_value());
+      if (draw() % 8 == 0) put(t, g * kMxBlock, draw() % 2 ? std::nan("") : -HUGE_VAL);
+    }
+  x.fresh = x.bytes;
+  std::vector<uint8_t> codes(static_cast<size_t>(c.T * G * kMxBytes), 0xee), scales(static_cast<size_t>(c.T * G), 0xee);
+  std::vector<int32_t> mask(static_cast<size_t>(c.T * G), -7);
+  const int64_t seed[1] = {static_cast<int64_t>(draw())};
+  const int32_t signs[1] = {static_cast<int32_t>(draw())};
+  const bool turned = c.hadamard && draw() % 2;
+  const MxQuantizeParams p{.x = x.data(),
+                           .codes = codes.data(),
+                           .scales = scales.data(),
+                           .mask = c.mask ? mask.data() : nullptr,
+                           .seed = c.random ? seed : nullptr,
+                           .signs = turned ? signs : nullptr,
+                           .T = c.T,
+                           .K = c.K,
+                           .x_row = x_row,
+                           .x_column = x_column,
+                           .gain = c.gain,
+                           .rule = c.rule,
+                           .hadamard = c.hadamard,
+                           .dtype = c.dtype};
+  const std::string wrong =
+      run_schedules(schedules, {&x}, {codes, scales, mask}, [&] { return mx_quantize_cuda(p, nullptr, nullptr); });
+  if (!wrong.empty()) return wrong;
+  for (int64_t t = 0; t < c.T; ++t)
+    for (int64_t g = 0; g < G; ++g) {
+      float v[kMxBlock] = {};
+      for (int64_t i = 0; i < std::min(c.K - g * kMxBlock, int64_t{kMxBlock}); ++i)
+        v[i] = static_cast<float>(load(c.dtype, x.data(), t * x_row + (g * kMxBlock + i) * x_column));
+      const Block want(c, v, turned ? static_cast<uint32_t>(signs[0]) : 0u, static_cast<uint64_t>(seed[0]), t,
+                       g * kMxBlock);
+      const size_t at = static_cast<size_t>(t * G + g);
+      if (scales[at] != want.scale)
+        return words("row ", t, " block ", g, ": scale ", scales[at] + 0, ", want ", want.scale);
+      for (int i = 0; i < kMxBlock; ++i)
+        if (code_at(codes, static_cast<int64_t>(at) * kMxBlock + i) != want.codes[i])
+          return words("row ", t, " block ", g, " element ", i, ": another code");
+      if (c.mask && want.scale != 255u && mask[at] != static_cast<int32_t>(want.within))
+        return words("row ", t, " block ", g, ": another mask");
+    }
+  if (!c.mask && std::count(mask.begin(), mask.end(), -7) != static_cast<int64_t>(mask.size())) return "wrote a mask";
+  return x.bytes == x.fresh ? "" : "wrote where it should only read";
+}
+
+// Packed rows of any codes; scales of a weight's size, or any byte.
+struct Weight {
+  std::vector<uint8_t> codes, scales;
+  Weight(const Case& c, int64_t rows) {
+    for (int64_t i = 0; i < rows * c.G() * kMxBytes; ++i) codes.push_back(static_cast<uint8_t>(draw() % 256));
+    constexpr uint8_t ends[] = {0x00, 0xfe, 0xff, 128, 129};
+    for (int64_t i = 0; i < rows * c.G(); ++i) {
+      const bool end = c.any_scale && draw() % 16 == 0;
+      scales.push_back(end ? ends[draw() % 5]
+                           : static_cast<uint8_t>(c.any_scale ? 100 + draw() % 60 : 118 + draw() % 8));
+    }
+    codes.shrink_to_fit(), scales.shrink_to_fit();
+    emu::track_global(codes.data(), codes.size(), true);
+    emu::track_global(scales.data(), scales.size(), true);
+  }
+  double at(const Case& c, int64_t row, int64_t k) const {
+    const uint32_t byte = scales[static_cast<size_t>(row * c.G() + k / kMxBlock)];
+    if (byte == 255u) return std::nan("");
+    const uint32_t code = code_at(codes, row * c.G() * kMxBlock + k);
+    constexpr double values[] = {0, .5, 1, 1.5, 2, 3, 4, 6};
+    return std::ldexp(code & 8u ? -values[code & 7u] : values[code & 7u], static_cast<int>(byte) - 127);
+  }
+};
+
+std::string judge_dequantize(const Case& c, const std::vector<int>& schedules) {
+  const Weight w(c, c.T);
+  Matrix y(c.dtype, c.T, c.K, c.pad, c.shift, false);
+  const MxDequantizeParams p{w.codes.data(),   w.scales.data(), y.data(), c.T,    c.K,
+                             c.G() * kMxBytes, c.G(),           y.pitch,  c.dtype};
+  const std::string wrong =
+      run_schedules(schedules, {&y}, {y}, [&] { return mx_dequantize_cuda(p, nullptr, nullptr); });
+  if (!wrong.empty()) return wrong;
+  for (int64_t t = 0; t < c.T; ++t)
+    for (int64_t k = 0; k < c.K; ++k) {
+      double want = 0;
+      store(c.dtype, &want, 0, w.at(c, t, k));  // rounded once
+      const double rounded = load(c.dtype, &want, 0), got = y.at(t, k);
+      if (got != rounded && !(std::isnan(got) && std::isnan(rounded)))
+        return words("row ", t, " column ", k, ": ", got, ", want ", rounded);
+    }
+  return y.padding_untouched() ? "" : "wrote between rows";
+}
+
+std::string judge_linear(const Case& c, const std::vector<int>& schedules) {
+  const Weight w(c, c.O);
+  const DType s_dtype = c.b_dtype == DType::kF16 ? DType::kF32 : c.b_dtype;
+  Matrix x(c.dtype, c.T, c.K, c.pad, c.shift, true), y(c.dtype, c.T, c.O, 0, 0, false);
+  Matrix bias(c.dtype, 1, c.O, 0, 0, true), s(s_dtype, c.T, c.R, 0, 0, true), b(c.b_dtype, c.O, c.R, 0, 0, true);
+  const MxLinearParams p{.w = {w.codes.data(), w.scales.data(), c.O, c.K},
+                         .x = x.data(),
+                         .y = y.data(),
+                         .bias = c.bias ? bias.data() : nullptr,
+                         .s = c.low_rank ? s.data() : nullptr,
+                         .b = c.low_rank ? b.data() : nullptr,
+                         .T = c.T,
+                         .x_pitch = x.pitch,
+                         .R = static_cast<int32_t>(c.low_rank ? c.R : 0),
+                         .dtype = c.dtype,
+                         .b_dtype = c.b_dtype};
+  const std::string wrong = run_schedules(schedules, {&y}, {y}, [&] { return mx_linear_cuda(p, nullptr, nullptr); });
+  if (!wrong.empty()) return wrong;
+  Error error;
+  for (int64_t t = 0; t < c.T; ++t)
+    for (int64_t o = 0; o < c.O; ++o) {
+      double want = c.bias ? bias.at(0, o) : 0.0, magnitude = std::fabs(want);
+      bool number = true;
+      const auto add = [&](double v) { want += v, magnitude += std::fabs(v); };
+      for (int64_t k = 0; k < c.G() * kMxBlock; ++k) {  // a block past K is NaN as a whole too
+        const double v = w.at(c, o, k);
+        number = number && !std::isnan(v);
+        if (k < c.K && !std::isnan(v)) add(x.at(t, k) * v);
+      }
+      for (int64_t r = 0; c.low_rank && r < c.R; ++r) add(s.at(t, r) * b.at(o, r));
+      const double got = y.at(t, o);
+      if (!number) {
+        if (!std::isnan(got)) return words("row ", t, " column ", o, " has a NaN block, and is ", got);
+      } else if (magnitude < (c.dtype == DType::kF16 ? 6e4 : 1e37)) {  // beyond them an overflow may come first
+        error.add(got, want, magnitude, c.dtype, false);
+      }
+    }
+  if (x.bytes != x.fresh) return "wrote where it should only read";
+  return error.verdict();
+}
+
+std::string judge(const Case& c, const std::vector<int>& schedules) {
+  return c.op == "quantize" ? judge_quantize(c, schedules)
+         : c.op == "linear" ? judge_linear(c, schedules)
+                            : judge_dequantize(c, schedules);
+}
+
+// Rows far apart.
+void huge(int& code, Error& error) {
+  const int64_t pitch = (int64_t{1} << 31) + 8;
+  bf16* x = reserve(pitch + 32);
+  for (int64_t j = 0; j < 32; ++j) store(DType::kBF16, x, pitch + j, j % 2 ? 6.0 : 1.0);
+  alignas(16) uint8_t codes[2 * kMxBytes] = {};
+  uint8_t scales[2] = {};
+  const MxQuantizeParams quantize{.x = x,
+                                  .codes = codes,
+                                  .scales = scales,
+                                  .mask = nullptr,
+                                  .seed = nullptr,
+                                  .signs = nullptr,
+                                  .T = 2,
+                                  .K = 32,
+                                  .x_row = pitch,
+                                  .x_column = 1,
+                                  .gain = 1.f,
+                                  .rule = MxRule::kFloor,
+                                  .hadamard = false,
+                                  .dtype = DType::kBF16};
+  code = mx_quantize_cuda(quantize, nullptr, nullptr);
+  error.add(scales[1], 127, 0, DType::kF32, false);
+  error.add(codes[kMxBytes], 0x72, 0, DType::kF32, false);
+  code |= mx_dequantize_cuda({codes, scales, x, 2, 32, kMxBytes, 1, pitch, DType::kBF16}, nullptr, nullptr);
+  error.add(load(DType::kBF16, x, pitch + 1), 6, 0, DType::kBF16, false);
+  bf16 y[2] = {};
+  const MxLinearParams linear{
+      {codes + kMxBytes, scales + 1, 1, 32}, x, y, nullptr, nullptr, nullptr, 2, pitch, 0, DType::kBF16, DType::kBF16};
+  code |= mx_linear_cuda(linear, nullptr, nullptr);
+  error.add(to_float(y[1]), 16 * 37, 0, DType::kBF16, false);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) { return lrk::run_program(argc, argv, draw_case, judge, huge); }
