@@ -50,7 +50,8 @@ class MXFP4Linear(nn.Module):
         blocks = -(-in_features // BLOCK)
         for name, size in (("codes", 16 * blocks), ("scales", blocks)):
             self.register_buffer(name, torch.zeros(out_features, size, dtype=torch.uint8, device=device))
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        zeros = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", zeros)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rule: str = "even") -> "MXFP4Linear":

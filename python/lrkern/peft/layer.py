@@ -120,6 +120,8 @@ class Patched(Swapped):
 
 
 KINDS: dict[type, type[Patched]] = {}  # by PEFT's class of layers
+# By a class of base layers that PEFT knows nothing of, its LoRA layer over them: what ``register`` tells it.
+WRAPPERS: dict[type, type[BaseTunerLayer]] = {}
 
 
 def cannot_patch(layer: BaseTunerLayer) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ... import functional as F
 from ...caches import DoraNorm
 from ...limits import DTYPES, MAX_RANK
-from ..layer import PLAIN, Patched, Plan, dropout_p, hooked, offers, patch_layer, plain_linear
+from ..layer import PLAIN, WRAPPERS, Patched, Plan, dropout_p, hooked, offers, patch_layer, plain_linear
 from .mixed import NAMED, check_again, in_order
 
 
@@ -211,7 +211,7 @@ def _create(
 ) -> nn.Module | None:
     """What PEFT calls in place of a layer's constructor: PEFT's own choice of class, then patched."""
     own = copy.copy(config)
-    own._custom_modules = custom
+    own._custom_modules = custom | {of: cls for of, cls in WRAPPERS.items() if of not in custom}
     layer = LoraModel._create_new_module(own, adapter_name, target, **kwargs)
     if isinstance(layer, LoraLayer):
         patch_layer(layer)
