@@ -185,8 +185,8 @@ def quantize(
     the bytes of each.
 
     rule: of the scales, see ``ops.mx_quantize``. others: every other nn.Linear too, but those inside adapters, those that share their
-    weight, and those whose name ends in one of ``keep``; then the model need not have adapters yet. Adapters, biases and what trains
-    stay. So does, with the reason in the report, what is no exact nn.Linear that nobody watches, a weight that trains, that another
+    weight, and those whose name ends in one of ``keep``; then the model need not have adapters yet, and none of
+    these weights trains any more. Adapters and biases stay. So does, with the reason in the report, what is no exact nn.Linear that nobody watches, a weight that trains beside adapters, that another
     module has too, or with inf or nan in it, and what belongs to other kinds of PEFT layers.
 
     Afterwards the model runs on PEFT's own code or patched (before or after), trains, saves and loads adapters, and merges: see
@@ -251,7 +251,10 @@ def _chosen(model: nn.Module, others: bool, keep: tuple[str, ...]) -> tuple[dict
     chosen, left, inside = {}, {}, set()
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    why_not = lambda linear: _why_not(linear, uses[id(linear._parameters.get("weight"))] > places[id(linear)])
+    adapted = any(
+        isinstance(m, BaseTunerLayer) for m in model.modules()
+    )  # of a model fresh from its file everything trains
+    why_not = lambda m: _why_not(m, adapted, uses[id(m._parameters.get("weight"))] > places[id(m)])
     for name, m in model.named_modules():
         if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside |= {id(child) for child in m.modules()}
@@ -283,7 +286,7 @@ def _chosen(model: nn.Module, others: bool, keep: tuple[str, ...]) -> tuple[dict
     return chosen, left
 
 
-def _why_not(linear: nn.Module, shared: bool) -> str | None:
+def _why_not(linear: nn.Module, adapted: bool, shared: bool) -> str | None:
     """Why a layer stays as it is."""
     if type(linear) is not nn.Linear:
         return f"{type(linear).__name__} is no nn.Linear"
@@ -294,7 +297,7 @@ def _why_not(linear: nn.Module, shared: bool) -> str | None:
         return f"a weight of {weight.dtype}"
     if weight.is_meta or not weight.numel():
         return "a weight without values"
-    if weight.requires_grad:
+    if adapted and weight.requires_grad:
         return "its weight trains"
     if shared:
         return "another module has its weight too"
