@@ -309,6 +309,35 @@ def test_a_refused_call_changes_nothing():
     assert len(bases(model)) == 6
 
 
+def test_who_needs_a_dense_weight_is_told():
+    model = peft.get_peft_model(tiny_models.tiny("t5"), LoraConfig(target_modules=["wo"]))
+    lrkern.peft.quantize(model)
+    tokens = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(AttributeError, match=r"keeps W in codes .* lrkern.peft.dequantize\(model\)"):
+        model(input_ids=tokens, labels=tokens)  # T5 reads wo.weight
+    lrkern.peft.dequantize(model)
+    assert model(input_ids=tokens, labels=tokens).loss.isfinite()
+    with pytest.raises(AttributeError, match="keeps W in codes"):
+        quantised().add_adapter("pissa", LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("kind", ["vera", "randlora", "miss"])
+def test_a_new_adapter_of_a_kind_that_peft_puts_over_no_such_base(kind):
+    base, config = tiny_models.tiny("llama"), CONFIGS[kind]()
+    lrkern.peft.quantize(base, others=True)
+    lrkern.peft.register(config, base)
+    with pytest.raises((TypeError, ValueError), match="MXFP4Linear.* is not supported|No layers types compatible"):
+        peft.get_peft_model(base, config)
+
+
+@pytest.mark.slow
+def test_it_compiles():
+    torch._dynamo.reset()
+    model = quantised(patched=True)
+    assert relative(forward(torch.compile(model, backend="aot_eager")), forward(model)) < 1e-5
+    torch._dynamo.reset()
+
+
 # ---- there and back
 
 

@@ -117,6 +117,10 @@ class OverMXFP4:
         finally:
             owner._modules["base_layer"] = packed
 
+    def __getattr__(self, name: str) -> Any:
+        # PEFT's property is the base layer's weight; what that one says is lost on the way here
+        return self.get_base_layer().weight if name == "weight" else super().__getattr__(name)
+
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple:
         if isinstance(base_layer, MXFP4Linear):
             return base_layer.codes.device, base_layer.dtype
