@@ -2,6 +2,7 @@
 """LoRA, with dropout from torch's generator."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from .base import probability
 
-__all__ = ["lora_add", "lora_linear", "lora_scaling"]
+__all__ = ["lora_add", "lora_into", "lora_linear", "lora_scaling"]
 
 
 def lora_scaling(alpha: float, r: int, use_rslora: bool = False) -> float:
@@ -55,3 +56,20 @@ def lora_add(
     if a.dtype != torch.float32 and not a.dtype == x.dtype == y.dtype:
         a, b = a.float(), b.float()
     return ops.lora_add(y, x, a, b, scale, *dropout_of("lora_add", x, dropout_p, training))
+
+
+def lora_into(
+    base: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """base(x, S, B), S = scale · dropout(x) Aᵀ: for a base layer that gives x Wᵀ + bias + S Bᵀ itself, in one accumulator, such as
+    ``nn.MXFP4Linear.with_low_rank``.
+
+    x [..., I]; a [R, I] and b [O, R], of x's dtype or float32.
+    """
+    return base(x, ops.lora_shrink(x, a, scale, *dropout_of("lora_into", x, dropout_p, training)), b)

@@ -4,6 +4,8 @@
 from .lora import FusedLoRALinear as FusedLoRALinear
 from .miss import MissLinear as MissLinear
 from .mora import MoRALinear as MoRALinear
+from .mx import MXFP4Experts as MXFP4Experts
+from .mx import MXFP4Linear as MXFP4Linear
 from .nola import NOLALinear as NOLALinear
 from .randlora import RandLoRALinear as RandLoRALinear
 from .s2ft import S2FTLinear as S2FTLinear

@@ -5,6 +5,7 @@ An adapter may compute a plain one itself, together with its own part. Any other
 adds to what that gives. Hooks, pruning and parametrizations come and go, so nothing of the answer is kept.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,6 +35,16 @@ def plain_linear(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     if type(weight) in PLAIN and (bias is None or type(bias) in PLAIN):
         return weight, bias
     return None, None
+
+
+def offers(base: nn.Module, name: str) -> Callable[..., Tensor] | None:
+    """A method by which a base layer of another kind computes what an adapter wants, or None:
+
+        with_low_rank(x, s, b)   x Wᵀ + bias + S Bᵀ in one accumulator
+        product(x)               x Wᵀ
+
+    Its class must define it: one that was derived of that may have a forward of its own, which nobody would call."""
+    return getattr(base, name) if name in type(base).__dict__ and not hooked(base) else None
 
 
 def no_linear(module: Any) -> str | None:

@@ -33,10 +33,22 @@ from .miss import FusedMiss  # noqa: F401
 
 # isort: on
 from .lora.mixed import allow_training
+from .mx import Quantized, dequantize, quantize
 from .sharded import gathered
 from .waiting import register
 
-__all__ = ["Report", "load_adapter", "patch", "register", "report", "save_adapter", "unpatch"]
+__all__ = [
+    "Quantized",
+    "Report",
+    "dequantize",
+    "load_adapter",
+    "patch",
+    "quantize",
+    "register",
+    "report",
+    "save_adapter",
+    "unpatch",
+]
 
 
 @dataclass

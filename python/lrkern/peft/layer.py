@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..limits import DTYPES
-from ..nn.plain import PLAIN, hooked, plain_linear, watched  # noqa: F401, for the kinds of layers
+from ..nn.plain import PLAIN, hooked, offers, plain_linear, watched  # noqa: F401, for the kinds of layers
 
 
 class Plan(NamedTuple):
@@ -87,6 +87,11 @@ class Patched(Swapped):
             return f"base dtype {weight.dtype}"
         return Plan(weight, bias, adapters)
 
+    def _other(self, base: nn.Module, x: Tensor, adapters: list[tuple]) -> tuple[Tensor, list[tuple]]:
+        """y of a base layer that is no plain nn.Linear, with what the first adapters add where it computes that together
+        (``nn.plain.offers``), and the adapters that are left."""
+        return base(x), adapters
+
     def _takes(self, plan: Plan, x: Tensor) -> bool:
         if plan.weight is None:
             return x.dtype in DTYPES
@@ -106,7 +111,7 @@ class Patched(Swapped):
     def _run(self, plan: Plan, x: Tensor) -> Tensor:
         weight, bias, adapters = plan
         if weight is None:
-            y = self._modules["base_layer"](x)
+            y, adapters = self._other(self._modules["base_layer"], x, adapters)
         else:
             y, adapters = self._linear(x, weight, bias, adapters[0]), adapters[1:]
         for adapter in adapters:
@@ -115,6 +120,8 @@ class Patched(Swapped):
 
 
 KINDS: dict[type, type[Patched]] = {}  # by PEFT's class of layers
+# By a class of base layers that PEFT knows nothing of, its LoRA layer over them: what ``register`` tells it.
+WRAPPERS: dict[type, type[BaseTunerLayer]] = {}
 
 
 def cannot_patch(layer: BaseTunerLayer) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ... import functional as F
 from ...caches import DoraNorm
 from ...limits import DTYPES, MAX_RANK
-from ..layer import PLAIN, Patched, Plan, dropout_p, hooked, patch_layer, plain_linear
+from ..layer import PLAIN, WRAPPERS, Patched, Plan, dropout_p, hooked, offers, patch_layer, plain_linear
 from .mixed import NAMED, check_again, in_order
 
 
@@ -33,6 +33,11 @@ class _Adapter(NamedTuple):
 def _fits(dtype: torch.dtype, adapters: list[_Adapter]) -> bool:
     """Whether the ops take these factors over a base of that dtype."""
     return all(f.a.dtype == dtype or f.a.dtype == torch.float32 for f in adapters)
+
+
+def _stored(base: nn.Module) -> Tensor | None:
+    """What changes with the weight of a base layer that keeps it as it likes: PEFT dequantises what has a W_q or a weight."""
+    return base.W_q if hasattr(base, "W_q") else getattr(base, "weight", None)
 
 
 class FusedLora(Patched, layers=LoraLayer):
@@ -90,7 +95,7 @@ class FusedLora(Patched, layers=LoraLayer):
         if type(plan) is str or (weight is not None and _fits(weight.dtype, adapters)):
             return plan
         base = self._modules["base_layer"]
-        if adapters[0].magnitude is not None and not (hasattr(base, "weight") and hasattr(base, "bias")):
+        if adapters[0].magnitude is not None and (_stored(base) is None or not hasattr(base, "bias")):
             return f"DoRA over {type(base).__name__}, which has no weight and bias"
         return Plan(None, None, adapters)
 
@@ -116,6 +121,12 @@ class FusedLora(Patched, layers=LoraLayer):
         p, norm = f.dropout_p if self.training else 0.0, norm_of(weight, *f[:3], self.training)
         return F.dora_linear(x, weight, bias, f.a, f.b, f.magnitude, f.scale, p, True, norm)
 
+    def _other(self, base: nn.Module, x: Tensor, adapters: list[_Adapter]) -> tuple[Tensor, list[_Adapter]]:
+        f, together = adapters[0], offers(base, "with_low_rank")
+        if together is None or f.magnitude is not None or not _fits(x.dtype, adapters[:1]):
+            return super()._other(base, x, adapters)
+        return F.lora_into(together, x, *f[:4]), adapters[1:]
+
     def _add(self, y: Tensor, x: Tensor, f: _Adapter) -> Tensor:
         if f.magnitude is None:
             return F.lora_add(y, x, *f[:4])
@@ -123,10 +134,10 @@ class FusedLora(Patched, layers=LoraLayer):
         p, base = f.dropout_p if self.training else 0.0, self._modules["base_layer"]
         turn = self.__dict__.get("fan_in_fan_out", False)
         dense = functools.cache(lambda: transpose(dequantize_module_weight(base), turn).to(x.dtype))
-        g = f.magnitude / norm_of(base.weight, *f[:3], self.training, dense)
+        g = f.magnitude / norm_of(_stored(base), *f[:3], self.training, dense)
         if p:
-            x = torch.dropout(x, p, True)
-            product = nn.functional.linear(x, dense())
+            x, product_of = torch.dropout(x, p, True), offers(base, "product")
+            product = nn.functional.linear(x, dense()) if product_of is None else product_of(x)
         else:
             product = y if base.bias is None else y - base.bias
         return F.dora_add(y, x, product, f.a, f.b, g, f.scale)
@@ -200,7 +211,7 @@ def _create(
 ) -> nn.Module | None:
     """What PEFT calls in place of a layer's constructor: PEFT's own choice of class, then patched."""
     own = copy.copy(config)
-    own._custom_modules = custom
+    own._custom_modules = custom | {of: cls for of, cls in WRAPPERS.items() if of not in custom}
     layer = LoraModel._create_new_module(own, adapter_name, target, **kwargs)
     if isinstance(layer, LoraLayer):
         patch_layer(layer)
