@@ -10,6 +10,9 @@ base runs untouched and lrkern adds the low-rank part. DoRA is fused over both. 
 from the layer as it then is (``layer.Patched``); what is not fused runs PEFT's own forward. Only a layer's class changes:
 parameters, state_dict, configs and files stay PEFT's, and nothing in PEFT is monkeypatched.
 
+``quantize(model)`` turns the base of a PEFT model into MXFP4 in place, 4.25 bits an element, and ``dequantize(model)`` into dense
+layers again (``peft.mx``).
+
 ``patch(model, mixed_training=True)``: PEFT's mixed batches, adapter_names=, may also train, several adapters at once.
 
 Adapter files of lrkern's own modules: ``save_adapter`` and ``load_adapter`` write and read PEFT's format (safetensors
