@@ -42,13 +42,13 @@ class Data(suite.Data):
         inputs = op.named(op.large(*sizes, device=device, dtype=case.dtype, seed=seed))
         with torch.no_grad():
             out = inputs[op.mutates] if op.mutates else op.truth(**inputs)
-        real = out.is_floating_point()
+        real = isinstance(out, Tensor) and out.is_floating_point()
         for name in op.differentiable if case.passes != "no_grad" else ():
             if name not in FROZEN and isinstance(inputs.get(name), Tensor):
                 inputs[name].requires_grad_()
         dy = torch.randn_like(out) if real and not op.mutates else None
         super().__init__(inputs, dy, (lambda **wide: compute(op, op.truth, wide)) if real else None)
-        self.result = out.nbytes
+        self.result = sum(t.nbytes for t in (out if isinstance(out, tuple) else (out,)) if t is not None)
 
 
 class Suite(suite.Suite):
