@@ -339,12 +339,30 @@ inline int place_of(int e) { return e % 8 * kLanes + e / 8; }
 
 #endif
 
+// A row of x that is not finite, which no integers hold: element by element.
+template <class X>
+float dot_slowly(const uint8_t* codes, const uint8_t* scales, const X* x, int64_t K) {
+  float sum = 0.f;
+  for (int64_t k = 0; k < K; ++k)
+    sum += to_float(x[k]) * (e2m1_value(codes[k / 2] >> (k % 2 * 4) & 15u) * e8m0_value(scales[k / kMxBlock]));
+  return sum;
+}
+template <class X>
+bool is_finite(const X* x, int64_t K) {
+  for (int64_t k = 0; k < K; ++k)
+    if ((bit_cast<uint32_t>(to_float(x[k])) & 0x7f800000u) == 0x7f800000u) return false;
+  return true;
+}
+
 template <class X, class B>
 void linear(const MxLinearParams& p) {
   using S = TypeOfS<B>;
   const int64_t G = p.w.G(), spans = ceil_div(G, int64_t{kSpanBlocks});
   const Integers x(thread_scratch(static_cast<size_t>(Integers::floats(p.T, spans))), p.T, spans);
   lay_out<X>(p.x, p.x_pitch, p.T, p.w.K, x);
+  const auto row_of = [&](int64_t t) { return static_cast<const X*>(p.x) + t * p.x_pitch; };
+  bool finite[kMxFewCpu];
+  for (int64_t t = 0; t < p.T; ++t) finite[t] = is_finite(row_of(t), p.w.K);
   parallel_for(p.w.O, grain(p.w.K * p.T), [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o) {
       const uint8_t *codes = p.w.codes + o * G * kMxBytes, *scales = p.w.scales + o * G;
@@ -356,7 +374,7 @@ void linear(const MxLinearParams& p) {
         if (count == 2) dot_row<2>(codes, scales, G, x, t, sums);
         if (count == 1) dot_row<1>(codes, scales, G, x, t, sums);
         for (int64_t i = 0; i < count; ++i, ++t) {
-          float sum = sums[i] + bias;
+          float sum = (finite[t] ? sums[i] : dot_slowly(codes, scales, row_of(t), p.w.K)) + bias;
           if (p.s) {
             const B* b = static_cast<const B*>(p.b) + o * p.R;
             const S* of_row = static_cast<const S*>(p.s) + t * p.R;

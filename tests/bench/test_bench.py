@@ -421,7 +421,7 @@ def test_ops_are_timed_beside_their_truth(name):
     suite = op_suite.Suite([name])
     cases = [replace(case, T=6, I=24, O=20, R=4) for case in suite.cases(False)]
     got, _ = measure(suite, cases[0])
-    assert got.keys() == {"eager", "lrkern"} | ({"base"} if "linear" in name else set())
+    assert got.keys() == {"eager", "lrkern"} | ({"base"} if "weight" in OPS[name].parameters else set())
     assert bool(got["lrkern"]["flops"]) == bool(OPS[name].products) and got["lrkern"]["bytes"] > 0
     for case in cases:
         for provider in got if OPS[name].products else ():  # a plan is integers

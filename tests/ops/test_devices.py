@@ -30,7 +30,8 @@ def poisoned():
 
 def results(op, sample):
     fn = getattr(lrkern.ops, op.name)
-    out = {"y": run_op(op, fn, sample.args, sample.kwargs)}
+    y = run_op(op, fn, sample.args, sample.kwargs)
+    out = {str(i): t for i, t in enumerate(y) if t is not None} if isinstance(y, tuple) else {"y": y}
     return out | gradients(op, fn, sample) if op.differentiable else out
 
 

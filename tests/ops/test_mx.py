@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import lrkern.functional as F
 import lrkern.ops
 from lrkern import testing
 from lrkern.limits import DTYPES
@@ -400,3 +401,31 @@ def test_codes_between_blocks(device, request):
     else:
         with pytest.raises(RuntimeError, match="codes must begin at a multiple of 16 bytes"):
             lrkern.ops.mx_linear(x, view, scales)
+
+
+# ---------------------------------------------------------------------------------------------- Blackwell's layout of scales
+
+
+@pytest.mark.parametrize(("R", "G"), [(1, 1), (128, 4), (129, 5), (200, 6), (300, 64), (64, 3), (0, 4), (7, 0)])
+def test_scales_lie_as_blackwell_reads_them(R, G):
+    scales = torch.randint(0, 256, (R, G)).to(torch.uint8)
+    swizzled = F.swizzle_scales(scales)
+    assert torch.equal(F.unswizzle_scales(swizzled, R, G), scales)
+    assert F.swizzle_scales(scales.view(torch.float8_e8m0fnu)).dtype == torch.float8_e8m0fnu
+    r, g = torch.arange(R)[:, None], torch.arange(G)[None]
+    at = (r // 128 * -(-G // 4) + g // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + g % 4  # as csrc/mx.h
+    assert torch.equal(swizzled[at.flatten()].view(R, G), scales)
+    assert swizzled.long().sum() == scales.long().sum(), "the padding is zeros"
+    if R and G:
+        utils = pytest.importorskip("torchao.prototype.mx_formats.utils")
+        assert torch.equal(swizzled, utils.to_blocked(scales))
+        assert torch.equal(utils.from_blocked(swizzled, R, G), scales)
+
+
+def test_the_layout_of_scales_refuses_what_does_not_fit():
+    with pytest.raises(RuntimeError, match=r"swizzle_scales: scales must have shape \[R, G\] .*, got \[3\] of uint8"):
+        F.swizzle_scales(torch.zeros(3, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match=r"a dtype of one byte, got \[3, 4\] of int32"):
+        F.swizzle_scales(torch.zeros(3, 4, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match=r"swizzled must have 1024 elements of one byte.*, got 512 of uint8"):
+        F.unswizzle_scales(torch.zeros(512, dtype=torch.uint8), 130, 4)

@@ -44,6 +44,10 @@ KNOWN = {
     "multi_lora_shrink": HALF,
     "multi_lora_expand": HALF | {"index"},
     "multi_lora_wgrad": HALF | {"index", "L2"},
+    "slice_gather": {"index"},  # every row asks for its columns' numbers
+    "slice_scatter": {"index"},
+    "mx_quantize": HALF,  # a block of 32 in one thread
+    "mx_linear": HALF | {"L2"},  # x by every block, and scales a byte at a time
 }
 # Adapters of 64 rows have no partial sums to add.
 OTHER_SHAPES = {"multi_lora_wgrad_sum": replace(SHAPE, A=1)}

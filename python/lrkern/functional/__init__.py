@@ -6,6 +6,7 @@ from .dora import *
 from .lora import *
 from .miss import *
 from .mora import *
+from .mx import *
 from .nola import *
 from .projection import *
 from .randlora import *
