@@ -365,8 +365,9 @@ def test_copies_train_apart():
     assert not any(s.change.any() for s in extract(model).values())
 
 
-def test_data_parallel(in_two_processes):
-    assert in_two_processes("s2ft_workers.py")["data_parallel"] is None
+@pytest.mark.parametrize("how", ["data_parallel", "fsdp2"])
+def test_two_processes(in_two_processes, how):
+    assert in_two_processes("s2ft_workers.py")[how] is None
 
 
 def test_the_example_of_the_docs(tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data parallelism of a model that lrkern.s2ft prepared, for tests/s2ft/test_prepare.py: what two processes check together."""
+"""Data parallelism and FSDP2 of a model that lrkern.s2ft prepared, for tests/s2ft/test_prepare.py: what two processes check together."""
 
 import torch
 import torch.distributed as dist
 import two_processes
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from lrkern.nn import S2FTLinear
 from lrkern.s2ft import extract, prepare
 
 
@@ -48,7 +50,7 @@ class Model(nn.Module):
         return x
 
 
-def trained(model: nn.Module, wrapper: nn.Module, rows: slice) -> dict:
+def trained(model: nn.Module, wrapper: nn.Module, rows: slice) -> None:
     """Three steps on some rows of each batch."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step in range(3):
@@ -56,7 +58,6 @@ def trained(model: nn.Module, wrapper: nn.Module, rows: slice) -> dict:
         wrapper(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return extract(model)
 
 
 def data_parallel(rank: int) -> None:
@@ -65,8 +66,9 @@ def data_parallel(rank: int) -> None:
     for model in (one, two):
         done = prepare(model, o=0.5, v=0.5, down=0.5, up=0.5, generator=0)
         assert len(done.layers) == 8
-    want = trained(one, one, slice(None))
-    got = trained(two, DistributedDataParallel(two), slice(2 * rank, 2 * rank + 2))
+    trained(one, one, slice(None))
+    trained(two, DistributedDataParallel(two), slice(2 * rank, 2 * rank + 2))
+    want, got = extract(one), extract(two)
     for name, s in want.items():
         assert s.change.abs().max() > 1e-4, name
         torch.testing.assert_close(got[name].change, s.change, rtol=0, atol=1e-6)
@@ -75,5 +77,23 @@ def data_parallel(rank: int) -> None:
         assert torch.equal(other, got[name].change), name
 
 
+def fsdp2(rank: int) -> None:
+    """Slices and W are sharded, and W comes from its shards again for backward, without what forward wrote into it."""
+    one, two = Model(), Model()
+    for model in (one, two):
+        prepare(model, o=0.5, v=0.5, down=0.5, up=0.5, generator=0)
+    trained(one, one, slice(None))
+    for block in two.blocks:
+        fully_shard(block)
+    fully_shard(two)
+    trained(two, two, slice(2 * rank, 2 * rank + 2))
+    layers = {name: m for name, m in one.named_modules() if isinstance(m, S2FTLinear)}
+    assert len(layers) == 8
+    for name, layer in layers.items():
+        got = two.get_submodule(name).slice.full_tensor()
+        assert layer.change().abs().max() > 1e-4, name
+        torch.testing.assert_close(got, layer.slice, rtol=0, atol=1e-6)
+
+
 if __name__ == "__main__":
-    two_processes.main({"data_parallel": data_parallel})
+    two_processes.main({"data_parallel": data_parallel, "fsdp2": fsdp2})
