@@ -552,7 +552,7 @@ OWN = {
     "an index true": (entry([True, 1]), "must be .which of the 2 kinds, seed., got"),
     "a seed of 2^63": (entry([0, 2**63]), "seed must be a whole number in"),
     "a seed a list": (entry([0, [1]]), "seed must be a whole number in"),
-    "class a list": (kind(**{"class": ["NOLALinear"]}), "kinds: class must be MissLinear, MoRALinear, NOLALinear, VeRALinear or RandLoRALinear, got"),
+    "class a list": (kind(**{"class": ["NOLALinear"]}), "kinds: class must be MissLinear, MoRALinear, NOLALinear, S2FTLinear, VeRALinear or RandLoRALinear, got"),
     "class Linear": (kind(**{"class": "Linear"}), "kinds: class must be MissLinear, .*, got 'Linear'"),
     "in_features 10^12": (kind(in_features=10**12), "in_features and out_features must be sizes of a linear"),
     "sizes of 2^61": (kind(in_features=2**31 - 1, out_features=2**31 - 1), "must be sizes of a linear"),

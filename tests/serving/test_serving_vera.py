@@ -515,7 +515,7 @@ def test_a_batch_of_nola_vera_lora_and_the_base_is_each_alone(folders, tmp_path)
     [
         (
             "randlora",
-            "must be MissLinear, MoRALinear, NOLALinear or VeRALinear, got RandLoRALinear, which has full rank",
+            "must be MissLinear, MoRALinear, NOLALinear, S2FTLinear or VeRALinear, got RandLoRALinear, which has full rank",
         ),
         ("truncated", "cannot be read"),
         ("other model", "has 0, which the model does not"),

@@ -117,7 +117,8 @@ class MXFP4Linear(nn.Module):
             kept.copy_(new)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W [out, in], dense: exact in float32, and in bfloat16 but for scales of 2^126 and 2^127. dtype: the layer's where None."""
+        """W [out, in], dense: exact in float32 and bfloat16 but for scales of 2^126 and 2^127, of which large codes overflow. dtype: the
+        layer's where None."""
         return ops.mx_dequantize(self.codes, self.scales, self.in_features, self.dtype if dtype is None else dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:

@@ -71,7 +71,7 @@ class S2FTLinear(AdapterLinear):
             must = f"be distinct whole numbers in ascending order, or their ranges as text, below the {features} {side} features"
             raise ValueError(f"{type(self).__name__}: index must {must}, got {index!r}")
         like = self._adopt(base, len(columns), adapter_dtype or torch.float32)
-        if like["dtype"] not in (torch.float32, base.weight.dtype):
+        if like["dtype"] not in (torch.float32, base.weight.dtype) and not base.weight.is_meta:
             must = f"be float32 or the dtype of the base layer, {base.weight.dtype}"
             raise ValueError(f"{type(self).__name__}: adapter_dtype must {must}, got {adapter_dtype}")
         self.index, self.side = as_text(columns), side
@@ -146,6 +146,8 @@ class S2FTLinear(AdapterLinear):
 
     def unlike(self, base: nn.Module) -> str | None:
         w, columns = base.weight if isinstance(base, nn.Linear) else None, self.columns.long()
+        if w is not None and self.slice.dtype not in (torch.float32, w.dtype):
+            return f"a W of {w.dtype} beside a slice of {self.slice.dtype}"
         there = base.start if w is None else w.index_select(self._dim, columns.to(w.device))
         same = torch.equal(there.detach().float().cpu(), self.start.detach().float().cpu())
         return None if same else "a slice of W that is not the one it was trained from"

@@ -113,7 +113,7 @@ class Op:
         elif instead:
             refuse(name, f"writes in place and has no gradient, but an argument requires one; use {instead}")
         else:
-            refuse(name, "has no gradient")
+            refuse(name, "has no gradient, but an argument requires one")
         fake(name, (lambda **given: results(**given)[0]) if self.fwd else results)
         if self.fwd:
             refuse(self.fwd, f"has no gradient, but an argument requires one; use {name}")
