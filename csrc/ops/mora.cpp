@@ -28,8 +28,6 @@ Tensor rotation_of(const char* op, const Tensor& like, int64_t chunks, int64_t r
 const float* data_of(const Tensor& table) {
   return table.defined() ? static_cast<const float*>(table.const_data_ptr()) : nullptr;
 }
-DType dtype_of(const Tensor& t) { return Arg{"", "", t}.dtype(); }
-
 void fold(const Rows& x, const MoraMap& map, int64_t rank, const Tensor& rotation, const Tensor& h) {
   if (!x.T || !map.slots) return;
   run(x.op, x.tensor,

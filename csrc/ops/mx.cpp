@@ -85,8 +85,6 @@ void check_columns(const char* op, const char* name, int64_t K, const Packed& w)
 }
 const uint8_t* bytes_of(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
 
-DType dtype_of(const Tensor& t) { return Arg{"", "", t}.dtype(); }
-
 // Columns [first, first + n) of rows [row, row + rows) of W into y's rows.
 void decode(const char* op, const Packed& w, int64_t row, int64_t rows, int64_t first, int64_t n, const Tensor& y,
             int64_t y_pitch) {

@@ -62,8 +62,6 @@ Slices check_slices(const Arg& like, int64_t T, int64_t N, const Tensor& index_,
   return found;
 }
 
-DType dtype_of(const Tensor& t) { return Arg{"", "", t}.dtype(); }
-
 // h [T, K, P].
 void gather(const Rows& x, const SliceIndex& of, const float* scales, const Tensor& h, int64_t P) {
   if (!h.numel()) return;

@@ -191,6 +191,7 @@ struct Arg {
   }
 };
 
+inline DType dtype_of(const Tensor& t) { return Arg{"", "", t}.dtype(); }  // of a tensor of ours
 // An output of ours, as rows.
 inline Rows rows_of(const char* op, const Tensor& t) { return Arg{op, "out", t}.rows(); }
 

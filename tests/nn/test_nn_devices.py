@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
-from layer_kinds import EACH, drop, shake
+from layer_kinds import EACH, KINDS, drop, shake
 
 import lrkern.ops
 
 ON_KERNELS = pytest.mark.parametrize("device", ["emulated", "cuda"], indirect=True)
 SIZES = pytest.mark.parametrize("sizes", [(48, 40), (40, 72)], ids=str)
 ON_CUDA = pytest.mark.parametrize("device", ["cuda"], indirect=True)
+DROPPING = {name: kind for name, kind in KINDS.items() if drop(*kind, 0.5)}
 
 
 def run(layer, x, dy):
@@ -74,12 +75,10 @@ def on_cpu(call, *args):
 
 
 @ON_CUDA
-@EACH
+@pytest.mark.parametrize(("cls", "settings"), DROPPING.values(), ids=DROPPING)
 def test_two_replays_of_a_graph_draw_two_masks(cls, settings, device):
     """The seed is drawn inside the graph: as with nn.Dropout two replays differ, and torch's seed says which they are."""
-    if not (dropout := drop(cls, settings, 0.5)):
-        pytest.skip("no dropout")
-    layer = shake(cls(48, 40, **settings, **dropout)).to(device).train()
+    layer = shake(cls(48, 40, **settings, **drop(cls, settings, 0.5))).to(device).train()
     x, dy = torch.ones(64, 48, device=device), torch.ones(64, 40, device=device)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -102,6 +102,20 @@ def test_gradients_between_two_states(side):
 
 
 @sides
+def test_under_autocast(side):
+    """The cast copy of W gets the slice; W itself has it when its owner asks."""
+    layer, x = shaken(made(side)), torch.randn(6, I)
+    was = layer.base_layer.weight.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    low = [t.bfloat16() for t in (x, dense(layer), layer.base_layer.bias)]
+    assert torch.equal(y, nn.functional.linear(*low))
+    y.float().sum().backward()
+    assert layer.slice.grad.dtype == torch.float32 and torch.equal(layer.base_layer.weight, was)
+    assert torch.equal(layer.state_dict()["base_layer.weight"], dense(layer))
+
+
+@sides
 def test_over_a_base_layer_with_hooks(side):
     layer, plain = shaken(made(side)), shaken(made(side))
     seen = []

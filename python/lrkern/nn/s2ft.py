@@ -48,7 +48,8 @@ class S2FTLinear(AdapterLinear):
     Trained: ``slice``, [out, s] or of rows [s, in], the values of W's slice themselves, so that an optimizer, weight decay too,
     does with them what it would do with W. ``start`` is what they were; their difference, ``change()``, is the adapter. Every forward
     writes the slice into base_layer.weight, in place, and while the layer is disabled what it was: there is one W. Backward computes dx
-    and the slice of dW, for which x[:, index] is saved, of rows x itself.
+    and the slice of dW, for which x[:, index] is saved, of rows x itself. Under autocast it is the cast copy of W that a forward writes to;
+    ``sync`` and ``state_dict`` write W itself.
 
     Over a base layer with hooks or a forward of its own, W is written all the same and its forward runs. One whose weight is made of
     others (pruned, parametrized) is refused.
