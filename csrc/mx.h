@@ -156,9 +156,10 @@ struct MxLinearDxParams {
   DType dtype;
 };
 
-// Rows of x up to which codes are decoded in registers; beyond them W is decoded in panels of so many rows, for dx of so many
-// columns, whole blocks, for ATen's GEMM.
-constexpr int kMxFewCpu = 8, kMxFewCuda = 16;
+// Rows of x up to which codes are decoded in registers (kMxFewHalves: on a CPU with products of 16-bit floats, for those);
+// beyond them W is decoded in panels of so many rows, for dx of so many columns, whole blocks, for ATen's GEMM. A row's bits do
+// not depend on the others of few, but that on a CPU with AVX2 one alone is summed in an order of its own.
+constexpr int kMxFewCpu = 32, kMxFewHalves = 8, kMxFewCuda = 16;
 // `widens`: 16-bit x meets them in fp32, rounded once behind the GEMM.
 struct MxWay {
   bool few, few_dx, widens;

@@ -50,7 +50,8 @@ def files_of(folder: str) -> list[Path]:
 def of_the_house(path: Path, header: Path | None) -> bool:
     """Is it a shared header, one of the includer's layer, or one of its family's folder there?"""
     layer = path.relative_to(ROOT).parts[:2]
-    return header is not None and header.parts[:-1] in (("csrc",), layer, path.relative_to(ROOT).parts[:-1])
+    own = path.relative_to(ROOT).parts[:-1], (*layer, path.stem)
+    return header is not None and header.parts[:-1] in (("csrc",), layer, *own)
 
 
 @pytest.mark.parametrize("folder", RULES)

@@ -4,6 +4,7 @@
 #include "mx.h"
 
 #include "factor.h"
+#include "mx/spans.h"
 
 namespace lrk {
 namespace LRK_ISA {
@@ -23,6 +24,12 @@ void load_block(const X* x, int64_t stride, int n, float (&v)[kMxBlock]) {
   for (int i = n; i < kMxBlock; ++i) v[i] = 0.f;
 }
 
+// Its bits: NaN is above all.
+inline uint32_t largest_of(const float (&v)[kMxBlock]) {
+  uint32_t largest = 0;
+  for (float x : v) largest = std::max(largest, bit_cast<uint32_t>(x) & 0x7fffffffu);
+  return largest;
+}
 // What the rule asks for of a block: its largest magnitude, NaN above all, or its root mean square.
 float measure(MxRule rule, const float (&v)[kMxBlock]) {
   if (is_quest(rule)) {
@@ -30,9 +37,7 @@ float measure(MxRule rule, const float (&v)[kMxBlock]) {
     for (float x : v) sum = fmaf(x, x, sum);
     return sqrtf(sum / kMxBlock);
   }
-  uint32_t largest = 0;
-  for (float x : v) largest = std::max(largest, bit_cast<uint32_t>(x) & 0x7fffffffu);
-  return bit_cast<float>(largest);
+  return bit_cast<float>(largest_of(v));
 }
 
 template <class X>
@@ -74,76 +79,30 @@ void quantize(const MxQuantizeParams& p) {
 
 // ---- decode
 
-// The values of nibble j of each word, where `words` holds the codes shifted right by 4 j.
-#if defined(__AVX512F__)
-inline vf values_of(vu words) {
-  const __m512 table =
-      _mm512_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f);
-  return (vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)words, table);
-}
-#elif defined(__AVX2__)
-inline vf values_of(vu words) {
-  const __m256 table = _mm256_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f);
-  const vf magnitude = (vf)_mm256_permutevar8x32_ps(table, (__m256i)words);
-  return (vf)((vu)magnitude | ((words << 28) & 0x80000000u));
-}
-#else
-inline vf values_of(vu words) {
-  vf v;
-  for (int i = 0; i < kLanes; ++i) v[i] = e2m1_value(words[i] & 15u);
-  return v;
-}
-#endif
-
-// A span is what kLanes words of codes hold: kLanes / 4 blocks. Element 8 i + j of it is lane i of vector j.
-constexpr int kSpan = 8 * kLanes, kSpanBlocks = kSpan / kMxBlock;
-
-// The scales of a span's blocks, each in the lanes of its words. Blocks past the end of a row have none.
-inline vf scales_of(const uint8_t* scales, int64_t left) {
-  const auto byte = [&](int b) { return b < left ? scales[b] : 127u; };
-#if defined(__AVX512F__)
-  const uint32_t four = byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24;
-  const __m128i each = _mm_shuffle_epi8(_mm_cvtsi32_si128(static_cast<int>(four)),
-                                        _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3));
-  const vu field = (vu)_mm512_maskz_cvtepu8_epi32(0xffff, each);
-#elif defined(__AVX2__)
-  const uint64_t two = byte(0) * uint64_t{0x01010101u} | byte(1) * uint64_t{0x01010101u} << 32;
-  const vu field = (vu)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(two)));
-#else
-  const vu field = splat(byte(0));
-#endif
-  const vu ends = (vu)((field == 0u) | (field == 255u)) & 0x00400000u;  // 2^-127 and NaN
-  return (vf)(field << 23 | ends);
-}
-inline vu words_of(const uint8_t* codes, int64_t left) {
-  if (left >= kSpanBlocks) return load_as<vu>(codes);
-  uint8_t some[kSpan / 2] = {};
-  __builtin_memcpy(some, codes, static_cast<size_t>(left * kMxBytes));
-  return load_as<vu>(some);
-}
-
 // n values (whole blocks) of a row of codes, times their scales.
 template <class Y>
 void decode_row(const uint8_t* codes, const uint8_t* scales, int64_t n, Y* y) {
-  for (int64_t k = 0; k < n; k += kSpan) {
-    const int64_t g = k / kMxBlock, left = ceil_div(n - k, int64_t{kMxBlock});
-    const vf s = scales_of(scales + g, left);
-    const vu words = words_of(codes + g * kMxBytes, left);
-    alignas(64) float some[kSpan];
-    vf block[8];
-    for (int j = 0; j < 8; ++j) block[j] = values_of(words >> (4 * j)) * s;
-    if constexpr (kLanes == 8) {
-      transpose(block);
-      for (int i = 0; i < 8; ++i) store(some + 8 * i, block[i]);
-    } else {
-      for (int j = 0; j < 8; ++j)
-        for (int i = 0; i < kLanes; ++i) some[8 * i + j] = block[j][i];
+  for_quads(codes, scales, 0, 0, ceil_div(n, int64_t{kMxBlock}), [&](int64_t g, const uint8_t* c, const uint8_t* s) {
+    alignas(64) float of_blocks[kLanes], some[kSpan];
+    store(of_blocks, scales_of(fields_of(s)));
+    for (int q = 0; q < kQuad; ++q) {
+      const int64_t k = g * kMxBlock + q * kSpan;
+      const vu words = words_of(c, q);
+      vf block[8];
+      for (int j = 0; j < 8; ++j) block[j] = values_of(words >> (4 * j)) * spread(of_blocks, q);
+      if constexpr (kLanes == 8) {
+        transpose(block);
+        for (int i = 0; i < 8; ++i) store(some + 8 * i, block[i]);
+      } else {
+        for (int j = 0; j < 8; ++j)
+          for (int i = 0; i < kLanes; ++i) some[8 * i + j] = block[j][i];
+      }
+      const int count = static_cast<int>(std::clamp<int64_t>(n - k, 0, kSpan));
+      int i = 0;
+      for (; i + kLanes <= count; i += kLanes) store(y + k + i, load(some + i));
+      for (; i < count; ++i) y[k + i] = from_float<Y>(some[i]);
     }
-    const int count = static_cast<int>(std::min<int64_t>(kSpan, n - k));
-    int i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(y + k + i, load(some + i));
-    for (; i < count; ++i) y[k + i] = from_float<Y>(some[i]);
-  }
+  });
 }
 
 template <class Y>
@@ -156,269 +115,348 @@ void dequantize(const MxDequantizeParams& p) {
 
 // ---- products of few rows
 
-float sum_of(vf v) {
-  float sum = 0.f;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
+// Rows of x are multiplied in groups of eight, four, two and alone: that of row t of T.
+struct Group {
+  int64_t count, first;
+  Group(int64_t t, int64_t T)
+      : count(t < T / 8 * 8   ? 8
+              : t < T / 4 * 4 ? 4
+              : t < T / 2 * 2 ? 2
+                              : 1),
+        first(t / count * count) {}
+};
+// Rows of x that meet codes, in fp32. A block's products are summed before they are scaled, so that numbers of 2^112 and more
+// go element by element (dot_slowly).
+struct Floats {
+  static constexpr int kPart = 512;  // vectors of x to work on at a time: they stay in the first cache
+  float* rows;                       // of each group [n][its rows][8][kLanes]
+  int64_t T, n;
+
+  static int64_t floats(int64_t T, int64_t G) { return T * spans_of(G) * kSpan; }
+  Floats(float* memory, int64_t count, int64_t G) : rows(memory), T(count), n(spans_of(G)) {}
+
+  template <class X>
+  bool lay_out(const X* x, int64_t K, int64_t t) const {
+    const Group group(t, T);
+    uint32_t largest = 0;
+    for (int64_t g = 0; g < n * kSpanBlocks; ++g) {
+      alignas(64) float v[kMxBlock];
+      load_block(x + g * kMxBlock, 1, static_cast<int>(std::clamp<int64_t>(K - g * kMxBlock, 0, kMxBlock)), v);
+      largest = std::max(largest, largest_of(v));
+      const int64_t at = group.first * n + g / kSpanBlocks * group.count + t - group.first;
+      lay_out_block(v, static_cast<int>(g % kSpanBlocks), rows + at * kSpan);
+    }
+    return largest < (127u + 112u) << 23;
+  }
+  // Adds blocks g0 to g1 of a row of W times rows t0 to t0 + kT of x to their lanes; whether that is what they are.
+  template <int kT>
+  bool dot(const MxWeight& w, int64_t o, int64_t g0, int64_t g1, int64_t t0, vf* lanes) const {
+    vf total[kT];
+    for (int t = 0; t < kT; ++t) total[t] = lanes[t];
+    for_quads(w, o, g0, g1, [&](int64_t g, const uint8_t* c, const uint8_t* s) {
+      alignas(64) float scales[kLanes];
+      store(scales, scales_of(fields_of(s)));
+      const float* x = rows + (t0 * n + g / kSpanBlocks * kT) * kSpan;
+      for (int q = 0; q < kQuad; ++q) {
+        const Values values(words_of(c, q));
+        vf sum[kT] = {};
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j)
+#pragma GCC unroll 8
+          for (int t = 0; t < kT; ++t) sum[t] += values.of[j] * load(x + (q * kT + t) * kSpan + j * kLanes);
+        for (int t = 0; t < kT; ++t) total[t] += sum[t] * spread(scales, q);
+      }
+    });
+    for (int t = 0; t < kT; ++t) lanes[t] = total[t];
+    return true;
+  }
+};
 
 #if defined(__AVX2__)
 
-// Bytes of codes, 16 to a block, and what they are made of: within each 16 bytes a shuffle looks a nibble up.
-#if defined(__AVX512F__)
-using Bytes = __m512i;
-inline Bytes set(__m128i v) { return _mm512_maskz_broadcast_i32x4(0xffff, v); }
-inline Bytes look_up(Bytes table, Bytes at) { return _mm512_shuffle_epi8(table, at); }
-inline Bytes low_half(Bytes a, Bytes b) { return _mm512_unpacklo_epi8(a, b); }
-inline Bytes high_half(Bytes a, Bytes b) { return _mm512_unpackhi_epi8(a, b); }
-inline Bytes multiply(Bytes a, Bytes b) { return _mm512_madd_epi16(a, b); }
-inline vf floats_of(Bytes v) { return (vf)_mm512_maskz_cvtepi32_ps(0xffff, v); }
-#else
-using Bytes = __m256i;
-inline Bytes set(__m128i v) { return _mm256_broadcastsi128_si256(v); }
-inline Bytes look_up(Bytes table, Bytes at) { return _mm256_shuffle_epi8(table, at); }
-inline Bytes low_half(Bytes a, Bytes b) { return _mm256_unpacklo_epi8(a, b); }
-inline Bytes high_half(Bytes a, Bytes b) { return _mm256_unpackhi_epi8(a, b); }
-inline Bytes multiply(Bytes a, Bytes b) { return _mm256_madd_epi16(a, b); }
-inline vf floats_of(Bytes v) { return (vf)_mm256_cvtepi32_ps(v); }
-#endif
-
-// The even codes of each block as bytes, and the odd ones.
-struct Nibbles {
-  Bytes of[2];
-  explicit Nibbles(vu words) : of{(Bytes)(words & 0x0f0f0f0fu), (Bytes)(words >> 4 & 0x0f0f0f0fu)} {}
-};
-
-// Y: in a block x is an integer hi 2^15 + lo of 30 bits times a power of two, and a code twice its value, so that products of 16
-// bits sum exactly over the block; blocks meet in fp32. Four vectors of a span, i even or odd codes and k half of a block: lane
-// 8 l + j is element 2 (8 k + j) + i of block l.
-constexpr float kHigh = 32768.f;
-
+// One row of x. In a block it is an integer of 31 bits times a power of two, in four digits of base 256 from -128 to
+// 127, and a code is a byte, 12 above twice its value. So products of bytes, summed in 16 bits and then in 32, are exact over a
+// block, and blocks meet in fp32. What the 12 of each code brings is taken off. Most of bf16 has no lower two digits,
+// and what is 0 takes no part. Lane 4 l + j of a product has elements 8 j to 8 j + 7 of a span's block l.
+// Units and scales multiply to normal numbers, and their products with sums do not overflow, where x's largest number lies in
+// [2^-48, 2^56), or is 0, and scales in [2^-63, 2^64]. Else: element by element.
 struct Integers {
-  int16_t* parts;  // [T][spans][4][hi, lo][2 kLanes]
-  float*
-      units;  // [T][spans][kLanes]: the power of two, for each lane's block, with what the product has of its own: 2^-9
-  int64_t spans;
-
-  static int64_t floats(int64_t T, int64_t spans) { return T * spans * 9 * kLanes; }
-  Integers(float* memory, int64_t T, int64_t n)
-      : parts(reinterpret_cast<int16_t*>(memory + T * n * kLanes)), units(memory), spans(n) {}
-  int16_t* part(int64_t t, int64_t span) const { return parts + (t * spans + span) * 16 * kLanes; }
-};
-
-template <class X>
-void lay_out(const void* x, int64_t pitch, int64_t T, int64_t K, const Integers& to) {
-  for (int64_t t = 0; t < T; ++t) {
-    const X* row = static_cast<const X*>(x) + t * pitch;
-    for (int64_t block = 0; block < to.spans * kSpanBlocks; ++block) {
-      alignas(64) float v[kMxBlock];
-      const int64_t k0 = block * kMxBlock, count = std::clamp<int64_t>(K - k0, 0, kMxBlock);
-      if (count == kMxBlock) {
-        for (int i = 0; i < kMxBlock; i += kLanes) store(v + i, load(row + k0 + i));
-      } else {
-        for (int i = 0; i < kMxBlock; ++i) v[i] = i < count ? to_float(row[k0 + i]) : 0.f;
-      }
-      uint32_t largest = 0;
-      for (float value : v) largest = std::max(largest, bit_cast<uint32_t>(value) & 0x7fffffffu);
-      // 2^(floor(log2 largest) + 1) is 2^29 units; of what is not finite the unit is NaN.
-      const int field = std::max(static_cast<int>(largest >> 23), 30);
-      const bool finite = field < 255;
-      const float unit = finite ? bit_cast<float>(static_cast<uint32_t>(field - 28 > 0 ? field - 28 : 1) << 23) : 1.f;
-      const float inverse = bit_cast<float>(static_cast<uint32_t>(254 - (field - 28)) << 23);
-      const int64_t span = block / kSpanBlocks, lane = block % kSpanBlocks;
-      for (int i = 0; i < 4; ++i)
-        to.units[(t * to.spans + span) * kLanes + 4 * lane + i] =
-            finite ? unit * 0x1p-9f : bit_cast<float>(0x7fc00000u);
-      int16_t* part = to.part(t, span);
-      for (int e = 0; e < kMxBlock; ++e) {
-        const float whole = finite ? v[e] * inverse : 0.f, hi = rintf(whole * (1.f / kHigh));
-        const int at = (e % 2 * 2 + e / 16) * 4 * kLanes + static_cast<int>(lane) * 8 + e % 16 / 2;
-        part[at] = static_cast<int16_t>(hi);
-        part[at + 2 * kLanes] = static_cast<int16_t>(rintf(whole - hi * kHigh));
-      }
-    }
-  }
-}
-
-template <int kT>
-void dot_row(const uint8_t* codes, const uint8_t* scales, int64_t G, const Integers& x, int64_t t0, float* sums) {
-  const Bytes table = set(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)), zero = {};
-  vf total[kT] = {};
-  const auto span = [&](int64_t n, vu words, vf s) {
-    const Nibbles nibbles(words);
-    Bytes w[4];
-    for (int i = 0; i < 2; ++i) {
-      const Bytes twice = look_up(table, nibbles.of[i]);
-      w[2 * i] = low_half(zero, twice), w[2 * i + 1] = high_half(zero, twice);
-    }
-    for (int t = 0; t < kT; ++t) {
-      const int16_t* part = x.part(t0 + t, n);
-      vi hi = {}, lo = {};
-      for (int i = 0; i < 4; ++i) {
-        hi += (vi)multiply(w[i], load_as<Bytes>(part + 4 * kLanes * i));
-        lo += (vi)multiply(w[i], load_as<Bytes>(part + 4 * kLanes * i + 2 * kLanes));
-      }
-      const vf unit = load(x.units + ((t0 + t) * x.spans + n) * kLanes);
-      total[t] += (floats_of((Bytes)hi) * kHigh + floats_of((Bytes)lo)) * unit * s;
-    }
+  using Digits = int8_t[2][2][4 * kLanes];  // the higher of two and the lower: even elements, odd ones; 16 to a block
+  struct Span {
+    Digits high;
+    int32_t high_twelves[kLanes];
+    Digits low;
+    int32_t low_twelves[kLanes];
   };
-  int64_t g = 0;
-  for (; g + kSpanBlocks <= G; g += kSpanBlocks) {
-    __builtin_prefetch(codes + g * kMxBytes + 2048);
-    span(g / kSpanBlocks, load_as<vu>(codes + g * kMxBytes), scales_of(scales + g, kSpanBlocks));
-  }
-  if (g < G) span(g / kSpanBlocks, words_of(codes + g * kMxBytes, G - g), scales_of(scales + g, G - g));
-  for (int t = 0; t < kT; ++t) sums[t] = sum_of(total[t]);
-}
+  static constexpr int kPart = 1 << 20;
+  static constexpr uint32_t kLeastField = 127 - 48, kMostField = 127 + 56, kLeastScale = 127 - 63;
+  static_assert(kLeastField + kLeastScale >= 142 + 1 && kMostField + kLeastScale + 127 - 142 - 127 + 22 <= 254);
 
-// dX: codes as the upper halves of floats, two in a word. Vector 4 i + 2 k + h of a span: lane 4 l + d is element 4 d + 2 h + i of
-// half k of block l.
-struct Values {
-  vf of[8];
-  explicit Values(vu words) {
-    const Nibbles nibbles(words);
-    const Bytes upper = set(_mm_setr_epi8(0, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, -0x80, -0x41, -0x41, -0x41,
-                                          -0x40, -0x40, -0x40, -0x40));
-    const Bytes lower =
-        set(_mm_setr_epi8(0, 0, -0x80, -0x40, 0, 0x40, -0x80, -0x40, 0, 0, -0x80, -0x40, 0, 0x40, -0x80, -0x40));
-    for (int i = 0; i < 2; ++i) {
-      const Bytes u = look_up(upper, nibbles.of[i]), l = look_up(lower, nibbles.of[i]);
-      const vu halves[2] = {(vu)low_half(l, u), (vu)high_half(l, u)};
-      for (int k = 0; k < 2; ++k) {
-        of[4 * i + 2 * k] = (vf)(halves[k] << 16);
-        of[4 * i + 2 * k + 1] = (vf)(halves[k] & 0xffff0000u);
+  Span* spans;      // [n]
+  float* units;     // [n kSpanBlocks]: the power of two, with that of the higher digits, 2^16, and that of codes, 2^-1
+  uint8_t* digits;  // [n]: how many of the lower two digits there are, of fp32 both
+  int64_t n;
+
+  static int64_t floats(int64_t, int64_t G) {
+    return spans_of(G) * static_cast<int64_t>(sizeof(Span) / sizeof(float) + kSpanBlocks + 1);
+  }
+  Integers(float* memory, int64_t, int64_t G)
+      : spans(reinterpret_cast<Span*>(memory)),
+        units(reinterpret_cast<float*>(spans + spans_of(G))),
+        digits(reinterpret_cast<uint8_t*>(units + spans_of(G) * kSpanBlocks)),
+        n(spans_of(G)) {}
+
+  static vi product(Bytes even, Bytes odd, const int8_t (&x)[2][4 * kLanes], int16_t times) {
+    const Bytes sum = add_16(multiply_8(even, load_as<Bytes>(x[0])), multiply_8(odd, load_as<Bytes>(x[1])));
+    return (vi)multiply_16(sum, all_16(times));
+  }
+  static vi product(Bytes even, Bytes odd, const Digits& x, bool both = true) {
+    const vi first = product(even, odd, x[0], 256);
+    return both ? first + product(even, odd, x[1], 1) : first;
+  }
+
+  // The unit of block l of a span.
+  static float lay_out_block(const float (&v)[kMxBlock], uint32_t largest, int l, Span& span, uint8_t& digits) {
+    // The largest becomes at least 2^30, and less than 2^31 - 2^24, so that its digits fit.
+    const uint32_t field = std::clamp((largest + 0x20000u) >> 23, kLeastField, kMostField);
+    const float inverse = bit_cast<float>((284u - field) << 23);
+    typedef uint16_t pairs __attribute__((vector_size(16)));
+    alignas(64) int32_t whole[kMxBlock];
+    vi any = {};
+    for (int i = 0; i < kMxBlock; i += kLanes) {
+      const vi number = (integers_of(load(v + i) * inverse) + 0x00808080) ^ 0x00808080;  // its bytes are digits now
+      any |= number;
+      store_as(whole + i, number);
+    }
+    uint32_t some = 0;
+    for (int i = 0; i < kLanes; ++i) some |= static_cast<uint32_t>(any[i]);
+    digits = std::max<uint8_t>(digits, some & 0xffu ? 2 : some & 0xff00u ? 1 : 0);
+    pairs r[8];  // of four elements each: digit after digit, its even and its odd elements
+    for (int i = 0; i < 8; ++i)
+      r[i] = (pairs)_mm_shuffle_epi8(load_as<__m128i>(whole + 4 * i),
+                                     _mm_setr_epi8(3, 11, 7, 15, 2, 10, 6, 14, 1, 9, 5, 13, 0, 8, 4, 12));
+    transpose(r);
+    for (int i = 0; i < 8; ++i) store_as((i < 4 ? span.high : span.low)[i / 2 % 2][i % 2] + 16 * l, r[i]);
+    return bit_cast<float>((field - 15u) << 23);
+  }
+  template <class X>
+  bool lay_out(const X* x, int64_t K, int64_t) const {
+    const Bytes twelve = set(_mm_set1_epi8(12));
+    uint32_t most = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      Span& span = spans[i];
+      digits[i] = 0;
+      for (int l = 0; l < kSpanBlocks; ++l) {
+        alignas(64) float v[kMxBlock];
+        const int64_t k = i * kSpan + l * kMxBlock;
+        load_block(x + k, 1, static_cast<int>(std::clamp<int64_t>(K - k, 0, kMxBlock)), v);
+        const uint32_t largest = largest_of(v);
+        most = std::max(most, largest);
+        units[i * kSpanBlocks + l] = lay_out_block(v, largest, l, span, digits[i]);
       }
+      store_as(span.high_twelves, product(twelve, twelve, span.high));
+      store_as(span.low_twelves, product(twelve, twelve, span.low));
     }
+    return most == 0 || (most >= kLeastField << 23 && most < kMostField << 23);
+  }
+  template <int kT>
+  bool dot(const MxWeight& w, int64_t o, int64_t g0, int64_t g1, int64_t, vf* lanes) const {
+    static_assert(kT == 1);
+    const Bytes table = set(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    vf total = *lanes;
+    vu beyond = {};
+    for_quads(w, o, g0, g1, [&](int64_t g, const uint8_t* c, const uint8_t* s) {
+      alignas(64) float factors[kLanes];
+      const vu fields = fields_of(s);
+      beyond |= fields - kLeastScale;
+      store(factors, load(units + g) * (vf)(fields << 23));
+#pragma GCC unroll 4
+      for (int q = 0; q < kQuad; ++q) {
+        const Nibbles nibbles(words_of(c, q));
+        const Bytes even = look_up(table, nibbles.of[0]), odd = look_up(table, nibbles.of[1]);
+        const Span& span = spans[g / kSpanBlocks + q];
+        vf sum = floats_of(product(even, odd, span.high) - load_as<vi>(span.high_twelves));
+        if (const int more = digits[g / kSpanBlocks + q])
+          sum += floats_of(product(even, odd, span.low, more > 1) - load_as<vi>(span.low_twelves)) * 0x1p-16f;
+        total += sum * spread(factors, q);
+      }
+    });
+    *lanes = total;
+    uint32_t any = 0;
+    for (int i = 0; i < kLanes; ++i) any |= beyond[i];
+    return any < 128u;
   }
 };
-inline int place_of(int e) {  // of element e of a span among its 8 vectors
-  const int in = e % kMxBlock;
-  return (in % 2 * 4 + in / 16 * 2 + in % 4 / 2) * kLanes + e / kMxBlock * 4 + in % 16 / 4;
-}
-
-#else
-
-// Y, without shuffles of bytes: x in fp32 in the order of codes, zeros past K.
-struct Integers {
-  float* rows;  // [T][spans][8][kLanes]
-  int64_t spans;
-  static int64_t floats(int64_t T, int64_t spans) { return T * spans * kSpan; }
-  Integers(float* memory, int64_t, int64_t n) : rows(memory), spans(n) {}
-};
-template <class X>
-void lay_out(const void* x, int64_t pitch, int64_t T, int64_t K, const Integers& to) {
-  for (int64_t t = 0; t < T; ++t) {
-    const X* row = static_cast<const X*>(x) + t * pitch;
-    for (int64_t k = 0; k < to.spans * kSpan; ++k)
-      to.rows[t * to.spans * kSpan + k / kSpan * kSpan + k % 8 * kLanes + k % kSpan / 8] =
-          k < K ? to_float(row[k]) : 0.f;
-  }
-}
-template <int kT>
-void dot_row(const uint8_t* codes, const uint8_t* scales, int64_t G, const Integers& x, int64_t t0, float* sums) {
-  vf total[kT] = {};
-  for (int64_t g = 0; g < G; g += kSpanBlocks) {
-    const vu words = words_of(codes + g * kMxBytes, G - g);
-    vf part[kT] = {};
-    for (int j = 0; j < 8; ++j) {
-      const vf w = values_of(words >> (4 * j));
-      for (int t = 0; t < kT; ++t) part[t] += w * load(x.rows + (t0 + t) * x.spans * kSpan + g * kMxBlock + j * kLanes);
-    }
-    for (int t = 0; t < kT; ++t) total[t] += part[t] * scales_of(scales + g, G - g);
-  }
-  for (int t = 0; t < kT; ++t) sums[t] = sum_of(total[t]);
-}
-
-struct Values {
-  vf of[8];
-  explicit Values(vu words) {
-    for (int j = 0; j < 8; ++j) of[j] = values_of(words >> (4 * j));
-  }
-};
-inline int place_of(int e) { return e % 8 * kLanes + e / 8; }
 
 #endif
 
-// A row of x that is not finite, which no integers hold: element by element.
+// Element by element, of numbers of any size.
 template <class X>
 float dot_slowly(const uint8_t* codes, const uint8_t* scales, const X* x, int64_t K) {
-  float sum = 0.f;
+  double sum = 0.;
   for (int64_t k = 0; k < K; ++k)
-    sum += to_float(x[k]) * (e2m1_value(codes[k / 2] >> (k % 2 * 4) & 15u) * e8m0_value(scales[k / kMxBlock]));
-  return sum;
-}
-template <class X>
-bool is_finite(const X* x, int64_t K) {
-  for (int64_t k = 0; k < K; ++k)
-    if ((bit_cast<uint32_t>(to_float(x[k])) & 0x7f800000u) == 0x7f800000u) return false;
-  return true;
+    sum += double{to_float(x[k])} *
+           (double{e2m1_value(codes[k / 2] >> (k % 2 * 4) & 15u)} * e8m0_value(scales[k / kMxBlock]));
+  return static_cast<float>(sum);
 }
 
-template <class X, class B>
-void linear(const MxLinearParams& p) {
+template <class Rows, class X, class B>
+struct Product {
   using S = TypeOfS<B>;
-  const int64_t G = p.w.G(), spans = ceil_div(G, int64_t{kSpanBlocks});
-  const Integers x(thread_scratch(static_cast<size_t>(Integers::floats(p.T, spans))), p.T, spans);
-  lay_out<X>(p.x, p.x_pitch, p.T, p.w.K, x);
-  const auto row_of = [&](int64_t t) { return static_cast<const X*>(p.x) + t * p.x_pitch; };
-  bool finite[kMxFewCpu];
-  for (int64_t t = 0; t < p.T; ++t) finite[t] = is_finite(row_of(t), p.w.K);
-  parallel_for(p.w.O, grain(p.w.K * p.T), [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o) {
-      const uint8_t *codes = p.w.codes + o * G * kMxBytes, *scales = p.w.scales + o * G;
-      const float bias = p.bias ? to_float(static_cast<const X*>(p.bias)[o]) : 0.f;
-      for (int64_t t = 0; t < p.T;) {
-        float sums[4];
-        const int64_t left = p.T - t, count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        if (count == 4) dot_row<4>(codes, scales, G, x, t, sums);
-        if (count == 2) dot_row<2>(codes, scales, G, x, t, sums);
-        if (count == 1) dot_row<1>(codes, scales, G, x, t, sums);
-        for (int64_t i = 0; i < count; ++i, ++t) {
-          float sum = (finite[t] ? sums[i] : dot_slowly(codes, scales, row_of(t), p.w.K)) + bias;
-          if (p.s) {
-            const B* b = static_cast<const B*>(p.b) + o * p.R;
-            const S* of_row = static_cast<const S*>(p.s) + t * p.R;
-            float low = 0.f;
-            for (int32_t r = 0; r < p.R; ++r) low += to_float(of_row[r]) * to_float(b[r]);
-            sum += low;
-          }
-          static_cast<X*>(p.y)[t * p.w.O + o] = from_float<X>(sum);
-        }
-      }
+  static constexpr int kRows = 16;  // of W at a time
+
+  const MxLinearParams& p;
+  const Rows x;
+  const int64_t G = p.w.G();
+  bool plain[kMxFewCpu];  // rows of x that `x` is right for
+
+  explicit Product(const MxLinearParams& params)
+      : p(params), x(thread_scratch(static_cast<size_t>(Rows::floats(p.T, p.w.G()))), p.T, p.w.G()) {
+    for (int64_t t = 0; t < p.T; ++t) plain[t] = x.lay_out(row(t), p.w.K, t);
+  }
+  const X* row(int64_t t) const { return static_cast<const X*>(p.x) + t * p.x_pitch; }
+  const S* s(int64_t t) const { return static_cast<const S*>(p.s) + t * p.R; }
+  const B* b(int64_t o) const { return static_cast<const B*>(p.b) + o * p.R; }
+
+  // kRows of W from o0 on times kT of x, in parts of K of which x stays in the first cache for all of them. S B^T is in the same
+  // lanes, but for the last R % kLanes.
+  template <int kT>
+  void rows(int64_t o0, int64_t t0) const {
+    constexpr int kPart = Rows::kPart / 8 / kT * kSpanBlocks;
+    const int count = static_cast<int>(std::min<int64_t>(kRows, p.w.O - o0));
+    vf lanes[kRows * kT] = {};
+    bool fits[kRows];
+    std::fill_n(fits, kRows, true);
+    for (int i = 0; p.s && i < count; ++i)
+      for (int t = 0; t < kT; ++t)
+        for (int32_t r = 0; r + kLanes <= p.R; r += kLanes)
+          lanes[i * kT + t] += load(s(t0 + t) + r) * load(b(o0 + i) + r);
+    for (int64_t g = 0; g < G; g += kPart)
+      for (int i = 0; i < count; ++i)
+        fits[i] &= x.template dot<kT>(p.w, o0 + i, g, std::min(g + kPart, G), t0, lanes + i * kT);
+    for (int i = 0; i < count * kT; i += 4) {
+      const v4f four = sum_lanes(lanes[i], lanes[i + 1], lanes[i + 2], lanes[i + 3]);
+      for (int j = i; j < std::min(i + 4, count * kT); ++j)
+        put(o0 + j / kT, t0 + j % kT, fits[j / kT] && plain[t0 + j % kT], four[j - i]);
     }
+  }
+  void put(int64_t o, int64_t t, bool good, float sum) const {
+    int32_t r = p.R / kLanes * kLanes;
+    if (!good) sum = dot_slowly(p.w.codes + o * G * kMxBytes, p.w.scales + o * G, row(t), p.w.K), r = 0;
+    for (; p.s && r < p.R; ++r) sum += to_float(s(t)[r]) * to_float(b(o)[r]);
+    if (p.bias) sum += to_float(static_cast<const X*>(p.bias)[o]);
+    static_cast<X*>(p.y)[t * p.w.O + o] = from_float<X>(sum);
+  }
+  void all(int64_t o) const {
+    if constexpr (std::is_same_v<Rows, Floats>)
+      for (int64_t t = 0; t < p.T;) {
+        const Group group(t, p.T);
+        if (group.count == 8) rows<8>(o, t);
+        if (group.count == 4) rows<4>(o, t);
+        if (group.count == 2) rows<2>(o, t);
+        if (group.count == 1) rows<1>(o, t);
+        t += group.count;
+      }
+    else
+      rows<1>(o, 0);
+  }
+};
+
+template <class Rows, class X, class B>
+void linear_by(const MxLinearParams& p) {
+  const Product<Rows, X, B> product(p);
+  constexpr int64_t kRows = product.kRows;
+  parallel_for(ceil_div(p.w.O, kRows), grain(kRows * p.w.K * p.T), [&](int64_t begin, int64_t end) {
+    for (int64_t o = kRows * begin; o < std::min(kRows * end, p.w.O); o += kRows) product.all(o);
   });
 }
+template <class X, class B>
+void linear(const MxLinearParams& p) {
+#if defined(__AVX2__)
+  if (p.T == 1) return linear_by<Integers, X, B>(p);
+#endif
+  linear_by<Floats, X, B>(p);
+}
 
-// A task has so many spans of dX's columns and walks all of W's rows, some at a time, so that sums stay in registers for them.
-constexpr int kDxSpans = 1024 / kSpan, kDxRows = 8;
+// ---- dX of few rows. A task has so many blocks of its columns and walks all of W's rows, some at a time.
+constexpr int kDxBlocks = 1024 / kMxBlock, kDxRows = 8;
+
+// Adds kDxRows times eight vectors and a factor of each, which f gives, to sums.
+template <class F>
+[[gnu::always_inline]] inline void add_rows(float* sums, const F& f) {
+  vf sum[8], v[8];
+  for (int j = 0; j < 8; ++j) sum[j] = load(sums + j * kLanes);
+#pragma GCC unroll 8
+  for (int r = 0; r < kDxRows; ++r) {
+    const vf factor = f(r, v);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) sum[j] += v[j] * factor;
+  }
+  for (int j = 0; j < 8; ++j) store(sums + j * kLanes, sum[j]);
+}
 
 template <class X>
 void linear_dx(const MxLinearDxParams& p) {
-  const int64_t G = p.w.G(), spans = ceil_div(G, int64_t{kSpanBlocks}), tasks = ceil_div(spans, int64_t{kDxSpans});
-  parallel_for(tasks * p.T, 1, [&](int64_t begin, int64_t end) {
+  const int64_t G = p.w.G(), O = p.w.O;
+  parallel_for(ceil_div(G, int64_t{kDxBlocks}), 1, [&](int64_t begin, int64_t end) {
+    uint8_t some_codes[kDxRows * kLanes * kMxBytes], some_scales[kDxRows * kLanes];
+    float* sums = thread_scratch(static_cast<size_t>(p.T * kDxBlocks * kMxBlock));  // [spans][T][8][kLanes]
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t t = task / tasks, first = task % tasks * kDxSpans;
-      const int64_t count = std::min<int64_t>(kDxSpans, spans - first);
-      const X* dy = static_cast<const X*>(p.dy) + t * p.dy_pitch;
-      alignas(64) float sums[kDxSpans * kSpan] = {};
-      for (int64_t o = 0; o < p.w.O; o += kDxRows) {
-        const int64_t rows = std::min<int64_t>(kDxRows, p.w.O - o);
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t g = (first + i) * kSpanBlocks, left = G - g;
-          vf sum[8];
-          for (int j = 0; j < 8; ++j) sum[j] = load(sums + i * kSpan + j * kLanes);
-          for (int64_t r = o; r < o + rows; ++r) {
-            const vf s = scales_of(p.w.scales + r * G + g, left) * to_float(dy[r]);
-            const Values w(words_of(p.w.codes + (r * G + g) * kMxBytes, left));
-            for (int j = 0; j < 8; ++j) sum[j] += w.of[j] * s;
+      const int64_t first = task * kDxBlocks, last = std::min(first + kDxBlocks, G);
+      std::fill_n(sums, p.T * kDxBlocks * kMxBlock, 0.f);
+      for (int64_t o = 0; o < O; o += kDxRows) {
+        for (int64_t g = first; g < last; g += kLanes) {
+          const auto of = [&](const uint8_t* bytes, int64_t each) { return bytes + (o * G + g) * each; };
+          const uint8_t *codes = of(p.w.codes, kMxBytes), *scales = of(p.w.scales, 1);
+          int64_t pitch = G;
+          for (int r = 0; r < kDxRows; ++r)
+            for (int i = 0; i < kLanes * kMxBytes; i += 64)
+              __builtin_prefetch(codes + (kDxRows + r) * G * kMxBytes + i);
+          if (o + kDxRows > O || g + kLanes > last) {  // zeros past an end
+            std::fill_n(some_codes, sizeof some_codes, 0), std::fill_n(some_scales, sizeof some_scales, 127);
+            for (int64_t r = 0; r < std::min<int64_t>(kDxRows, O - o); ++r) {
+              const int64_t n = std::min<int64_t>(kLanes, last - g);
+              std::copy_n(codes + r * G * kMxBytes, n * kMxBytes, some_codes + r * kLanes * kMxBytes);
+              std::copy_n(scales + r * G, n, some_scales + r * kLanes);
+            }
+            codes = some_codes, scales = some_scales, pitch = kLanes;
           }
-          for (int j = 0; j < 8; ++j) store(sums + i * kSpan + j * kLanes, sum[j]);
+          const auto dy = [&](int64_t t, int r) {
+            return o + r < O ? to_float(static_cast<const X*>(p.dy)[t * p.dy_pitch + o + r]) : 0.f;
+          };
+          alignas(64) float factors[kDxRows][kLanes];
+          for (int r = 0; r < kDxRows; ++r)
+            store(factors[r], scales_of(fields_of(scales + r * pitch)) * (p.T == 1 ? dy(0, r) : 1.f));
+          for (int q = 0; q < kQuad; ++q) {
+            const auto words = [&](int r) { return words_of(codes + r * pitch * kMxBytes, q); };
+            float* to = sums + ((g - first) / kSpanBlocks + q) * p.T * kSpan;
+            if (p.T == 1) {
+              add_rows(to, [&](int r, vf(&v)[8]) {
+                const Values values(words(r));
+                std::copy_n(values.of, 8, v);
+                return spread(factors[r], q);
+              });
+              continue;
+            }
+            vf values[kDxRows][8];
+            for (int r = 0; r < kDxRows; ++r) {
+              const Values v(words(r));
+              const vf s = spread(factors[r], q);
+              for (int j = 0; j < 8; ++j) values[r][j] = v.of[j] * s;
+            }
+            for (int64_t t = 0; t < p.T; ++t)
+              add_rows(to + t * kSpan, [&](int r, vf(&v)[8]) {
+                std::copy_n(values[r], 8, v);
+                return splat(dy(t, r));
+              });
+          }
         }
       }
-      X* dx = static_cast<X*>(p.dx) + t * p.w.K;
-      for (int64_t k = first * kSpan; k < std::min(p.w.K, (first + count) * kSpan); ++k) {
-        const int at = static_cast<int>(k - first * kSpan);
-        dx[k] = from_float<X>(sums[at / kSpan * kSpan + place_of(at % kSpan)]);
+      for (int64_t t = 0; t < p.T; ++t) {
+        X* dx = static_cast<X*>(p.dx) + t * p.w.K + first * kMxBlock;
+        const int64_t n = std::min(p.w.K, last * kMxBlock) - first * kMxBlock;
+        for (int64_t k = 0; k < n; ++k)
+          dx[k] = from_float<X>(sums[(k / kSpan * p.T + t) * kSpan + place_of(k % kSpan)]);
       }
     }
   });

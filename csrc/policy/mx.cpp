@@ -22,15 +22,15 @@ bool multiplies_halves() {
 }  // namespace
 
 MxWay choose_mx_way(int64_t T, int64_t O, int64_t K, DType dtype, Target target) {
-  const bool few = T <= (target.device == Device::kCPU ? kMxFewCpu : kMxFewCuda);
+  const bool cpu = target.device == Device::kCPU, slow = cpu && size_of(dtype) == 2 && !multiplies_halves();
+  const bool few = T <= (!cpu ? kMxFewCuda : slow || size_of(dtype) == 4 ? kMxFewCpu : kMxFewHalves);
   // A panel and a product's rows beside it stay in the cache; on CUDA panels are there for memory alone.
-  const int64_t elements = target.device == Device::kCPU ? int64_t{1} << 19 : int64_t{1} << 25;
+  const int64_t elements = int64_t{1} << (cpu ? 19 : 25);
   const auto panel = [&](int64_t along, int64_t across) {
     const int64_t n = std::max<int64_t>(elements / std::max<int64_t>(1, across), 64) / 32 * 32;
     return std::min(n, ceil_div(std::max<int64_t>(along, 1), int64_t{32}) * 32);
   };
-  const bool cpu = target.device == Device::kCPU, widens = cpu && size_of(dtype) == 2 && !multiplies_halves();
-  return {few, few && cpu, widens, panel(O, K), panel(K, O)};
+  return {few, few && cpu, slow, panel(O, K), panel(K, O)};
 }
 
 size_t mx_quantize_workspace(const MxQuantizeParams&, Target) { return 0; }
@@ -55,7 +55,8 @@ const Registered registered[] = {
           "few rows of x: codes are decoded in registers; more of them: panels of W for ATen's GEMM, in fp32 where a "
           "CPU has no products of 16-bit floats",
       .numbers =
-          "CPU: up to 8 rows, measured; panels of 2^19 elements stay in the last-level cache. CUDA: up to 16 rows, a count",
+          "CPU: up to 32 rows, measured, one of them in an order of its own; up to 8 of 16 bits where it has products of those, not "
+          "measured; panels of 2^19 elements stay in the last-level cache. CUDA: up to 16 rows, a count",
       .arguments = {{"T", {}}, {"O", {}}, {"K", {}}, {"halves", 0}},
       .answer = explain_way}},
 };

@@ -8,7 +8,7 @@ import torch
 
 import lrkern.functional as F
 import lrkern.ops
-from lrkern import testing
+from lrkern import _host, testing
 from lrkern.limits import DTYPES
 from lrkern.reference import mx as reference
 
@@ -346,13 +346,36 @@ def test_lora_on_top_is_the_dense_formula(device, T):
 
 
 def test_few_rows_do_not_depend_on_the_others(device, dtype, request):
-    """On CUDA up to 16, on the CPU up to 8; each row of x is summed in one order."""
+    """On CUDA up to 16, on the CPU 2 to 8 or 32, and one alone; each row of x is summed in one order."""
     codes, scales = weight(48, 544, device)
-    x = torch.randn(16, 544).to(device, dtype)
-    most = 8 if request.node.callspec.params["device"] == "cpu" else 16
-    all_rows = lrkern.ops.mx_linear(x[:most], codes, scales)
-    for T in range(1, most):
+    x = torch.randn(32, 544).to(device, dtype)
+    on_cpu = request.node.callspec.params["device"] == "cpu"
+    question = dict(O=48, K=544, halves=int(dtype != torch.float32), device="cpu" if on_cpu else "cuda")
+    few = [T for T in range(1, 33) if _host.explain("mx_linear", T=T, **question)["few"]]
+    assert few == [*range(1, few[-1] + 1)] and few[-1] in ((8, 32) if on_cpu else (16,))
+    all_rows = lrkern.ops.mx_linear(x[: few[-1]], codes, scales)
+    for T in few[1 if on_cpu else 0 : -1]:
         assert torch.equal(lrkern.ops.mx_linear(x[:T], codes, scales), all_rows[:T]), T
+    one = lrkern.ops.mx_linear(x[:1], codes, scales).float()
+    assert (one - all_rows[:1].float()).abs().max() <= testing.ulp(8.0, dtype)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("power", [-130, -60, -46, 0, 50, 58, 110])
+def test_numbers_of_all_sizes(device, T, power):
+    """The CPU's integers hold rows of [2^-48, 2^56), its sums of a block those below 2^112; an outlier beside small ones too."""
+    codes, scales = weight(24, 544, device)
+    codes[5:9, 16:18] = 0  # W has no part in the outlier
+    g = torch.Generator().manual_seed(T)
+    x = torch.randn(T, 544, generator=g, dtype=torch.float64) * 2.0**power
+    x[:, 32:36] *= 2.0**14
+    for dtype in (torch.float32, torch.bfloat16):
+        given = x.to(dtype)
+        y = lrkern.ops.mx_linear(given.to(device), codes, scales).cpu().double()
+        w = reference.mx_dequantize(codes, scales, 544, torch.float64).cpu()
+        want, size = given.double() @ w.T, given.double().abs() @ w.abs().T
+        least = max(2.0**-140, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+        assert ((y - want).abs() <= testing.ulp(1.0, dtype) * want.abs() + 1e-6 * size + least).all()
 
 
 # ---------------------------------------------------------------------------------------------- memory, bad buffers
