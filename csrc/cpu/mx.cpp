@@ -179,7 +179,8 @@ struct Floats {
 // block, and blocks meet in fp32. What the 12 of each code brings is taken off. Most of bf16 has no lower two digits,
 // and what is 0 takes no part. Lane 4 l + j of a product has elements 8 j to 8 j + 7 of a span's block l.
 // Units and scales multiply to normal numbers, and their products with sums do not overflow, where x's largest number lies in
-// [2^-48, 2^56), or is 0, and scales in [2^-63, 2^64]. Else: element by element.
+// [2^-48, 2^56), or is 0, and scales in [2^-63, 2^64]. And where eight numbers of a block and more are below 1/128 of its
+// largest 31 bits are too few for fp32. Such rows of x are summed in fp32, those of W element by element.
 struct Integers {
   using Digits = int8_t[2][2][4 * kLanes];  // the higher of two and the lower: even elements, odd ones; 16 to a block
   struct Span {
@@ -243,6 +244,7 @@ struct Integers {
   bool lay_out(const X* x, int64_t K, int64_t) const {
     const Bytes twelve = set(_mm_set1_epi8(12));
     uint32_t most = 0;
+    bool even = true;
     for (int64_t i = 0; i < n; ++i) {
       Span& span = spans[i];
       digits[i] = 0;
@@ -252,12 +254,15 @@ struct Integers {
         load_block(x + k, 1, static_cast<int>(std::clamp<int64_t>(K - k, 0, kMxBlock)), v);
         const uint32_t largest = largest_of(v);
         most = std::max(most, largest);
+        int small = 0;  // beside the largest
+        for (float value : v) small += value != 0.f && fabsf(value) < bit_cast<float>(largest) * (1.f / 128);
+        even &= sizeof(X) == 2 || small < 8;
         units[i * kSpanBlocks + l] = lay_out_block(v, largest, l, span, digits[i]);
       }
       store_as(span.high_twelves, product(twelve, twelve, span.high));
       store_as(span.low_twelves, product(twelve, twelve, span.low));
     }
-    return most == 0 || (most >= kLeastField << 23 && most < kMostField << 23);
+    return even && (most == 0 || (most >= kLeastField << 23 && most < kMostField << 23));
   }
   template <int kT>
   bool dot(const MxWeight& w, int64_t o, int64_t g0, int64_t g1, int64_t, vf* lanes) const {
@@ -363,19 +368,21 @@ struct Product {
 };
 
 template <class Rows, class X, class B>
-void linear_by(const MxLinearParams& p) {
+bool linear_by(const MxLinearParams& p, bool all_plain) {
   const Product<Rows, X, B> product(p);
+  if (all_plain && !product.plain[0]) return false;
   constexpr int64_t kRows = product.kRows;
   parallel_for(ceil_div(p.w.O, kRows), grain(kRows * p.w.K * p.T), [&](int64_t begin, int64_t end) {
     for (int64_t o = kRows * begin; o < std::min(kRows * end, p.w.O); o += kRows) product.all(o);
   });
+  return true;
 }
 template <class X, class B>
 void linear(const MxLinearParams& p) {
 #if defined(__AVX2__)
-  if (p.T == 1) return linear_by<Integers, X, B>(p);
+  if (p.T == 1 && linear_by<Integers, X, B>(p, true)) return;
 #endif
-  linear_by<Floats, X, B>(p);
+  linear_by<Floats, X, B>(p, false);
 }
 
 // ---- dX of few rows. A task has so many blocks of its columns and walks all of W's rows, some at a time.
