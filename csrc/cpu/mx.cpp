@@ -79,28 +79,26 @@ void quantize(const MxQuantizeParams& p) {
 
 // ---- decode
 
+// The first `count` values of a span in the order of its vectors.
+template <class Y>
+void put_span(const float* span, int64_t count, Y* y) {
+  alignas(64) float v[kSpan];
+  for (int l = 0; l < kSpanBlocks; ++l) take_block(span, l, v + l * kMxBlock);
+  int64_t i = 0;
+  for (; i + kLanes <= std::min<int64_t>(count, kSpan); i += kLanes) store(y + i, load(v + i));
+  for (; i < std::min<int64_t>(count, kSpan); ++i) y[i] = from_float<Y>(v[i]);
+}
 // n values (whole blocks) of a row of codes, times their scales.
 template <class Y>
 void decode_row(const uint8_t* codes, const uint8_t* scales, int64_t n, Y* y) {
   for_quads(codes, scales, 0, 0, ceil_div(n, int64_t{kMxBlock}), [&](int64_t g, const uint8_t* c, const uint8_t* s) {
-    alignas(64) float of_blocks[kLanes], some[kSpan];
+    alignas(64) float of_blocks[kLanes], span[kSpan];
     store(of_blocks, scales_of(fields_of(s)));
     for (int q = 0; q < kQuad; ++q) {
       const int64_t k = g * kMxBlock + q * kSpan;
-      const vu words = words_of(c, q);
-      vf block[8];
-      for (int j = 0; j < 8; ++j) block[j] = values_of(words >> (4 * j)) * spread(of_blocks, q);
-      if constexpr (kLanes == 8) {
-        transpose(block);
-        for (int i = 0; i < 8; ++i) store(some + 8 * i, block[i]);
-      } else {
-        for (int j = 0; j < 8; ++j)
-          for (int i = 0; i < kLanes; ++i) some[8 * i + j] = block[j][i];
-      }
-      const int count = static_cast<int>(std::clamp<int64_t>(n - k, 0, kSpan));
-      int i = 0;
-      for (; i + kLanes <= count; i += kLanes) store(y + k + i, load(some + i));
-      for (; i < count; ++i) y[k + i] = from_float<Y>(some[i]);
+      const Values values(words_of(c, q));
+      for (int j = 0; j < 8; ++j) store(span + j * kLanes, values.of[j] * spread(of_blocks, q));
+      put_span(span, n - k, y + k);
     }
   });
 }
@@ -255,7 +253,7 @@ struct Integers {
         const uint32_t largest = largest_of(v);
         most = std::max(most, largest);
         int small = 0;  // beside the largest
-        for (float value : v) small += value != 0.f && fabsf(value) < bit_cast<float>(largest) * (1.f / 128);
+        for (float value : v) small += (value != 0.f) & (fabsf(value) < bit_cast<float>(largest) * (1.f / 128));
         even &= sizeof(X) == 2 || small < 8;
         units[i * kSpanBlocks + l] = lay_out_block(v, largest, l, span, digits[i]);
       }
@@ -460,10 +458,9 @@ void linear_dx(const MxLinearDxParams& p) {
         }
       }
       for (int64_t t = 0; t < p.T; ++t) {
-        X* dx = static_cast<X*>(p.dx) + t * p.w.K + first * kMxBlock;
-        const int64_t n = std::min(p.w.K, last * kMxBlock) - first * kMxBlock;
-        for (int64_t k = 0; k < n; ++k)
-          dx[k] = from_float<X>(sums[(k / kSpan * p.T + t) * kSpan + place_of(k % kSpan)]);
+        X* dx = static_cast<X*>(p.dx) + t * p.w.K;
+        for (int64_t k = first * kMxBlock; k < std::min(p.w.K, last * kMxBlock); k += kSpan)
+          put_span(sums + ((k / kMxBlock - first) / kSpanBlocks * p.T + t) * kSpan, p.w.K - k, dx + k);
       }
     }
   });

@@ -10,28 +10,7 @@
 namespace lrk::LRK_ISA {
 namespace {
 
-// The values of nibble j of each word, where `words` holds the codes shifted right by 4 j.
-#if defined(__AVX512F__)
-inline vf values_of(vu words) {
-  const __m512 table =
-      _mm512_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f);
-  return (vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)words, table);
-}
-#elif defined(__AVX2__)
-inline vf values_of(vu words) {
-  const __m256 table = _mm256_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f);
-  const vf magnitude = (vf)_mm256_permutevar8x32_ps(table, (__m256i)words);
-  return (vf)((vu)magnitude | ((words << 28) & 0x80000000u));
-}
-#else
-inline vf values_of(vu words) {
-  vf v;
-  for (int i = 0; i < kLanes; ++i) v[i] = e2m1_value(words[i] & 15u);
-  return v;
-}
-#endif
-
-// A span is what kLanes words of codes hold: kLanes / 4 blocks. Element 8 i + j of it is lane i of vector j.
+// A span is what kLanes words of codes hold: kLanes / 4 blocks.
 constexpr int kSpan = 8 * kLanes, kSpanBlocks = kSpan / kMxBlock;
 
 // What lies in kLanes blocks, four spans: their bytes, and what is asked of a span of them.
@@ -90,7 +69,7 @@ template <class F>
   for_quads(w.codes + row * G * kMxBytes, w.scales + row * G, G * kMxBytes, first, last, f);
 }
 
-// The values of a span's codes, in eight vectors. lay_out puts those of a block of x, its l-th, where they meet them.
+// The values of a span's codes, in eight vectors. lay_out_block puts those of a block of x, its l-th, where they meet them.
 #if defined(__AVX2__)
 
 // Bytes of codes, 16 to a block: within each 16 bytes a shuffle looks a nibble up.
@@ -156,7 +135,8 @@ struct Values {
 struct Values {
   vf of[8];
   [[gnu::always_inline]] explicit Values(vu words) {
-    for (int j = 0; j < 8; ++j) of[j] = values_of(words >> (4 * j));
+    for (int j = 0; j < 8; ++j)
+      for (int i = 0; i < kLanes; ++i) of[j][i] = e2m1_value(words[i] >> (4 * j) & 15u);
   }
   static constexpr int vector_of(int e) { return e % 8; }
   static constexpr int kApart = 8, kOther = 4;
@@ -173,9 +153,13 @@ inline void lay_out_block(const float (&v)[kMxBlock], int l, float* span) {
     for (int c = 0; c < 4; ++c) store_as(span + Values::vector_of(e + c) * kLanes + 4 * l, r[c]);
   }
 }
-inline int place_of(int e) {  // of element e of a span
-  const int in = e % kMxBlock;
-  return Values::vector_of(in) * kLanes + e / kMxBlock * 4 + in / Values::kApart % 4;
+inline void take_block(const float* span, int l, float* v) {
+  for (int e : {0, Values::kOther}) {
+    v4f r[4];
+    for (int c = 0; c < 4; ++c) r[c] = load_as<v4f>(span + Values::vector_of(e + c) * kLanes + 4 * l);
+    transpose(r);
+    for (int d = 0; d < 4; ++d) store_as(v + e + d * Values::kApart, r[d]);
+  }
 }
 
 inline int64_t spans_of(int64_t G) { return ceil_div(G, int64_t{kLanes}) * kQuad; }
