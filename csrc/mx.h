@@ -12,7 +12,7 @@
 
 #include <cmath>
 
-#include "lora.h"
+#include "multi_lora.h"
 
 namespace lrk {
 
@@ -147,6 +147,13 @@ struct MxLinearParams {
   int32_t R;
   DType dtype, b_dtype;
 };
+// The same where each row has a weight, bias and B of its own, one of E: those of expert e lie behind those of e - 1. A row's
+// bits are those of the row alone. Without an expert it is zeros, with one that does not exist (CUDA) NaN.
+struct MxExpertsParams {
+  MxLinearParams of;    // of expert 0; its T rows may be more than few
+  const int32_t* plan;  // [plan_layout(T, E).length], rows by expert
+  int64_t E;
+};
 // dX[T, K] = dY[T, O] W of few rows.
 struct MxLinearDxParams {
   MxWeight w;
@@ -166,9 +173,21 @@ struct MxWay {
 };
 MxWay choose_mx_way(int64_t T, int64_t O, int64_t K, DType dtype, Target target);
 
+// Rows that each have one of E experts. `few`, CUDA alone: one launch over the tiles of the plan, `rows` of an expert at a time,
+// which asks the device for nothing. Else each expert's rows are multiplied as so many rows of one weight are.
+constexpr int64_t kMxExpertRows = 1024;
+struct MxExpertsWay {
+  bool few;
+  int32_t rows;  // 8 or 16: how often W is read, and no bits
+};
+MxExpertsWay choose_mx_experts_way(int64_t T, int64_t E, Target target);
+
 LRK_KERNEL(mx_quantize, MxQuantizeParams)
 LRK_KERNEL(mx_dequantize, MxDequantizeParams)
 LRK_KERNEL(mx_linear, MxLinearParams)
+// On CUDA alone: on the CPU each expert's rows are taken together.
+size_t mx_linear_experts_workspace(const MxExpertsParams& p, Target target);
+int mx_linear_experts_cuda(const MxExpertsParams& p, void* workspace, Stream stream);
 // On the CPU alone: CUDA makes dX of few rows from panels too.
 size_t mx_linear_dx_workspace(const MxLinearDxParams& p, Target target);
 void mx_linear_dx_cpu(const MxLinearDxParams& p, void* workspace);

@@ -40,6 +40,7 @@ KERNELS = {
     "mx_quantize": Kernel(quantize, "x", list(product(BOOLS, BOOLS))),
     "mx_dequantize": Kernel(lambda x: Plan(8, stores=SIZE[x] // 2), "x"),
     "mx_linear": Kernel(linear, "xf", list(product((1, 2), BOOLS))),
+    "mx_linear_experts": Kernel(linear, "xf", list(product((1, 2), BOOLS))),
 }
 
 SHAPES = [
@@ -50,7 +51,8 @@ SHAPES = [
 
 
 def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
-    """A weight is quantised and decoded whole; products of few rows are those whose codes are decoded in registers."""
+    """A weight is quantised and decoded whole; products of few rows are those whose codes are decoded in registers. Of 8 experts the
+    first T have a row each."""
     import torch
 
     T, I, O = min(shape.T, 16), shape.I, shape.O
@@ -61,3 +63,10 @@ def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
     yield Timed("mx_dequantize", lambda: op.mx_dequantize(codes, scales, I, dtype), {"y": w, **packed}, O * I)
     y = x.new_empty(T, O)
     yield Timed("mx_linear", lambda: op.mx_linear(x, codes, scales), {"x": x, "y": y, **packed}, 2 * T * O * I)
+    E, used = 8, min(T, 8)
+    w = torch.randn(E, O, I, device=device).to(dtype)
+    codes, scales, _ = op.mx_quantize(w)
+    experts = torch.arange(T, device=device).int() % E
+    moved = {"x": x, "y": y, "codes": codes[:used], "scales": scales[:used]}
+    call = lambda: op.mx_linear(x, codes, scales, None, experts)
+    yield Timed("mx_linear_experts", call, moved, 2 * T * O * I, (experts,))
