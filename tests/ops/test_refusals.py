@@ -72,14 +72,23 @@ def good(name):
             "mask": False,
         },
         "mx_dequantize": {"codes": CODES, "scales": SCALES, "columns": I, "dtype": torch.float32},
-        "mx_linear": {"x": x, "codes": CODES, "scales": SCALES, "bias": bias},
-        "mx_linear_expand": {"x": x, "codes": CODES, "scales": SCALES, "bias": bias, "s": s, "b": b},
+        "mx_linear": {"x": x, "codes": CODES, "scales": SCALES, "bias": bias, "experts": None},
+        "mx_linear_expand": {
+            "x": x,
+            "codes": CODES,
+            "scales": SCALES,
+            "bias": bias,
+            "s": s,
+            "b": b,
+            "experts": None,
+        },
         "slice_linear": {"x": x, "weight": w, "bias": bias, "slice": torch.randn(O, R), "index": COLUMNS, "dim": 1},
     }[name]
 
 
 SEED, SIGNS = torch.tensor([1]), torch.tensor([5]).int()
 CODES, SCALES = torch.zeros(O, 16, dtype=torch.uint8), torch.full((O, 1), 127, dtype=torch.uint8)
+EXPERTS = {"codes": CODES[None], "scales": SCALES[None], "bias": None, "experts": torch.zeros(T).int()}  # of one
 MIXED = {"index": EACH, "ids": IDS}  # of two adapters, of two columns at most
 CASES = [
     ("slice_gather", {"x": torch.randn(T, I).double()}, "x must be float32, float16 or bfloat16, got float64"),
@@ -137,6 +146,13 @@ CASES = [
     ("mx_linear", {"scales": SCALES.to_sparse()}, "scales must be a dense strided tensor"),
     ("mx_linear", {"bias": torch.randn(O + 1)}, rf"bias must have shape \[O\] = \[{O}\], got \[{O + 1}\]"),
     ("mx_linear", {"bias": torch.randn(O).half()}, r"bias must be float32 \(the dtype of x\), got float16"),
+    ("mx_linear", {"experts": torch.zeros(T).int()}, r"codes must have shape \[E, O, 16 G\] beside experts, got \[12, 16\]"),
+    ("mx_linear", {"codes": CODES[None], "scales": SCALES[None]}, r"codes must have shape \[O, 16 G\], got \[1, 12, 16\]"),
+    ("mx_linear", EXPERTS | {"scales": SCALES}, r"scales must have shape \[E, O, G\] = \[1, 12, 1\], got \[12, 1\]"),
+    ("mx_linear", EXPERTS | {"experts": torch.zeros(T).long()}, "experts must be int32, got int64"),
+    ("mx_linear", EXPERTS | {"experts": torch.zeros(T + 1).int()}, rf"experts must have shape \[...\] = \[{T}\], got \[{T + 1}\]"),
+    ("mx_linear", EXPERTS | {"bias": torch.randn(O)}, rf"bias must have shape \[E, O\] = \[1, {O}\], got \[{O}\]"),
+    ("mx_linear_expand", EXPERTS, rf"b must have shape \[E, O, R\] = \[1, {O}, \*\], got \[{O}, {R}\]"),
     ("mx_linear_expand", {"x": torch.tensor(1.0)}, "x must have at least one dimension, got a scalar"),
     ("mx_linear_expand", {"codes": CODES[:, :8]}, "codes must have whole blocks of 16 bytes"),
     ("mx_linear_expand", {"scales": SCALES[:5]}, r"scales must have shape \[O, G\] = \[12, 1\], got \[5, 1\]"),

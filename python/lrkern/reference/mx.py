@@ -161,6 +161,7 @@ class Layer:
         self.bias = draw(*self.each, O) if bias else None
         drawn = torch.randint(-1, max(E - 1, 0), lead, generator=draw.generator, dtype=torch.int32) if E else None
         self.experts = drawn if drawn is None else drawn.to(draw.device)
+        self.reads_back = "" if not E else "backward" if drawn.numel() <= 16 * E else "always"
         self.rule, self.hadamard, self.gain, self.mask, self.turned = rule, hadamard, gain, mask, turned
         self.seed = draw.seed() if seed else None
         signs = torch.randint(-(2**31), 2**31, (1,), generator=draw.generator).int().to(draw.device)
@@ -206,10 +207,11 @@ def dequantize_samples(name: str, t: Layer) -> Iterator[Sample]:
 
 @register(mx_linear, differentiable="x bias", casts="x bias", products="TIO")
 def linear_samples(name: str, t: Layer) -> Iterator[Sample]:
-    yield Sample(name, (t.x, t.codes, t.scales, t.bias, t.experts))
+    yield Sample(name, (t.x, t.codes, t.scales, t.bias, t.experts), reads_back=t.reads_back)
 
 
 @register(mx_linear_expand, differentiable="x bias s b", casts="x bias s b", products="TIO TRO")
 def linear_expand_samples(name: str, t: Layer) -> Iterator[Sample]:
     s = t.draw(*t.lead, t.R, dtype=s_dtype(t.type))
-    yield Sample(name, (t.x, t.codes, t.scales, t.bias, s, t.draw(*t.each, t.O, t.R, dtype=t.type), t.experts))
+    args = t.x, t.codes, t.scales, t.bias, s, t.draw(*t.each, t.O, t.R, dtype=t.type), t.experts
+    yield Sample(name, args, reads_back=t.reads_back)
