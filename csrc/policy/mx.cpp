@@ -40,6 +40,8 @@ MxExpertsWay choose_mx_experts_way(int64_t T, int64_t E, Target target) {
 
 size_t mx_quantize_workspace(const MxQuantizeParams&, Target) { return 0; }
 size_t mx_dequantize_workspace(const MxDequantizeParams&, Target) { return 0; }
+size_t nvfp4_quantize_workspace(const Nvfp4QuantizeParams&, Target) { return 0; }
+size_t nvfp4_dequantize_workspace(const Nvfp4DequantizeParams&, Target) { return 0; }
 size_t mx_linear_workspace(const MxLinearParams&, Target) { return 0; }
 size_t mx_linear_experts_workspace(const MxExpertsParams&, Target) { return 0; }
 size_t mx_linear_dx_workspace(const MxLinearDxParams&, Target) { return 0; }

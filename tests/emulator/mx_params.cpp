@@ -30,8 +30,9 @@ struct Case {
 
 Case draw_case() {
   Case c{};
-  const int64_t op = pick({0, 0, 1, 2, 2, 2, 3, 3});
-  c.op = op == 0 ? "quantize" : op == 1 ? "dequantize" : op == 2 ? "linear" : "experts";
+  const int64_t op = pick({0, 0, 1, 2, 2, 2, 3, 3, 4});
+  const char* ops[] = {"quantize", "dequantize", "linear", "experts", "nvfp4"};
+  c.op = ops[op];
   std::tie(c.dtype, c.b_dtype) = draw_types();
   c.T = op == 2 ? 1 + static_cast<int64_t>(draw() % kMxFewCuda) : pick({1, 3, 16, 33, 130});
   c.K = pick({1, 31, 32, 33, 64, 100, 256, 544, 1088, 2112});
@@ -170,6 +171,65 @@ std::string judge_dequantize(const Case& c, const std::vector<int>& schedules) {
   return y.padding_untouched() ? "" : "wrote between rows";
 }
 
+// Quantised, each code written from the header's codecs, and decoded again.
+std::string judge_nvfp4(const Case& c, const std::vector<int>& schedules) {
+  Matrix x(c.dtype, c.across ? c.K : c.T, c.across ? c.T : c.K, c.pad, c.shift, true),
+      y(c.dtype, c.T, c.K, 0, 0, false);
+  const int64_t x_row = c.across ? 1 : x.pitch, x_column = c.across ? x.pitch : 1, G = ceil_div(c.K, int64_t{kNvBlock});
+  const auto value = [&](int64_t t, int64_t k) {
+    return k < c.K ? static_cast<float>(load(c.dtype, x.data(), t * x_row + k * x_column)) : 0.f;
+  };
+  if (c.any_scale)
+    store(c.dtype, x.bytes.data() + x.offset, (c.T / 2) * x_row, draw() % 2 ? std::nan("") : HUGE_VAL),
+        x.fresh = x.bytes;
+  std::vector<uint8_t> codes(static_cast<size_t>(c.T * G * kNvBytes), 0xee), scales(static_cast<size_t>(c.T * G), 0xee);
+  const float ends[] = {draw() % 2 ? -1.f : -.01f, .5f};
+  std::vector<float> global(1, -7.f);
+  const int64_t seed[1] = {static_cast<int64_t>(draw())};
+  const Nvfp4QuantizeParams p{.x = x.data(),
+                              .codes = codes.data(),
+                              .scales = scales.data(),
+                              .global = global.data(),
+                              .least = ends,
+                              .most = ends + 1,
+                              .seed = c.random ? seed : nullptr,
+                              .T = c.T,
+                              .K = c.K,
+                              .x_row = x_row,
+                              .x_column = x_column,
+                              .dtype = c.dtype};
+  std::string wrong =
+      run_schedules(schedules, {&x}, {codes, scales, global}, [&] { return nvfp4_quantize_cuda(p, nullptr, nullptr); });
+  if (!wrong.empty()) return wrong;
+  if (global[0] != nvfp4_global(std::max(-ends[0], ends[1]))) return words("the global scale is ", global[0]);
+  const Nvfp4DequantizeParams back{codes.data(), scales.data(), global.data(), y.data(), c.T, c.K, c.dtype};
+  wrong = run_schedules(schedules, {&y}, {y}, [&] { return nvfp4_dequantize_cuda(back, nullptr, nullptr); });
+  if (!wrong.empty()) return wrong;
+  for (int64_t t = 0; t < c.T; ++t)
+    for (int64_t g = 0; g < G; ++g) {
+      float largest = 0.f;
+      for (int64_t k = g * kNvBlock; k < (g + 1) * kNvBlock; ++k)
+        largest = std::isfinite(value(t, k)) ? std::max(largest, std::fabs(value(t, k))) : HUGE_VALF;
+      const uint32_t scale = nvfp4_scale(largest, global[0]), got = scales[static_cast<size_t>(t * G + g)];
+      if (got != scale) return words("row ", t, " block ", g, ": scale ", got, ", want ", scale);
+      for (int64_t k = g * kNvBlock; k < (g + 1) * kNvBlock; ++k) {
+        const float v = value(t, k) * nvfp4_inverse(scale, 1.f / global[0]);
+        const uint32_t code = scale == 0x7fu ? 0u
+                              : c.random
+                                  ? e2m1_stochastic(v, bits16(mx_random(seed[0], t, k / 8), static_cast<int>(k % 8)))
+                                  : e2m1_code(v);
+        if (code_at(codes, t * G * kNvBlock + k) != code) return words("row ", t, " element ", k, ": another code");
+        if (k >= c.K) continue;
+        double want = 0;
+        store(c.dtype, &want, 0, e2m1_value(code) * (global[0] * e4m3_value(scale)));
+        const double rounded = load(c.dtype, &want, 0), at = y.at(t, k);
+        if (at != rounded && !(std::isnan(at) && std::isnan(rounded)))
+          return words("row ", t, " column ", k, ": ", at, ", want ", rounded);
+      }
+    }
+  return x.bytes == x.fresh ? "" : "wrote where it should only read";
+}
+
 // Rows by expert, as csrc/multi_lora.h lays a plan out; -1 is none, E one that does not exist.
 std::vector<int32_t> plan_of(const std::vector<int64_t>& experts, int64_t E) {
   const PlanLayout at = plan_layout(static_cast<int64_t>(experts.size()), E);
@@ -249,6 +309,7 @@ std::string judge_linear(const Case& c, const std::vector<int>& schedules) {
 std::string judge(const Case& c, const std::vector<int>& schedules) {
   return c.op == "quantize"     ? judge_quantize(c, schedules)
          : c.op == "dequantize" ? judge_dequantize(c, schedules)
+         : c.op == "nvfp4"      ? judge_nvfp4(c, schedules)
                                 : judge_linear(c, schedules);
 }
 

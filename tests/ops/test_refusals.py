@@ -72,6 +72,14 @@ def good(name):
             "mask": False,
         },
         "mx_dequantize": {"codes": CODES, "scales": SCALES, "columns": I, "dtype": torch.float32},
+        "nvfp4_quantize": {"x": x, "amax": torch.ones(1), "seed": SEED},
+        "nvfp4_dequantize": {
+            "codes": CODES,
+            "scales": NV,
+            "global_scale": torch.ones(1),
+            "columns": 2 * I,
+            "dtype": torch.float32,
+        },
         "mx_linear": {"x": x, "codes": CODES, "scales": SCALES, "bias": bias, "experts": None},
         "mx_linear_expand": {
             "x": x,
@@ -89,6 +97,7 @@ def good(name):
 SEED, SIGNS = torch.tensor([1]), torch.tensor([5]).int()
 CODES, SCALES = torch.zeros(O, 16, dtype=torch.uint8), torch.full((O, 1), 127, dtype=torch.uint8)
 EXPERTS = {"codes": CODES[None], "scales": SCALES[None], "bias": None, "experts": torch.zeros(T).int()}  # of one
+NV = SCALES.repeat(1, 2)
 MIXED = {"index": EACH, "ids": IDS}  # of two adapters, of two columns at most
 CASES = [
     ("slice_gather", {"x": torch.randn(T, I).double()}, "x must be float32, float16 or bfloat16, got float64"),
@@ -138,6 +147,19 @@ CASES = [
     ("mx_dequantize", {"columns": 0}, r"columns must lie in \[1, 32\], the features of 1 blocks, got 0"),
     ("mx_dequantize", {"codes": CODES[:, :0], "scales": SCALES[:, :0], "columns": -1}, r"columns must lie in \[0, 0\]"),
     ("mx_dequantize", {"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16, got float64"),
+    ("nvfp4_quantize", {"x": torch.randn(T, I).double()}, "x must be float32, float16 or bfloat16, got float64"),
+    ("nvfp4_quantize", {"x": torch.tensor(1.0)}, "x must have at least one dimension, got a scalar"),
+    ("nvfp4_quantize", {"amax": torch.ones(2)}, r"amax must have shape \[1\] = \[1\], got \[2\]"),
+    ("nvfp4_quantize", {"amax": torch.ones(1).half()}, "amax must be float32, got float16"),
+    ("nvfp4_quantize", {"seed": SEED.int()}, "seed must be int64, got int32"),
+    ("nvfp4_dequantize", {"codes": CODES.char()}, "codes must be uint8, got int8"),
+    ("nvfp4_dequantize", {"codes": CODES[:, :7]}, r"codes must have whole blocks of 8 bytes as its last dimension, got \[12, 7\]"),
+    ("nvfp4_dequantize", {"scales": SCALES}, r"scales must have shape \[..., G\] = \[12, 2\], got \[12, 1\]"),
+    ("nvfp4_dequantize", {"scales": NV.view(torch.float8_e4m3fn)}, "scales must be uint8, got float8_e4m3fn"),
+    ("nvfp4_dequantize", {"global_scale": torch.ones(1).double()}, "global_scale must be float32, got float64"),
+    ("nvfp4_dequantize", {"global_scale": torch.tensor(1.0)}, r"global_scale must have shape \[1\] = \[1\], got \[\]"),
+    ("nvfp4_dequantize", {"columns": 33}, r"columns must lie in \[17, 32\], the elements of 2 blocks, got 33"),
+    ("nvfp4_dequantize", {"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16, got float64"),
     ("mx_linear", {"x": torch.randn(T, I).long()}, "x must be float32, float16 or bfloat16, got int64"),
     ("mx_linear", {"x": torch.randn(T, 33)}, r"the last dimension of x must lie in \[1, 32\], the features of 1 blocks, got 33"),
     ("mx_linear", {"codes": CODES[0]}, r"codes must have shape \[O, 16 G\], got \[16\]"),

@@ -3,7 +3,7 @@
 
 e2m1: a sign and 0, .5, 1, 1.5, 2, 3, 4, 6. e8m0: byte b is 2^(b - 127), 0x00 is 2^-127 and 0xFF is NaN. codes uint8 [..., 16 G], two
 elements a byte, the even one in the low half; scales uint8 [..., G]; G = ceil(K / 32), elements past K are zeros. A block with a NaN or
-an infinity is NaN as a whole (scale 0xFF, codes 0); one of zeros has scale 0x00.
+an infinity is NaN as a whole (scale 0xFF, codes 0); one of zeros has scale 0x00. NVFP4, a codec, has blocks of 16 with e4m3 scales.
 """
 
 import torch
@@ -163,3 +163,47 @@ def mx_linear_expand(
     experts: as ``mx_linear`` has them, with b [E, O, R]. S of E factors A is ``multi_lora_shrink``'s.
     """
     return _linear_expand(x, codes, scales, bias, s, b, experts)
+
+
+# ---- NVFP4
+
+
+def _nv_packed(x, **_):
+    G = -(-x.shape[-1] // 16)
+    bytes_of = lambda n: x.new_empty((*x.shape[:-1], n), dtype=torch.uint8)
+    return bytes_of(8 * G), bytes_of(G), x.new_empty(1, dtype=torch.float32)
+
+
+_nv_quantize = Op("nvfp4_quantize", results=_nv_packed)
+
+
+def nvfp4_quantize(x: Tensor, amax: Tensor | None = None, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """codes, scales and global scale of x [..., K] in float32, float16 or bfloat16, in NVIDIA's NVFP4; a matrix at any strides.
+
+    x = code · scale · global, two levels of scales: global = amax / (448 · 6), float32 [1], at least 2^-120; for each block of 16 along K
+    scale = m / 6 / global in e4m3 within [2^-6, 448], m the block's largest magnitude; codes are e2m1 of x / (scale · global), to the
+    nearest with ties to even. Beyond 6 scales an element saturates. With ``seed`` int64 [1] elements are rounded stochastically, by the bits
+    that ``mx_quantize`` has for (row, column).
+
+    amax: float32 [1], of a calibration; None takes the largest magnitude of x. codes uint8 [..., 8 G], the even element in the low half;
+    scales uint8 [..., G], e4m3 (``scales.view(torch.float8_e4m3fn)``); G = ⌈K / 16⌉, elements past K are zeros. A block with a NaN or an
+    infinity is NaN as a whole (scale 0x7F, codes 0), and all of them are where amax is not finite. Bits are those of torchao's
+    ``nvfp4_quantize`` where amax is at least 2^-108. Not differentiable.
+    """
+    return _nv_quantize(x, amax, seed)
+
+
+_nv_dequantize = Op(
+    "nvfp4_dequantize",
+    results=lambda codes, columns, dtype, **_: codes.new_empty((*codes.shape[:-1], columns), dtype=dtype),
+)
+
+
+def nvfp4_dequantize(
+    codes: Tensor, scales: Tensor, global_scale: Tensor, columns: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """x [..., columns] = code · (scale · global), each product rounded in float32, then to dtype.
+
+    codes [..., 8 G], scales [..., G] and global_scale float32 [1] of ``nvfp4_quantize``; columns in [16 G - 15, 16 G].
+    """
+    return _nv_dequantize(codes, scales, global_scale, columns, dtype)

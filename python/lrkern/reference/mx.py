@@ -131,6 +131,29 @@ def of_expert(x, w, experts):
     return torch.where((experts < 0)[..., None], 0, y)
 
 
+def nvfp4_quantize(x, amax=None, seed=None):
+    """codes of x / (scale · global), scales of blocks of 16 in e4m3 and global = amax / (448 · 6)"""
+    v = torch.nn.functional.pad(x.float().cpu(), (0, -x.shape[-1] % 16)).unflatten(-1, (-1, 16))
+    amax = (v.abs().amax() if v.numel() else torch.zeros(())) if amax is None else amax.float().cpu()
+    scale = torch.where(amax.isfinite(), (amax.reshape(1) / 2688).clamp_min(2.0**-120), torch.nan)
+    m = v.abs().amax(-1)
+    e4m3 = torch.where(m.isfinite(), (m / 6 / scale).clamp(2.0**-6, 448), torch.nan).to(torch.float8_e4m3fn)
+    y = v * torch.where(e4m3.float().isfinite(), 1 / scale / e4m3.float(), 0)[..., None]
+    y = torch.where(e4m3.float().isfinite()[..., None], y, 0).double()
+    bits = None if seed is None else random16(x.shape[:-1].numel(), v.shape[-2] * 16, seed)
+    codes = encode(y, bits).flatten(-2)
+    packed = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+    return packed.to(x.device), (e4m3.view(torch.uint8) & 0x7F).to(x.device), scale.to(x.device)
+
+
+def nvfp4_dequantize(codes, scales, global_scale, columns, dtype=torch.float32):
+    """e2m1 · (e4m3 · global)"""
+    code = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()
+    values = torch.tensor([*VALUES, *(-v for v in VALUES)], device=codes.device)[code].unflatten(-1, (-1, 16))
+    scale = global_scale.float() * scales.view(torch.float8_e4m3fn).float()
+    return (values * scale[..., None]).flatten(-2)[..., :columns].to(dtype)
+
+
 class Layer:
     """lead: leading dimensions of x. fp32: s and b, beside activations of any dtype. pitch: of x's rows; 0: contiguous. E: experts, of
     which the last has no row and some rows none."""
@@ -215,3 +238,14 @@ def linear_expand_samples(name: str, t: Layer) -> Iterator[Sample]:
     s = t.draw(*t.lead, t.R, dtype=s_dtype(t.type))
     args = t.x, t.codes, t.scales, t.bias, s, t.draw(*t.each, t.O, t.R, dtype=t.type), t.experts
     yield Sample(name, args, reads_back=t.reads_back)
+
+
+@register(nvfp4_quantize)
+def nvfp4_quantize_samples(name: str, t: Layer) -> Iterator[Sample]:
+    x = t.draw(t.I, t.x.shape[:-1].numel()).mT if t.turned else t.x
+    yield Sample(name, (x, t.draw(1, dtype=torch.float32).abs() + 3 if t.mask else None, t.seed))
+
+
+@register(nvfp4_dequantize)
+def nvfp4_dequantize_samples(name: str, t: Layer) -> Iterator[Sample]:
+    yield Sample(name, (*nvfp4_quantize(t.x), t.I, t.draw.dtype))
