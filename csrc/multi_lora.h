@@ -36,6 +36,18 @@ LRK_HD constexpr PlanLayout plan_layout(int64_t T, int64_t A) {
   const int64_t groups = A + 2 < T ? A + 2 : T, G = ceil_div(T, int64_t{kPlanRows}) + groups;
   return {T, A, G, T, T + A + 3, T + A + 3 + 2 * G};
 }
+// Rows of one group: `count` of the order from `start` on. A tile ends where the next one starts, so that one step leads from
+// it to its rows. A plan of other origin must not lead out of memory: what is out of range has no rows.
+struct PlanRows {
+  int32_t group, start, count;
+};
+LRK_HD PlanRows plan_rows(const int32_t* plan, const PlanLayout& at, int64_t i) {
+  const int32_t *tile = plan + at.tiles + 2 * i, rows = static_cast<int32_t>(at.T);
+  const int32_t group = tile[0], start = tile[1], next = i + 1 < at.G ? tile[3] : rows;
+  if (start < 0 || start >= rows || group < 0 || group > at.A + 1) return {0, 0, 0};
+  const int32_t count = (next < rows ? next : rows) - start;
+  return {group, start, count < kPlanRows ? count : kPlanRows};
+}
 
 struct MultiLoraPlanParams {
   const int32_t* index;  // [T, K]: an adapter, or negative for none

@@ -6,13 +6,15 @@
 //   e8m0   8 bits b: 2^(b - 127); 0x00 is 2^-127, 0xFF is NaN
 //   block  32 elements along K and one e8m0: 4.25 bits an element; those past K are zeros
 //
+// and NVFP4, a codec: blocks of 16 whose scales are e4m3, and one fp32 scale of the whole (below).
+//
 // A block with a NaN or an infinity has the scale 0xFF and codes 0: it is NaN as a whole. One of zeros has the scale 0x00 and
 // codes 0, as one of which the rule asks for a scale below 2^-127. Beyond 6 scales an element saturates.
 #pragma once
 
 #include <cmath>
 
-#include "lora.h"
+#include "multi_lora.h"
 
 namespace lrk {
 
@@ -97,6 +99,50 @@ LRK_HD Philox mx_random(uint64_t seed, int64_t row, int64_t col_block) {
                     seed);
 }
 
+// ---- NVFP4: x = code (e2m1) * scale (e4m3, of 16 elements) * global (fp32)
+//
+//   e4m3    a sign, 4 bits of exponent (bias 7) and 3 of mantissa: up to 448. No inf; 0x7f is NaN
+//   global  amax / (448 * 6), at least 2^-120, so that no factor below leaves the range of normal floats
+//   scale   (largest magnitude of the block / 6) / global within [2^-6, 448]: never 0, so that a block of zeros has 2^-6
+//
+// An amax that is not finite makes the whole NaN; a block with a NaN or an infinity has the scale 0x7f and codes 0.
+
+constexpr int kNvBlock = 16, kNvBytes = kNvBlock / 2;
+
+LRK_HD float e4m3_value(uint32_t code) {
+  const float magnitude =
+      (code & 0x7fu) == 0x7fu ? bit_cast<float>(0x7fc00000u) : bit_cast<float>((code & 0x7fu) << 20) * 0x1p120f;
+  return bit_cast<float>(bit_cast<uint32_t>(magnitude) | (code & 0x80u) << 24);
+}
+// To the nearest, ties to even, saturating.
+LRK_HD uint32_t e4m3_code(float x) {
+  const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 24 & 0x80u, mag = u & 0x7fffffffu;
+  if (mag >= 0x43e00000u) return sign | (mag > 0x7f800000u ? 0x7fu : 0x7eu);  // from 448 on
+  if (mag < 0x3c800000u)  // below 2^-6: 2^14 leaves the grid of 2^-9 of the subnormals in the low mantissa bits
+    return sign | (bit_cast<uint32_t>(bit_cast<float>(mag) + 0x1p14f) - 0x46800000u);
+  return sign | (mag - 0x3c000000u + 0x7ffffu + (mag >> 20 & 1u)) >> 20;
+}
+
+LRK_HD bool is_finite(float x) { return (bit_cast<uint32_t>(x) & 0x7f800000u) != 0x7f800000u; }
+LRK_HD float nvfp4_global(float amax) {
+  const float scale = amax / 2688.f;
+  return !is_finite(amax) ? bit_cast<float>(0x7fc00000u) : scale > 0x1p-120f ? scale : 0x1p-120f;
+}
+// Of a tensor whose elements lie in [least, most]; NaN where one of them is.
+LRK_HD float nvfp4_global(float least, float most) {
+  const float a = fabsf(least), b = fabsf(most);
+  return nvfp4_global(a != a || a > b ? a : b);
+}
+LRK_HD uint32_t nvfp4_scale(float largest, float global) {
+  const float scale = largest / 6.f / global;
+  if (!is_finite(largest) || !is_finite(global)) return 0x7fu;
+  return e4m3_code(scale < 0x1p-6f ? 0x1p-6f : scale);
+}
+// What an element is multiplied by: one over its scale, of one over the global one; of NaN it is 0, so that all codes become 0.
+LRK_HD float nvfp4_inverse(uint32_t scale, float over_global) {
+  return scale == 0x7fu ? 0.f : over_global / e4m3_value(scale);
+}
+
 // ---- the Blackwell layout of scales (tcgen05, cuBLAS): byte of row r and block g of a [R, G] matrix, padded to 128 by 4
 
 LRK_HD constexpr int64_t swizzled_scale(int64_t r, int64_t g, int64_t G) {
@@ -127,6 +173,26 @@ struct MxDequantizeParams {
   DType dtype;
 };
 
+struct Nvfp4QuantizeParams {
+  const void* x;              // [T, K] dtype at strides (x_row, x_column)
+  uint8_t* codes;             // [T, G, 8], G of blocks of 16
+  uint8_t* scales;            // [T, G] e4m3
+  float* global;              // [1]
+  const float *least, *most;  // [1] each: amax is the larger of their magnitudes
+  const int64_t* seed;        // [1] for stochastic rounding, or null
+  int64_t T, K, x_row, x_column;
+  DType dtype;
+};
+
+struct Nvfp4DequantizeParams {
+  const uint8_t* codes;   // [T, G, 8], contiguous
+  const uint8_t* scales;  // [T, G]
+  const float* global;    // [1]
+  void* y;                // [T, K] dtype, contiguous
+  int64_t T, K;
+  DType dtype;
+};
+
 // A packed weight [O, K].
 struct MxWeight {
   const uint8_t* codes;   // [O, G, 16]
@@ -146,6 +212,13 @@ struct MxLinearParams {
   int64_t T, x_pitch;
   int32_t R;
   DType dtype, b_dtype;
+};
+// The same where each row has a weight, bias and B of its own, one of E: those of expert e lie behind those of e - 1. A row's
+// bits are those of the row alone. Without an expert it is zeros, with one that does not exist (CUDA) NaN.
+struct MxExpertsParams {
+  MxLinearParams of;    // of expert 0; its T rows may be more than few
+  const int32_t* plan;  // [plan_layout(T, E).length], rows by expert
+  int64_t E;
 };
 // dX[T, K] = dY[T, O] W of few rows.
 struct MxLinearDxParams {
@@ -167,9 +240,23 @@ struct MxWay {
 };
 MxWay choose_mx_way(int64_t T, int64_t O, int64_t K, DType dtype, Target target);
 
+// Rows that each have one of E experts. `few`, CUDA alone: one launch over the tiles of the plan, `rows` of an expert at a time,
+// which asks the device for nothing. Else each expert's rows are multiplied as so many rows of one weight are.
+constexpr int64_t kMxExpertRows = 1024;
+struct MxExpertsWay {
+  bool few;
+  int32_t rows;  // 8 or 16: how often W is read, and no bits
+};
+MxExpertsWay choose_mx_experts_way(int64_t T, int64_t E, Target target);
+
 LRK_KERNEL(mx_quantize, MxQuantizeParams)
 LRK_KERNEL(mx_dequantize, MxDequantizeParams)
+LRK_KERNEL(nvfp4_quantize, Nvfp4QuantizeParams)
+LRK_KERNEL(nvfp4_dequantize, Nvfp4DequantizeParams)
 LRK_KERNEL(mx_linear, MxLinearParams)
+// On CUDA alone: on the CPU each expert's rows are taken together.
+size_t mx_linear_experts_workspace(const MxExpertsParams& p, Target target);
+int mx_linear_experts_cuda(const MxExpertsParams& p, void* workspace, Stream stream);
 // On the CPU alone: CUDA makes dX of few rows from panels too.
 size_t mx_linear_dx_workspace(const MxLinearDxParams& p, Target target);
 void mx_linear_dx_cpu(const MxLinearDxParams& p, void* workspace);

@@ -33,9 +33,17 @@ MxWay choose_mx_way(int64_t T, int64_t O, int64_t K, DType dtype, Target target)
   return {few, few && cpu, slow, panel(O, K), panel(K, O)};
 }
 
+MxExpertsWay choose_mx_experts_way(int64_t T, int64_t E, Target target) {
+  const bool few = target.device == Device::kCUDA && T <= std::min(kMxFewCuda * E, kMxExpertRows);
+  return {few, T <= std::max<int64_t>(8, 4 * E) ? 8 : 16};
+}
+
 size_t mx_quantize_workspace(const MxQuantizeParams&, Target) { return 0; }
 size_t mx_dequantize_workspace(const MxDequantizeParams&, Target) { return 0; }
+size_t nvfp4_quantize_workspace(const Nvfp4QuantizeParams&, Target) { return 0; }
+size_t nvfp4_dequantize_workspace(const Nvfp4DequantizeParams&, Target) { return 0; }
 size_t mx_linear_workspace(const MxLinearParams&, Target) { return 0; }
+size_t mx_linear_experts_workspace(const MxExpertsParams&, Target) { return 0; }
 size_t mx_linear_dx_workspace(const MxLinearDxParams&, Target) { return 0; }
 
 namespace {
@@ -49,6 +57,13 @@ Answer explain_way(const Question& q) {
                      " columns for dx, each to ATen's GEMM")};
 }
 
+Answer explain_experts(const Question& q) {
+  const MxExpertsWay way = choose_mx_experts_way(q["T"], q["E"], q.target());
+  return {{{"few", way.few}, {"rows", way.rows}},
+          way.few ? text("one launch over the experts' rows, ", way.rows, " of one at a time; nothing is read back")
+                  : "each expert's rows as mx_linear of so many; on CUDA their numbers are read back"};
+}
+
 const Registered registered[] = {
     {"mx_linear",
      {.rule =
@@ -59,6 +74,13 @@ const Registered registered[] = {
           "measured; panels of 2^19 elements stay in the last-level cache. CUDA: up to 16 rows, a count",
       .arguments = {{"T", {}}, {"O", {}}, {"K", {}}, {"halves", 0}},
       .answer = explain_way}},
+    {"mx_linear_experts",
+     {.rule =
+          "rows that each have an expert: on CUDA up to 16 E and 1024 of them one launch, 8 of an expert at a time up to "
+          "4 E rows, else 16; more, and on the CPU all, by expert",
+      .numbers = "counts: with 16 rows an expert a panel of its W is not yet read often; not measured",
+      .arguments = {{"T", {}}, {"E", {}}},
+      .answer = explain_experts}},
 };
 
 }  // namespace

@@ -14,7 +14,7 @@ using namespace lrk;
 struct Case {
   std::string op;
   DType dtype, b_dtype;
-  int64_t T, K, O, R, pad, shift;
+  int64_t T, K, O, R, E, pad, shift;
   MxRule rule;
   bool hadamard, random, across, mask, bias, low_rank, any_scale;
   float gain;
@@ -22,21 +22,24 @@ struct Case {
   int64_t G() const { return ceil_div(K, int64_t{kMxBlock}); }
   std::string text() const {
     return words(op, " ", lrk::name_of(dtype), "/", lrk::name_of(b_dtype), " T=", T, " K=", K, " O=", O, " R=", R,
-                 " pad=", pad, " shift=", shift, " rule=", static_cast<int>(rule), hadamard ? " hadamard" : "",
-                 random ? " random" : "", across ? " across" : "", mask ? " mask" : "", bias ? " bias" : "",
-                 low_rank ? " low rank" : "", any_scale ? " any scale" : "", " gain=", gain);
+                 " E=", E, " pad=", pad, " shift=", shift, " rule=", static_cast<int>(rule),
+                 hadamard ? " hadamard" : "", random ? " random" : "", across ? " across" : "", mask ? " mask" : "",
+                 bias ? " bias" : "", low_rank ? " low rank" : "", any_scale ? " any scale" : "", " gain=", gain);
   }
 };
 
 Case draw_case() {
   Case c{};
-  const int64_t op = pick({0, 0, 1, 2, 2, 2});
-  c.op = op == 0 ? "quantize" : op == 1 ? "dequantize" : "linear";
+  const int64_t op = pick({0, 0, 1, 2, 2, 2, 3, 3, 4});
+  const char* ops[] = {"quantize", "dequantize", "linear", "experts", "nvfp4"};
+  c.op = ops[op];
   std::tie(c.dtype, c.b_dtype) = draw_types();
   c.T = op == 2 ? 1 + static_cast<int64_t>(draw() % kMxFewCuda) : pick({1, 3, 16, 33, 130});
   c.K = pick({1, 31, 32, 33, 64, 100, 256, 544, 1088, 2112});
   c.O = pick({1, 7, 16, 17, 40, 64});
   c.R = pick({1, 4, 16, 33});
+  c.E = op == 3 ? pick({1, 2, 3, 9}) : 1;
+  if (op == 3) c.T = pick({1, 5, 9, 17, 40, 70});
   c.pad = pick({0, 0, 8, 3}), c.shift = pick({0, 0, 0, 1, 8});
   c.rule = static_cast<MxRule>(draw() % kMxRules);
   c.hadamard = draw() % 2, c.random = draw() % 3 == 0, c.across = draw() % 3 == 0, c.mask = draw() % 2;
@@ -168,11 +171,93 @@ std::string judge_dequantize(const Case& c, const std::vector<int>& schedules) {
   return y.padding_untouched() ? "" : "wrote between rows";
 }
 
+// Quantised, each code written from the header's codecs, and decoded again.
+std::string judge_nvfp4(const Case& c, const std::vector<int>& schedules) {
+  Matrix x(c.dtype, c.across ? c.K : c.T, c.across ? c.T : c.K, c.pad, c.shift, true),
+      y(c.dtype, c.T, c.K, 0, 0, false);
+  const int64_t x_row = c.across ? 1 : x.pitch, x_column = c.across ? x.pitch : 1, G = ceil_div(c.K, int64_t{kNvBlock});
+  const auto value = [&](int64_t t, int64_t k) {
+    return k < c.K ? static_cast<float>(load(c.dtype, x.data(), t * x_row + k * x_column)) : 0.f;
+  };
+  if (c.any_scale)
+    store(c.dtype, x.bytes.data() + x.offset, (c.T / 2) * x_row, draw() % 2 ? std::nan("") : HUGE_VAL),
+        x.fresh = x.bytes;
+  std::vector<uint8_t> codes(static_cast<size_t>(c.T * G * kNvBytes), 0xee), scales(static_cast<size_t>(c.T * G), 0xee);
+  const float ends[] = {draw() % 2 ? -1.f : -.01f, .5f};
+  std::vector<float> global(1, -7.f);
+  const int64_t seed[1] = {static_cast<int64_t>(draw())};
+  const Nvfp4QuantizeParams p{.x = x.data(),
+                              .codes = codes.data(),
+                              .scales = scales.data(),
+                              .global = global.data(),
+                              .least = ends,
+                              .most = ends + 1,
+                              .seed = c.random ? seed : nullptr,
+                              .T = c.T,
+                              .K = c.K,
+                              .x_row = x_row,
+                              .x_column = x_column,
+                              .dtype = c.dtype};
+  std::string wrong =
+      run_schedules(schedules, {&x}, {codes, scales, global}, [&] { return nvfp4_quantize_cuda(p, nullptr, nullptr); });
+  if (!wrong.empty()) return wrong;
+  if (global[0] != nvfp4_global(std::max(-ends[0], ends[1]))) return words("the global scale is ", global[0]);
+  const Nvfp4DequantizeParams back{codes.data(), scales.data(), global.data(), y.data(), c.T, c.K, c.dtype};
+  wrong = run_schedules(schedules, {&y}, {y}, [&] { return nvfp4_dequantize_cuda(back, nullptr, nullptr); });
+  if (!wrong.empty()) return wrong;
+  for (int64_t t = 0; t < c.T; ++t)
+    for (int64_t g = 0; g < G; ++g) {
+      float largest = 0.f;
+      for (int64_t k = g * kNvBlock; k < (g + 1) * kNvBlock; ++k)
+        largest = std::isfinite(value(t, k)) ? std::max(largest, std::fabs(value(t, k))) : HUGE_VALF;
+      const uint32_t scale = nvfp4_scale(largest, global[0]), got = scales[static_cast<size_t>(t * G + g)];
+      if (got != scale) return words("row ", t, " block ", g, ": scale ", got, ", want ", scale);
+      for (int64_t k = g * kNvBlock; k < (g + 1) * kNvBlock; ++k) {
+        const float v = value(t, k) * nvfp4_inverse(scale, 1.f / global[0]);
+        const uint32_t code = scale == 0x7fu ? 0u
+                              : c.random
+                                  ? e2m1_stochastic(v, bits16(mx_random(seed[0], t, k / 8), static_cast<int>(k % 8)))
+                                  : e2m1_code(v);
+        if (code_at(codes, t * G * kNvBlock + k) != code) return words("row ", t, " element ", k, ": another code");
+        if (k >= c.K) continue;
+        double want = 0;
+        store(c.dtype, &want, 0, e2m1_value(code) * (global[0] * e4m3_value(scale)));
+        const double rounded = load(c.dtype, &want, 0), at = y.at(t, k);
+        if (at != rounded && !(std::isnan(at) && std::isnan(rounded)))
+          return words("row ", t, " column ", k, ": ", at, ", want ", rounded);
+      }
+    }
+  return x.bytes == x.fresh ? "" : "wrote where it should only read";
+}
+
+// Rows by expert, as csrc/multi_lora.h lays a plan out; -1 is none, E one that does not exist.
+std::vector<int32_t> plan_of(const std::vector<int64_t>& experts, int64_t E) {
+  const PlanLayout at = plan_layout(static_cast<int64_t>(experts.size()), E);
+  std::vector<int32_t> order, begin, tiles;
+  for (int64_t g = 0; g < E + 2; ++g) {
+    begin.push_back(static_cast<int32_t>(order.size()));
+    for (size_t t = 0; t < experts.size(); ++t) {
+      if (experts[t] + 1 != g) continue;
+      if ((order.size() - static_cast<size_t>(begin.back())) % kPlanRows == 0)
+        tiles.insert(tiles.end(), {static_cast<int32_t>(g), static_cast<int32_t>(order.size())});
+      order.push_back(static_cast<int32_t>(t));
+    }
+  }
+  begin.push_back(static_cast<int32_t>(at.T));
+  while (static_cast<int64_t>(tiles.size()) < 2 * at.G) tiles.insert(tiles.end(), {0, static_cast<int32_t>(at.T)});
+  order.insert(order.end(), begin.begin(), begin.end());
+  order.insert(order.end(), tiles.begin(), tiles.end());
+  order.shrink_to_fit();
+  return order;
+}
+
 std::string judge_linear(const Case& c, const std::vector<int>& schedules) {
-  const Weight w(c, c.O);
+  const bool by_expert = c.op == "experts";
+  const Weight w(c, c.E * c.O);
   const DType s_dtype = c.b_dtype == DType::kF16 ? DType::kF32 : c.b_dtype;
   Matrix x(c.dtype, c.T, c.K, c.pad, c.shift, true), y(c.dtype, c.T, c.O, 0, 0, false);
-  Matrix bias(c.dtype, 1, c.O, 0, 0, true), s(s_dtype, c.T, c.R, 0, 0, true), b(c.b_dtype, c.O, c.R, 0, 0, true);
+  Matrix bias(c.dtype, c.E, c.O, 0, 0, true), s(s_dtype, c.T, c.R, 0, 0, true),
+      b(c.b_dtype, c.E * c.O, c.R, 0, 0, true);
   const MxLinearParams p{.w = {w.codes.data(), w.scales.data(), c.O, c.K},
                          .x = x.data(),
                          .y = y.data(),
@@ -184,21 +269,33 @@ std::string judge_linear(const Case& c, const std::vector<int>& schedules) {
                          .R = static_cast<int32_t>(c.low_rank ? c.R : 0),
                          .dtype = c.dtype,
                          .b_dtype = c.b_dtype};
-  const std::string wrong = run_schedules(schedules, {&y}, {y}, [&] { return mx_linear_cuda(p, nullptr, nullptr); });
+  std::vector<int64_t> experts;
+  for (int64_t t = 0; t < c.T; ++t)
+    experts.push_back(!by_expert ? 0 : draw() % 3 == 0 ? 0 : static_cast<int64_t>(draw() % (c.E + 2)) - 1);
+  const std::vector<int32_t> plan = plan_of(experts, c.E);
+  emu::track_global(plan.data(), plan.size() * sizeof(int32_t), true);
+  const std::string wrong = run_schedules(schedules, {&y}, {y}, [&] {
+    return by_expert ? mx_linear_experts_cuda({p, plan.data(), c.E}, nullptr, nullptr)
+                     : mx_linear_cuda(p, nullptr, nullptr);
+  });
   if (!wrong.empty()) return wrong;
   Error error;
   for (int64_t t = 0; t < c.T; ++t)
     for (int64_t o = 0; o < c.O; ++o) {
-      double want = c.bias ? bias.at(0, o) : 0.0, magnitude = std::fabs(want);
+      const int64_t e = experts[static_cast<size_t>(t)], row = e * c.O + o;
+      const double got = y.at(t, o);
+      if (e < 0 && got != 0) return words("row ", t, " has no expert, and is ", got);
+      if (e == c.E && !std::isnan(got)) return words("row ", t, " has an expert that does not exist, and is ", got);
+      if (e < 0 || e == c.E) continue;
+      double want = c.bias ? bias.at(e, o) : 0.0, magnitude = std::fabs(want);
       bool number = true;
       const auto add = [&](double v) { want += v, magnitude += std::fabs(v); };
       for (int64_t k = 0; k < c.G() * kMxBlock; ++k) {  // a block past K is NaN as a whole too
-        const double v = w.at(c, o, k);
+        const double v = w.at(c, row, k);
         number = number && !std::isnan(v);
         if (k < c.K && !std::isnan(v)) add(x.at(t, k) * v);
       }
-      for (int64_t r = 0; c.low_rank && r < c.R; ++r) add(s.at(t, r) * b.at(o, r));
-      const double got = y.at(t, o);
+      for (int64_t r = 0; c.low_rank && r < c.R; ++r) add(s.at(t, r) * b.at(row, r));
       if (!number) {
         if (!std::isnan(got)) return words("row ", t, " column ", o, " has a NaN block, and is ", got);
       } else if (magnitude < (c.dtype == DType::kF16 ? 6e4 : 1e37)) {  // beyond them an overflow may come first
@@ -210,9 +307,10 @@ std::string judge_linear(const Case& c, const std::vector<int>& schedules) {
 }
 
 std::string judge(const Case& c, const std::vector<int>& schedules) {
-  return c.op == "quantize" ? judge_quantize(c, schedules)
-         : c.op == "linear" ? judge_linear(c, schedules)
-                            : judge_dequantize(c, schedules);
+  return c.op == "quantize"     ? judge_quantize(c, schedules)
+         : c.op == "dequantize" ? judge_dequantize(c, schedules)
+         : c.op == "nvfp4"      ? judge_nvfp4(c, schedules)
+                                : judge_linear(c, schedules);
 }
 
 // Rows far apart.

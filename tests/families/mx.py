@@ -11,18 +11,26 @@ RULES = ("floor", "rceil", "ceil", "even", "quest", "quest_nearest")
 
 def draw(rng: random.Random, schema, layer: Layer) -> dict[str, Any]:
     """Any codes beside scales of a weight's size, or what a quantiser takes, by argument name."""
-    args: dict[str, Any] = layer.tensors(rng, schema, "b", b="OR")
-    if schema.name == "lrkern::mx_quantize":
+    names = {a.name for a in schema.arguments}
+    E = [rng.choice((0, 1, 2, 5))] if "experts" in names and (rng.random() < 0.4 or "expand_bwd" in schema.name) else []
+    args: dict[str, Any] = layer.tensors(rng, schema)
+    own = lambda *shape, dtype=layer.dtype: strided(rng, [*E, *shape], dtype, False)
+    args |= {"bias": own(layer.O), "b": own(layer.O, layer.R, dtype=layer.factor)}
+    index = torch.randint(-1, E[0], layer.lead, dtype=torch.int32) if E else None
+    nv = "nvfp4" in schema.name
+    if schema.name.endswith("_quantize"):
         args["x"] = strided(rng, [*layer.lead, layer.I], layer.dtype, False)
     if "bias" in args and rng.random() < 0.5:
         args["bias"] = None
-    lead = layer.lead if schema.name == "lrkern::mx_dequantize" else [layer.O]
-    G, hadamard, some = -(-layer.I // 32), rng.random() < 0.5, rng.random() < 0.5
+    lead = layer.lead if schema.name.endswith("_dequantize") else [*E, layer.O]
+    G, hadamard, some = -(-layer.I // (16 if nv else 32)), rng.random() < 0.5, rng.random() < 0.5
     bytes_of = lambda n, low, high: torch.randint(low, high, (*lead, n)).to(torch.uint8)
     return args | {
-        "codes": bytes_of(16 * G, 0, 256), "scales": bytes_of(G, 115, 128), "columns": layer.I, "dtype": rng.choice(FLOATS),
+        "codes": bytes_of((8 if nv else 16) * G, 0, 256), "scales": bytes_of(G, 8, 127) if nv else bytes_of(G, 115, 128),
+        "global_scale": torch.rand(1), "amax": torch.rand(1) * 4 if some else None,
+        "columns": layer.I, "dtype": rng.choice(FLOATS),
         "s": strided(rng, [*layer.lead, layer.R], torch.float32 if layer.factor == torch.float16 else layer.factor, False),
-        "rule": rng.choice(RULES), "hadamard": hadamard, "gain": rng.choice((1.0, 0.75)),
+        "experts": index, "rule": rng.choice(RULES), "hadamard": hadamard, "gain": rng.choice((1.0, 0.75)),
         "signs": torch.randint(-(2**31), 2**31, (1,)).int() if hadamard and some else None,
         "seed": torch.tensor([rng.getrandbits(63)]) if rng.random() < 0.3 else None,
     }  # fmt: skip

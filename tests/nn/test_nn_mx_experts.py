@@ -79,12 +79,13 @@ def relative(got, want):
 
 
 @pytest.mark.parametrize("T", [1, 3, 60])
-@pytest.mark.parametrize("r", [0, 5])
-def test_forward_and_gradients_are_those_of_transformers(T, r):
-    ours = packed(model_of(), r=r).model.layers[0].mlp.experts
+@pytest.mark.parametrize("r", [0, 5, 16])
+def test_forward_and_gradients_are_those_of_transformers(device, T, r):
+    """2 T rows of 4 experts: on CUDA up to 64 in one launch."""
+    ours = packed(model_of(), r=r).model.layers[0].mlp.experts.to(device)
     theirs, factors = dense(ours)
-    x, indices, weights = routed(T)
-    g = torch.randn(T, H)
+    x, indices, weights = (t.to(device) for t in routed(T))
+    g = torch.randn(T, H).to(device)
     results = []
     for experts, own in ((ours, [getattr(ours, n) for n in LORA] if r else []), (theirs, factors)):
         a, w = x.clone().requires_grad_(), weights.clone().requires_grad_()
@@ -123,6 +124,15 @@ def test_the_model_trains_and_generates(dtype):
         losses.append(loss.item())
     assert losses[-1] < 0.93 * losses[0]
     assert len(before) == 8 and all(torch.equal(b, before[n]) for n, b in model.named_buffers() if n in before)
+
+
+def test_a_row_without_an_expert_adds_nothing(device):
+    ours = packed(model_of(), r=3).model.layers[0].mlp.experts.to(device)
+    x, indices, weights = (t.to(device) for t in routed(7))
+    some = indices.clone()
+    some[2, 1], some[5] = -1, -7
+    alone = torch.where(some < 0, 0, weights)
+    assert torch.equal(ours(x, some, weights), ours(x, indices, alone))
 
 
 def test_files_of_gpt_oss_load_as_they_are(tmp_path):

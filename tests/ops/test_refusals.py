@@ -72,14 +72,32 @@ def good(name):
             "mask": False,
         },
         "mx_dequantize": {"codes": CODES, "scales": SCALES, "columns": I, "dtype": torch.float32},
-        "mx_linear": {"x": x, "codes": CODES, "scales": SCALES, "bias": bias},
-        "mx_linear_expand": {"x": x, "codes": CODES, "scales": SCALES, "bias": bias, "s": s, "b": b},
+        "nvfp4_quantize": {"x": x, "amax": torch.ones(1), "seed": SEED},
+        "nvfp4_dequantize": {
+            "codes": CODES,
+            "scales": NV,
+            "global_scale": torch.ones(1),
+            "columns": 2 * I,
+            "dtype": torch.float32,
+        },
+        "mx_linear": {"x": x, "codes": CODES, "scales": SCALES, "bias": bias, "experts": None},
+        "mx_linear_expand": {
+            "x": x,
+            "codes": CODES,
+            "scales": SCALES,
+            "bias": bias,
+            "s": s,
+            "b": b,
+            "experts": None,
+        },
         "slice_linear": {"x": x, "weight": w, "bias": bias, "slice": torch.randn(O, R), "index": COLUMNS, "dim": 1},
     }[name]
 
 
 SEED, SIGNS = torch.tensor([1]), torch.tensor([5]).int()
 CODES, SCALES = torch.zeros(O, 16, dtype=torch.uint8), torch.full((O, 1), 127, dtype=torch.uint8)
+EXPERTS = {"codes": CODES[None], "scales": SCALES[None], "bias": None, "experts": torch.zeros(T).int()}  # of one
+NV = SCALES.repeat(1, 2)
 MIXED = {"index": EACH, "ids": IDS}  # of two adapters, of two columns at most
 CASES = [
     ("slice_gather", {"x": torch.randn(T, I).double()}, "x must be float32, float16 or bfloat16, got float64"),
@@ -129,6 +147,19 @@ CASES = [
     ("mx_dequantize", {"columns": 0}, r"columns must lie in \[1, 32\], the features of 1 blocks, got 0"),
     ("mx_dequantize", {"codes": CODES[:, :0], "scales": SCALES[:, :0], "columns": -1}, r"columns must lie in \[0, 0\]"),
     ("mx_dequantize", {"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16, got float64"),
+    ("nvfp4_quantize", {"x": torch.randn(T, I).double()}, "x must be float32, float16 or bfloat16, got float64"),
+    ("nvfp4_quantize", {"x": torch.tensor(1.0)}, "x must have at least one dimension, got a scalar"),
+    ("nvfp4_quantize", {"amax": torch.ones(2)}, r"amax must have shape \[1\] = \[1\], got \[2\]"),
+    ("nvfp4_quantize", {"amax": torch.ones(1).half()}, "amax must be float32, got float16"),
+    ("nvfp4_quantize", {"seed": SEED.int()}, "seed must be int64, got int32"),
+    ("nvfp4_dequantize", {"codes": CODES.char()}, "codes must be uint8, got int8"),
+    ("nvfp4_dequantize", {"codes": CODES[:, :7]}, r"codes must have whole blocks of 8 bytes as its last dimension, got \[12, 7\]"),
+    ("nvfp4_dequantize", {"scales": SCALES}, r"scales must have shape \[..., G\] = \[12, 2\], got \[12, 1\]"),
+    ("nvfp4_dequantize", {"scales": NV.view(torch.float8_e4m3fn)}, "scales must be uint8, got float8_e4m3fn"),
+    ("nvfp4_dequantize", {"global_scale": torch.ones(1).double()}, "global_scale must be float32, got float64"),
+    ("nvfp4_dequantize", {"global_scale": torch.tensor(1.0)}, r"global_scale must have shape \[1\] = \[1\], got \[\]"),
+    ("nvfp4_dequantize", {"columns": 33}, r"columns must lie in \[17, 32\], the elements of 2 blocks, got 33"),
+    ("nvfp4_dequantize", {"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16, got float64"),
     ("mx_linear", {"x": torch.randn(T, I).long()}, "x must be float32, float16 or bfloat16, got int64"),
     ("mx_linear", {"x": torch.randn(T, 33)}, r"the last dimension of x must lie in \[1, 32\], the features of 1 blocks, got 33"),
     ("mx_linear", {"codes": CODES[0]}, r"codes must have shape \[O, 16 G\], got \[16\]"),
@@ -137,6 +168,13 @@ CASES = [
     ("mx_linear", {"scales": SCALES.to_sparse()}, "scales must be a dense strided tensor"),
     ("mx_linear", {"bias": torch.randn(O + 1)}, rf"bias must have shape \[O\] = \[{O}\], got \[{O + 1}\]"),
     ("mx_linear", {"bias": torch.randn(O).half()}, r"bias must be float32 \(the dtype of x\), got float16"),
+    ("mx_linear", {"experts": torch.zeros(T).int()}, r"codes must have shape \[E, O, 16 G\] beside experts, got \[12, 16\]"),
+    ("mx_linear", {"codes": CODES[None], "scales": SCALES[None]}, r"codes must have shape \[O, 16 G\], got \[1, 12, 16\]"),
+    ("mx_linear", EXPERTS | {"scales": SCALES}, r"scales must have shape \[E, O, G\] = \[1, 12, 1\], got \[12, 1\]"),
+    ("mx_linear", EXPERTS | {"experts": torch.zeros(T).long()}, "experts must be int32, got int64"),
+    ("mx_linear", EXPERTS | {"experts": torch.zeros(T + 1).int()}, rf"experts must have shape \[...\] = \[{T}\], got \[{T + 1}\]"),
+    ("mx_linear", EXPERTS | {"bias": torch.randn(O)}, rf"bias must have shape \[E, O\] = \[1, {O}\], got \[{O}\]"),
+    ("mx_linear_expand", EXPERTS, rf"b must have shape \[E, O, R\] = \[1, {O}, \*\], got \[{O}, {R}\]"),
     ("mx_linear_expand", {"x": torch.tensor(1.0)}, "x must have at least one dimension, got a scalar"),
     ("mx_linear_expand", {"codes": CODES[:, :8]}, "codes must have whole blocks of 16 bytes"),
     ("mx_linear_expand", {"scales": SCALES[:5]}, r"scales must have shape \[O, G\] = \[12, 1\], got \[5, 1\]"),

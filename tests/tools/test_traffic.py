@@ -47,7 +47,9 @@ KNOWN = {
     "slice_gather": {"index"},  # every row asks for its columns' numbers
     "slice_scatter": {"index"},
     "mx_quantize": HALF,  # a block of 32 in one thread
+    "nvfp4_quantize": HALF,  # a block of 16 in one thread
     "mx_linear": HALF | {"L2"},  # x by every block, and scales a byte at a time
+    "mx_linear_experts": HALF | {"L2"},  # the same
 }
 # Adapters of 64 rows have no partial sums to add.
 OTHER_SHAPES = {"multi_lora_wgrad_sum": replace(SHAPE, A=1)}

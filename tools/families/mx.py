@@ -7,7 +7,7 @@ from itertools import product
 from tools.families import SIZE, Kernel, Plan, Shape, Timed
 
 # Beyond the registry: codes beside torchao's, every scale, products by rows, NaN and infinities, memory.
-TESTS = {"tests/ops/test_mx.py": "cpu"}
+TESTS = {"tests/ops/test_mx.py": "cpu", "tests/ops/test_mx_experts.py": "cpu", "tests/ops/test_nvfp4.py": "cpu"}
 
 BOOLS = (False, True)
 
@@ -39,7 +39,10 @@ def linear(x: str, b: str, tiles: int, plain: bool) -> Plan:
 KERNELS = {
     "mx_quantize": Kernel(quantize, "x", list(product(BOOLS, BOOLS))),
     "mx_dequantize": Kernel(lambda x: Plan(8, stores=SIZE[x] // 2), "x"),
+    "nvfp4_quantize": Kernel(lambda x, random: Plan(4, wide=SIZE[x]), "x", [(random,) for random in BOOLS]),
+    "nvfp4_dequantize": Kernel(lambda x: Plan(8, stores=SIZE[x] // 2), "x"),
     "mx_linear": Kernel(linear, "xf", list(product((1, 2), BOOLS))),
+    "mx_linear_experts": Kernel(linear, "xf", list(product((1, 2), BOOLS))),
 }
 
 SHAPES = [
@@ -50,7 +53,8 @@ SHAPES = [
 
 
 def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
-    """A weight is quantised and decoded whole; products of few rows are those whose codes are decoded in registers."""
+    """A weight is quantised and decoded whole; products of few rows are those whose codes are decoded in registers. Of 8 experts the
+    first T have a row each."""
     import torch
 
     T, I, O = min(shape.T, 16), shape.I, shape.O
@@ -59,5 +63,17 @@ def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
     packed = {"codes": codes, "scales": scales}
     yield Timed("mx_quantize", lambda: op.mx_quantize(w), {"x": w, **packed}, O * I)
     yield Timed("mx_dequantize", lambda: op.mx_dequantize(codes, scales, I, dtype), {"y": w, **packed}, O * I)
+    *small, whole = op.nvfp4_quantize(w, torch.ones(1, device=device))
+    moved = {"codes": small[0], "scales": small[1]}
+    yield Timed("nvfp4_quantize", lambda: op.nvfp4_quantize(w, whole), {"x": w, **moved}, O * I)
+    call = lambda: op.nvfp4_dequantize(*small, whole, I, dtype)
+    yield Timed("nvfp4_dequantize", call, {"y": w, **moved}, O * I)
     y = x.new_empty(T, O)
     yield Timed("mx_linear", lambda: op.mx_linear(x, codes, scales), {"x": x, "y": y, **packed}, 2 * T * O * I)
+    E, used = 8, min(T, 8)
+    w = torch.randn(E, O, I, device=device).to(dtype)
+    codes, scales, _ = op.mx_quantize(w)
+    experts = torch.arange(T, device=device).int() % E
+    moved = {"x": x, "y": y, "codes": codes[:used], "scales": scales[:used]}
+    call = lambda: op.mx_linear(x, codes, scales, None, experts)
+    yield Timed("mx_linear_experts", call, moved, 2 * T * O * I, (experts,))

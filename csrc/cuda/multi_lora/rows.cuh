@@ -32,8 +32,7 @@ __device__ __forceinline__ void fill_rows(const Adapters& d, const int32_t* orde
   }
 }
 
-// Rows of one group in slot k: `count` of the order from `order` on. A tile ends where the next one starts, so that one step
-// leads from it to its rows.
+// Rows of one group in slot k: `count` of the order from `order` on.
 struct PlanTile {
   int64_t k, adapter;  // adapter: kAbsent, kUnknown, or one of A
   int32_t count;
@@ -50,15 +49,9 @@ struct PlanTile {
 };
 __device__ __forceinline__ PlanTile tile_of(const Adapters& d, int64_t k, int64_t i) {
   const PlanLayout at = plan_layout(d.T, d.A);
-  const int32_t *plan = d.plan + k * at.length, *tile = plan + at.tiles + 2 * i, rows = static_cast<int32_t>(d.T);
-  const int32_t group = tile[0], start = tile[1], next = i + 1 < at.G ? tile[3] : rows;
-  if (start < 0 || start >= rows || group < 0 || group > d.A + 1) return {k, kAbsent, 0, plan};
-  const int32_t count = (next < rows ? next : rows) - start;
-  return {k,
-          group == 0    ? kAbsent
-          : group > d.A ? kUnknown
-                        : group - 1,
-          count < kPlanRows ? count : kPlanRows, plan + start};
+  const int32_t* plan = d.plan + k * at.length;
+  const PlanRows rows = plan_rows(plan, at, i);
+  return {k, rows.group == 0 ? kAbsent : rows.group > d.A ? kUnknown : rows.group - 1, rows.count, plan + rows.start};
 }
 // The same with its rows in a list.
 __device__ __forceinline__ PlanTile plan_tile(const Adapters& d, int64_t k, int64_t i, int32_t* rows) {

@@ -189,19 +189,23 @@ __device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const Codes& l
     }
 }
 
-template <class X, class B, int kTiles, bool kPlain>
-__global__ __launch_bounds__(kMxThreads, 1) void mx_linear_kernel(MxLinearParams p, bool vectors) {
+// Shared memory: a sum of each warp for 16 rows of W and 8 of each tile of x.
+template <int kTiles>
+constexpr int kMxSums = kMxWarps * kTiles * kMxRows * 8;
+
+// The block's rows of W times `count` rows of x, up to 8 kTiles; row_of(i) is where the i-th lies among those of x, y and s.
+template <class X, class B, int kTiles, bool kPlain, class RowOf>
+__device__ __forceinline__ void multiply_rows(const MxLinearParams& p, bool vectors, float* sums, int64_t count,
+                                              const RowOf& row_of) {
   constexpr int kAhead = Features<X>::kTerms * kTiles == 1 ? 2 : 1;  // chunks whose loads are under way together
-  Smem smem;
-  float* sums = smem.take<float>(kMxWarps * kTiles * kMxRows * 8);
   const int lane = lane_id(), warp = warp_id(), g = lane / 4, t = lane % 4;
   const int64_t o0 = int64_t{blockIdx.x} * kMxRows, G = p.w.G();
   const CodesRow low_row(p.w, o0 + g), high_row(p.w, o0 + g + 8);
   const X* rows[kTiles];
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    const int64_t row = 8 * n + g;
-    rows[n] = static_cast<const X*>(p.x) + (row < p.T ? row : p.T - 1) * p.x_pitch;
+    const int64_t i = 8 * n + g;
+    rows[n] = static_cast<const X*>(p.x) + row_of(i < count ? i : count - 1) * p.x_pitch;
   }
   float acc[kTiles][4] = {};
   for (int64_t first = 4 * warp; first < G; first += 4 * kMxWarps * kAhead) {
@@ -240,8 +244,9 @@ __global__ __launch_bounds__(kMxThreads, 1) void mx_linear_kernel(MxLinearParams
   sync_threads();
   // Row of W, and row of x in its tile.
   for (int at = static_cast<int>(threadIdx.x); at < kTiles * kMxRows * 8; at += kMxThreads) {
-    const int64_t o = o0 + at / 8 % kMxRows, row = at / (kMxRows * 8) * 8 + at % 8;
-    if (o >= p.w.O || row >= p.T) continue;
+    const int64_t o = o0 + at / 8 % kMxRows, i = at / (kMxRows * 8) * 8 + at % 8;
+    if (o >= p.w.O || i >= count) continue;
+    const int64_t row = row_of(i);
     float sum = 0.f;
     for (int w = 0; w < kMxWarps; ++w) sum += sums[w * kTiles * kMxRows * 8 + at];
     if (p.bias) sum += to_float_fast(static_cast<const X*>(p.bias)[o]);
@@ -255,6 +260,39 @@ __global__ __launch_bounds__(kMxThreads, 1) void mx_linear_kernel(MxLinearParams
     }
     const X y = from_float_fast<X>(sum);
     static_cast<X*>(p.y)[row * p.w.O + o] = y;
+  }
+}
+
+template <class X, class B, int kTiles, bool kPlain>
+__global__ __launch_bounds__(kMxThreads, 1) void mx_linear_kernel(MxLinearParams p, bool vectors) {
+  Smem smem;
+  float* sums = smem.take<float>(kMxSums<kTiles>);
+  multiply_rows<X, B, kTiles, kPlain>(p, vectors, sums, p.T, [](int64_t i) { return i; });
+}
+
+// Block (16 rows of W, tile of the plan): the tile's rows, 8 kTiles at a time.
+template <class X, class B, int kTiles, bool kPlain>
+__global__ __launch_bounds__(kMxThreads, 1) void mx_linear_experts_kernel(MxExpertsParams p, bool vectors) {
+  Smem smem;
+  float* sums = smem.take<float>(kMxSums<kTiles>);
+  const PlanRows tile = plan_rows(p.plan, plan_layout(p.of.T, p.E), blockIdx.y);
+  const int32_t* order = p.plan + tile.start;
+  const int64_t e = tile.group - 1, O = p.of.w.O, o0 = int64_t{blockIdx.x} * kMxRows;
+  if (e < 0 || e >= p.E) {
+    const X fill = from_float_fast<X>(e < 0 ? 0.f : not_a_number());
+    for (int at = static_cast<int>(threadIdx.x); at < tile.count * kMxRows; at += kMxThreads)
+      if (o0 + at % kMxRows < O) static_cast<X*>(p.of.y)[order[at / kMxRows] * O + o0 + at % kMxRows] = fill;
+    return;
+  }
+  MxLinearParams of = p.of;
+  of.w.codes += e * O * of.w.G() * kMxBytes, of.w.scales += e * O * of.w.G();
+  if (of.bias) of.bias = static_cast<const X*>(of.bias) + e * O;
+  if (of.s) of.b = static_cast<const B*>(of.b) + e * O * of.R;
+  for (int left = tile.count;;) {
+    multiply_rows<X, B, kTiles, kPlain>(of, vectors, sums, left, [&](int64_t i) { return int64_t{order[i]}; });
+    order += 8 * kTiles, left -= 8 * kTiles;
+    if (left <= 0) break;
+    sync_threads();
   }
 }
 
@@ -281,18 +319,40 @@ int mx_dequantize_cuda(const MxDequantizeParams& p, void*, Stream stream) {
   });
 }
 
-int mx_linear_cuda(const MxLinearParams& p, void*, Stream stream) {
+namespace {
+
+// by(x, b, tiles, plain, grid of the rows of W, bytes of shared memory, vectors) of a product of so many rows at a time.
+template <class By>
+int with_rows(const MxLinearParams& p, int64_t rows, const By& by) {
   const bool vectors = can_vectorize(p.x, p.x_pitch, size_of(p.dtype));
-  return with_types(p.dtype, p.b_dtype, [&]<class X, class B>(X, B) {
-    return with_bool(p.T > 8, [&](auto two) {
+  return with_types(p.dtype, p.b_dtype, [&](auto x, auto b) {
+    return with_bool(rows > 8, [&](auto two) {
       return with_bool(vectors && p.w.K % kMxBlock == 0, [&](auto plain) {
         constexpr int kTiles = two.value ? 2 : 1;
-        return launch("mx_linear", mx_linear_kernel<X, B, kTiles, plain.value>,
-                      grid_of(ceil_div(p.w.O, int64_t{kMxRows}), 1), dim3(kMxThreads),
-                      smem_bytes<float>(kMxWarps * kTiles * kMxRows * 8), stream, p, vectors);
+        return by(x, b, std::integral_constant<int, kTiles>{}, plain, ceil_div(p.w.O, int64_t{kMxRows}),
+                  smem_bytes<float>(kMxSums<kTiles>), vectors);
       });
     });
   });
+}
+
+}  // namespace
+
+int mx_linear_cuda(const MxLinearParams& p, void*, Stream stream) {
+  return with_rows(p, p.T, [&]<class X, class B>(X, B, auto tiles, auto plain, int64_t blocks, size_t smem, bool vec) {
+    return launch("mx_linear", mx_linear_kernel<X, B, tiles.value, plain.value>, grid_of(blocks, 1), dim3(kMxThreads),
+                  smem, stream, p, vec);
+  });
+}
+
+int mx_linear_experts_cuda(const MxExpertsParams& p, void*, Stream stream) {
+  const int64_t rows = choose_mx_experts_way(p.of.T, p.E, cuda_target()).rows;
+  const int64_t G = plan_layout(p.of.T, p.E).G;
+  return with_rows(p.of, rows,
+                   [&]<class X, class B>(X, B, auto tiles, auto plain, int64_t blocks, size_t smem, bool vec) {
+                     return launch("mx_linear_experts", mx_linear_experts_kernel<X, B, tiles.value, plain.value>,
+                                   grid_of(blocks, G), dim3(kMxThreads), smem, stream, p, vec);
+                   });
 }
 
 }  // namespace lrk

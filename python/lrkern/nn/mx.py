@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from .. import ops
-from ..limits import DTYPES, MAX_RANK
+from ..limits import DTYPES, MAX_RANK, PAGE
 from ..ops.mx import BLOCK, RULES
 from .plain import no_linear
 
@@ -195,9 +195,10 @@ class MXFP4Experts(nn.Module):
         [g, u] = x W1ᵀ + b1 + s · (x A1ᵀ) B1ᵀ, interleaved;  g = min(g, limit), u = clamp(u, ±limit)
         y = Σ over a row's experts: weight · ((u + 1) ⊙ g ⊙ sigmoid(alpha g)) W2ᵀ + b2 + s · (... A2ᵀ) B2ᵀ
 
-    E experts, H features, N of the inner layer. x [T, H] in float32, float16 or bfloat16; router_indices [T, k] int64 below E;
-    routing_weights [T, k]; y [T, H]. Rows are sorted by expert; each expert that has some runs ``ops.mx_linear_expand`` on them
-    (``ops.mx_linear`` with r = 0). Gradients are those of x, routing_weights, A and B. A row's y does not depend on the order of its sum.
+    E experts, H features, N of the inner layer. x [T, H] in float32, float16 or bfloat16; router_indices [T, k] of integers below E (on
+    CUDA, where values are not validated, another gives a row of NaN), negative for none; routing_weights [T, k]; y [T, H]. Each of the two layers is one ``ops.mx_linear_expand`` by expert, with S from
+    ``ops.multi_lora_shrink`` (``ops.mx_linear`` with r = 0): on CUDA up to 16 E rows x k, and 1024, read nothing back, so that a CUDA graph
+    replays them. Gradients are those of x, routing_weights, A and B.
 
     The state_dict has gpt-oss' own keys, so that its files load as they are: gate_up_proj_blocks uint8 [E, 2 N, G, 16],
     gate_up_proj_scales uint8 [E, 2 N, G], gate_up_proj_bias [E, 2 N], down_proj_blocks [E, H, G, 16], down_proj_scales [E, H, G],
@@ -283,34 +284,37 @@ class MXFP4Experts(nn.Module):
         up, down = (ops.mx_dequantize(*each, n, dtype).mT for each, n in zip(codes, sizes, strict=True))
         return up, down
 
-    def _linear(self, name: str, e: int, x: Tensor) -> Tensor:
-        blocks, scales = (t[e] for t in self._bytes(name))
-        packed = blocks.flatten(1), scales, self._parameters[f"{name}_bias"][e].to(x.dtype)
+    def _linear(self, name: str, x: Tensor, experts: Tensor) -> Tensor:
+        blocks, scales = self._bytes(name)
+        packed = blocks.flatten(-2), scales, self._parameters[f"{name}_bias"].to(x.dtype)
         if not self.r:
-            return ops.mx_linear(x, *packed)
-        a, b = (self._parameters[f"{name.removesuffix('_proj')}_lora_{f}"][e] for f in "AB")
+            return ops.mx_linear(x, *packed, experts)
+        a, b = (self._parameters[f"{name.removesuffix('_proj')}_lora_{f}"] for f in "AB")
         if a.dtype not in (x.dtype, torch.float32):
             a, b = a.float(), b.float()
-        return F.lora_into(lambda x, s, b: ops.mx_linear_expand(x, *packed, s, b), x, a, b, self.scaling)
+        return ops.mx_linear_expand(x, *packed, self._shrink(x, a, experts), b, experts)
+
+    def _shrink(self, x: Tensor, a: Tensor, experts: Tensor) -> Tensor:
+        """S [..., r] = scaling · x A[expert]ᵀ: A [E, r, features] is a pool of multi-LoRA, where ranks come in whole pages."""
+        count, r = self.num_experts, self.r
+        ranks = r + -r % PAGE
+        pool = (a if ranks == r else nn.functional.pad(a, (0, 0, 0, ranks - r))).flatten(0, 1)
+        integers = {"dtype": torch.int32, "device": x.device}
+        pages = torch.arange(count * ranks // PAGE, **integers).view(count, 1, -1)
+        plan = ops.multi_lora_plan(experts.flatten(), count)
+        scales = torch.full((experts.numel(),), self.scaling, device=x.device)
+        s = ops.multi_lora_shrink(x, pool, pages, torch.full((count, 1), r, **integers), plan, scales)
+        return s[..., 0, 0, :r]
 
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
-        T, k = router_indices.shape
-        experts = router_indices.flatten()
-        counts = torch.bincount(experts, minlength=self.num_experts).tolist()
-        if len(counts) > self.num_experts:
-            must = f"router_indices must be below {self.num_experts}"
-            raise ValueError(f"MXFP4Experts: {must}, got {len(counts) - 1}")
-        order = experts.argsort(stable=True)
-        rows = hidden_states.index_select(0, order // k).split(counts)
-        parts = [self._expert(e, x) for e, x in enumerate(rows) if len(x)]
-        y = torch.cat(parts) if parts else hidden_states.new_empty(0, self.hidden_size)
-        y = y.index_select(0, order.argsort()).view(T, k, self.hidden_size)
-        return (y * routing_weights[..., None]).sum(1).to(hidden_states.dtype)
-
-    def _expert(self, e: int, x: Tensor) -> Tensor:
-        both = self._linear("gate_up_proj", e, x)
+        (T, k), E = router_indices.shape, self.num_experts
+        if router_indices.is_cpu and router_indices.numel() and (most := int(router_indices.max())) >= E:
+            raise ValueError(f"MXFP4Experts: router_indices must be below {E}, got {most}")
+        experts = router_indices.clamp(-1, E).to(torch.int32)
+        both = self._linear("gate_up_proj", hidden_states[:, None].expand(T, k, self.hidden_size), experts)
         gate, up = both[..., ::2].clamp(max=self.limit), both[..., 1::2].clamp(-self.limit, self.limit)
-        return self._linear("down_proj", e, (up + 1) * (gate * torch.sigmoid(gate * self.alpha)))
+        y = self._linear("down_proj", (up + 1) * (gate * torch.sigmoid(gate * self.alpha)), experts)
+        return (y * routing_weights[..., None]).sum(1).to(hidden_states.dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name, kept in self._buffers.items():  # copy_ would take bytes of another dtype

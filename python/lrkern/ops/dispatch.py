@@ -211,13 +211,13 @@ class Op:
 
     def fake_gradients(self, **given: Any) -> Any:
         """Of X_bwd: a gradient is like its argument. That of a base layer's may not be among what X_bwd takes; x without a
-        weight or a number of columns is like the result."""
+        weight or a number of columns is like the result. Codes of experts have a bias for each."""
         dy, needed = next(iter(given.values())), [v for n, v in given.items() if n.startswith("need_")]
         columns = lambda: given["weight"].shape[1] if "weight" in given else given.get("columns", dy.shape[-1])
         sizes = {
             "x": lambda: (*dy.shape[:-1], columns()),
             "weight": lambda: (dy.shape[-1], given["x"].shape[-1]),
-            "bias": lambda: dy.shape[-1:],
+            "bias": lambda: (*(given["codes"].shape[:-2] if "codes" in given else ()), dy.shape[-1]),
         }
         like = lambda n: dy.new_empty(sizes[n]()) if given.get(n) is None else like_contiguous(given[n])
         wanted = zip(self.gradients, needed or [True], strict=True)

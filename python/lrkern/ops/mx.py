@@ -3,7 +3,7 @@
 
 e2m1: a sign and 0, .5, 1, 1.5, 2, 3, 4, 6. e8m0: byte b is 2^(b - 127), 0x00 is 2^-127 and 0xFF is NaN. codes uint8 [..., 16 G], two
 elements a byte, the even one in the low half; scales uint8 [..., G]; G = ceil(K / 32), elements past K are zeros. A block with a NaN or
-an infinity is NaN as a whole (scale 0xFF, codes 0); one of zeros has scale 0x00.
+an infinity is NaN as a whole (scale 0xFF, codes 0); one of zeros has scale 0x00. NVFP4, a codec, has blocks of 16 with e4m3 scales.
 """
 
 import torch
@@ -67,18 +67,19 @@ def mx_dequantize(codes: Tensor, scales: Tensor, columns: int, dtype: torch.dtyp
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx, x, codes, scales, bias):
+    def forward(ctx, x, codes, scales, bias, experts):
         with below_autograd():
-            y = library().mx_linear.default(x, codes, scales, bias)
-        ctx.save_for_backward(codes, scales)
+            y = library().mx_linear.default(x, codes, scales, bias, experts)
+        ctx.save_for_backward(codes, scales, experts)
         ctx.columns = x.shape[-1]
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        need_x, *_, need_bias = ctx.needs_input_grad
-        dx, dbias = once("mx_linear", _bwd(dy, *ctx.saved_tensors, ctx.columns, need_x, need_bias))
-        return dx, None, None, dbias
+        codes, scales, experts = ctx.saved_tensors
+        need_x, _, _, need_bias, _ = ctx.needs_input_grad
+        dx, dbias = once("mx_linear", _bwd(dy, codes, scales, ctx.columns, need_x, need_bias, experts))
+        return dx, None, None, dbias, None
 
 
 def _bwd(*args):
@@ -87,52 +88,122 @@ def _bwd(*args):
 
 
 def _y(x, codes, **_):
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+    return x.new_empty((*x.shape[:-1], *codes.shape[-2:-1]))
 
 
 _linear = Op("mx_linear", results=_y, trains="x bias", function=_Linear, casts="x bias")
 
 
-def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def mx_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, experts: Tensor | None = None
+) -> Tensor:
     """y = x Wᵀ + bias with W [O, I] in MXFP4: x in 16 bits or float32, W as ``mx_dequantize`` gives it, frozen.
 
     x [..., I]; codes [O, 16 G]; scales [O, G]; bias [O] of x's dtype or None. Differentiable in x and bias: dx comes from the same bytes.
     Few rows of x decode codes in registers and sum in float32; more of them decode W in panels, never whole, for ATen's GEMM
     (``lrkern._host.explain("mx_linear", ...)``). Saves W's bytes alone. Double backward is refused.
+
+    experts int32 [...], one index for each row of x, selects one of E weights: codes [E, O, 16 G], scales [E, O, G], bias [E, O] or None. A
+    row whose index is negative has no expert: it is zeros, without a bias, and so is its dx. An index of E or more is refused on the CPU;
+    on CUDA, where values are not validated, that row of y and dx is NaN and no other. Rows are sorted by expert on the device, as
+    ``multi_lora_plan`` does it. On CUDA up to 16 E and 1024 rows take one launch, where a row's bits are those of the row alone, and
+    nothing is read back: a CUDA graph replays it with other indices. More rows there, all on the CPU and every gradient go expert by
+    expert, whose rows give what ``mx_linear`` gives of these rows; on CUDA the numbers of rows are then read back
+    (``lrkern._host.explain("mx_linear_experts", T=.., E=..)``).
     """
-    return _linear(x, codes, scales, bias)
+    return _linear(x, codes, scales, bias, experts)
 
 
 class _LinearExpand(Function):
     @staticmethod
-    def forward(ctx, x, codes, scales, bias, s, b):
+    def forward(ctx, x, codes, scales, bias, s, b, experts):
         with below_autograd():
-            y = library().mx_linear_expand.default(x, codes, scales, bias, s, b)
-        ctx.save_for_backward(codes, scales, s, b)
+            y = library().mx_linear_expand.default(x, codes, scales, bias, s, b, experts)
+        ctx.save_for_backward(codes, scales, s, b, experts)
         ctx.columns = x.shape[-1]
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        codes, scales, s, b = ctx.saved_tensors
-        need_x, _, _, need_bias, need_s, need_b = ctx.needs_input_grad
-        base = _bwd(dy, codes, scales, ctx.columns, need_x, need_bias)
-        with below_autograd():
-            *_, ds, db = library().linear_expand_bwd.default(
-                dy, None, None, s, b, 1.0, False, False, False, need_s, need_b
-            )
-        dx, dbias, ds, db = once("mx_linear_expand", (*base, ds, db))
-        return dx, None, None, dbias, ds, db
+        codes, scales, s, b, experts = ctx.saved_tensors
+        need_x, _, _, need_bias, need_s, need_b, _ = ctx.needs_input_grad
+        if experts is None:
+            base = _bwd(dy, codes, scales, ctx.columns, need_x, need_bias)
+            with below_autograd():
+                *_, ds, db = library().linear_expand_bwd.default(
+                    dy, None, None, s, b, 1.0, False, False, False, need_s, need_b
+                )
+            grads = *base, ds, db
+        else:
+            needs = need_x, need_bias, need_s, need_b
+            with below_autograd():
+                grads = library().mx_linear_expand_bwd.default(dy, codes, scales, ctx.columns, s, b, experts, *needs)
+        dx, dbias, ds, db = once("mx_linear_expand", grads)
+        return dx, None, None, dbias, ds, db, None
 
 
 _linear_expand = Op("mx_linear_expand", results=_y, trains="x bias s b", function=_LinearExpand, casts="x bias s b")
 
 
-def mx_linear_expand(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, s: Tensor, b: Tensor) -> Tensor:
+def mx_linear_expand(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    b: Tensor,
+    experts: Tensor | None = None,
+) -> Tensor:
     """y = x Wᵀ + bias + S Bᵀ with W in MXFP4: LoRA's second half, S = ``lora_shrink`` with its scale in it, beside ``mx_linear``.
 
     s [..., R]; b [O, R], of x's dtype or float32. One sum in float32 and one rounding for few rows, and for more where b has x's dtype and
     that is not float16: there B's columns join those of a panel of W. Else y is rounded twice, as LoRA's over a dense W.
     Differentiable in x, bias, s and b. Double backward is refused.
+
+    experts: as ``mx_linear`` has them, with b [E, O, R]. S of E factors A is ``multi_lora_shrink``'s.
     """
-    return _linear_expand(x, codes, scales, bias, s, b)
+    return _linear_expand(x, codes, scales, bias, s, b, experts)
+
+
+# ---- NVFP4
+
+
+def _nv_packed(x, **_):
+    G = -(-x.shape[-1] // 16)
+    bytes_of = lambda n: x.new_empty((*x.shape[:-1], n), dtype=torch.uint8)
+    return bytes_of(8 * G), bytes_of(G), x.new_empty(1, dtype=torch.float32)
+
+
+_nv_quantize = Op("nvfp4_quantize", results=_nv_packed)
+
+
+def nvfp4_quantize(x: Tensor, amax: Tensor | None = None, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """codes, scales and global scale of x [..., K] in float32, float16 or bfloat16, in NVIDIA's NVFP4; a matrix at any strides.
+
+    x = code · scale · global, two levels of scales: global = amax / (448 · 6), float32 [1], at least 2^-120; for each block of 16 along K
+    scale = m / 6 / global in e4m3 within [2^-6, 448], m the block's largest magnitude; codes are e2m1 of x / (scale · global), to the
+    nearest with ties to even. Beyond 6 scales an element saturates. With ``seed`` int64 [1] elements are rounded stochastically, by the bits
+    that ``mx_quantize`` has for (row, column).
+
+    amax: float32 [1], of a calibration; None takes the largest magnitude of x. codes uint8 [..., 8 G], the even element in the low half;
+    scales uint8 [..., G], e4m3 (``scales.view(torch.float8_e4m3fn)``); G = ⌈K / 16⌉, elements past K are zeros. A block with a NaN or an
+    infinity is NaN as a whole (scale 0x7F, codes 0), and all of them are where amax is not finite. Bits are those of torchao's
+    ``nvfp4_quantize`` where amax is at least 2^-108. Not differentiable.
+    """
+    return _nv_quantize(x, amax, seed)
+
+
+_nv_dequantize = Op(
+    "nvfp4_dequantize",
+    results=lambda codes, columns, dtype, **_: codes.new_empty((*codes.shape[:-1], columns), dtype=dtype),
+)
+
+
+def nvfp4_dequantize(
+    codes: Tensor, scales: Tensor, global_scale: Tensor, columns: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """x [..., columns] = code · (scale · global), each product rounded in float32, then to dtype.
+
+    codes [..., 8 G], scales [..., G] and global_scale float32 [1] of ``nvfp4_quantize``; columns in [16 G - 15, 16 G].
+    """
+    return _nv_dequantize(codes, scales, global_scale, columns, dtype)

@@ -107,19 +107,56 @@ def mx_dequantize(codes, scales, columns, dtype=torch.float32):
     return scaled.flatten(-2)[..., :columns].to(dtype)
 
 
-def mx_linear(x, codes, scales, bias=None):
-    """y = x W^T + bias, W in MXFP4"""
-    return torch.nn.functional.linear(x, mx_dequantize(codes, scales, x.shape[-1], x.dtype), bias)
+def mx_linear(x, codes, scales, bias=None, experts=None):
+    """y = x W^T + bias, W in MXFP4, of one or of E experts"""
+    w = mx_dequantize(codes, scales, x.shape[-1], x.dtype)
+    if experts is None:
+        return torch.nn.functional.linear(x, w, bias)
+    return of_expert(x, w, experts) + (0 if bias is None else of_expert(None, bias, experts))
 
 
-def mx_linear_expand(x, codes, scales, bias, s, b):
-    """y = x W^T + bias + S B^T, W in MXFP4"""
+def mx_linear_expand(x, codes, scales, bias, s, b, experts=None):
+    """y = x W^T + bias + S B^T, W in MXFP4, of one or of E experts"""
     b = b.to(s_dtype(b.dtype))
-    return add(mx_linear(x, codes, scales, bias), s.to(b.dtype) @ b.mT)
+    s = s.to(b.dtype)
+    return add(mx_linear(x, codes, scales, bias, experts), s @ b.mT if experts is None else of_expert(s, b, experts))
+
+
+def of_expert(x, w, experts):
+    """x [..., I] times w [E, O, I] of the row's expert, or that bias [E, O]; zeros where it has none"""
+    if not len(w):
+        return w.new_zeros(*experts.shape, w.shape[1])
+    own = w[experts.clamp_min(0).long()]
+    y = own if x is None else (own @ x[..., None])[..., 0]
+    return torch.where((experts < 0)[..., None], 0, y)
+
+
+def nvfp4_quantize(x, amax=None, seed=None):
+    """codes of x / (scale · global), scales of blocks of 16 in e4m3 and global = amax / (448 · 6)"""
+    v = torch.nn.functional.pad(x.float().cpu(), (0, -x.shape[-1] % 16)).unflatten(-1, (-1, 16))
+    amax = (v.abs().amax() if v.numel() else torch.zeros(())) if amax is None else amax.float().cpu()
+    scale = torch.where(amax.isfinite(), (amax.reshape(1) / 2688).clamp_min(2.0**-120), torch.nan)
+    m = v.abs().amax(-1)
+    e4m3 = torch.where(m.isfinite(), (m / 6 / scale).clamp(2.0**-6, 448), torch.nan).to(torch.float8_e4m3fn)
+    y = v * torch.where(e4m3.float().isfinite(), 1 / scale / e4m3.float(), 0)[..., None]
+    y = torch.where(e4m3.float().isfinite()[..., None], y, 0).double()
+    bits = None if seed is None else random16(x.shape[:-1].numel(), v.shape[-2] * 16, seed)
+    codes = encode(y, bits).flatten(-2)
+    packed = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+    return packed.to(x.device), (e4m3.view(torch.uint8) & 0x7F).to(x.device), scale.to(x.device)
+
+
+def nvfp4_dequantize(codes, scales, global_scale, columns, dtype=torch.float32):
+    """e2m1 · (e4m3 · global)"""
+    code = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()
+    values = torch.tensor([*VALUES, *(-v for v in VALUES)], device=codes.device)[code].unflatten(-1, (-1, 16))
+    scale = global_scale.float() * scales.view(torch.float8_e4m3fn).float()
+    return (values * scale[..., None]).flatten(-2)[..., :columns].to(dtype)
 
 
 class Layer:
-    """lead: leading dimensions of x. fp32: s and b, beside activations of any dtype. pitch: of x's rows; 0: contiguous."""
+    """lead: leading dimensions of x. fp32: s and b, beside activations of any dtype. pitch: of x's rows; 0: contiguous. E: experts, of
+    which the last has no row and some rows none."""
 
     def __init__(
         self,
@@ -137,11 +174,17 @@ class Layer:
         gain=1.0,
         mask=False,
         turned=False,
+        E=0,
     ):
         self.draw, self.lead, self.I, self.O, self.R, self.pitch = draw, lead, I, O, R, pitch
         self.x, self.type = draw(*lead, I, pitch=pitch), torch.float32 if fp32 else draw.dtype
-        self.codes, self.scales, _ = mx_quantize(draw(O, I, dtype=torch.float32, std=max(I, 1) ** -0.5), rule)
-        self.bias = draw(O) if bias else None
+        self.each = (E,) if E else ()
+        w = draw(*self.each, O, I, dtype=torch.float32, std=max(I, 1) ** -0.5)
+        self.codes, self.scales, _ = mx_quantize(w, rule)
+        self.bias = draw(*self.each, O) if bias else None
+        drawn = torch.randint(-1, max(E - 1, 0), lead, generator=draw.generator, dtype=torch.int32) if E else None
+        self.experts = drawn if drawn is None else drawn.to(draw.device)
+        self.reads_back = "" if not E else "backward" if drawn.numel() <= 16 * E else "always"
         self.rule, self.hadamard, self.gain, self.mask, self.turned = rule, hadamard, gain, mask, turned
         self.seed = draw.seed() if seed else None
         signs = torch.randint(-(2**31), 2**31, (1,), generator=draw.generator).int().to(draw.device)
@@ -160,6 +203,9 @@ CASES = {
     "no_tokens": dict(lead=(0,), I=32, O=24),
     "no_tokens_3d": dict(lead=(2, 0), I=16, O=24, fp32=True, bias=False),
     "one_row": dict(lead=(), I=32, O=8),
+    "experts": dict(lead=(3, 5), I=96, O=40, R=8, E=5),
+    "experts_crowd": dict(lead=(60,), I=72, O=24, R=4, E=5, fp32=True, pitch=83),
+    "experts_many": dict(lead=(70,), I=64, O=48, R=5, E=4, bias=False),
 }
 
 
@@ -184,10 +230,22 @@ def dequantize_samples(name: str, t: Layer) -> Iterator[Sample]:
 
 @register(mx_linear, differentiable="x bias", casts="x bias", products="TIO")
 def linear_samples(name: str, t: Layer) -> Iterator[Sample]:
-    yield Sample(name, (t.x, t.codes, t.scales, t.bias))
+    yield Sample(name, (t.x, t.codes, t.scales, t.bias, t.experts), reads_back=t.reads_back)
 
 
 @register(mx_linear_expand, differentiable="x bias s b", casts="x bias s b", products="TIO TRO")
 def linear_expand_samples(name: str, t: Layer) -> Iterator[Sample]:
     s = t.draw(*t.lead, t.R, dtype=s_dtype(t.type))
-    yield Sample(name, (t.x, t.codes, t.scales, t.bias, s, t.draw(t.O, t.R, dtype=t.type)))
+    args = t.x, t.codes, t.scales, t.bias, s, t.draw(*t.each, t.O, t.R, dtype=t.type), t.experts
+    yield Sample(name, args, reads_back=t.reads_back)
+
+
+@register(nvfp4_quantize)
+def nvfp4_quantize_samples(name: str, t: Layer) -> Iterator[Sample]:
+    x = t.draw(t.I, t.x.shape[:-1].numel()).mT if t.turned else t.x
+    yield Sample(name, (x, t.draw(1, dtype=torch.float32).abs() + 3 if t.mask else None, t.seed))
+
+
+@register(nvfp4_dequantize)
+def nvfp4_dequantize_samples(name: str, t: Layer) -> Iterator[Sample]:
+    yield Sample(name, (*nvfp4_quantize(t.x), t.I, t.draw.dtype))

@@ -37,9 +37,12 @@ class Draw:
 
 @dataclass
 class Sample:
+    """reads_back: what reads numbers back from a GPU, so that no CUDA graph holds it: "backward", "always", or ""."""
+
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    reads_back: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
