@@ -229,6 +229,9 @@ struct MxLinearDxParams {
   DType dtype;
 };
 
+// Numbers of a type as sums of so many bf16, exactly: what CUDA multiplies codes with.
+LRK_HD constexpr int mx_terms(DType dtype) { return dtype == DType::kBF16 ? 1 : dtype == DType::kF16 ? 2 : 3; }
+
 // Rows of x up to which codes are decoded in registers (kMxFewHalves: on a CPU with products of 16-bit floats, for those);
 // beyond them W is decoded in panels of so many rows, for dx of so many columns, whole blocks, for ATen's GEMM. A row's bits do
 // not depend on the others of few, but that on a CPU with AVX2 one alone is summed in an order of its own.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// MX: which way a packed weight is multiplied, and how much of it is decoded at a time. Its kernels need no scratch memory.
+// MX: which way a packed weight is multiplied, and how much of it is decoded at a time.
 #include "mx.h"
 
 #include <algorithm>
@@ -42,8 +42,14 @@ size_t mx_quantize_workspace(const MxQuantizeParams&, Target) { return 0; }
 size_t mx_dequantize_workspace(const MxDequantizeParams&, Target) { return 0; }
 size_t nvfp4_quantize_workspace(const Nvfp4QuantizeParams&, Target) { return 0; }
 size_t nvfp4_dequantize_workspace(const Nvfp4DequantizeParams&, Target) { return 0; }
-size_t mx_linear_workspace(const MxLinearParams&, Target) { return 0; }
-size_t mx_linear_experts_workspace(const MxExpertsParams&, Target) { return 0; }
+// The terms of x, where it has several.
+size_t mx_linear_workspace(const MxLinearParams& p, Target target) {
+  if (target.device == Device::kCPU || p.dtype == DType::kBF16) return 0;
+  return static_cast<size_t>(mx_terms(p.dtype) * p.T * p.w.G() * kMxBlock) * sizeof(bf16);
+}
+size_t mx_linear_experts_workspace(const MxExpertsParams& p, Target target) {
+  return mx_linear_workspace(p.of, target);
+}
 size_t mx_linear_dx_workspace(const MxLinearDxParams&, Target) { return 0; }
 
 namespace {

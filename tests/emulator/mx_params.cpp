@@ -274,9 +274,12 @@ std::string judge_linear(const Case& c, const std::vector<int>& schedules) {
     experts.push_back(!by_expert ? 0 : draw() % 3 == 0 ? 0 : static_cast<int64_t>(draw() % (c.E + 2)) - 1);
   const std::vector<int32_t> plan = plan_of(experts, c.E);
   emu::track_global(plan.data(), plan.size() * sizeof(int32_t), true);
-  const std::string wrong = run_schedules(schedules, {&y}, {y}, [&] {
-    return by_expert ? mx_linear_experts_cuda({p, plan.data(), c.E}, nullptr, nullptr)
-                     : mx_linear_cuda(p, nullptr, nullptr);
+  const MxExpertsParams of_experts{p, plan.data(), c.E};
+  const size_t bytes = by_expert ? mx_linear_experts_workspace(of_experts, kTarget) : mx_linear_workspace(p, kTarget);
+  Matrix terms(DType::kF32, 1, static_cast<int64_t>(bytes / 4), 0, 0, false);
+  const std::string wrong = run_schedules(schedules, {&y, &terms}, {y}, [&] {
+    return by_expert ? mx_linear_experts_cuda(of_experts, terms.data(), nullptr)
+                     : mx_linear_cuda(p, terms.data(), nullptr);
   });
   if (!wrong.empty()) return wrong;
   Error error;

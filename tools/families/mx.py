@@ -17,22 +17,26 @@ def quantize(x: str, hadamard: bool, random: bool) -> Plan:
     return Plan(4, stores=1, code=50 << 10)
 
 
+TERMS = {
+    "bf16": 1,
+    "f16": 2,
+    "float": 3,
+}  # bf16 of which a number is the sum, made by a kernel before where they are several
+
+
 def linear(x: str, b: str, tiles: int, plain: bool) -> Plan:
-    """Lane-instructions a weight in the loop of bfloat16: 4.7 for 9 to 16 rows of x and less for up to 8. A thread has 64 weights a trip,
-    of one tile two times that. A large scale takes a second product for each pair, which sm_80's listing is read with."""
-    vectors = {"float": 2, "bf16": 1, "f16": 1}[x]
-    ahead = 2 if x == "bf16" and tiles == 1 else 1
-    wide = ahead * (2 + 4 * vectors * tiles)
-    few = plain and x == "bf16"
+    """Instructions of the loop: a thread has 64 weights a trip, of one tile of bfloat16 two times that, so that 301 are 4.7 lane-instructions
+    a weight. On sm_90a all but 9 to 16 rows of fp32 (5.0) need fewer; sm_80's listing is read where large scales take a second product."""
+    ahead = 2 if TERMS[x] * tiles == 1 else 1
     return Plan(
-        blocks=2 if SIZE[x] == 2 and (x == "bf16" or tiles == 1) else 1,
+        blocks=2 if TERMS[x] * tiles <= 3 else 1,
         shared=8 * tiles * 16 * 8 * 4,
         tensor="HMMA",
-        wide=wide,
-        flight=64 << 10 if few else 0,
+        wide=ahead * (2 + 4 * TERMS[x] * tiles),
+        flight=64 << 10 if plain else 0,
         code=64 << 10,
         threads=256,
-        loop=301 * ahead if few else 0,
+        loop={1: 602, 2: 301, 3: 325, 4: 345, 6: 385}[TERMS[x] * tiles] if plain else 0,
     )
 
 
@@ -41,6 +45,7 @@ KERNELS = {
     "mx_dequantize": Kernel(lambda x: Plan(8, stores=SIZE[x] // 2), "x"),
     "nvfp4_quantize": Kernel(lambda x, random: Plan(4, wide=SIZE[x]), "x", [(random,) for random in BOOLS]),
     "nvfp4_dequantize": Kernel(lambda x: Plan(8, stores=SIZE[x] // 2), "x"),
+    "mx_terms": Kernel(lambda x: Plan(8, stores=TERMS[x]), "x", part=True),
     "mx_linear": Kernel(linear, "xf", list(product((1, 2), BOOLS))),
     "mx_linear_experts": Kernel(linear, "xf", list(product((1, 2), BOOLS))),
 }

@@ -129,43 +129,69 @@ __device__ __forceinline__ uint32_t pair_of(uint32_t word, int i, const Scale& s
   return kLarge ? mul_bf16x2(pair, scale.second) : pair;
 }
 
-// x of one row in block g, as bf16 terms: pairs (i, i + 4) of each of four runs of 8 features. One term holds bf16, two f16
-// and three fp32; beside inf and nan the others are 0. kPlain: rows are aligned, of whole blocks.
+// x of one row in a block, as bf16 terms: pairs (i, i + 4) of each of four runs of 8 features. bf16 is one term and comes from x
+// itself; two of f16 and three of fp32 are made once for all rows of W (mx_terms_kernel), words [T][G][kTerms][16].
 template <class X>
 struct Features {
-  static constexpr int kTerms = std::is_same_v<X, bf16> ? 1 : std::is_same_v<X, f16> ? 2 : 3;
+  static constexpr int kTerms = mx_terms(std::is_same_v<X, bf16>  ? DType::kBF16
+                                         : std::is_same_v<X, f16> ? DType::kF16
+                                                                  : DType::kF32);
+  using Source = std::conditional_t<kTerms == 1, X, uint32_t>;
   uint32_t pairs[kTerms][4][4];
 
+  // kPlain: rows are aligned, of whole blocks.
   template <bool kPlain>
-  __device__ __forceinline__ void load(const X* x, int64_t left, bool vectors) {
+  __device__ __forceinline__ void load(const bf16* x, int64_t left, bool vectors) {
     if (kPlain) left = left > 0 ? kMxBlock : 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const Words8<X> words = load_row<kPlain>(x + 8 * i, left - 8 * i, vectors);
-      if constexpr (kTerms == 1) {
+      const Words8<bf16> words = load_row<kPlain>(x + 8 * i, left - 8 * i, vectors);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const uint32_t low = words.w[0][j / 2], high = words.w[0][j / 2 + 2];
-          pairs[0][i][j] = byte_perm(low, high, j % 2 ? 0x7632u : 0x5410u);
-        }
-      } else {
-        Vec8<float> v = floats(words);
-#pragma unroll
-        for (int term = 0; term < kTerms; ++term)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const uint32_t pair = pack_fast<bf16>(v.v[j], v.v[j + 4]);
-            pairs[term][i][j] = pair;
-            v.v[j] = rest(v.v[j], bit_cast<float>(pair << 16));
-            v.v[j + 4] = rest(v.v[j + 4], bit_cast<float>(pair & 0xffff0000u));
-          }
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t low = words.w[0][j / 2], high = words.w[0][j / 2 + 2];
+        pairs[0][i][j] = byte_perm(low, high, j % 2 ? 0x7632u : 0x5410u);
       }
     }
   }
-  static __device__ __forceinline__ float rest(float v, float term) {
-    return (bit_cast<uint32_t>(term) & 0x7f800000u) == 0x7f800000u ? 0.f : v - term;
+  __device__ __forceinline__ void load(const uint32_t* terms, bool there) {
+#pragma unroll
+    for (int term = 0; term < kTerms; ++term)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t (&words)[4] = pairs[term][i];
+        words[0] = words[1] = words[2] = words[3] = 0;
+        if (there) load_16(words, terms + term * (kMxBlock / 2) + 4 * i);
+      }
   }
 };
+
+// What a term leaves; beside inf and nan the others are 0.
+__device__ __forceinline__ float rest(float v, float term) {
+  return (bit_cast<uint32_t>(term) & 0x7f800000u) == 0x7f800000u ? 0.f : v - term;
+}
+// A thread splits 8 features of a row.
+template <class X>
+__global__ __launch_bounds__(kBlockThreads, 8) void mx_terms_kernel(MxLinearParams p, uint32_t* terms, int shift,
+                                                                    bool vectors) {
+  const Place at(shift);
+  constexpr int kTerms = Features<X>::kTerms;
+  const int64_t k = int64_t{at.group} * 8, G = p.w.G();
+  if (at.row >= p.T || k >= G * kMxBlock) return;
+  terms += (at.row * G + at.group / 4) * kTerms * (kMxBlock / 2) + at.group % 4 * 4;
+  const X* x = static_cast<const X*>(p.x) + at.row * p.x_pitch + k;
+  Vec8<float> v = floats(load_row<false>(x, p.w.K - k, vectors));
+#pragma unroll
+  for (int term = 0; term < kTerms; ++term) {
+    uint32_t words[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      words[j] = pack_fast<bf16>(v.v[j], v.v[j + 4]);
+      v.v[j] = rest(v.v[j], bit_cast<float>(words[j] << 16));
+      v.v[j + 4] = rest(v.v[j + 4], bit_cast<float>(words[j] & 0xffff0000u));
+    }
+    store_16(terms + term * (kMxBlock / 2), words);
+  }
+}
 
 // A thread's block of two rows of W times the same features of kTiles tiles of x.
 template <bool kLarge, class X, int kTiles>
@@ -201,11 +227,12 @@ __device__ __forceinline__ void multiply_rows(const MxLinearParams& p, bool vect
   const int lane = lane_id(), warp = warp_id(), g = lane / 4, t = lane % 4;
   const int64_t o0 = int64_t{blockIdx.x} * kMxRows, G = p.w.G();
   const CodesRow low_row(p.w, o0 + g), high_row(p.w, o0 + g + 8);
-  const X* rows[kTiles];
+  using Source = typename Features<X>::Source;
+  const Source* rows[kTiles];
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     const int64_t i = 8 * n + g;
-    rows[n] = static_cast<const X*>(p.x) + row_of(i < count ? i : count - 1) * p.x_pitch;
+    rows[n] = static_cast<const Source*>(p.x) + row_of(i < count ? i : count - 1) * p.x_pitch;
   }
   float acc[kTiles][4] = {};
   for (int64_t first = 4 * warp; first < G; first += 4 * kMxWarps * kAhead) {
@@ -218,8 +245,13 @@ __device__ __forceinline__ void multiply_rows(const MxLinearParams& p, bool vect
         low[i] = low_row.load(block, whole.value || block < G);
         high[i] = high_row.load(block, whole.value || block < G);
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-          x[i][n].template load<kPlain>(rows[n] + k, whole.value ? kMxBlock : p.w.K - k, vectors);
+        for (int n = 0; n < kTiles; ++n) {
+          if constexpr (Features<X>::kTerms == 1) {
+            x[i][n].template load<kPlain>(rows[n] + k, whole.value ? kMxBlock : p.w.K - k, vectors);
+          } else {
+            x[i][n].load(rows[n] + k / 2 * Features<X>::kTerms, whole.value || block < G);
+          }
+        }
       }
     };
     if (kPlain && first + 4 * kMxWarps * (kAhead - 1) + 4 <= G) {  // nothing to ask for
@@ -321,37 +353,57 @@ int mx_dequantize_cuda(const MxDequantizeParams& p, void*, Stream stream) {
 
 namespace {
 
-// by(x, b, tiles, plain, grid of the rows of W, bytes of shared memory, vectors) of a product of so many rows at a time.
+// by(p, x, b, tiles, plain, grid of the rows of W, bytes of shared memory, vectors) of a product of so many rows at a time, p with
+// x as the kernel reads it.
 template <class By>
-int with_rows(const MxLinearParams& p, int64_t rows, const By& by) {
+int with_rows(MxLinearParams p, int64_t rows, void* terms, Stream stream, const By& by) {
   const bool vectors = can_vectorize(p.x, p.x_pitch, size_of(p.dtype));
-  return with_types(p.dtype, p.b_dtype, [&](auto x, auto b) {
+  return with_types(p.dtype, p.b_dtype, [&]<class X, class B>(X x, B b) {
+    constexpr bool kSplit = Features<X>::kTerms > 1;
+    if constexpr (kSplit) {
+      const int64_t G = p.w.G();
+      const PlaceGrid at = place_grid(p.T, 4 * G);
+      const int error = launch("mx_terms", mx_terms_kernel<X>, at.grid, dim3(kBlockThreads), 0, stream, p,
+                               static_cast<uint32_t*>(terms), at.shift, vectors);
+      if (error) return error;
+      p.x = terms, p.x_pitch = G * Features<X>::kTerms * (kMxBlock / 2);
+    }
     return with_bool(rows > 8, [&](auto two) {
-      return with_bool(vectors && p.w.K % kMxBlock == 0, [&](auto plain) {
-        constexpr int kTiles = two.value ? 2 : 1;
-        return by(x, b, std::integral_constant<int, kTiles>{}, plain, ceil_div(p.w.O, int64_t{kMxRows}),
+      constexpr int kTiles = two.value ? 2 : 1;
+      const auto call = [&](auto plain) {
+        return by(p, x, b, std::integral_constant<int, kTiles>{}, plain, ceil_div(p.w.O, int64_t{kMxRows}),
                   smem_bytes<float>(kMxSums<kTiles>), vectors);
-      });
+      };
+      if constexpr (kSplit) {
+        return call(std::true_type{});
+      } else {
+        return with_bool(vectors && p.w.K % kMxBlock == 0, call);
+      }
     });
   });
 }
 
 }  // namespace
 
-int mx_linear_cuda(const MxLinearParams& p, void*, Stream stream) {
-  return with_rows(p, p.T, [&]<class X, class B>(X, B, auto tiles, auto plain, int64_t blocks, size_t smem, bool vec) {
-    return launch("mx_linear", mx_linear_kernel<X, B, tiles.value, plain.value>, grid_of(blocks, 1), dim3(kMxThreads),
-                  smem, stream, p, vec);
-  });
+int mx_linear_cuda(const MxLinearParams& p, void* terms, Stream stream) {
+  return with_rows(p, p.T, terms, stream,
+                   [&]<class X, class B>(const MxLinearParams& q, X, B, auto tiles, auto plain, int64_t blocks,
+                                         size_t smem, bool vectors) {
+                     return launch("mx_linear", mx_linear_kernel<X, B, tiles.value, plain.value>, grid_of(blocks, 1),
+                                   dim3(kMxThreads), smem, stream, q, vectors);
+                   });
 }
 
-int mx_linear_experts_cuda(const MxExpertsParams& p, void*, Stream stream) {
+int mx_linear_experts_cuda(const MxExpertsParams& p, void* terms, Stream stream) {
   const int64_t rows = choose_mx_experts_way(p.of.T, p.E, cuda_target()).rows;
   const int64_t G = plan_layout(p.of.T, p.E).G;
-  return with_rows(p.of, rows,
-                   [&]<class X, class B>(X, B, auto tiles, auto plain, int64_t blocks, size_t smem, bool vec) {
+  return with_rows(p.of, rows, terms, stream,
+                   [&]<class X, class B>(const MxLinearParams& q, X, B, auto tiles, auto plain, int64_t blocks,
+                                         size_t smem, bool vectors) {
+                     MxExpertsParams of = p;
+                     of.of = q;
                      return launch("mx_linear_experts", mx_linear_experts_kernel<X, B, tiles.value, plain.value>,
-                                   grid_of(blocks, G), dim3(kMxThreads), smem, stream, p, vec);
+                                   grid_of(blocks, G), dim3(kMxThreads), smem, stream, of, vectors);
                    });
 }
 
