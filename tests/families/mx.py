@@ -21,6 +21,9 @@ def draw(rng: random.Random, schema, layer: Layer) -> dict[str, Any]:
     bytes_of = lambda n, low, high: torch.randint(low, high, (*lead, n)).to(torch.uint8)
     return args | {
         "codes": bytes_of(16 * G, 0, 256), "scales": bytes_of(G, 115, 128), "columns": layer.I, "dtype": rng.choice(FLOATS),
+        "a_codes": torch.randint(0, 256, (*layer.lead, 16 * G)).to(torch.uint8), "b_codes": bytes_of(16 * G, 0, 256),
+        "a_scales": torch.randint(115, 128, (*layer.lead, G)).to(torch.uint8), "b_scales": bytes_of(G, 115, 128),
+        "alpha": rng.choice((1.0, 16 / 9)),
         "s": strided(rng, [*layer.lead, layer.R], torch.float32 if layer.factor == torch.float16 else layer.factor, False),
         "rule": rng.choice(RULES), "hadamard": hadamard, "gain": rng.choice((1.0, 0.75)),
         "signs": torch.randint(-(2**31), 2**31, (1,)).int() if hadamard and some else None,

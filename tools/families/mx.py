@@ -7,7 +7,7 @@ from itertools import product
 from tools.families import SIZE, Kernel, Plan, Shape, Timed
 
 # Beyond the registry: codes beside torchao's, every scale, products by rows, NaN and infinities, memory.
-TESTS = {"tests/ops/test_mx.py": "cpu"}
+TESTS = {"tests/ops/test_mx.py": "cpu", "tests/ops/test_mx_matmul.py": "cpu"}
 
 BOOLS = (False, True)
 
