@@ -3,6 +3,7 @@
 
     make demo                   about 7 minutes on 2 cores        make demo ARGS=--quick      under 2 minutes
     make demo ARGS="--method mora"      one method of lrkern.nn beside LoRA (demo_methods.py), with --quick as well
+    make demo ARGS=--quartet            all weights trained, with products in FP4 beside bf16 (demo_quartet.py), --quick too
     python examples/demo.py --dry-run                             what it would do, without doing it
 
 The figures on the last screen are all in <out>/summary.json. Exit code: 0, 1 when a line says FAIL, 2 when the demo
@@ -67,14 +68,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few lines and steps: under 2 minutes")
     parser.add_argument("--dry-run", action="store_true", help="print the steps, sizes and expected times, and stop")
     parser.add_argument("--method", choices=METHODS, help="train this method of lrkern.nn beside LoRA, instead of PEFT")
+    parser.add_argument("--quartet", action="store_true", help="train all weights with FP4 products, beside bf16")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
     plan = QUICK if args.quick else FULL
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if args.quartet:
+        import demo_quartet
+
+        return demo_quartet.main(args, missing, machine)
     who = "lrkern and with stock PEFT" if not args.method else f"{args.method} and with LoRA"
     print(f"lrkern demo: fine-tunes MiniLM-L6 on four domains of rated sentences, with {who}", flush=True)
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if args.dry_run:
         print(describe(plan, args, missing))
         return 0

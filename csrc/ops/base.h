@@ -8,15 +8,17 @@
 
 namespace lrk::ops {
 
-// ATen's GEMM by its type: out = a b, plus `add` where it is given ([N] or of out's sizes). Calls by name go through the
+// ATen's GEMM by its type: out = alpha a b, plus `add` where it is given ([N] or of out's sizes). Calls by name go through the
 // dispatcher's table and a stack of boxed values, which costs as much as a product of few tokens.
-inline void gemm(const char* op, const Tensor& out, const Tensor& a, const Tensor& b, const OptTensor& add) {
+inline void gemm(const char* op, const Tensor& out, const Tensor& a, const Tensor& b, const OptTensor& add,
+                 double alpha = 1.) {
   auto call = aoti_torch_cpu_addmm_out;
 #if !defined(LRK_EMULATE)
   if (!out.is_cpu()) call = aoti_torch_cuda_addmm_out;
 #endif
   if (!call) fail(op, "this torch has no addmm for cuda");
-  STABLE_TORCH_ERROR_CODE_CHECK(call(out.get(), add ? add->get() : out.get(), a.get(), b.get(), add ? 1.0 : 0.0, 1.0));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      call(out.get(), add ? add->get() : out.get(), a.get(), b.get(), add ? 1.0 : 0.0, alpha));
 }
 // Another tensor over the memory of t, from its first element on: the offset given here counts from there.
 inline Tensor seen_as(const Tensor& t, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides) {

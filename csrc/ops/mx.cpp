@@ -72,8 +72,9 @@ struct Packed {
   }
   MxWeight weight(int64_t expert, int64_t K) const { return {codes_from(expert * O), scales_from(expert * O), O, K}; }
 };
-Packed check_packed(const char* op, const Tensor& codes_, const Tensor& scales_, const Arg* like, const char* name) {
-  const Arg codes{op, "codes", codes_}, scales{op, "scales", scales_};
+Packed check_packed(const char* op, const Tensor& codes_, const Tensor& scales_, const Arg* like, const char* name,
+                    const char* codes_name = "codes", const char* scales_name = "scales") {
+  const Arg codes{op, codes_name, codes_}, scales{op, scales_name, scales_};
   codes.strided().is(ScalarType::Byte), scales.strided().is(ScalarType::Byte).on(codes);
   if (like) codes.on(*like);
   if (codes_.dim() < 1 || codes.last() % kMxBytes)
@@ -149,11 +150,12 @@ ScalarType gemm_type(const Arg& x, const MxWay& way) { return way.widens ? Scala
 bool joins(const LowRank& low, ScalarType t) {
   return low.R && (t == ScalarType::Float || (low.b.scalar_type() == t && t != ScalarType::Half));
 }
-// out = a b + add, through fp32 where out has 16 bits and the operands do not.
-void product(const char* op, const Tensor& out, const Tensor& a, const Tensor& b, const OptTensor& add) {
-  if (out.scalar_type() == a.scalar_type()) return gemm(op, out, a, b, add);
+// out = alpha a b + add, through fp32 where out has 16 bits and the operands do not.
+void product(const char* op, const Tensor& out, const Tensor& a, const Tensor& b, const OptTensor& add,
+             double alpha = 1.) {
+  if (out.scalar_type() == a.scalar_type()) return gemm(op, out, a, b, add, alpha);
   const Tensor wide = new_empty(a, sizes_of(out));
-  gemm(op, wide, a, b, add ? OptTensor(as_type(*add, a.scalar_type())) : std::nullopt);
+  gemm(op, wide, a, b, add ? OptTensor(as_type(*add, a.scalar_type())) : std::nullopt, alpha);
   torch::stable::copy_(const_cast<Tensor&>(out), wide);
 }
 
@@ -487,6 +489,39 @@ Four mx_linear_expand_bwd(const Tensor& dy_, const Tensor& codes, const Tensor& 
   return {dx, dbias, as_type(torch::stable::reshape(ds, sizes_of(s)), s.scalar_type()), db};
 }
 
+// ---- both operands packed
+
+// y = alpha A B^T, A decoded whole and B in panels: in fp32, or in bf16 for a GPU's product of bf16, which hold the same values.
+Tensor mx_matmul(const Tensor& a_codes, const Tensor& a_scales, const Tensor& b_codes, const Tensor& b_scales,
+                 int64_t columns, ScalarType dtype, double alpha) {
+  constexpr const char* op = "mx_matmul";
+  const Arg like{op, "a_codes", a_codes}, other{op, "b_codes", b_codes};
+  const Packed a = check_packed(op, a_codes, a_scales, nullptr, "[..., G]", "a_codes", "a_scales");
+  if (b_codes.dim() != 2) other.refuse("have shape [O, 16 G], got ", text_of(sizes_of(b_codes)));
+  const Packed b = check_packed(op, b_codes, b_scales, &like, "[O, G]", "b_codes", "b_scales");
+  if (a.G != b.G) other.refuse("have ", a.G, " blocks a row, as a_codes has, got ", b.G);
+  check_columns(op, "columns", columns, a);
+  const double by = finite(op, "alpha", alpha);
+  const int64_t T = a.O, O = b.O, K = columns;
+  Tensor y = new_empty(a_codes, with_last(a_codes, O), dtype);
+  Arg{op, "dtype", y}.float_type();
+  if (!T || !O) return y;
+  if (!K) return torch::stable::zero_(y);
+  const Target target = DeviceScope(op, a_codes).target;
+  const bool halves = target.device == Device::kCUDA && dtype == ScalarType::BFloat16;
+  const int64_t most = choose_mx_way(T, O, K, DType::kF32, target).rows;
+  const Tensor rows = new_empty(a_codes, Sizes{T, K}, halves ? dtype : ScalarType::Float);
+  Tensor panel = new_empty(rows, Sizes{std::min(most, O), K}), out = seen_as(y, {T, O}, {O, 1});
+  decode(op, a, 0, T, 0, K, rows, K);
+  for (int64_t o = 0; o < O; o += most) {
+    const int64_t n = std::min(most, O - o);
+    decode(op, b, o, n, 0, K, panel, K);
+    Tensor used = torch::stable::narrow(panel, 0, 0, n);
+    product(op, torch::stable::narrow(out, 1, o, n), rows, torch::stable::transpose(used, 0, 1), std::nullopt, by);
+  }
+  return y;
+}
+
 }  // namespace
 }  // namespace lrk::ops
 
@@ -497,6 +532,9 @@ LRK_OP(mx_dequantize, "(Tensor codes, Tensor scales, int columns, ScalarType dty
 LRK_OP(mx_linear, "(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None, Tensor? experts=None) -> Tensor")
 LRK_OP(mx_linear_expand,
        "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, Tensor s, Tensor b, Tensor? experts=None) -> Tensor")
+LRK_OP(mx_matmul,
+       "(Tensor a_codes, Tensor a_scales, Tensor b_codes, Tensor b_scales, int columns, ScalarType dtype, float "
+       "alpha=1.0) -> Tensor")
 LRK_OP(mx_linear_bwd,
        "(Tensor dy, Tensor codes, Tensor scales, int columns, bool need_dx, bool need_dbias, Tensor? experts=None) -> "
        "(Tensor dx, Tensor dbias)")

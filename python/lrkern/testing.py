@@ -93,4 +93,7 @@ def check(got: Any, truth: Any, yardstick: Any, what: str, fp32_factor: bool = F
 
 
 def to64(t: Any) -> Any:
+    """An argument of a reference that computes in float64; a dtype is that of its result."""
+    if isinstance(t, torch.dtype) and t.is_floating_point:
+        return torch.float64
     return t.detach().double() if isinstance(t, Tensor) and t.is_floating_point() else t

@@ -7,7 +7,7 @@ from itertools import product
 from tools.families import SIZE, Kernel, Plan, Shape, Timed
 
 # Beyond the registry: codes beside torchao's, every scale, products by rows, NaN and infinities, memory.
-TESTS = {"tests/ops/test_mx.py": "cpu", "tests/ops/test_mx_experts.py": "cpu", "tests/ops/test_nvfp4.py": "cpu"}
+TESTS = {f"tests/ops/test_{name}.py": "cpu" for name in ("mx", "mx_experts", "mx_matmul", "nvfp4")}
 
 BOOLS = (False, True)
 

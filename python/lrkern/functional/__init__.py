@@ -9,6 +9,7 @@ from .mora import *
 from .mx import *
 from .nola import *
 from .projection import *
+from .quartet import *
 from .randlora import *
 from .vera import *
 

@@ -7,6 +7,7 @@ from .mora import MoRALinear as MoRALinear
 from .mx import MXFP4Experts as MXFP4Experts
 from .mx import MXFP4Linear as MXFP4Linear
 from .nola import NOLALinear as NOLALinear
+from .quartet import QuartetLinear as QuartetLinear
 from .randlora import RandLoRALinear as RandLoRALinear
 from .s2ft import S2FTLinear as S2FTLinear
 from .vera import VeRALinear as VeRALinear

@@ -21,5 +21,5 @@ from .multi_lora import (
     multi_lora_plan,
     multi_lora_shrink,
 )
-from .mx import mx_dequantize, mx_linear, mx_linear_expand, mx_quantize, nvfp4_dequantize, nvfp4_quantize
+from .mx import mx_dequantize, mx_linear, mx_linear_expand, mx_matmul, mx_quantize, nvfp4_dequantize, nvfp4_quantize
 from .s2ft import gather_matmul, gather_matmul_, scatter_add, scatter_add_, slice_gather, slice_linear

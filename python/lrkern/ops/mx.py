@@ -65,6 +65,36 @@ def mx_dequantize(codes: Tensor, scales: Tensor, columns: int, dtype: torch.dtyp
     return _dequantize(codes, scales, columns, dtype)
 
 
+_matmul = Op(
+    "mx_matmul",
+    results=lambda a_codes, b_codes, dtype, **_: a_codes.new_empty(
+        (*a_codes.shape[:-1], b_codes.shape[0]), dtype=dtype
+    ),
+)
+
+
+def mx_matmul(
+    a_codes: Tensor,
+    a_scales: Tensor,
+    b_codes: Tensor,
+    b_scales: Tensor,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+    alpha: float = 1.0,
+) -> Tensor:
+    """y [..., O] = alpha · A Bᵀ with A [..., columns] and B [O, columns] in MXFP4: FP4 times FP4, sums in float32, rounded once to dtype.
+
+    a_codes [..., 16 G], a_scales [..., G], b_codes [O, 16 G], b_scales [O, G]; columns in [32 G - 31, 32 G]: what lies past them has no
+    part. alpha, the GEMM's, is for what quantisers multiplied by: 16/9 of two that had gain 0.75. No gradient: the operands are integers.
+
+    Without FP4 units, in CPUs and GPUs alike, elements are those of ``mx_dequantize``, A's whole and B's in panels, for ATen's GEMM: in
+    float32, or in bfloat16 for a GPU's result of bfloat16. Both hold them exactly, but that of scales of 2^126 and 2^127 codes beyond
+    their range become infinite. So it is no faster than a dense product. Few rows that meet one B often are better off with
+    ``mx_linear(mx_dequantize(a_codes, a_scales, columns, dtype), b_codes, b_scales)``, which reads B's codes.
+    """
+    return _matmul(a_codes, a_scales, b_codes, b_scales, columns, dtype, alpha)
+
+
 class _Linear(Function):
     @staticmethod
     def forward(ctx, x, codes, scales, bias, experts):

@@ -18,7 +18,7 @@ from .multi_lora import (
     multi_lora_shrink,
     pages_of,
 )
-from .mx import mx_dequantize, mx_linear, mx_linear_expand, mx_quantize, nvfp4_dequantize, nvfp4_quantize
+from .mx import mx_dequantize, mx_linear, mx_linear_expand, mx_matmul, mx_quantize, nvfp4_dequantize, nvfp4_quantize
 from .registry import OPS, Draw, Op, Sample
 from .rng import BITS, basis_elements, dropout_multiplier, philox4x32
 from .s2ft import gather_matmul, gather_matmul_, scatter_add, scatter_add_, slice_gather, slice_linear

@@ -107,6 +107,12 @@ def mx_dequantize(codes, scales, columns, dtype=torch.float32):
     return scaled.flatten(-2)[..., :columns].to(dtype)
 
 
+def mx_matmul(a_codes, a_scales, b_codes, b_scales, columns, dtype=torch.float32, alpha=1.0):
+    """y = alpha A B^T, both in MXFP4"""
+    a, b = (mx_dequantize(*each, columns, dtype) for each in ((a_codes, a_scales), (b_codes, b_scales)))
+    return alpha * (a @ b.mT)
+
+
 def mx_linear(x, codes, scales, bias=None, experts=None):
     """y = x W^T + bias, W in MXFP4, of one or of E experts"""
     w = mx_dequantize(codes, scales, x.shape[-1], x.dtype)
@@ -152,6 +158,27 @@ def nvfp4_dequantize(codes, scales, global_scale, columns, dtype=torch.float32):
     values = torch.tensor([*VALUES, *(-v for v in VALUES)], device=codes.device)[code].unflatten(-1, (-1, 16))
     scale = global_scale.float() * scales.view(torch.float8_e4m3fn).float()
     return (values * scale[..., None]).flatten(-2)[..., :columns].to(dtype)
+
+
+def quartet_linear(x, weight, dy, signs, seeds, rule="quest"):
+    """y = X̂ Ŵᵀ, dx and dW of F.quartet_linear, beside the exact gradients of y: all in float64 of x [T, K], weight [O, K], dy [T, O]"""
+    whole = lambda z, *how: (mx_dequantize(*(q := mx_quantize(z, *how))[:2], 32 * q[1].shape[-1], torch.float64), q[2])
+    (X, x_mask), (W, w_mask) = (whole(t, rule, True, None, None, 1.0, True) for t in (x, weight))
+
+    def back(g, mask):
+        """(mask ⊙ g) Hᵀ, as H is symmetric"""
+        bits = mask.long()[..., None] >> torch.arange(32) & 1
+        return transformed(g.unflatten(-1, (-1, 32)) * bits).flatten(-2)[:, : x.shape[1]]
+
+    def product(e, z, mask, sign, *seeds):
+        """both rounded at random, under one H with signs"""
+        a, b = (whole(t, "floor", True, sign, seed, 0.75)[0] for t, seed in zip((e, z.float()), seeds, strict=True))
+        return back(16 / 9 * a @ b.mT, mask)
+
+    dx = product(dy, W.mT, x_mask, signs[:1], seeds[0], seeds[1])
+    dw = product(dy.mT, X.mT, w_mask, signs[1:], seeds[2], seeds[3])
+    exact = back(dy.double() @ W, x_mask), back(dy.double().mT @ X, w_mask)
+    return X @ W.mT, (dx, dw), exact
 
 
 class Layer:
@@ -226,6 +253,12 @@ def quantize_samples(name: str, t: Layer) -> Iterator[Sample]:
 @register(mx_dequantize)
 def dequantize_samples(name: str, t: Layer) -> Iterator[Sample]:
     yield Sample(name, (t.codes, t.scales, t.I, t.draw.dtype))
+
+
+@register(mx_matmul, products="TIO")
+def matmul_samples(name: str, t: Layer) -> Iterator[Sample]:
+    codes, scales, _ = mx_quantize(t.x, t.rule)
+    yield Sample(name, (codes, scales, t.codes, t.scales, t.I, t.draw.dtype, t.gain))
 
 
 @register(mx_linear, differentiable="x bias", casts="x bias", products="TIO")
