@@ -90,6 +90,34 @@ class Data(suite.Data):
         return torch.addmm(y, self.inputs["s"].to(y.dtype), self.inputs["b"].to(y.dtype).mT)
 
 
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
+        import cpu_grouped
+
+        ctx.given = given
+        return cpu_grouped.gemv_mxfp4_grouped_cpu(x.float(), **given).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        import cpu_grouped
+
+        return cpu_grouped.dgrad_mxfp4_grouped_cpu(dy.float().contiguous(), **ctx.given).to(dy.dtype), None
+
+
+def grouped_product(x: Tensor, codes: Tensor, scales: Tensor, counts: dict[int, int]) -> Tensor:
+    """grouped-nf4-gemm's x Wᵀ of rows that are sorted by expert, so many of each; codes [E, O, I / 2], scales [E, O, I / 32]."""
+    given = {"packed": codes, "scales": scales, "sizes": [*counts.values()], "expert_ids": [*counts]}
+    return _Grouped.apply(x, given)
+
+
+def start_pool() -> None:
+    """grouped-nf4-gemm's own threads, as many as torch has: as fast as its OpenMP, whose threads spin on into the calls of others."""
+    import cpu_grouped
+
+    cpu_grouped.pool_start(torch.get_num_threads())
+
+
 def rotation(case: Case) -> int:
     return timing.READ if case.T == 1 and case.method != "quantize" else 0
 
@@ -239,24 +267,10 @@ class Suite(suite.Suite):
     def gnf4(self, d: Data) -> Call | None:
         if d.device != "cpu" or d.case.method == "quantize" or (d.case.T > 64 and d.seed):
             return None
-        import cpu_grouped
-
-        # Its own pool: as fast as its OpenMP, whose threads spin on into the calls of others.
-        cpu_grouped.pool_start(torch.get_num_threads())
         x, codes, scales, bias = (d.inputs[name] for name in ("x", "codes", "scales", "bias"))
-        settings = {"sizes": [d.case.T], "expert_ids": [0], "threads": torch.get_num_threads()}
-        packed = {"packed": codes[None], "scales": scales[None]} | settings
-
-        class Product(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, x: Tensor) -> Tensor:
-                return cpu_grouped.gemv_mxfp4_grouped_cpu(x.float(), **packed).to(x.dtype)
-
-            @staticmethod
-            def backward(ctx: Any, dy: Tensor) -> Tensor:
-                return cpu_grouped.dgrad_mxfp4_grouped_cpu(dy.float(), **packed).to(dy.dtype)
-
-        return Call(lambda: d.low(Product.apply(x) + bias), reads=self._packed(d))
+        start_pool()
+        packed = codes[None], scales[None], {0: d.case.T}
+        return Call(lambda: d.low(grouped_product(x, *packed) + bias), reads=self._packed(d))
 
     def _packed(self, d: Data) -> int:
         return d.inputs["codes"].nbytes + d.inputs["scales"].nbytes
