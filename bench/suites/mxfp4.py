@@ -11,7 +11,7 @@
 
 torchao, bnb and gnf4 are there after `make peers`. x is in the case's dtype but for fp32 and bf16, and what int4pack and gnf4 turn it
 into. With one token what each reads of W rotates over 512 MiB; "of read" is its W against the bandwidth of a plain read in this run.
-pass=bwd is dx alone.
+pass=bwd is dx alone; eager and torchao keep the W that they decoded in the untimed forward.
 """
 
 import copy

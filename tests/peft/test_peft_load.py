@@ -252,6 +252,19 @@ def test_the_whole_goes_to_files_and_comes_back(folder, tmp_path):
     assert report.fused == len(report.layers) == 8
 
 
+def test_other_classes_shards_and_a_config_of_ones_own(folder, tmp_path):
+    """The file's names have a prefix that the base model's have not."""
+    model = load(folder)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    config = transformers.AutoConfig.from_pretrained(folder)
+    base = load(tmp_path, model_class=transformers.AutoModel, config=config, device_map={"": "cpu"})
+    assert config.quantization_config["quant_method"] == "mxfp4"
+    with torch.no_grad():
+        hidden = base(input_ids=IDS).last_hidden_state
+        assert relative(model.lm_head(hidden), logits(model)) < 1e-6
+
+
 # ---- refusals
 
 

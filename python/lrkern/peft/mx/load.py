@@ -5,6 +5,7 @@ transformers runs such files by Triton kernels, or dequantises them, and marks t
 them, by its own hooks (``register_quantizer``): packed bytes stay packed, and adapters over them train.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ def load_mxfp4(folder: str, model_class: type = transformers.AutoModelForCausalL
     a weight is read where the config names another quantisation, the file is none of safetensors, or packed bytes or scales are missing
     or of another dtype or shape.
     """
-    config = kwargs.pop("config", None)
+    config = copy.deepcopy(kwargs.pop("config", None))
     if config is None:
         config = transformers.AutoConfig.from_pretrained(folder, **{k: kwargs[k] for k in _HUB if k in kwargs})
     given = getattr(config, "quantization_config", None) or {}
