@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
             bar.write(report.table(now, suite.against))
             progress(bar, i + 1)(0)
             rows += now
-            missing |= reasons
+            missing = reasons | missing  # the first reason
             if args.json:
                 with args.json.open("a") as f:
                     f.write("".join(json.dumps(row) + "\n" for row in now))

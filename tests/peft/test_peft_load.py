@@ -360,6 +360,8 @@ def test_what_experts_do_not_do(folder):
     with pytest.raises(ValueError, match="one choice of adapters a batch, got 'adapter_names'"):
         model(input_ids=IDS, adapter_names=["default", "__base__"])
     base = copy.deepcopy(loaded(folder))
+    with pytest.raises(NotImplementedError, match="must be dequantised as it is loaded"):
+        base.dequantize()
     of = base.model.layers[0].mlp.experts
     base.model.layers[0].mlp.experts = MXFP4Experts(of.num_experts, of.hidden_size, of.intermediate_size, r=2)
     config = peft.LoraConfig(target_modules=["experts"])

@@ -82,6 +82,13 @@ class MXFP4Quantizer(HfQuantizer):
             if isinstance(m, (MXFP4Experts, MXFP4Linear)):
                 m.requires_grad_(False)
 
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        raise NotImplementedError(
+            "lrkern.peft: a model in MXFP4 must be dequantised as it is loaded, from_pretrained(folder, "
+            "quantization_config=transformers.Mxfp4Config(dequantize=True)) for gpt-oss' files, or by lrkern.peft.dequantize(model) for its "
+            "linears, got model.dequantize()"
+        )
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
         """On the way to a file: whether others can read it."""
         own = any(isinstance(m, MXFP4Linear) for m in model.modules())
