@@ -99,6 +99,9 @@ def test_one_token_reads_beyond_512_mib(monkeypatch):
     )
     assert len({data.inputs["codes"].data_ptr() for data in copies.copies}) == of["lrkern"]
     assert len(run.line_up(suite, replace(case, T=20), "cpu", True).copies) == 1
+    crowd = run.line_up(suite, replace(case, T=80), "cpu", True)
+    assert crowd.missing == dict.fromkeys(("torchao", "bnb", "gnf4"), "of T=80 not with --quick")
+    assert {"bf16", "fp32", "lrkern", "int4pack"} <= crowd.calls.keys()
 
 
 def test_the_table_says_the_share_of_a_read_and_the_pairs(monkeypatch):
