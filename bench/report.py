@@ -51,6 +51,9 @@ def table(rows: list[Row], against: str | None) -> str:
     def share_of_roof(row: Row) -> str:
         return "" if row["of_roof"] is None else f"{row['of_roof']:.1%}" + "*" * (row["of_roof"] > 1)
 
+    def share_of_read(row: Row) -> str:
+        return "" if row["of_read"] is None else format(row["of_read"], ".1%")
+
     share = f"/{against}"
     columns = [
         ("ms", number("p50_ms", ".4g"), 9),
@@ -66,6 +69,7 @@ def table(rows: list[Row], against: str | None) -> str:
         ("peak MB", number("peak_bytes", ".2f", 1e-6), 9),
         ("basis MB", number("basis_bytes", ".1f", 1e-6), 9),
         ("of roof", share_of_roof, 8),
+        ("of read", share_of_read, 8),
         ("error", number("error", ".1e"), 8),
     ]
     lines = [f"  {cell:9}" for cell in ("", *of)]
@@ -74,6 +78,11 @@ def table(rows: list[Row], against: str | None) -> str:
             lines = [line + cell.rjust(width) for line, cell in zip(lines, (head, *cells), strict=True)]
     if any(row["of_roof"] and row["of_roof"] > 1 for row in rows):
         lines.append(ABOVE)
+    lines += [
+        f"  {row['provider']} takes {row['paired']:.3f}x of {row['beside']}, the median of {row['pairs']} pairs of calls"
+        for row in rows
+        if row["beside"]
+    ]
     lines += textwrap.wrap(
         "; ".join(f"{row['provider']} without a graph, host time included: {row['eager']}" for row in rows if row["eager"]),
         118, initial_indent="  ", subsequent_indent="  ",

@@ -109,21 +109,22 @@ class Field:
     copies: list[Data]
     calls: dict[str, Call] = field(default_factory=dict)  # over the first copy
     steps: dict[Key, list[Step]] = field(default_factory=dict)  # one per copy
+    beside: dict[str, list[Step]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
     def enter(self, provider: str, passes: str, make: Callable[[Data], Call | None]) -> None:
-        calls = [make(data) for data in self.copies]
-        if calls[0] is None:
+        pairs = [(data, call) for data in self.copies if (call := make(data)) is not None]
+        if not pairs:
             return
+        calls = [call for _, call in pairs]
         ways = {"whole": calls, "alone": [call.alone for call in calls]}
-        steps = {
-            (provider, way): [step(passes, *pair) for pair in zip(self.copies, made, strict=True)]
-            for way, made in ways.items()
-            if made[0]
-        }
+        steps_of = lambda made: [step(passes, data, call) for (data, _), call in zip(pairs, made, strict=True)]
+        steps = {(provider, way): steps_of(made) for way, made in ways.items() if made[0]}
         for first, *_ in steps.values():
             first.run(first.ready())  # what compiles compiles here
         self.calls[provider] = calls[0]
+        if calls[0].beside:
+            self.beside[provider] = steps_of([call.beside[1] for call in calls])
         self.steps |= steps
 
 
@@ -138,12 +139,12 @@ def line_up(suite: Suite, case: Case, device: str, quick: bool) -> Field:
     torch.compiler.reset()
     copies = [suite.data(case, device, 0)]
     if suite.cold:
-        count = timing.copies_beyond_cache(sum(t.nbytes for t in tensors(copies[0])), device)
+        count = timing.copies_beyond_cache(sum(t.nbytes for t in tensors(copies[0])), device, suite.rotation(case))
         copies += [suite.data(case, device, seed) for seed in range(1, count)]
     result = Field(copies)
     for provider in suite.providers():
-        if quick and provider in SLOW:
-            result.missing[provider] = "not with --quick"
+        if quick and provider in suite.slow(case):
+            result.missing[provider] = "not with --quick" if provider in SLOW else f"of T={case.T} not with --quick"
             continue
         try:
             result.enter(provider, case.passes, getattr(suite, provider))
@@ -231,12 +232,15 @@ def measure(
         now = timing.clock()
         if not noisy or now + 2 * (now - begin) > end:
             break
+    ratios = {name: timing.paired(steps[name, "whole"], other, seconds, device) for name, other in ready.beside.items()}
 
     rows = []
     named = {first: (first, "whole"), "again": (first, "again")} | {name: (name, "whole") for name in ready.calls}
     memory["again"], errors["again"] = (None, None), None  # told once
     for name, key in named.items():
         mine, call = p50[key], ready.calls[key[0]]
+        reads = call.reads and (call.reads * (1 + (case.passes == "fwd+bwd")))
+        pairs = ratios.get(name)
         rows.append(
             {
                 "suite": suite.name(),
@@ -252,6 +256,11 @@ def measure(
                 "flops": flop,
                 "roof_ms": roof_ms,
                 "of_roof": roof_ms and roof_ms / mine,
+                "reads": reads,
+                "of_read": reads and reads / mine * 1e3 / read_bandwidth(device),
+                "beside": call.beside[0] if pairs else None,
+                "paired": pairs and statistics.median(pairs),
+                "pairs": pairs and len(pairs),
                 "error": errors[name],
                 "peak_bytes": memory[name][1],
                 "elements": call.elements,
@@ -267,6 +276,7 @@ def measure(
 
 
 ceilings = cache(timing.ceilings)
+read_bandwidth = cache(timing.read_bandwidth)
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -346,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
             bar.write(report.table(now, suite.against))
             progress(bar, i + 1)(0)
             rows += now
-            missing |= reasons
+            missing = reasons | missing  # the first reason
             if args.json:
                 with args.json.open("a") as f:
                     f.write("".join(json.dumps(row) + "\n" for row in now))

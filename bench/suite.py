@@ -5,7 +5,7 @@
     data(case, device, seed)   one copy of a case's tensors
     work(case, data)           the least work there is: (flop, bytes); none where no roof makes sense
     <provider>(data) -> Call   a method named by a provider id: how that provider computes the case over that copy, or
-                               None where it has no part in the case
+                               None where it has no part in the case, or over further copies no more part
 
 The runner does the rest: passes, interleaving, A/A, ceilings, errors, memory, rows.
 """
@@ -20,9 +20,9 @@ from torch import Tensor
 
 # Ids are fixed for all suites; tables list them in this order. A row "again" is the first one's second run.
 PROVIDERS = ("base", "eager", "compile", "peft", "published", "full", "stored", "loop", "gather", "followed", "vllm",
-             "torchao", "bf16", "fp32", "lrkern")  # fmt: skip
+             "torchao", "bnb", "int4pack", "gnf4", "bf16", "fp32", "lrkern")  # fmt: skip
 # Other people's code that need not be there: any failure of these lists them as missing, with the reason.
-OPTIONAL = ("compile", "published", "vllm", "torchao")
+OPTIONAL = ("compile", "published", "vllm", "torchao", "bnb", "int4pack", "gnf4")
 SLOW = ("compile",)  # many seconds a case before the first result: not with --quick
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -60,6 +60,8 @@ class Call:
     exact: bool = True  # whether forward computes a truth at all; another random basis has none
     elements: int | None = None  # it makes
     basis_bytes: int | None = None  # of random bases that stay in memory between calls
+    reads: int | None = None  # bytes of the weight as this provider keeps it, once a pass
+    beside: "tuple[str, Call] | None" = None  # what its time is set against in pairs of calls, by its name
 
 
 @dataclass
@@ -90,6 +92,14 @@ class Suite:
 
     def work(self, case: Case, data: Data) -> tuple[int, int] | None:
         return None
+
+    def rotation(self, case: Case) -> int:
+        """Bytes over which the copies of a case rotate at least, where that is more than the caches ask for."""
+        return 0
+
+    def slow(self, case: Case) -> tuple[str, ...]:
+        """Providers that are left out with --quick."""
+        return SLOW
 
     def exact(self, case: Case) -> Case:
         """The case without what makes its result random."""

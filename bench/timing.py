@@ -34,10 +34,10 @@ def last_level_cache() -> int:
     return max(sizes, default=32 << 20)
 
 
-def copies_beyond_cache(each: int, device: str) -> int:
-    """How many copies of `each` bytes, used in turn, are cold when their turn comes. CUDA flushes its L2 instead. At
-    most 64: what is so small measures host time."""
-    return 1 if device == "cuda" else max(1, min(64, -(-2 * last_level_cache() // each)))
+def copies_beyond_cache(each: int, device: str, least: int = 0) -> int:
+    """How many copies of `each` bytes, used in turn, are cold when their turn comes, and take `least` bytes. CUDA flushes its
+    L2 instead. At most 64: what is so small measures host time."""
+    return 1 if device == "cuda" else max(1, min(64, -(-max(2 * last_level_cache(), least) // each)))
 
 
 def captured(step: Step) -> Step:
@@ -104,6 +104,19 @@ def once_cuda(step: Step, flush: Tensor) -> float:
     return start.elapsed_time(stop)
 
 
+def turns_of(
+    steps: dict[Any, list[Step]], device: str, eager: dict[Any, str] | None = None
+) -> tuple[dict[Any, list[Step]], Callable[[Step, Step], float]]:
+    """The steps as they are timed, and a turn over two copies: milliseconds of the second, after an untimed first on the CPU."""
+    if device != "cuda":
+        return steps, lambda warm, timed: (once_cpu(warm), once_cpu(timed))[1]
+    flush = torch.empty(256 << 20, dtype=torch.int8, device=device)  # more than any L2
+    graphs = {name: as_graphs(copies) for name, copies in steps.items()}
+    if eager is not None:
+        eager |= {name: why for name, (_, why) in graphs.items() if why}
+    return {name: copies for name, (copies, _) in graphs.items()}, lambda warm, timed: once_cuda(timed, flush)
+
+
 def interleaved(
     steps: dict[Any, list[Step]],
     rounds: int,
@@ -118,17 +131,9 @@ def interleaved(
     in a model whose layers follow one another. On CUDA graphs are timed; what cannot be captured is timed as it is called,
     host time included, and ``eager`` is told why. ``warm`` says that on the CPU every step was run before: else each is once,
     for the pages and whatever else its first call makes."""
-    if device == "cuda":
-        flush = torch.empty(256 << 20, dtype=torch.int8, device=device)  # more than any L2
-        graphs = {name: as_graphs(copies) for name, copies in steps.items()}
-        steps = {name: copies for name, (copies, _) in graphs.items()}
-        if eager is not None:
-            eager |= {name: why for name, (_, why) in graphs.items() if why}
-        turn = lambda warm, timed: once_cuda(timed, flush)
-    else:
-        turn = lambda warm, timed: (once_cpu(warm), once_cpu(timed))[1]
-        for step in () if warm else chain.from_iterable(steps.values()):
-            once_cpu(step)
+    steps, turn = turns_of(steps, device, eager)
+    for step in () if warm or device == "cuda" else chain.from_iterable(steps.values()):
+        once_cpu(step)
     order, shuffle = list(steps), random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in order}
     turns = 0
@@ -145,6 +150,25 @@ def interleaved(
     finally:
         gc.enable()
     return {name: sorted(t) for name, t in times.items()}
+
+
+PAIRS = (5, 400)
+
+
+def paired(one: list[Step], other: list[Step], seconds: float, device: str) -> list[float]:
+    """Sorted ratios of the time of one to that of the other, a turn of each in immediate succession, over the next copies; who
+    goes first alternates. As many pairs as fit in so many seconds, within PAIRS."""
+    steps, turn = turns_of({True: one, False: other}, device)
+    ratios: list[float] = []
+    begin, turns, (least, most) = clock(), 0, PAIRS
+    while len(ratios) < least or (len(ratios) < most and clock() - begin < seconds):
+        ms = {}
+        for which in (True, False) if len(ratios) % 2 else (False, True):
+            copies = steps[which]
+            ms[which] = turn(copies[2 * turns % len(copies)], copies[(2 * turns + 1) % len(copies)])
+            turns += 1
+        ratios.append(ms[True] / ms[False])
+    return sorted(ratios)
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
@@ -166,6 +190,16 @@ def ceilings(device: str, dtype: torch.dtype, quick: bool = False) -> tuple[floa
     steps = {"gemm": [Step(lambda _: a @ b.mT)], "copy": [Step(lambda _: target.copy_(source))]}
     best = {name: times[0] * 1e-3 for name, times in interleaved(steps, 3 if quick else 7, device).items()}
     return 2 * m**3 / best["gemm"], 2 * n / best["copy"]
+
+
+READ = 512 << 20  # bytes
+
+
+def read_bandwidth(device: str) -> float:
+    """bytes/s of a plain read, a sum over READ bytes of float32, the best of seven here and now."""
+    source = torch.ones(READ // 4, device=device)
+    times = interleaved({"read": [Step(lambda _: source.sum())]}, 7, device)["read"]
+    return source.nbytes / times[0] * 1e3
 
 
 # ---------------------------------------------------------------------------------------------------- bytes

@@ -4,6 +4,7 @@
     make demo                   about 7 minutes on 2 cores        make demo ARGS=--quick      under 2 minutes
     make demo ARGS="--method mora"      one method of lrkern.nn beside LoRA (demo_methods.py), with --quick as well
     make demo ARGS=--quartet            all weights trained, with products in FP4 beside bf16 (demo_quartet.py), --quick too
+    make demo ARGS="--base mxfp4"       the base in MXFP4 as well, 4.25 bits a weight, beside the one in float32; with --quick too
     python examples/demo.py --dry-run                             what it would do, without doing it
 
 The figures on the last screen are all in <out>/summary.json. Exit code: 0, 1 when a line says FAIL, 2 when the demo
@@ -69,10 +70,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the steps, sizes and expected times, and stop")
     parser.add_argument("--method", choices=METHODS, help="train this method of lrkern.nn beside LoRA, instead of PEFT")
     parser.add_argument("--quartet", action="store_true", help="train all weights with FP4 products, beside bf16")
+    parser.add_argument(
+        "--base", choices=("fp32", "mxfp4"), default="fp32", help="mxfp4: train and serve over a packed base too"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
+    if (args.method or args.quartet) and args.base != "fp32":
+        parser.error("--base mxfp4 is for LoRA: leave out --method and --quartet")
     plan = QUICK if args.quick else FULL
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if args.quartet:
@@ -87,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if missing:
             raise DemoError(f"not installed: {', '.join(missing)}. `make demo` sets everything up.")
-        summary = demo_of(args.method)(plan, args).run()
+        summary = demo_of(args)(plan, args).run()
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -97,10 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed(summary) else 0
 
 
-def demo_of(method: str | None) -> type[Demo]:
-    if not method:
-        return Demo
-    return type("MethodDemo", (MethodDemo,), {"sides": ("lora", method)})
+def demo_of(args: argparse.Namespace) -> type[Demo]:
+    if args.method:
+        return type("MethodDemo", (MethodDemo,), {"sides": ("lora", args.method)})
+    return PackedDemo if args.base == "mxfp4" else Demo
 
 
 def failed(summary: dict) -> bool:
@@ -114,17 +120,23 @@ def describe(plan: Plan, args: argparse.Namespace, missing: list[str]) -> str:
     if args.method:
         sides, last = f"LoRA and {args.method}", f"{args.method}/ (4), lora/ (4)"
         del expected["mixed batch"]
+    runs = "8 runs (4 domains x {}) of {} steps in two processes"
+    if args.base == "mxfp4":
+        sides, last = "PEFT, lrkern and lrkern over a base in MXFP4", f"{last}, mxfp4/ (4)"
+        runs = "12 runs (4 domains x {}) of {} steps in three processes"
+        expected |= {name: round(1.5 * expected[name]) for name in ("cost per step", "training")} | {"packed base": 10}
     rows = {
         "data": f"{demo_data.ARCHIVE}, {'in the cache' if cached else '2.4 MB to fetch'}; for each of {', '.join(DOMAINS)} "
         f"{plan.held} held-out and up to {plan.lines:,} training lines",
         "load": "torch, transformers, peft, the base model (22.7 M parameters)",
         "cost per step": f"{plan.rounds} timed steps each of base, {sides}, batch {plan.batch}; bytes saved for backward",
         "frozen base": f"{all_lines:,} lines embedded, one ridge head per domain",
-        "training": f"8 runs (4 domains x {sides}) of {plan.steps(plan.lines)} steps in two processes of their own",
+        "training": runs.format(sides, plan.steps(plan.lines)) + " of their own",
         "round trip": ("stock PEFT" if not args.method else "the base")
         + f" loads the 4 adapters lrkern wrote and scores {len(DOMAINS) * plan.held:,} lines",
         "mixed batch": "16 requests over 16 adapters and 4 without in one batch: base, PEFT's adapter_names=, lrkern.serving, "
         "one by one",
+        "packed base": "the 4 adapters trained over MXFP4 in one batch over one packed model, against one at a time",
     }
     return "\n".join(
         [
@@ -139,7 +151,7 @@ def describe(plan: Plan, args: argparse.Namespace, missing: list[str]) -> str:
 class Demo:
     """The phases, in order. Each leaves its figures in self.summary."""
 
-    sides = SIDES  # what ours is compared with, and ours
+    sides: tuple[str, ...] = SIDES  # what ours is compared with, ours, and what else trains
     after = ("round trip", "mixed batch")  # phases after training
 
     def __init__(self, plan: Plan, args: argparse.Namespace):
@@ -167,8 +179,12 @@ class Demo:
         if "mixed batch" in self.after:
             with self.phase("mixed batch"):
                 self.mixed_batch()
+        self.more(runs)
         self.write(runs)
         return self.summary
+
+    def more(self, runs: dict[str, dict[str, dict]]) -> None:
+        """Phases of a subclass."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -229,11 +245,11 @@ class Demo:
             added = [with_adapter - without for with_adapter, without in zip(times[side], times["base"], strict=True)]
             cost[f"{side}_ms"], cost[f"{side}_noise_ms"] = m.median_and_noise(added)
             cost[f"{side}_saved_bytes"] = saved[side] - saved["base"]
-            if side in SIDES:  # other methods have none
+            if side in SIDES:  # the others need it not
                 dropped = m.add_adapter(m.load_base(self.device, self.seed), side, self.seed, dropout=0.1).train()
                 with_dropout = m.saved_bytes(dropped, lambda model=dropped: m.step(model, batch, ratings))
                 cost[f"{side}_saved_bytes_dropout"] = with_dropout - saved["base"]
-        theirs, ours = self.sides
+        theirs, ours, *_ = self.sides
         gap, noise = (
             abs(cost[f"{theirs}_ms"] - cost[f"{ours}_ms"]),
             cost[f"{theirs}_noise_ms"] + cost[f"{ours}_noise_ms"],
@@ -294,10 +310,10 @@ class Demo:
         return self.out / ("adapters" if side == "lrkern" else side) / domain
 
     def train(self, domain: str, children: dict[str, subprocess.Popen]) -> dict[str, dict]:
-        """Both sides of one domain at the same time, each on half of the cores."""
+        """All sides of one domain at the same time, each on its share of the cores."""
         train, held = self.lines[domain]
         job = dict(
-            domain=domain, seed=self.seed, device=self.device, threads=max(1, cores() // 2), cores=cores(),
+            domain=domain, seed=self.seed, device=self.device, threads=max(1, cores() // len(self.sides)), cores=cores(),
             batch=self.plan.batch, epochs=self.plan.epochs, lr=self.plan.lr,
             texts=texts(train), ratings=[line.rating for line in train], held_ratings=[line.rating for line in held],
         )  # fmt: skip
@@ -426,6 +442,47 @@ class MethodDemo(Demo):
         self.summary["method_round_trip"] = dict(gaps=gaps, max_gap=gap, bound=bound, ok=gap <= bound)
 
 
+class PackedDemo(Demo):
+    """The demo, and lrkern over a base in MXFP4 beside it: what that takes, learns and costs, and how it is served."""
+
+    sides = (*SIDES, "mxfp4")
+    after = (*Demo.after, "packed base")
+
+    def more(self, runs: dict[str, dict[str, dict]]) -> None:
+        with self.phase("packed base"):
+            self.packed_base(runs)
+
+    def packed_base(self, runs: dict[str, dict[str, dict]]) -> None:
+        import demo_serving
+
+        import lrkern.peft
+
+        torch, side = self.model.torch, self.sides[2]
+        packed = self.model.load_base(self.device).eval()
+        report = lrkern.peft.quantize(packed, others=True, keep=("score",))
+        folders = {domain: self.folder(side, domain) for domain in DOMAINS}
+        served = demo_serving.Served(packed, folders)
+        count, gap = min(8, self.plan.held), 0.0
+        names = [domain for _ in range(count) for domain in DOMAINS]
+        asked = [texts(self.lines[domain].held)[i] for i in range(count) for domain in DOMAINS]
+        batch = {key: value.to(self.device) for key, value in self.tokenize(asked).items()}
+        with torch.no_grad():
+            got = served(names, **batch).cpu().tolist()
+        alone = [runs[domain][side]["scores"][domain][i] for i in range(count) for domain in DOMAINS]
+        gap, bound, cost = (
+            worst(abs(a - b) for a, b in zip(got, alone, strict=True)),
+            1e-4,
+            self.summary["cost_per_step"],
+        )
+        cost[f"{side}_peak_bytes"] = statistics.median(runs[d][side]["peak_bytes"] for d in DOMAINS)
+        r = {of: {d: runs[d][of]["r"] for d in DOMAINS} for of in self.sides[1:]}
+        self.summary["packed_base"] = dict(
+            bytes=report.after, fp32_bytes=report.before, layers=len(report.layers), r=r,
+            mean_r={of: statistics.mean(values.values()) for of, values in r.items()},
+            step_ms={of: cost["step_ms"][of] for of in r}, requests=len(names), gap=gap, bound=bound, ok=gap <= bound,
+        )  # fmt: skip
+
+
 def texts(lines: list[Line]) -> list[str]:
     return [line.text for line in lines]
 
@@ -465,9 +522,10 @@ def plot(losses: dict[str, dict[str, list[float]]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(losses), figsize=(14, 3.2), constrained_layout=True)
     for axis, (domain, sides) in zip(axes, losses.items(), strict=True):
-        (theirs, before), (ours, after) = sides.items()
+        (theirs, before), *others = sides.items()
         axis.plot(before, label={"peft": "PEFT", "lora": "LoRA"}[theirs], linewidth=4, alpha=0.35)
-        axis.plot(after, label=ours, linewidth=1.2)
+        for side, losses_of_it in others:
+            axis.plot(losses_of_it, label=side, linewidth=1.2)
         axis.set(title=domain, xlabel="step", ylim=(0, None))
     axes[0].set_ylabel("training loss")
     axes[0].legend()

@@ -32,6 +32,7 @@ transformers.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", module=r"(transformers|peft|huggingface_hub|torch)\.")  # others' deprecations
 
 SIDES = ("peft", "lrkern")
+PACKED = "mxfp4"  # lrkern again, over a base in MXFP4
 RANK, ALPHA, MAX_TOKENS = 16, 32, 64
 PART_OF_LAYER = re.compile(r"\.(base_layer|lora_[AB]\..*)$")  # Linears inside one of PEFT's LoRA layers
 
@@ -88,9 +89,9 @@ def load_base(device: str = "cpu", seed: int = 0) -> Rater:
 
 
 def add_adapter(model: Rater, side: str, seed: int = 0, dropout: float = 0.0) -> nn.Module:
-    """LoRA on every Linear of the base, and a trainable head. With lrkern it is the same model, patched in place; any other
-    side but "lora", the same again, is one of demo_methods.py."""
-    if side not in (*SIDES, "lora"):
+    """LoRA on every Linear of the base, and a trainable head. With lrkern it is the same model, patched in place, and of PACKED
+    its base in MXFP4; any other side but "lora", the same again, is one of demo_methods.py."""
+    if side not in (*SIDES, PACKED, "lora"):
         import demo_methods
 
         return demo_methods.adapt(model, side, seed)
@@ -102,6 +103,8 @@ def add_adapter(model: Rater, side: str, seed: int = 0, dropout: float = 0.0) ->
     if side != "peft":
         import lrkern.peft
 
+        if side == PACKED:
+            lrkern.peft.quantize(model)
         report = lrkern.peft.patch(model)
         if report.fused < len(report.layers):
             raise DemoError(str(report))
@@ -255,11 +258,11 @@ def median_and_noise(values: list[float]) -> tuple[float, float]:
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], None]) -> int:
-    """Bytes autograd keeps for the backward, beyond parameters and beyond the input x of every Linear.
+    """Bytes autograd keeps for the backward, beyond parameters and buffers and beyond the input x of every Linear.
 
     Counted by storage, each once. x is left out on every side: dA needs it, so all implementations keep it.
     """
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    known = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     held: list[Tensor] = []  # keeps every counted storage alive, so that no address is used twice
     saved: dict[int, int] = {}
 

