@@ -141,7 +141,8 @@ def calls(arch: str, wanted: Collection[str]) -> Iterator[dict]:
                 with use_library(torch.ops.lrkern_traffic):
                     found = list(predictions(timed, counter, machine))
                 yield {"arch": arch, "family": family, "kernel": timed.kernel, "case": str(shape),
-                       "us": sum(p.predicted_us for p in found), "bound_by": found[0].bound_by,
+                       "us": sum(p.predicted_us for p in found),
+                       "bound_by": next(p.bound_by for p in found if p.kernel == timed.kernel),
                        "sectors": {p.kernel: p.sectors for p in found}, "dram": {p.kernel: p.dram_bytes for p in found}}  # fmt: skip
 
 

@@ -78,6 +78,7 @@ class Timed:
     moved: dict[str, Any]  # tensors, each read or written once
     flop: int
     index: tuple[Any, ...] = ()  # tensors of indices: read, but of no weight
+    also: tuple[str, ...] = ()  # kernels with a time of their own that the call launches as well
 
 
 def load(family: str) -> ModuleType:

@@ -81,4 +81,4 @@ def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
     experts = torch.arange(T, device=device).int() % E
     moved = {"x": x, "y": y, "codes": codes[:used], "scales": scales[:used]}
     call = lambda: op.mx_linear(x, codes, scales, None, experts)
-    yield Timed("mx_linear_experts", call, moved, 2 * T * O * I, (experts,))
+    yield Timed("mx_linear_experts", call, moved, 2 * T * O * I, (experts,), ("multi_lora_plan",))
