@@ -93,10 +93,12 @@ LRK_HD void hadamard32(float (&v)[kMxBlock], uint32_t signs) {
   for (int i = 0; i < kMxBlock; ++i) v[i] *= 0.17677669529663687f;
 }
 // 16 bits for stochastic rounding of element (row, column): the stream of dropout with another tag.
+LRK_HD Philox mx_counter(int64_t row, int64_t col_block) {
+  return Philox{{static_cast<uint32_t>(col_block), static_cast<uint32_t>(row), 0u,
+                 stream_tag(Method::kMx, Distribution::kBits16)}};
+}
 LRK_HD Philox mx_random(uint64_t seed, int64_t row, int64_t col_block) {
-  return philox4x32(Philox{{static_cast<uint32_t>(col_block), static_cast<uint32_t>(row), 0u,
-                            stream_tag(Method::kMx, Distribution::kBits16)}},
-                    seed);
+  return philox4x32(mx_counter(row, col_block), seed);
 }
 
 // ---- NVFP4: x = code (e2m1) * scale (e4m3, of 16 elements) * global (fp32)

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// MX on the CPU. Quantisers work on a block of 32 in fp32; products decode a vector of codes at a time, in whose order x is laid
-// out once.
+// MX on the CPU. Quantisers have a block of 32 in each lane; products decode a vector of codes at a time, in whose order x is laid out
+// once.
 #include "mx.h"
 
 #include "factor.h"
 #include "mx/spans.h"
+#include "philox.h"
 
 namespace lrk {
 namespace LRK_ISA {
@@ -30,49 +31,128 @@ inline uint32_t largest_of(const float (&v)[kMxBlock]) {
   for (float x : v) largest = std::max(largest, bit_cast<uint32_t>(x) & 0x7fffffffu);
   return largest;
 }
-// What the rule asks for of a block: its largest magnitude, NaN above all, or its root mean square.
-float measure(MxRule rule, const float (&v)[kMxBlock]) {
-  if (is_quest(rule)) {
-    float sum = 0.f;
-    for (float x : v) sum = fmaf(x, x, sum);
-    return sqrtf(sum / kMxBlock);
+// kLanes blocks, one in each lane: v[i] has their elements i. Along rows neighbours lie behind one another, of a matrix that lies
+// across beside one another. Lanes past the end have the last block.
+template <class X>
+struct Blocks {
+  int64_t t[kLanes], g[kLanes];
+  vf v[kMxBlock];
+
+  Blocks(const MxQuantizeParams& p, int64_t first) {
+    const int64_t G = ceil_div(p.K, int64_t{kMxBlock}), last = p.T * G - 1;
+    const bool across = p.x_column != 1;
+    const X* x[kLanes];
+    bool whole = true, beside = across && first + kLanes - 1 <= last;
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t at = std::min(first + i, last);
+      t[i] = across ? at % p.T : at / G, g[i] = across ? at / p.T : at % G;
+      x[i] = static_cast<const X*>(p.x) + t[i] * p.x_row + g[i] * kMxBlock * p.x_column;
+      whole = whole && (g[i] + 1) * kMxBlock <= p.K;
+      beside = beside && x[i] == x[0] + i;
+    }
+    if (whole && beside) {
+      for (int i = 0; i < kMxBlock; ++i) v[i] = load(x[0] + i * p.x_column);
+    } else if (whole && !across) {
+      for (int i = 0; i < kMxBlock; i += kLanes) {
+        vf part[kLanes];
+        for (int l = 0; l < kLanes; ++l) part[l] = load(x[l] + i);
+        transpose(part);
+        std::copy_n(part, kLanes, v + i);
+      }
+    } else {
+      for (int i = 0; i < kMxBlock; ++i)
+        for (int l = 0; l < kLanes; ++l) v[i][l] = g[l] * kMxBlock + i < p.K ? to_float(x[l][i * p.x_column]) : 0.f;
+    }
   }
-  return bit_cast<float>(largest_of(v));
+};
+
+// hadamard32 of each lane.
+inline void hadamard(vf (&v)[kMxBlock], uint32_t signs) {
+  for (int i = 0; i < kMxBlock; ++i) v[i] = (vf)((vu)v[i] ^ (signs >> i & 1u) << 31);
+#pragma GCC unroll 5
+  for (int h = 1; h < kMxBlock; h *= 2)
+#pragma GCC unroll 32
+    for (int i = 0; i < kMxBlock; ++i)
+      if (!(i & h)) {
+        const vf a = v[i], b = v[i + h];
+        v[i] = a + b;
+        v[i + h] = a - b;
+      }
+  for (vf& x : v) x = x * 0.17677669529663687f;
+}
+
+// The scale's byte of each lane.
+inline vu scales_of(MxRule rule, const vf (&v)[kMxBlock]) {
+  float of[kLanes] = {};
+  if (is_quest(rule)) {
+    for (const vf& x : v)
+      for (int l = 0; l < kLanes; ++l) of[l] = fmaf(x[l], x[l], of[l]);
+    for (float& x : of) x = sqrtf(x / kMxBlock);
+  } else {
+    vu largest = {};
+    for (const vf& x : v) {
+      const vu bits = (vu)x & 0x7fffffffu;
+      largest = bits > largest ? bits : largest;  // NaN is above all
+    }
+    store_as(of, largest);
+  }
+  vu scale;
+  for (int l = 0; l < kLanes; ++l) scale[l] = mx_scale(rule, of[l]);
+  return scale;
+}
+
+// e2m1_code and e2m1_stochastic of each lane. What is true is -1.
+inline vu code_of(vf x) {
+  const vf a = (vf)((vu)x & 0x7fffffffu);
+  const vi above = (a > .25f) + (a >= .75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.f);
+  return (vu)-above | ((vu)x >> 28 & 8u);
+}
+inline vu code_of(vf x, vu bits) {
+  const vf a = (vf)((vu)x & 0x7fffffffu);
+  const vu low = (vu) - ((a >= .5f) + (a >= 1.f) + (a >= 1.5f) + (a >= 2.f) + (a >= 3.f) + (a >= 4.f) + (a >= 6.f));
+  const vf step = low < 4u ? splat(2.f) : low < 6u ? splat(1.f) : splat(.5f);
+  const vf part = (a - (vf)(low << 22) * 0x1p126f) * step * 65536.f;
+  const vi up = (vi)(low < 7u) & (__builtin_convertvector((vi)bits, vf) + .5f < part);
+  return (low - (vu)up) | ((vu)x >> 28 & 8u);
 }
 
 template <class X>
 void quantize(const MxQuantizeParams& p) {
-  const int64_t G = ceil_div(p.K, int64_t{kMxBlock});
+  const int64_t G = ceil_div(p.K, int64_t{kMxBlock}), blocks = p.T * G;
   const uint64_t seed = p.seed ? static_cast<uint64_t>(*p.seed) : 0;
   const uint32_t signs = p.signs ? static_cast<uint32_t>(*p.signs) : 0;
-  parallel_for(p.T * G, grain(4 * kMxBlock), [&](int64_t begin, int64_t end) {
-    alignas(64) float v[kMxBlock];
-    alignas(64) uint32_t code[kMxBlock];
-    for (int64_t at = begin; at < end; ++at) {
-      const int64_t t = at / G, k = at % G * kMxBlock;
-      const X* x = static_cast<const X*>(p.x) + t * p.x_row + k * p.x_column;
-      load_block(x, p.x_column, static_cast<int>(std::min<int64_t>(kMxBlock, p.K - k)), v);
-      if (p.hadamard) hadamard32(v, signs);
-      const uint32_t scale = mx_scale(p.rule, measure(p.rule, v));
-      const float inverse = e8m0_inverse(scale);
-      uint32_t within = 0;
-      for (float& value : v) value = value * inverse * p.gain;
-      if (p.mask)
-        for (int i = 0; i < kMxBlock; ++i) within |= static_cast<uint32_t>(fabsf(v[i]) < 6.f) << i;
-      if (scale == 255u) {
-        std::fill_n(code, kMxBlock, 0u);
-      } else if (p.seed) {
-        for (int i = 0; i < kMxBlock; i += 8) {
-          const Philox block = mx_random(seed, t, (k + i) / 8);
-          for (int j = 0; j < 8; ++j) code[i + j] = e2m1_stochastic(v[i + j], bits16(block, j));
+  parallel_for(ceil_div(blocks, int64_t{kLanes}), grain(4 * kMxBlock * kLanes), [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kLanes; first < std::min(end * kLanes, blocks); first += kLanes) {
+      Blocks<X> of(p, first);
+      if (p.hadamard) hadamard(of.v, signs);
+      const vu scale = scales_of(p.rule, of.v), number = (vu)(scale != 255u);
+      vf inverse;
+      for (int l = 0; l < kLanes; ++l) inverse[l] = e8m0_inverse(scale[l]);
+      vu within = {}, words[4] = {}, random[4];
+      for (int i = 0; i < kMxBlock; ++i) {
+        const vf y = of.v[i] * inverse * p.gain;
+        vu code;
+        if (p.seed) {
+          if (i % 8 == 0) {
+            for (int l = 0; l < kLanes; ++l) {
+              const Philox counter = mx_counter(of.t[l], of.g[l] * (kMxBlock / 8) + i / 8);
+              for (int w = 0; w < 4; ++w) random[w][l] = counter.v[w];
+            }
+            philox_rounds<0>(random, seed);
+          }
+          code = code_of(y, random[i / 2 % 4] >> (i % 2 * 16) & 0xffffu);
+        } else {
+          code = code_of(y);
         }
-      } else {
-        for (int i = 0; i < kMxBlock; ++i) code[i] = e2m1_code(v[i]);
+        words[i / 8] |= (code & number) << (i % 8 * 4);
+        within |= (vu)((vf)((vu)y & 0x7fffffffu) < 6.f) & (1u << i);
       }
-      uint8_t* to = p.codes + at * kMxBytes;
-      for (int i = 0; i < kMxBytes; ++i) to[i] = static_cast<uint8_t>(code[2 * i] | code[2 * i + 1] << 4);
-      p.scales[at] = static_cast<uint8_t>(scale);
-      if (p.mask) p.mask[at] = static_cast<int32_t>(within);
+      for (int l = 0; l < std::min<int64_t>(kLanes, blocks - first); ++l) {
+        const int64_t to = of.t[l] * G + of.g[l];
+        for (int w = 0; w < 4; ++w) store_as(p.codes + to * kMxBytes + 4 * w, static_cast<uint32_t>(words[w][l]));
+        p.scales[to] = static_cast<uint8_t>(scale[l]);
+        if (p.mask) p.mask[to] = static_cast<int32_t>(within[l]);
+      }
     }
   });
 }
