@@ -53,6 +53,14 @@ class Kernel:
         return {self.plan(*types, *rest) for types in pairs for rest in self.rest}
 
 
+@dataclass(frozen=True)
+class Mixed(Kernel):
+    """Not of all types of activations: `rest` begins with those it has."""
+
+    def plans(self, x: str) -> set[Plan]:
+        return {self.plan(*args) for args in self.rest if args[0] == x}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """A layer and its batch, spelled as bench/ spells a case."""

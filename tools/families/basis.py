@@ -2,9 +2,8 @@
 """The kernels of random bases: plans of csrc/cuda/basis/, and calls that launch them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from tools.families import Kernel, Plan, Shape, Timed, streams
+from tools.families import Kernel, Mixed, Plan, Shape, Timed, streams
 
 # Beyond the registry: equal bits of the random stream.
 TESTS = {"tests/ops/test_rng.py": "cpu and adjoint", "tests/nn/test_basis_sizes.py": "nothing"}
@@ -19,14 +18,6 @@ def over_columns(blocks: int):
 
 
 ROWS = [("", 1), ("", 8)]
-
-
-@dataclass(frozen=True)
-class Mixed(Kernel):
-    """Of 16-bit activations beside fp32 ones: there is none for fp32 alone."""
-
-    def plans(self, x: str) -> set[Plan]:
-        return {self.plan(*args) for args in self.rest if args[0] == x}
 
 
 def product(x: str, x_terms: int, u_terms: int, uniform8: bool, transposed: bool) -> Plan:

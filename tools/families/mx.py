@@ -4,7 +4,7 @@
 from collections.abc import Iterator
 from itertools import product
 
-from tools.families import SIZE, Kernel, Plan, Shape, Timed
+from tools.families import SIZE, Kernel, Mixed, Plan, Shape, Timed
 
 # Beyond the registry: codes beside torchao's, every scale, products by rows, NaN and infinities, memory.
 TESTS = {f"tests/ops/test_{name}.py": "cpu" for name in ("mx", "mx_experts", "mx_matmul", "nvfp4")}
@@ -45,7 +45,7 @@ KERNELS = {
     "mx_dequantize": Kernel(lambda x: Plan(8, stores=SIZE[x] // 2), "x"),
     "nvfp4_quantize": Kernel(lambda x, random: Plan(4, wide=SIZE[x]), "x", [(random,) for random in BOOLS]),
     "nvfp4_dequantize": Kernel(lambda x: Plan(8, stores=SIZE[x] // 2), "x"),
-    "mx_terms": Kernel(lambda x: Plan(8, stores=TERMS[x]), "x", part=True),
+    "mx_terms": Mixed(lambda x: Plan(8, stores=TERMS[x]), rest=[("f16",), ("float",)], part=True),
     "mx_linear": Kernel(linear, "xf", list(product((1, 2), BOOLS))),
     "mx_linear_experts": Kernel(linear, "xf", list(product((1, 2), BOOLS))),
 }

@@ -258,7 +258,7 @@ def dequantize_samples(name: str, t: Layer) -> Iterator[Sample]:
 @register(mx_matmul, products="TIO")
 def matmul_samples(name: str, t: Layer) -> Iterator[Sample]:
     codes, scales, _ = mx_quantize(t.x, t.rule)
-    yield Sample(name, (codes, scales, t.codes, t.scales, t.I, t.draw.dtype, t.gain))
+    yield Sample(name, (codes, scales, t.codes.flatten(0, -2), t.scales.flatten(0, -2), t.I, t.draw.dtype, t.gain))
 
 
 @register(mx_linear, differentiable="x bias", casts="x bias", products="TIO")
