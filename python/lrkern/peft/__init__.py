@@ -21,6 +21,14 @@ only).
 
 from dataclasses import dataclass
 
+from ..extras import extra
+
+with extra("lrkern.peft"):
+    import safetensors  # noqa: F401, first: without it PEFT fails in words of its own
+
+    # isort: split
+    import peft  # noqa: F401
+
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
