@@ -81,7 +81,9 @@ def test_version_and_a_reader_who_leaves(monkeypatch, capsys):
     assert capsys.readouterr().out == f"lrkern {lrkern.__version__}\n"
     read, write = os.pipe()
     os.close(read)  # whoever reads has gone before a line is written
-    done = subprocess.run([sys.executable, "-m", "lrkern"], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "lrkern"], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
 
