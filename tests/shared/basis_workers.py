@@ -36,9 +36,25 @@ def ddp(cls, settings):
     return check
 
 
+def drawn(rank):
+    """From torch's generator where one asks for it: nobody has seeded it, and so the same; seeded apart, it is not."""
+    draws = []
+    for cls, settings in ((NOLALinear, {"k": 6, "l": 7}), (VeRALinear, {}), (RandLoRALinear, {})):
+        draws.append(
+            cls.from_linear(nn.Linear(24, 20, device="meta"), r=4, seed=torch.default_generator, **settings).seed
+        )
+    torch.manual_seed(rank)
+    apart = VeRALinear(24, 20, r=4, seed=torch.default_generator).seed
+    both = [None, None]
+    dist.all_gather_object(both, [draws, apart])
+    assert both[0][0] == both[1][0] and len(set(draws)) == 3, both
+    assert both[0][1] != both[1][1], both
+
+
 if __name__ == "__main__":
     two_processes.main(
         {
+            "drawn": drawn,  # first: the others seed torch's generator
             "nola": ddp(NOLALinear, {"r": 4, "k": 6, "l": 7}),
             "vera": ddp(VeRALinear, {"r": 8}),
             "randlora": ddp(RandLoRALinear, {"r": 6}),

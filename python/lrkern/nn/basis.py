@@ -32,7 +32,9 @@ class BasisLinear(AdapterLinear):
         in_features, out_features, bias, device, dtype: as nn.Linear.
         settings: what the subclass lists, by keyword. Common to all:
         seed: of the bases, in [0, 2^63). None takes a new one, from a generator of lrkern's own that starts anew in every
-            process. Layers given the same one share their bases: of shapes that differ, the columns are prefixes of one
+            process: processes that make the same layers get the same ones, whatever they told torch. A torch.Generator draws one, such
+            as ``torch.default_generator``: it follows manual_seed, and processes that seeded it differently get other bases, which
+            DDP does not notice. repr shows it. Layers given the same one share their bases: of shapes that differ, the columns are prefixes of one
             another's. A deepcopy keeps the seed. It is a constant to torch.compile: layers that are compiled one by one
             share a graph only where they share the seed.
         distribution: of the bases' elements, "uniform8", "uniform16", "uniform32" (n bits, in (-1, 1)), "sign" (±1),
@@ -44,14 +46,18 @@ class BasisLinear(AdapterLinear):
     METHOD: ClassVar[str]  # of the random stream
     stream_version = STREAM_VERSION
 
-    def _adopt(self, base, r, dropout=0.0, seed=None, distribution="uniform8", adapter_dtype=None) -> dict[str, Any]:
-        if seed is None:
-            seed = _seeds.getrandbits(63)
-        self._whole("seed", seed, 0, 2**63 - 1)
+    def _adopt(self, base, r, dropout, seed, distribution, adapter_dtype) -> dict[str, Any]:
+        given = isinstance(seed, torch.Generator)
+        if seed is not None and not given:
+            self._whole("seed", seed, 0, 2**63 - 1)
         self._probability("dropout", dropout)
         self._one_of("distribution", distribution, DISTRIBUTIONS)
-        self.dropout, self.seed, self.distribution = float(dropout), seed, distribution
-        return super()._adopt(base, r, adapter_dtype)
+        like = super()._adopt(base, r, adapter_dtype)
+        if given:  # once nothing is refused any more
+            seed = int(torch.randint(2**63 - 1, (), generator=seed, device=seed.device))
+        self.dropout, self.distribution = float(dropout), distribution
+        self.seed = _seeds.getrandbits(63) if seed is None else seed
+        return like
 
     def _basis(self, rows: int, cols: int, scale: float, tensor: int) -> Basis:
         """A matrix of the layer's stream whose elements have the standard deviation ``scale``."""
