@@ -37,18 +37,18 @@ def ddp(cls, settings):
 
 
 def drawn(rank):
-    """From torch's generator where one asks for it: nobody has seeded it, and so the same; seeded apart, it is not."""
+    """From torch's generator where one asks for it: rank 0's, whether nobody has seeded it or each process in its own way."""
     draws = []
     for cls, settings in ((NOLALinear, {"k": 6, "l": 7}), (VeRALinear, {}), (RandLoRALinear, {})):
         draws.append(
             cls.from_linear(nn.Linear(24, 20, device="meta"), r=4, seed=torch.default_generator, **settings).seed
         )
     torch.manual_seed(rank)
-    apart = VeRALinear(24, 20, r=4, seed=torch.default_generator).seed
+    draws.append(VeRALinear.from_linear(nn.Linear(24, 20, device="meta"), r=4, seed=torch.default_generator).seed)
     both = [None, None]
-    dist.all_gather_object(both, [draws, apart])
-    assert both[0][0] == both[1][0] and len(set(draws)) == 3, both
-    assert both[0][1] != both[1][1], both
+    dist.all_gather_object(both, draws)
+    assert both[0] == both[1] and len(set(draws)) == 4, both
+    assert draws[3] == int(torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(0))), "rank 0's"
 
 
 if __name__ == "__main__":
