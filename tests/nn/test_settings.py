@@ -10,7 +10,7 @@ import torch
 from layer_kinds import EACH, KINDS, drop
 from torch import nn
 
-from lrkern.nn import FusedLoRALinear, MissLinear, MoRALinear, NOLALinear, RandLoRALinear, VeRALinear
+from lrkern.nn import FusedLoRALinear, MissLinear, MoRALinear, NOLALinear, RandLoRALinear, S2FTLinear, VeRALinear
 
 NUMBERS = [math.nan, math.inf, -math.inf, "1", None, True, 10**400, 1e39, [1.0], torch.tensor(1.0)]
 CHANCES = [*NUMBERS[:6], -0.1, 1.1]
@@ -60,7 +60,7 @@ def test_every_setting_is_tried():
         assert {*cls.SETTINGS, "adapter_dtype"} <= wrong.keys() and cls.KINDS[cls.__name__] is cls
 
 
-@pytest.mark.parametrize("cls", WRONG)
+@pytest.mark.parametrize("cls", [*WRONG, S2FTLinear])
 def test_signatures_name_every_setting(cls):
     """Both ways to a layer, by keyword, with a type and a default, so that editors and type checkers know them."""
     own = {*cls.SETTINGS, "adapter_dtype"} | ({"init"} if cls is FusedLoRALinear else set())
@@ -78,9 +78,9 @@ def test_signatures_name_every_setting(cls):
             assert getattr(layer, name) == default
     with pytest.raises(TypeError, match=rf"{cls.__name__}.__init__\(\) got an unexpected keyword argument 'rank'"):
         cls(8, 8, rank=3)
-    assert ("dropout" in own) and not [name for name in own if "dropout" in name and name != "dropout"], (
-        "one word for it"
-    )
+    assert (cls is S2FTLinear or "dropout" in own) and not [
+        name for name in own if "dropout" in name and name != "dropout"
+    ], "one word for it"
 
 
 @EACH
