@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m lrkern info [--json]`: what is installed, what this machine has, which kernel each op takes here and by what."""
+"""`python -m lrkern [info [--json]]`: what is installed, what this machine has, which kernel each op takes here and by what."""
 
 import argparse
 import importlib.metadata
@@ -133,10 +133,13 @@ def show(info: dict[str, Any]) -> None:
     for name, text in rows.items():
         print(f"{name:<14}{text}")
     print("\nops")
+    one = next(iter(info["ops"].values()))  # all go one way
+    for where, kind in (("the CPU", "cpu"), ("this GPU", "cuda")):
+        if kind == "cpu" or gpu["seen"]:
+            print(f"  on {where}: {one[kind]['implementation']} ({one[kind]['why']})")
+    width = 2 + max(map(len, info["ops"]))
     for name, op in info["ops"].items():
-        print(f"  {name:<16}{op['formula']}")
-        for kind in ("cpu", "cuda"):
-            print(f"  {'':<16}on {kind + ':':<6}{op[kind]['implementation']} ({op[kind]['why']})")
+        print(f"  {name:<{width}}{op['formula']}")
     print(f"\nchoices, each for a shape: lrkern._host.explain(name, T=..., ...); _host is {info['host_module']}")
     for name, choice in info["choices"].items():
         arguments = ", ".join(k if v is None else f"{k}={v}" for k, v in choice["arguments"].items())
@@ -145,15 +148,20 @@ def show(info: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lrkern", description="lrkern " + lrkern.__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("info", help="versions, devices, and which kernel each op takes here")
+    parser.add_argument("--version", action="version", version=f"lrkern {lrkern.__version__}")
+    commands = parser.add_subparsers(dest="command")
+    command = commands.add_parser("info", help="versions, devices, and which kernel each op takes here (the default)")
     command.add_argument("--json", action="store_true", help="for programs and bug reports")
     args = parser.parse_args()
     info = collect()
-    if args.json:
-        print(json.dumps(info, indent=2))
-    else:
-        show(info)
+    try:
+        if args.command and args.json:
+            print(json.dumps(info, indent=2))
+        else:
+            show(info)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has read enough; Python would flush once more at its end, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 """The installed _C.so and `python -m lrkern info`."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -60,10 +61,31 @@ def test_info_as_json():
 
 
 def test_info_as_text(monkeypatch, capsys):
-    lrkern_says(monkeypatch, "info")
+    lrkern_says(monkeypatch)
     said = capsys.readouterr().out
-    for word in ("lrkern", "torch", "CUDA", "CPU", *OPS):
+    for word in ("lrkern", "torch", "CUDA", "CPU"):
         assert word in said
+    lines = [line.split("  ") for line in said.splitlines() if line.startswith("  ")]
+    formulas = {words[1]: words[-1].strip() for words in lines if len(words) > 2}
+    for name, op in OPS.items():
+        assert formulas[name] == op.formula, "a name apart from its formula"
+    lrkern_says(monkeypatch, "info")
+    assert capsys.readouterr().out == said
+    if not torch.cuda.is_available():
+        assert said.partition("\nchoices")[0].count("GPU") == 1, said
+
+
+def test_version_and_a_reader_who_leaves(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        lrkern_says(monkeypatch, "--version")
+    assert capsys.readouterr().out == f"lrkern {lrkern.__version__}\n"
+    read, write = os.pipe()
+    os.close(read)  # whoever reads has gone before a line is written
+    done = subprocess.run(
+        [sys.executable, "-m", "lrkern"], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_info_wants_a_command(monkeypatch, capsys):

@@ -323,7 +323,7 @@ def test_layers_of_rank_0_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(("one", "other", "text"), [
-    ({"lora_dropout": 0.1}, {"lora_dropout": 0.2}, "one PEFT folder has one lora_dropout for all layers, got 0.1 and 0.2"),
+    ({"dropout": 0.1}, {"dropout": 0.2}, "one PEFT folder has one lora_dropout for all layers, got 0.1 and 0.2"),
     ({"use_rslora": True}, {}, "one PEFT folder has one use_rslora for all layers, got both"),
     ({}, {"use_dora": True}, "one PEFT folder has one use_dora for all layers, got both"),
 ], ids=str)  # fmt: skip

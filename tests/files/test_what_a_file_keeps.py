@@ -89,7 +89,7 @@ def close(got, want, plain, sample):
 @st.composite
 def lora_samples(draw):
     layers, dtype = {}, draw(dtypes)
-    one = {"use_dora": draw(flags), "use_rslora": draw(flags), "lora_dropout": draw(rates)}
+    one = {"use_dora": draw(flags), "use_rslora": draw(flags), "dropout": draw(rates)}
     for name in draw(names):
         r = draw(st.integers(1 if one["use_dora"] or not layers else 0, 6))
         layers[name] = one | {

@@ -109,10 +109,10 @@ def test_merge_refuses_non_finite_and_changes_nothing():
 
 def test_state_dict_repr_copy_and_wrap():
     base = nn.Linear(24, 20)
-    layer = FusedLoRALinear.from_linear(base, r=4, lora_dropout=0.1)
+    layer = FusedLoRALinear.from_linear(base, r=4, dropout=0.1)
     assert layer.base_layer.weight is base.weight
     assert list(layer.state_dict()) == ["base_layer.weight", "base_layer.bias", "lora_A.weight", "lora_B.weight"]
-    assert "r=4, scaling=8, lora_dropout=0.1" in repr(layer)
+    assert "r=4, scaling=8, dropout=0.1" in repr(layer)
     twin = copy.deepcopy(layer).eval()
     nn.init.normal_(twin.lora_B.weight)
     other = FusedLoRALinear(24, 20, r=4).eval()
@@ -127,7 +127,7 @@ def test_rank_0_and_limits():
     assert torch.equal(layer(x), layer.base_layer(x))
     layer.merge()
     for bad, text in [({"r": 513}, "r must be a whole number in 0..512, got 513"), ({"r": -1}, "got -1"),
-                      ({"lora_dropout": 1.1}, r"lora_dropout must lie in \[0, 1\], got 1.1"),
+                      ({"dropout": 1.1}, r"dropout must lie in \[0, 1\], got 1.1"),
                       ({"init": "zeros"}, "init must be one of .*, got 'zeros'")]:  # fmt: skip
         with pytest.raises(ValueError, match=text):
             FusedLoRALinear(8, 8, **bad)
@@ -136,7 +136,7 @@ def test_rank_0_and_limits():
 
 
 def test_dropout_only_in_training():
-    layer, x = trained(lora_dropout=0.5), torch.randn(6, 24)
+    layer, x = trained(dropout=0.5), torch.randn(6, 24)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     torch.testing.assert_close(layer(x), expected(layer, x), atol=1e-5, rtol=1e-5)
@@ -195,7 +195,7 @@ def test_dora_of_fewer_rows_than_ranks_is_its_formula(bias, autocast):
 
 
 def test_dora_dropout_drops_in_the_base_term_too():
-    layer, x = dora(lora_dropout=0.4), torch.randn(6, 24)
+    layer, x = dora(dropout=0.4), torch.randn(6, 24)
     torch.manual_seed(5)
     y = layer(x)
     torch.manual_seed(5)

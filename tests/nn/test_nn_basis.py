@@ -396,7 +396,7 @@ def test_inductor(cls, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nola", "vera", "randlora"])
+@pytest.mark.parametrize("name", ["drawn", "nola", "vera", "randlora"])
 def test_ddp(in_two_processes, name):
     results = in_two_processes("basis_workers.py")
     assert results[name] is None, results[name]

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings are checked when a layer is made, by type and value, with the class and the setting named, and nothing is changed."""
 
+import inspect
 import math
+import re
 
 import pytest
 import torch
 from layer_kinds import EACH, KINDS, drop
 from torch import nn
 
-from lrkern.nn import FusedLoRALinear, MissLinear, MoRALinear, NOLALinear, RandLoRALinear, VeRALinear
+from lrkern.nn import FusedLoRALinear, MissLinear, MoRALinear, NOLALinear, RandLoRALinear, S2FTLinear, VeRALinear
 
 NUMBERS = [math.nan, math.inf, -math.inf, "1", None, True, 10**400, 1e39, [1.0], torch.tensor(1.0)]
 CHANCES = [*NUMBERS[:6], -0.1, 1.1]
@@ -20,7 +22,7 @@ SEEDED = {"seed": [-1, 2**63, 1.0, True, "1"], "dropout": CHANCES, "distribution
 
 WRONG = {
     FusedLoRALinear: {
-        "r": [*WHOLE, 513], "lora_alpha": NUMBERS, "lora_dropout": CHANCES, "use_rslora": FLAGS, "use_dora": FLAGS,
+        "r": [*WHOLE, 513], "lora_alpha": NUMBERS, "dropout": CHANCES, "use_rslora": FLAGS, "use_dora": FLAGS,
         "train_bias": FLAGS, "init": WORDS, "adapter_dtype": [*DTYPES, torch.bfloat16],
     },
     MissLinear: {
@@ -56,6 +58,65 @@ def test_a_wrong_setting_is_named_and_changes_nothing(cls, name):
 def test_every_setting_is_tried():
     for cls, wrong in WRONG.items():
         assert {*cls.SETTINGS, "adapter_dtype"} <= wrong.keys() and cls.KINDS[cls.__name__] is cls
+
+
+@pytest.mark.parametrize("cls", [*WRONG, S2FTLinear])
+def test_signatures_name_every_setting(cls):
+    """Both ways to a layer, by keyword, with a type and a default, so that editors and type checkers know them."""
+    own = {*cls.SETTINGS, "adapter_dtype"} | ({"init"} if cls is FusedLoRALinear else set())
+    ways = [inspect.signature(way).parameters for way in (cls, cls.from_linear)]
+    for given in ways:
+        assert all(p.kind is not p.VAR_KEYWORD and p.annotation is not p.empty for p in given.values())
+    mine = [{name: (p.annotation, p.default) for name, p in given.items() if name in own} for given in ways]
+    assert mine[0] == mine[1] and mine[0].keys() == own
+    assert {*ways[0]} - own == {"in_features", "out_features", "bias", "device", "dtype"} and {*ways[1]} - own == {
+        "linear"
+    }
+    layer = cls(8, 8)
+    for name, (_, default) in mine[0].items():
+        if name in cls.SETTINGS and default is not None:
+            assert getattr(layer, name) == default
+    with pytest.raises(TypeError, match=rf"{cls.__name__}.__init__\(\) got an unexpected keyword argument 'rank'"):
+        cls(8, 8, rank=3)
+    assert (cls is S2FTLinear or "dropout" in own) and not [
+        name for name in own if "dropout" in name and name != "dropout"
+    ], "one word for it"
+
+
+@EACH
+def test_repr_shows_shapes_and_seed(cls, settings):
+    layer = cls(12, 8, dtype=torch.bfloat16, **settings)
+    shown = re.sub(r"\s+", " ", repr(layer))
+    assert "in_features=12, out_features=8" in shown
+    for name, p in layer.coefficients().items():
+        assert f"{list(p.shape)} float32" in shown.partition(name.split(".")[0])[2], name
+    assert not hasattr(layer, "seed") or f"seed={layer.seed}," in shown
+
+
+def test_a_pickle_with_the_old_word_for_dropout():
+    layer = FusedLoRALinear(8, 4, r=2, dropout=0.5)
+    state = layer.__dict__ | {"lora_dropout": layer.dropout}
+    del state["dropout"]
+    old = FusedLoRALinear.__new__(FusedLoRALinear)
+    old.__setstate__(state)
+    assert old.dropout == old.lora_dropout == 0.5 and "lora_dropout" not in old.__dict__
+
+
+@pytest.mark.parametrize("cls", [NOLALinear, VeRALinear, RandLoRALinear])
+def test_a_seed_drawn_from_torch(cls):
+    """By who asks for it; nobody else's layer moves torch's generator, and a refused one draws nothing."""
+    draw = lambda: cls.from_linear(nn.Linear(8, 8, device="meta"), r=2, seed=torch.default_generator).seed
+    seeds = [(torch.manual_seed(seed), draw(), draw())[1:] for seed in (1, 1, 2)]
+    assert seeds[0] == seeds[1] and len({*seeds[0], *seeds[2]}) == 4 and max(map(max, seeds)) > 2**53
+    own = torch.Generator().manual_seed(1)
+    assert cls(8, 8, r=2, seed=own).seed == seeds[0][0]
+    before = torch.get_rng_state()
+    base = nn.Linear(8, 8, device="meta")
+    assert cls.from_linear(base, r=2).seed != cls.from_linear(base, r=2).seed
+    for wrong in ({"distribution": "x"}, {"dropout": 2.0}, {"adapter_dtype": torch.float64}):
+        with pytest.raises(ValueError):
+            cls.from_linear(base, r=2, seed=torch.default_generator, **wrong)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @EACH

@@ -62,7 +62,7 @@ def test_compile_with_dropout_follows_the_seed():
     for n in (1, 2):
         seed = torch.tensor([n])
         torch.testing.assert_close(compiled(x, seed), lrkern.ops.lora_linear(x, w, bias, a, b, 1.0, 0.5, seed))
-    module = FusedLoRALinear(I, O, r=R, lora_dropout=0.5, init="gaussian")
+    module = FusedLoRALinear(I, O, r=R, dropout=0.5, init="gaussian")
     torch.nn.init.normal_(module.lora_B.weight)
     fast = torch.compile(module, fullgraph=True)
     assert not torch.equal(fast(x), fast(x)), "two calls draw two masks"
@@ -103,7 +103,7 @@ def test_export(strict):
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_activation_checkpointing(p):
-    net = FusedLoRALinear(I, O, r=R, lora_dropout=p, init="gaussian")
+    net = FusedLoRALinear(I, O, r=R, dropout=p, init="gaussian")
     torch.nn.init.normal_(net.lora_B.weight)
     x = torch.randn(7, I, requires_grad=True)
 

@@ -19,7 +19,7 @@ LAYERS = [
         for dora in (False, True)
     ),
     *(
-        (FusedLoRALinear, {"r": 3, "lora_dropout": 0.3, "use_dora": dora, "train_bias": True, "use_rslora": True})
+        (FusedLoRALinear, {"r": 3, "dropout": 0.3, "use_dora": dora, "train_bias": True, "use_rslora": True})
         for dora in (False, True)
     ),
     (FusedLoRALinear, {"r": 0}),
@@ -45,7 +45,7 @@ WHOLE, WRONG_SEEDS = (-1, 0, 1.5, "x", True, 2**31), (-1, 2**63, 1.5, "x")
 WRONG = [
     *(
         (FusedLoRALinear, {k: v})
-        for k, vs in {"r": (-1, 513), "lora_dropout": (-0.1, 1.1, float("nan")), "init": ("x", None)}.items()
+        for k, vs in {"r": (-1, 513), "dropout": (-0.1, 1.1, float("nan")), "init": ("x", None)}.items()
         for v in vs
     ),
     (FusedLoRALinear, {"r": 0, "use_dora": True}),

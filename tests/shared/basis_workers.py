@@ -36,9 +36,25 @@ def ddp(cls, settings):
     return check
 
 
+def drawn(rank):
+    """From torch's generator where one asks for it: rank 0's, whether nobody has seeded it or each process in its own way."""
+    draws = []
+    for cls, settings in ((NOLALinear, {"k": 6, "l": 7}), (VeRALinear, {}), (RandLoRALinear, {})):
+        draws.append(
+            cls.from_linear(nn.Linear(24, 20, device="meta"), r=4, seed=torch.default_generator, **settings).seed
+        )
+    torch.manual_seed(rank)
+    draws.append(VeRALinear.from_linear(nn.Linear(24, 20, device="meta"), r=4, seed=torch.default_generator).seed)
+    both = [None, None]
+    dist.all_gather_object(both, draws)
+    assert both[0] == both[1] and len(set(draws)) == 4, both
+    assert draws[3] == int(torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(0))), "rank 0's"
+
+
 if __name__ == "__main__":
     two_processes.main(
         {
+            "drawn": drawn,  # first: the others seed torch's generator
             "nola": ddp(NOLALinear, {"r": 4, "k": 6, "l": 7}),
             "vera": ddp(VeRALinear, {"r": 8}),
             "randlora": ddp(RandLoRALinear, {"r": 6}),

@@ -23,7 +23,7 @@ EACH = pytest.mark.parametrize(("cls", "settings"), KINDS.values(), ids=KINDS)
 
 def drop(cls, settings, p):
     """The setting that drops with probability p; none for a kind that has no dropout."""
-    return {} if settings.get("kind") == "bat" else {"lora_dropout" if cls is FusedLoRALinear else "dropout": p}
+    return {} if settings.get("kind") == "bat" else {"dropout": p}
 
 
 @torch.no_grad()

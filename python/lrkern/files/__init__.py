@@ -9,6 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from ..extras import extra
+
+with extra("lrkern.files"):
+    import safetensors  # noqa: F401
+
 from ..nn import FusedLoRALinear
 from ..nn.linear import AdapterLinear
 from . import conversions, lora, own

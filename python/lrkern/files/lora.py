@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..extras import extra
 from ..functional import lora_scaling
 from ..limits import MAX_RANK
 from ..nn import FusedLoRALinear
@@ -79,7 +80,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     which PEFT has one; "pissa" and "olora" above rank 256, or where another W was loaded since; what is not finite; a
     train_bias layer of rank 0; a layer without a name or at two places; and none at all.
     """
-    import peft
+    with extra("lrkern.peft.save_adapter"):
+        import peft
 
     modules = _modules(model)
     check_places("lrkern.peft.save_adapter", model, FusedLoRALinear)

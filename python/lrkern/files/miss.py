@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MiSS as PEFT's files have it: miss_block of each linear, of a kind that init_weights names for all."""
 
+from ..extras import extra
 from ..nn import MissLinear
 from .check import require, shown
 from .folder import PREFIX, READERS, WRITERS, by_linear, check_plain, write_adapter
@@ -28,7 +29,8 @@ def _read(config, tensors, linears):
 
 
 def _write(folder, layers, modules):
-    from peft import MissConfig  # here, for those who write other files without PEFT
+    with extra("lrkern.files.save"):
+        from peft import MissConfig  # here, for those who write other files without PEFT
 
     first: MissLinear = next(iter(layers.values()))
     init = next(theirs for theirs, ours in _KINDS.items() if ours == first.kind)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..extras import extra
 from ..functional import Basis
 from ..functional.projection import Projection
 from ..nn.linear import AdapterLinear
@@ -166,7 +167,8 @@ def write_layers(folder: str | Path, layers: Mapping[str, AdapterLinear], named:
 
 def save_pair(folder: str | Path, kind: str, layers: Layers, A: Projection, B: Projection, **options: Any) -> None:
     """Writes a folder with its projections; options: what PEFT's config takes beside the rank."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # here, for those who write folders without PEFT
+    with extra("lrkern.files.save"):
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # here, for those who write own files without PEFT
 
     require(layers, "lrkern.convert_peft: layers must hold at least one, got none")
     method = METHODS[kind]

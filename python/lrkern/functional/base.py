@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frozen linear layer that an adapter stands beside: its product, its gradients, and what autocast does to it."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+
+from ..ops.dispatch import is_compiling, once, refuse_tangents, refuse_transforms
 
 linear = F.linear  # bench/ puts its own here and in place of ``gradients`` to time an adapter alone
 
@@ -53,21 +56,39 @@ def of_shape(form: str, name: str, t: Tensor, letters: str, *sizes: int) -> None
         raise RuntimeError(f"lrkern::{form}: {name} must have shape {letters} = {list(sizes)}, got {list(t.shape)}")
 
 
+def once_differentiable(backward: Callable) -> Callable:
+    """As torch's of that name, of backward(ctx, dy, saved_tensors), but the error names ctx.form. A compiled graph refuses a second
+    backward by itself."""
+
+    @functools.wraps(backward)
+    def first_only(ctx, dy):
+        if is_compiling():
+            return backward(ctx, dy, ctx.saved_tensors)
+        kept = ctx.saved_tensors  # unpacked once, as checkpointing asks
+        with torch.no_grad():
+            grads = backward(ctx, dy, kept)
+        return once(ctx.form, tuple(grads), (dy, *kept))
+
+    return staticmethod(first_only)
+
+
 def beside(
-    function: type[Function], y, x: Tensor, weight, bias, dropout_p: float, training: bool, *args: Any
+    form: str, function: type[Function], y, x: Tensor, weight, bias, dropout_p: float, training: bool, *args: Any
 ) -> Tensor:
-    """function(y, x, weight, bias, *args), its ctx None where no backward follows, out of autocast: an adapter beside x Wᵀ + bias, or beside a base layer of any
+    """function(form, y, x, weight, bias, *args), form the name that errors say, its ctx None where no backward follows, out of autocast: an adapter beside x Wᵀ + bias, or beside a base layer of any
     kind that gave y, with dropout on the adapter's x alone."""
     if torch.is_autocast_enabled(x.device.type):  # entering a context costs as much as the products of few tokens
         x, weight, bias = cast(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
-            return beside(function, y, x, weight, bias, dropout_p, training, *args)
+            return beside(form, function, y, x, weight, bias, dropout_p, training, *args)
     if training and dropout_p > 0.0:
         if weight is not None:
             y, weight, bias = linear(x, weight, bias), None, None
         x = torch.dropout(x, dropout_p, True)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return function.forward(
-            None, y, x, weight, bias, *args
+            None, form, y, x, weight, bias, *args
         )  # applying it costs as much as the products of few tokens
-    return function.apply(y, x, weight, bias, *args)
+    refuse_tangents(form, (y, x, weight, bias, *args))
+    refuse_transforms(form)
+    return function.apply(form, y, x, weight, bias, *args)

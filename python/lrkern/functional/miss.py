@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import ops
+from ..ops.dispatch import refuse_tangents, refuse_transforms
 from . import base
 
 __all__ = ["bone_add", "bone_delta", "bone_linear", "miss_add", "miss_delta", "miss_factors", "miss_linear"]
@@ -110,7 +110,8 @@ class _Bone(Function):
     makes the panels again in backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, start, blocks):
+    def forward(ctx, form, x, weight, start, blocks):
+        ctx.form = form
         ctx.dense, ctx.whole = weight if callable(weight) else None, start is None or start.dim() == 1
         ctx.save_for_backward(x, None if ctx.dense else weight, blocks)
         weight = _dense(ctx.dense, x, blocks) if ctx.dense else weight
@@ -123,14 +124,13 @@ class _Bone(Function):
                 to.copy_(part)
         return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, blocks = ctx.saved_tensors
+    @base.once_differentiable
+    def backward(ctx, dy, tensors):
+        x, weight, blocks = tensors
         weight = _dense(ctx.dense, x, blocks) if ctx.dense else weight
-        need_x, need_w, need_start, need_blocks = ctx.needs_input_grad
+        _, need_x, need_w, need_start, need_blocks = ctx.needs_input_grad
         if need_w:
-            raise RuntimeError("lrkern::bone_linear: weight must not require a gradient, it has none here")
+            raise RuntimeError(f"lrkern::{ctx.form}: weight must not require a gradient, it has none here")
         dx = torch.empty_like(x) if need_x else None
         d = torch.empty_like(blocks) if need_blocks else None
         for rows, of in _panels(blocks):
@@ -144,7 +144,7 @@ class _Bone(Function):
                 w = weight[rows].to(b.dtype).reshape(p, -1, r)
                 d[of] = torch.baddbmm(g.view(p, r, -1, r).sum(2), w.mT, g)
         dstart = (dy.sum(0) if ctx.whole else dy) if need_start else None
-        return dx, None, dstart, d
+        return None, dx, None, dstart, d
 
 
 def _dense(weight: Callable[[], Tensor], x: Tensor, blocks: Tensor) -> Tensor:
@@ -174,7 +174,11 @@ def _bone(form: str, x: Tensor, weight: Weight, start: Tensor | None, blocks: Te
     to = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else blocks.dtype
     with torch.autocast(x.device.type, enabled=False):
         start = None if start is None else start.to(to)
-        y = _Bone.apply(_rows(x).to(to), weight, start, blocks.to(to))
+        args = _rows(x).to(to), weight, start, blocks.to(to)
+        refuse_tangents(form, args)
+        if torch.is_grad_enabled():
+            refuse_transforms(form)
+        y = _Bone.apply(form, *args)
     return y.view(*x.shape[:-1], O)
 
 

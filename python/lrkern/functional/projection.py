@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen projections, stored or regenerated from a seed (docs/rng.md)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,6 @@ def save(ctx, *operands: Projection | None) -> None:
     ctx.save_for_backward(*(None if isinstance(p, Basis) else p for p in operands))
 
 
-def saved(ctx) -> list:
-    """What ``save`` kept."""
-    return [basis or t for basis, t in zip(ctx.bases, ctx.saved_tensors, strict=True)]
+def saved(ctx, tensors: Sequence[Tensor | None]) -> list:
+    """What ``save`` kept, of ctx's saved tensors."""
+    return [basis or t for basis, t in zip(ctx.bases, tensors, strict=True)]

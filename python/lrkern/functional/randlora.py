@@ -185,30 +185,29 @@ class _RandLora(Function):
     """y + scale · x ΔWᵀ, y = x Wᵀ + bias or given."""
 
     @staticmethod
-    def forward(ctx, y, x, weight, bias, lam, gam, A, B, scale, paper, save_output):
+    def forward(ctx, form, y, x, weight, bias, lam, gam, A, B, scale, paper, save_output):
         I, O = x.shape[-1], y.shape[-1] if weight is None else weight.shape[0]
         way, may_merge = randlora_way(x.shape[:-1].numel(), I, O), weight is not None and x.dtype == torch.float32
         way = way if may_merge or way != "merged" else "factors"
         rest, kept = (scale, paper, I <= O), None
-        if save_output and I > O and ctx is not None and any(ctx.needs_input_grad[4:6]):  # else dU needs none
+        if save_output and I > O and ctx is not None and any(ctx.needs_input_grad[5:7]):  # else dU needs none
             kept = []
         out = _WAYS[way].forward(_Update.of(lam, gam, A, B, *rest), y, x, weight, bias, kept)
         if ctx is not None:
-            ctx.way, ctx.rest = way, rest
+            ctx.form, ctx.way, ctx.rest = form, way, rest
             save(ctx, A, B, x, weight, lam, gam, *(kept or ()))
         return out
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        A, B, x, weight, lam, gam, *kept = saved(ctx)
-        need_y, *need, need_lam, need_gam = ctx.needs_input_grad[:6]
+    @base.once_differentiable
+    def backward(ctx, dy, tensors):
+        A, B, x, weight, lam, gam, *kept = saved(ctx, tensors)
+        need_y, *need, need_lam, need_gam = ctx.needs_input_grad[1:7]
         with torch.autocast(dy.device.type, enabled=False):  # as forward ran, wherever backward() is called
             update = _Update.of(lam, gam, A, B, *ctx.rest)
             dlam, dgam = torch.zeros_like(update.lam), torch.zeros_like(update.gam)
             grads = _WAYS[ctx.way].backward(update, need, need_lam or need_gam, dy, x, weight, dlam, dgam, kept)
         dlam, dgam = dlam.to(lam.dtype) if need_lam else None, dgam.to(gam.dtype) if need_gam else None
-        return dy if need_y else None, *grads, dlam, dgam, None, None, None, None, None
+        return None, dy if need_y else None, *grads, dlam, dgam, None, None, None, None, None
 
 
 @torch.no_grad()
@@ -259,7 +258,21 @@ def randlora_linear(
     """
     _check("randlora_linear", lam, gam, A, B, dropout_p)
     return base.beside(
-        _RandLora, None, x, weight, bias, dropout_p, training, lam, gam, A, B, scale, paper_pairing, save_output
+        "randlora_linear",
+        _RandLora,
+        None,
+        x,
+        weight,
+        bias,
+        dropout_p,
+        training,
+        lam,
+        gam,
+        A,
+        B,
+        scale,
+        paper_pairing,
+        save_output,
     )
 
 
@@ -279,5 +292,19 @@ def randlora_add(
     """y + scale · dropout(x) ΔWᵀ as a new tensor, beside a base layer of any kind that gave y."""
     _check("randlora_add", lam, gam, A, B, dropout_p)
     return base.beside(
-        _RandLora, y, x, None, None, dropout_p, training, lam, gam, A, B, scale, paper_pairing, save_output
+        "randlora_add",
+        _RandLora,
+        y,
+        x,
+        None,
+        None,
+        dropout_p,
+        training,
+        lam,
+        gam,
+        A,
+        B,
+        scale,
+        paper_pairing,
+        save_output,
     )

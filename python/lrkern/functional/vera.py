@@ -20,7 +20,7 @@ class _Vera(Function):
     """y + b ⊙ ((c d ⊙ (x Aᵀ)) B), y = x Wᵀ + bias or given; c the scales of A and B, B stored as [r, out]."""
 
     @staticmethod
-    def forward(ctx, y, x, weight, bias, d, b, A, B, save_output):
+    def forward(ctx, form, y, x, weight, bias, d, b, A, B, save_output):
         d32, b32, c = d.float().contiguous(), b.float().contiguous(), scale_of(A) * scale_of(B)
         d32, wide = d32 if c == 1.0 else c * d32, _wide(d)
         u = matmul(x, A, True, wide=wide)
@@ -31,15 +31,14 @@ class _Vera(Function):
         else:
             matmul(u, B, False, d32, b32, into=out)
         if ctx is not None:
-            save(ctx, A, B, x if ctx.needs_input_grad[2] else None, weight, d, b, u, w)
-            ctx.x, ctx.c = (x.shape, x.dtype), c
+            save(ctx, A, B, x if ctx.needs_input_grad[3] else None, weight, d, b, u, w)
+            ctx.form, ctx.x, ctx.c = form, (x.shape, x.dtype), c
         return out
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        A, B, x, weight, d, b, u, w = saved(ctx)
-        need_y, *need, need_d, need_b = ctx.needs_input_grad[:6]
+    @base.once_differentiable
+    def backward(ctx, dy, tensors):
+        A, B, x, weight, d, b, u, w = saved(ctx, tensors)
+        need_y, *need, need_d, need_b = ctx.needs_input_grad[1:7]
         wide, v, dd, db = _wide(d), ctx.c * d.float(), None, None
         with torch.autocast(dy.device.type, enabled=False):  # as forward ran, wherever backward() is called
             dx, dw, dbias = base.gradients(need, dy, x, weight)
@@ -52,7 +51,7 @@ class _Vera(Function):
                 matmul(dv, A, False, in_scale=v, into=dx)
             if need_b:
                 db = _db(dy, u, v, B, w).to(b.dtype)
-        return dy if need_y else None, dx, dw, dbias, dd, db, None, None, None
+        return None, dy if need_y else None, dx, dw, dbias, dd, db, None, None, None
 
 
 def _db(dy: Tensor, u: Tensor, v: Tensor, B: Projection, w: Tensor | None) -> Tensor:
@@ -93,7 +92,7 @@ def vera_linear(
     """
     _check("vera_linear", d, b, A, B, dropout_p)
     keep = save_output and b.requires_grad and torch.is_grad_enabled()
-    return base.beside(_Vera, None, x, weight, bias, dropout_p, training, d, b, A, B, keep)
+    return base.beside("vera_linear", _Vera, None, x, weight, bias, dropout_p, training, d, b, A, B, keep)
 
 
 def vera_add(
@@ -110,4 +109,4 @@ def vera_add(
     """y + b ⊙ ((d ⊙ (dropout(x) Aᵀ)) B) as a new tensor, beside a base layer of any kind that gave y."""
     _check("vera_add", d, b, A, B, dropout_p)
     keep = save_output and b.requires_grad and torch.is_grad_enabled()
-    return base.beside(_Vera, y, x, None, None, dropout_p, training, d, b, A, B, keep)
+    return base.beside("vera_add", _Vera, y, x, None, None, dropout_p, training, d, b, A, B, keep)

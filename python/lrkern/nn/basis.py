@@ -20,6 +20,14 @@ UNIT |= {"sign": 1.0, "ternary4": math.sqrt(2.0)}
 _seeds = random.Random("lrkern")
 
 
+def _draw(generator: torch.Generator) -> int:
+    """A seed that is rank 0's in all processes: torch seeds its generator differently in each."""
+    seed = [int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(seed, 0)
+    return seed[0]
+
+
 class BasisLinear(AdapterLinear):
     """y = x Wᵀ + bias + dropout(x) ΔWᵀ with ΔW made of a few trained coefficients and random matrices that exist only as a
     seed: they are regenerated in forward and backward, on any device the same bits.
@@ -32,7 +40,10 @@ class BasisLinear(AdapterLinear):
         in_features, out_features, bias, device, dtype: as nn.Linear.
         settings: what the subclass lists, by keyword. Common to all:
         seed: of the bases, in [0, 2^63). None takes a new one, from a generator of lrkern's own that starts anew in every
-            process. Layers given the same one share their bases: of shapes that differ, the columns are prefixes of one
+            process: processes that make the same layers get the same ones, whatever they told torch. A torch.Generator such as
+            ``torch.default_generator`` draws one, which follows manual_seed. Where torch.distributed is initialised all processes take
+            what rank 0's draws, seeded or not, and must all make the layer; made before that, layers of processes that were not
+            seeded alike have bases that differ, which DDP does not notice. repr shows the seed. Layers given the same one share their bases: of shapes that differ, the columns are prefixes of one
             another's. A deepcopy keeps the seed. It is a constant to torch.compile: layers that are compiled one by one
             share a graph only where they share the seed.
         distribution: of the bases' elements, "uniform8", "uniform16", "uniform32" (n bits, in (-1, 1)), "sign" (±1),
@@ -44,14 +55,18 @@ class BasisLinear(AdapterLinear):
     METHOD: ClassVar[str]  # of the random stream
     stream_version = STREAM_VERSION
 
-    def _adopt(self, base, r, dropout=0.0, seed=None, distribution="uniform8", adapter_dtype=None) -> dict[str, Any]:
-        if seed is None:
-            seed = _seeds.getrandbits(63)
-        self._whole("seed", seed, 0, 2**63 - 1)
+    def _adopt(self, base, r, dropout, seed, distribution, adapter_dtype) -> dict[str, Any]:
+        given = isinstance(seed, torch.Generator)
+        if seed is not None and not given:
+            self._whole("seed", seed, 0, 2**63 - 1)
         self._probability("dropout", dropout)
         self._one_of("distribution", distribution, DISTRIBUTIONS)
-        self.dropout, self.seed, self.distribution = float(dropout), seed, distribution
-        return super()._adopt(base, r, adapter_dtype)
+        like = super()._adopt(base, r, adapter_dtype)
+        if given:  # once nothing is refused any more
+            seed = _draw(seed)
+        self.dropout, self.distribution = float(dropout), distribution
+        self.seed = _seeds.getrandbits(63) if seed is None else seed
+        return like
 
     def _basis(self, rows: int, cols: int, scale: float, tensor: int) -> Basis:
         """A matrix of the layer's stream whose elements have the standard deviation ``scale``."""

@@ -22,6 +22,11 @@ def constant(value: float, *shape: int, **like: Any) -> nn.Parameter:
     return nn.Parameter(torch.full(shape, value, **like))
 
 
+def shape_repr(t: Tensor) -> str:
+    """Of a repr: "[16, 64] float32"."""
+    return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+
+
 def _snapshot(m: nn.Module) -> nn.Module:
     """Its settings and a copy of its parameters and buffers, with base_layer itself."""
     copy = object.__new__(type(m))
@@ -281,6 +286,7 @@ class AdapterLinear(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}{self._settings_repr()}"
+        text += "".join(f", {name}: {shape_repr(p)}" for name, p in self._parameters.items() if p is not None)
         return text + (", merged" if self.merged else "") + ("" if self.enabled else ", disabled")
 
     def _settings_repr(self) -> str:

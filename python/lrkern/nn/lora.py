@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..caches import DoraNorm
 from ..limits import MAX_RANK
-from .linear import LowRankLinear
+from .linear import LowRankLinear, shape_repr
 from .plain import plain_linear
 
 Init = Callable[["FusedLoRALinear"], None]
@@ -32,6 +32,9 @@ class Factor(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(rows, cols, dtype=dtype, device=device))
 
+    def extra_repr(self) -> str:
+        return shape_repr(self.weight)
+
 
 class Magnitude(nn.Module):
     """DoRA's magnitude [out], keyed as PEFT has it: lora_magnitude_vector.weight."""
@@ -39,6 +42,8 @@ class Magnitude(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(weight)
+
+    extra_repr = Factor.extra_repr
 
 
 class FusedLoRALinear(LowRankLinear):
@@ -58,14 +63,14 @@ class FusedLoRALinear(LowRankLinear):
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear.
         r: rank, 0 to 512; 0 is the base layer alone.
-        lora_alpha, lora_dropout, use_rslora, use_dora: as peft.LoraConfig.
+        lora_alpha, use_rslora, use_dora: as peft.LoraConfig. dropout: its lora_dropout.
         train_bias: the base bias trains too (PEFT's bias="lora_only").
         init: "kaiming" (PEFT's default: A uniform, B zero), "gaussian" (A normal / r, B zero), "pissa" (arXiv
             2404.02948) or "olora" (arXiv 2406.01775); the last two take their factors out of W, of a plain nn.Linear.
         adapter_dtype: of A and B; None means float32 over a 16-bit base as PEFT does, else the base's dtype.
     """
 
-    SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "train_bias")
+    SETTINGS = ("r", "lora_alpha", "dropout", "use_rslora", "use_dora", "train_bias")
     PEFT_TYPE = "LORA"
     _SUM = "W + scaling B A"
     # Of layers in pickles of 0.1, which did not have these.
@@ -78,7 +83,7 @@ class FusedLoRALinear(LowRankLinear):
         bias: bool = True,
         r: int = 16,
         lora_alpha: float = 32.0,
-        lora_dropout: float = 0.0,
+        dropout: float = 0.0,
         use_rslora: bool = False,
         use_dora: bool = False,
         train_bias: bool = False,
@@ -88,7 +93,7 @@ class FusedLoRALinear(LowRankLinear):
         dtype: torch.dtype | None = None,
     ):
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._make(base, r, lora_alpha, lora_dropout, use_rslora, use_dora, train_bias, init, adapter_dtype)
+        self._make(base, r, lora_alpha, dropout, use_rslora, use_dora, train_bias, init, adapter_dtype)
 
     @classmethod
     def from_linear(
@@ -96,7 +101,7 @@ class FusedLoRALinear(LowRankLinear):
         linear: nn.Linear,
         r: int = 16,
         lora_alpha: float = 32.0,
-        lora_dropout: float = 0.0,
+        dropout: float = 0.0,
         use_rslora: bool = False,
         use_dora: bool = False,
         train_bias: bool = False,
@@ -104,13 +109,13 @@ class FusedLoRALinear(LowRankLinear):
         adapter_dtype: torch.dtype | None = None,
     ) -> "FusedLoRALinear":
         """Wraps an existing layer: its weight and bias are used as they are, not copied, and frozen."""
-        settings = r, lora_alpha, lora_dropout, use_rslora, use_dora, train_bias, init, adapter_dtype
+        settings = r, lora_alpha, dropout, use_rslora, use_dora, train_bias, init, adapter_dtype
         return cls._wrap(linear, *settings)
 
-    def _set_up(self, base, r, lora_alpha, lora_dropout, use_rslora, use_dora, train_bias, init, adapter_dtype):
+    def _set_up(self, base, r, lora_alpha, dropout, use_rslora, use_dora, train_bias, init, adapter_dtype):
         self._whole("r", r, 0, MAX_RANK)
         self._finite("lora_alpha", lora_alpha)
-        self._probability("lora_dropout", lora_dropout)
+        self._probability("dropout", dropout)
         for name, flag in (("use_rslora", use_rslora), ("use_dora", use_dora), ("train_bias", train_bias)):
             self._flag(name, flag)
         self._one_of("init", init, INITS)
@@ -128,7 +133,7 @@ class FusedLoRALinear(LowRankLinear):
             base.bias.requires_grad_()
         self.lora_A = Factor(r, base.in_features, **like)
         self.lora_B = Factor(base.out_features, r, **like)
-        self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
+        self.lora_alpha, self.dropout, self.use_rslora = lora_alpha, float(dropout), use_rslora
         self.use_dora, self.scaling = use_dora, F.lora_scaling(lora_alpha, r, use_rslora)
         self.train_bias, self.init = train_bias, init
         if r:
@@ -152,20 +157,30 @@ class FusedLoRALinear(LowRankLinear):
                 f"{must} a W of finite numbers, got {'none (meta)' if base.weight.is_meta else 'inf or nan'}"
             )
 
+    @property
+    def lora_dropout(self) -> float:
+        """dropout, as PEFT's configs and folders call it."""
+        return self.dropout
+
+    def __setstate__(self, state: dict) -> None:
+        if "lora_dropout" in state:  # a pickle of 0.1
+            state["dropout"] = state.pop("lora_dropout")
+        super().__setstate__(state)
+
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.lora_A.weight, self.lora_B.weight, self.scaling
 
     def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        (a, b, scale), p = self.factors(), self.lora_dropout
         if not self.use_dora:
-            return F.lora_linear(x, weight, bias, a, b, scale, p, self.training)
+            return super()._adapted(x, weight, bias)
+        (a, b, scale), p = self.factors(), self.dropout
         norm, magnitude = self._cached_norm(weight, a, b, scale, self.training), self.lora_magnitude_vector.weight
         return F.dora_linear(x, weight, bias, a, b, magnitude, scale, p, self.training, norm)
 
     def _beside(self, y: Tensor, x: Tensor) -> Tensor:
-        base, (a, b, scale), p = self.base_layer, self.factors(), self.lora_dropout
         if not self.use_dora:
-            return F.lora_add(y, x, a, b, scale, p, self.training)
+            return super()._beside(y, x)
+        base, (a, b, scale), p = self.base_layer, self.factors(), self.dropout
         g = self.lora_magnitude_vector.weight / self._cached_norm(base.weight, a, b, scale, self.training)
         if self.training and p:
             x = torch.dropout(x, p, True)
@@ -222,7 +237,7 @@ class FusedLoRALinear(LowRankLinear):
 
     def _settings_repr(self) -> str:
         text = f", r={self.r}, scaling={self.scaling:g}"
-        text += f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""
+        text += f", dropout={self.dropout:g}" if self.dropout else ""
         return text + (", dora" if self.use_dora else "")
 
 

@@ -2,7 +2,7 @@
 """A linear layer with a MiSS adapter."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional as F
 from .linear import AdapterLinear, constant
@@ -36,15 +36,38 @@ class MissLinear(AdapterLinear):
     PEFT_SHARES = ("r", "kind", "mini_r", "dropout")
     SETTINGS = ("r", "kind", "mini_r", "dropout")
 
-    def _set_up(
+    def __init__(
         self,
-        base,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
         r: int = 8,
         kind: str = "balance",
         mini_r: int = 1,
         dropout: float = 0.0,
         adapter_dtype: torch.dtype | None = None,
-    ) -> None:
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._make(base, r=r, kind=kind, mini_r=mini_r, dropout=dropout, adapter_dtype=adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int = 8,
+        kind: str = "balance",
+        mini_r: int = 1,
+        dropout: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "MissLinear":
+        """Wraps an existing layer: its weight and bias are used as they are, not copied, and frozen."""
+        return cls._wrap(linear, r=r, kind=kind, mini_r=mini_r, dropout=dropout, adapter_dtype=adapter_dtype)
+
+    def _set_up(self, base, r, kind, mini_r, dropout, adapter_dtype) -> None:
         self._whole("r", r, 1)
         self._one_of("kind", kind, KINDS)
         self._whole("mini_r", mini_r, 1)

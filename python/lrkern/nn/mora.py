@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional as F
 from .linear import AdapterLinear
@@ -36,15 +36,40 @@ class MoRALinear(AdapterLinear):
 
     SETTINGS = ("r", "mora_type", "dropout", "paper_rank")
 
-    def _set_up(
+    def __init__(
         self,
-        base,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
         r: int = 8,
         mora_type: int | None = None,
         dropout: float = 0.0,
         paper_rank: bool = False,
         adapter_dtype: torch.dtype | None = None,
-    ) -> None:
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._make(base, r=r, mora_type=mora_type, dropout=dropout, paper_rank=paper_rank, adapter_dtype=adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int = 8,
+        mora_type: int | None = None,
+        dropout: float = 0.0,
+        paper_rank: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "MoRALinear":
+        """Wraps an existing layer: its weight and bias are used as they are, not copied, and frozen."""
+        return cls._wrap(
+            linear, r=r, mora_type=mora_type, dropout=dropout, paper_rank=paper_rank, adapter_dtype=adapter_dtype
+        )
+
+    def _set_up(self, base, r, mora_type, dropout, paper_rank, adapter_dtype) -> None:
         self._whole("r", r, 1)
         mora_type = self._known(mora_type, (6 if r <= FEW else 1) if mora_type is None else mora_type)
         self._probability("dropout", dropout)

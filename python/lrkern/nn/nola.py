@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer with a NOLA adapter whose random bases are a seed."""
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional as F
 from ..limits import MAX_RANK
@@ -32,17 +30,72 @@ class NOLALinear(BasisLinear, LowRankLinear):
     METHOD = "nola"
     SETTINGS = ("r", "k", "l", "lora_alpha", "normalize", "frozen_a", "dropout", "seed", "distribution")
 
-    def _set_up(
+    def __init__(
         self,
-        base,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
         r: int = 16,
         k: int = 512,
         l: int = 512,
         lora_alpha: float = 4.0,
         normalize: bool = True,
         frozen_a: bool = True,
-        **common: Any,
-    ) -> None:
+        dropout: float = 0.0,
+        seed: int | torch.Generator | None = None,
+        distribution: str = "uniform8",
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._make(
+            base,
+            r=r,
+            k=k,
+            l=l,
+            lora_alpha=lora_alpha,
+            normalize=normalize,
+            frozen_a=frozen_a,
+            dropout=dropout,
+            seed=seed,
+            distribution=distribution,
+            adapter_dtype=adapter_dtype,
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int = 16,
+        k: int = 512,
+        l: int = 512,
+        lora_alpha: float = 4.0,
+        normalize: bool = True,
+        frozen_a: bool = True,
+        dropout: float = 0.0,
+        seed: int | torch.Generator | None = None,
+        distribution: str = "uniform8",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "NOLALinear":
+        """Wraps an existing layer: its weight and bias are used as they are, not copied, and frozen."""
+        return cls._wrap(
+            linear,
+            r=r,
+            k=k,
+            l=l,
+            lora_alpha=lora_alpha,
+            normalize=normalize,
+            frozen_a=frozen_a,
+            dropout=dropout,
+            seed=seed,
+            distribution=distribution,
+            adapter_dtype=adapter_dtype,
+        )
+
+    def _set_up(self, base, r, k, l, lora_alpha, normalize, frozen_a, **common) -> None:
         for name, value, high in (("r", r, MAX_RANK), ("k", k, 4096), ("l", l, 4096)):
             self._whole(name, value, 1, high)
         self._finite("lora_alpha", lora_alpha)

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer with a RandLoRA adapter whose bases are a seed."""
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional as F
 from .basis import BasisLinear
@@ -34,15 +32,64 @@ class RandLoRALinear(BasisLinear):
     PEFT_SHARES = ("r", "seed", "distribution", "dropout", "randlora_alpha")
     SETTINGS = ("r", "randlora_alpha", "paper_pairing", "save_output", "dropout", "seed", "distribution")
 
-    def _set_up(
+    def __init__(
         self,
-        base,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
         r: int = 32,
         randlora_alpha: float = 640.0,
         paper_pairing: bool = False,
         save_output: bool = True,
-        **common: Any,
-    ) -> None:
+        dropout: float = 0.0,
+        seed: int | torch.Generator | None = None,
+        distribution: str = "uniform8",
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._make(
+            base,
+            r=r,
+            randlora_alpha=randlora_alpha,
+            paper_pairing=paper_pairing,
+            save_output=save_output,
+            dropout=dropout,
+            seed=seed,
+            distribution=distribution,
+            adapter_dtype=adapter_dtype,
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int = 32,
+        randlora_alpha: float = 640.0,
+        paper_pairing: bool = False,
+        save_output: bool = True,
+        dropout: float = 0.0,
+        seed: int | torch.Generator | None = None,
+        distribution: str = "uniform8",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "RandLoRALinear":
+        """Wraps an existing layer: its weight and bias are used as they are, not copied, and frozen."""
+        return cls._wrap(
+            linear,
+            r=r,
+            randlora_alpha=randlora_alpha,
+            paper_pairing=paper_pairing,
+            save_output=save_output,
+            dropout=dropout,
+            seed=seed,
+            distribution=distribution,
+            adapter_dtype=adapter_dtype,
+        )
+
+    def _set_up(self, base, r, randlora_alpha, paper_pairing, save_output, **common) -> None:
         self._whole("r", r, 1)
         narrow = min(base.in_features, base.out_features)
         self.n = -(-narrow // r)

@@ -64,7 +64,34 @@ class S2FTLinear(AdapterLinear):
     QUANTIZES = False
     low_rank = True
 
-    def _set_up(self, base, index: Any = "", side: str = "input", adapter_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        index: str | Sequence[int] | Tensor = "",
+        side: str = "input",
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._make(base, index=index, side=side, adapter_dtype=adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        index: str | Sequence[int] | Tensor = "",
+        side: str = "input",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "S2FTLinear":
+        """Wraps an existing layer: its weight and bias are used as they are, not copied, and frozen."""
+        return cls._wrap(linear, index=index, side=side, adapter_dtype=adapter_dtype)
+
+    def _set_up(self, base, index, side, adapter_dtype) -> None:
         self._one_of("side", side, SIDES)
         features, columns = base.weight.shape[SIDES[side]], as_columns(index)
         fit = columns is not None and all(a < b for a, b in pairwise([-1, *columns, features]))

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer with a VeRA adapter whose projections are a seed."""
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional as F
 from .basis import BasisLinear
@@ -35,16 +33,68 @@ class VeRALinear(BasisLinear, LowRankLinear):
     PEFT_SHARES = ("r", "seed", "distribution", "dropout", "max_in")
     SETTINGS = ("r", "d_initial", "max_in", "max_out", "save_output", "dropout", "seed", "distribution")
 
-    def _set_up(
+    def __init__(
         self,
-        base,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
         r: int = 256,
         d_initial: float = 0.1,
         max_in: int | None = None,
         max_out: int | None = None,
         save_output: bool = True,
-        **common: Any,
-    ) -> None:
+        dropout: float = 0.0,
+        seed: int | torch.Generator | None = None,
+        distribution: str = "uniform8",
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._make(
+            base,
+            r=r,
+            d_initial=d_initial,
+            max_in=max_in,
+            max_out=max_out,
+            save_output=save_output,
+            dropout=dropout,
+            seed=seed,
+            distribution=distribution,
+            adapter_dtype=adapter_dtype,
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int = 256,
+        d_initial: float = 0.1,
+        max_in: int | None = None,
+        max_out: int | None = None,
+        save_output: bool = True,
+        dropout: float = 0.0,
+        seed: int | torch.Generator | None = None,
+        distribution: str = "uniform8",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "VeRALinear":
+        """Wraps an existing layer: its weight and bias are used as they are, not copied, and frozen."""
+        return cls._wrap(
+            linear,
+            r=r,
+            d_initial=d_initial,
+            max_in=max_in,
+            max_out=max_out,
+            save_output=save_output,
+            dropout=dropout,
+            seed=seed,
+            distribution=distribution,
+            adapter_dtype=adapter_dtype,
+        )
+
+    def _set_up(self, base, r, d_initial, max_in, max_out, save_output, **common) -> None:
         self._whole("r", r, 1)
         self.max_in = self._whole("max_in", base.in_features if max_in is None else max_in, base.in_features)
         self.max_out = self._whole("max_out", base.out_features if max_out is None else max_out, base.out_features)

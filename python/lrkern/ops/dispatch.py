@@ -154,6 +154,7 @@ class Op:
                     raise RuntimeError(f"lrkern::{self.name}: {name} has no gradient, {self.refusal}")
             for i in self.trained:
                 if args[i] is not None and args[i].requires_grad:
+                    refuse_transforms(self.name)
                     return self.function.apply(*args)
         with below_autograd():
             return getattr(_library, self.name).default(*args)
@@ -197,14 +198,15 @@ class Op:
 
             @staticmethod
             def backward(ctx, dy):
-                saved, d = ctx.saved_tensors, dy
+                saved, d = ctx.saved_tensors, dy  # unpacked once, as checkpointing asks
+                made_of = (dy, *saved)
                 with below_autograd():
                     if weigh:
                         *saved, by = saved
                         d = dy if by is None else weigh[1](dy, by)
                     given = in_order((*saved, *ctx.others))
                     grads = getattr(_library, backward).default(d, *given, *needed(ctx.needs_input_grad))
-                return by_argument((dy, *once(name, grads if flags else (grads,)), None))
+                return by_argument((dy, *once(name, grads if flags else (grads,), made_of), None))
 
         Differentiable.__name__ = Differentiable.__qualname__ = name
         return Differentiable
@@ -259,14 +261,33 @@ def learn_sharding(t: Tensor) -> None:
         importlib.import_module("lrkern.ops.sharding")
 
 
-def once(name: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients, which raise an error that names the op when they are differentiated again."""
+class _Once(Function):
+    """The first n tensors as they are, made of all of them; their gradient is an error."""
+
+    @staticmethod
+    def forward(ctx, name, n, *tensors):
+        ctx.name = name
+        return tuple(t.view_as(t) for t in tensors[:n])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"lrkern::{ctx.name}: double backward is not supported, the gradients of this op have no gradient"
+        )
+
+
+def once(
+    name: str, grads: tuple[Tensor | None, ...], made_of: Sequence[Tensor | None] = ()
+) -> tuple[Tensor | None, ...]:
+    """The gradients, which raise an error that names the op when they are differentiated again, with respect to what they were made
+    of or anything else."""
     if not torch.is_grad_enabled():
         return grads
-    text = f"lrkern::{name}: double backward is not supported, the gradients of this op have no gradient"
-    present = [g.detach().requires_grad_() for g in grads if g is not None]
-    tagged = torch._C._functions.DelayedError(text.encode(), len(present))(*present)
-    rest = iter((tagged,) if isinstance(tagged, Tensor) else tagged)  # of one tensor it makes one tensor
+    present = [g.detach() for g in grads if g is not None]
+    others = [t for t in made_of if t is not None]
+    rest = iter(
+        _Once.apply(name, len(present), *present, *others, torch.empty(0, requires_grad=True)) if present else ()
+    )
     return tuple(None if g is None else next(rest) for g in grads)
 
 
@@ -282,6 +303,15 @@ def refuse_tangents(name: str, args: Sequence[Any]) -> None:
             raise RuntimeError(f"lrkern::{name}: forward-mode differentiation is not supported, got a dual tensor")
 
 
+def refuse_transforms(name: str) -> None:
+    """torch.func's, which classic autograd.Functions do not take: torch would say so in words of autograd's insides."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"lrkern::{name}: torch.func's transforms (grad, vmap, jacrev, ...) are not supported where a gradient is wanted; layers "
+            "of PEFT, patched ones too, run PEFT's own code under them"
+        )
+
+
 def refuse(name: str, why: str) -> None:
     """Gives an op without a gradient an Autograd kernel that raises where a gradient would be lost without a word. One
     that mutates its first argument also counts up that tensor's version, so that autograd sees a saved tensor change."""
@@ -291,6 +321,11 @@ def refuse(name: str, why: str) -> None:
         refuse_tangents(name, args)
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
             raise RuntimeError(f"lrkern::{name}: {why}")
+        if mutates and torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                f"lrkern::{name}: writes in place, which torch.onnx's tracing exporter leaves out of the model without a word; merge "
+                "the adapter first"
+            )
         with below_autograd():
             out = op(*args)
         if mutates:

@@ -3,6 +3,7 @@
 
 ``lrkern.peft.patch(model)`` makes an existing PEFT model run on lrkern, in place; ``register(config, model)`` makes the
 layers that PEFT creates from a config fused from the start; ``report(model)`` says what runs, ``unpatch(model)`` undoes it.
+``PatchCallback`` does it in transformers' and TRL's trainers.
 Both also take VeRA and RandLoRA layers, with the projections that PEFT stores, and MiSS layers.
 
 A LoRA layer over an exact nn.Linear runs as one op. Over any other base layer (bitsandbytes, GPTQ, AWQ, torchao, ...) the
@@ -20,13 +21,20 @@ Adapter files of lrkern's own modules: ``save_adapter`` and ``load_adapter`` wri
 only).
 """
 
-from dataclasses import dataclass
+from ..extras import extra
+
+with extra("lrkern.peft"):
+    import safetensors  # noqa: F401, first: without it PEFT fails in words of its own
+
+    # isort: split
+    import peft  # noqa: F401
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..files.folder import rank_and_scaling, read_adapter, write_adapter  # noqa: F401
 from ..files.lora import load_adapter, save_adapter
+from ..nn.linear import AdapterLinear
 from .layer import KINDS, Patched, Swapped, cannot_patch, patch_layer, swap_back
 
 # isort: off
@@ -41,9 +49,12 @@ from .mx import Quantized, dequantize, quantize, quantized
 from .mx.experts import LoraOverExperts
 from .mx.load import load_mxfp4
 from .sharded import gathered
+from .summary import Report
+from .trainer import PatchCallback
 from .waiting import register
 
 __all__ = [
+    "PatchCallback",
     "Quantized",
     "Report",
     "dequantize",
@@ -59,30 +70,30 @@ __all__ = [
 ]
 
 
-@dataclass
-class Report:
-    """Per adapted layer its name and None (fused) or the reason why PEFT's own code runs."""
-
-    layers: dict[str, str | None]
-
-    @property
-    def fused(self) -> int:
-        return sum(why is None for why in self.layers.values())
-
-    def __str__(self) -> str:
-        lines = [f"lrkern: {self.fused} of {len(self.layers)} adapted layers fused"]
-        return "\n".join(lines + [f"  {name}: PEFT's own code, {why}" for name, why in self.layers.items() if why])
+def _is_model(model: nn.Module, who: str) -> None:
+    if not isinstance(model, nn.Module):
+        got = "None" if model is None else f"a {type(model).__name__}"
+        raise TypeError(f"lrkern.peft.{who}: model must be a PEFT model, an nn.Module, got {got}")
 
 
 def _layers(model: nn.Module, who: str) -> dict[str, BaseTunerLayer]:
+    _is_model(model, who)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, tuple(KINDS))}
     if not layers:
         first, *others = (kind._method for kind in KINDS.values())
-        raise ValueError(
-            f"lrkern.peft.{who}: model must have PEFT {first} layers (or {', '.join(others)}), got {type(model).__name__} "
-            "with none"
-        )
+        must = f"model must have PEFT {first} layers (or {', '.join(others)})"
+        raise ValueError(f"lrkern.peft.{who}: {must}, got {type(model).__name__} with {_instead(model)}")
     return layers
+
+
+def _instead(model: nn.Module) -> str:
+    """What a model has in place of layers to patch."""
+    modules = list(model.modules())
+    if others := sorted({type(m).__module__.split(".")[-2] for m in modules if isinstance(m, BaseTunerLayer)}):
+        return f"none, but layers of PEFT's {', '.join(others)}"
+    if any(isinstance(m, AdapterLinear) for m in modules):
+        return "layers of lrkern.nn, which are fused as they are"
+    return "none; get_peft_model comes first"
 
 
 def patch(model: nn.Module, mixed_training: bool = False) -> Report:
@@ -114,6 +125,7 @@ def report(model: nn.Module) -> Report:
 
 def unpatch(model: nn.Module) -> None:
     """Gives everything that ``patch`` or ``register`` took its PEFT class back."""
+    _is_model(model, "unpatch")
     swapped = [m for m in model.modules() if isinstance(m, Swapped)]
     for m in swapped:
         if "_lrkern_base" not in type(m).__dict__:  # such as FSDP2's own subclass of a layer

@@ -17,6 +17,14 @@ Every method may be called from any thread. A forward, or a whole ``generate``, 
 when it began, whatever is replaced or removed meanwhile, and their pages get no new owner before it ends.
 """
 
+from ..extras import extra
+
+with extra("lrkern.serving"):
+    import safetensors  # noqa: F401, first: without it PEFT fails in words of its own
+
+    # isort: split
+    import peft  # noqa: F401
+
 from .kinds import FAMILIES, Factors, Shared, Vectors
 from .model import MultiLoraModel
 from .pool import AdapterPool, PoolFull, UnknownAdapter
