@@ -64,7 +64,7 @@ class _Quartet(Function):
                 dx = _gradient(dy, *saved[:3], signs[:1], seeds[:2])[:, : ctx.columns]
             if need_w:
                 dw = _gradient(dy.mT, *saved[3:], signs[1:], seeds[2:])[:, : ctx.columns].to(ctx.dtype)
-        return *once("quartet_linear", (dx, dw)), None
+        return *once("quartet_linear", (dx, dw), (dy,)), None
 
 
 def quartet_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, rule: str = "quest") -> Tensor:

@@ -108,7 +108,7 @@ class _Linear(Function):
     def backward(ctx, dy):
         codes, scales, experts = ctx.saved_tensors
         need_x, _, _, need_bias, _ = ctx.needs_input_grad
-        dx, dbias = once("mx_linear", _bwd(dy, codes, scales, ctx.columns, need_x, need_bias, experts))
+        dx, dbias = once("mx_linear", _bwd(dy, codes, scales, ctx.columns, need_x, need_bias, experts), (dy,))
         return dx, None, None, dbias, None
 
 
@@ -168,7 +168,7 @@ class _LinearExpand(Function):
             needs = need_x, need_bias, need_s, need_b
             with below_autograd():
                 grads = library().mx_linear_expand_bwd.default(dy, codes, scales, ctx.columns, s, b, experts, *needs)
-        dx, dbias, ds, db = once("mx_linear_expand", grads)
+        dx, dbias, ds, db = once("mx_linear_expand", grads, (dy, s, b))
         return dx, None, None, dbias, ds, db, None
 
 
