@@ -10,7 +10,8 @@
 #if defined(__CUDACC__)
 #define LRK_HD __host__ __device__ __forceinline__
 #else
-#define LRK_HD inline
+// Always inline: a copy that stays a function is one for all objects, and may be that of an instruction set not every CPU has.
+#define LRK_HD [[gnu::always_inline]] inline
 #endif
 
 struct CUstream_st;  // a CUDA stream, so that a contract needs no CUDA header
