@@ -130,11 +130,10 @@ def mx_linear_expand(x, codes, scales, bias, s, b, experts=None):
 
 def of_expert(x, w, experts):
     """x [..., I] times w [E, O, I] of the row's expert, or that bias [E, O]; zeros where it has none"""
-    if not len(w):
-        return w.new_zeros(*experts.shape, w.shape[1])
-    own = w[experts.clamp_min(0).long()]
-    y = own if x is None else (own @ x[..., None])[..., 0]
-    return torch.where((experts < 0)[..., None], 0, y)
+    y = w.new_zeros(*experts.shape, w.shape[1])
+    for e in range(len(w)):
+        y = torch.where((experts == e)[..., None], w[e] if x is None else x @ w[e].mT, y)
+    return y
 
 
 def nvfp4_quantize(x, amax=None, seed=None):
