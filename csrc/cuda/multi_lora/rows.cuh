@@ -51,6 +51,7 @@ __device__ __forceinline__ PlanTile tile_of(const Adapters& d, int64_t k, int64_
   const PlanLayout at = plan_layout(d.T, d.A);
   const int32_t* plan = d.plan + k * at.length;
   const PlanRows rows = plan_rows(plan, at, i);
+  if (rows.count <= 0) return {k, kAbsent, 0, plan};
   return {k, rows.group == 0 ? kAbsent : rows.group > d.A ? kUnknown : rows.group - 1, rows.count, plan + rows.start};
 }
 // The same with its rows in a list.
