@@ -20,17 +20,6 @@ from demo_screen import screen
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-@pytest.fixture(scope="module")
-def everything():
-    try:
-        archive = demo_data.fetch()
-    except DemoError as error:
-        if (demo_data.CACHE / demo_data.ARCHIVE).exists():
-            raise
-        pytest.skip(f"the demo's text is not in .cache and cannot be fetched: {error}")
-    return demo_data.read(archive)
-
-
 def test_data_is_read_whole_and_each_text_once(everything):
     assert {d: len(lines) for d, lines in everything.items()} == dict(tweets=4140, movies=10603, amazon=3697, nyt=5118)
     for lines in everything.values():

