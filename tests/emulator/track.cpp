@@ -2,9 +2,11 @@
 // Exact checks of every load and store. Kernels compiled with g++ -fsanitize=thread call __tsan_read4(address) and its
 // kin before each access; we do not link that sanitizer but answer the calls here. Each byte of shared memory and of
 // declared global memory remembers who wrote and who read it last, and two accesses of different threads, one of them a
-// write, must have a barrier between them. "Between" is a vector clock per warp, so named barriers and __syncwarp count
-// for just the threads that meet. Found on the first run whatever the schedule: races, reads of what nothing wrote,
-// reads of a cp.async destination before the wait, and blocks that lean on another block of the same launch.
+// write, must have a barrier between them. "Between" is a vector clock per thread, so named barriers, __syncwarp and
+// mbarriers count for just the threads that meet. What the hardware does by itself after a call (a bulk copy, a wgmma that
+// reads shared memory) counts as a thread of its own, an engine, which meets others where it is waited for. Found on the
+// first run whatever the schedule: races, reads of what nothing wrote, reads of a copy's destination before the wait,
+// reads of a thread's writes by the async proxy without its fence, and blocks that lean on another block of the launch.
 #include <dlfcn.h>
 
 #include "worker.h"
@@ -18,10 +20,11 @@ namespace {
 
 struct Mark {
   uint32_t serial = 0;  // block that did it: 0 nobody, 1 the host before the launch
-  uint32_t epoch = 0;   // of the thread's warp
+  uint32_t epoch = 0;   // of the thread or engine
   int32_t pc = 0;       // distance from track_access
-  uint16_t tid = 0;
-  bool in_flight = false;  // a cp.async that no wait has covered
+  uint16_t tid = 0;     // engines follow the threads
+  uint16_t fences : 15 = 0;    // of the async proxy, by the thread until then
+  uint16_t in_flight : 1 = 0;  // a copy that no wait has covered
 };
 struct Byte {
   Mark write, read[2], atomic[2];  // atomics need no order among themselves, only with plain loads and stores
@@ -35,7 +38,25 @@ struct Region {
 std::vector<Region> g_regions;  // global memory
 Byte* g_shared = nullptr;       // one per byte of the arena
 uint32_t g_serial = 1, g_first_of_launch = 2;
-uint32_t g_clock[kMaxWarps][kMaxWarps];  // [w][u]: the last epoch of warp u that warp w knows to be over
+
+// A thread knows of every thread and engine the last epoch that is over; those who met share what they know.
+struct Clock {
+  Known known;
+  uint32_t epoch = 1;                  // its own, over where others learn of it
+  std::vector<uint32_t> fenced = {};  // the epoch of each of its fences of the async proxy
+};
+std::vector<Clock> g_clock;  // threads, then engines
+Known g_nothing;
+
+uint32_t known(const Known& k, size_t tid) { return tid < k->size() ? (*k)[tid] : 0; }
+void learn(std::vector<uint32_t>& all, const Known& k) {
+  if (all.size() < k->size()) all.resize(k->size());
+  for (size_t i = 0; i < k->size(); ++i) all[i] = std::max(all[i], (*k)[i]);
+}
+void learn(std::vector<uint32_t>& all, size_t tid, uint32_t epoch) {
+  if (all.size() <= tid) all.resize(tid + 1);
+  all[tid] = std::max(all[tid], epoch);
+}
 
 int32_t pack_pc(const void* pc) {
   return static_cast<int32_t>(static_cast<const char*>(pc) - reinterpret_cast<const char*>(&track_access));
@@ -74,9 +95,13 @@ std::string text_of(const Mark& m, const char* did) {
 // Did the access of `m` happen before now, as thread `tid` sees it?
 bool ordered(const Mark& m, uint32_t tid) {
   if (m.serial != g_serial) return m.serial < g_first_of_launch;
-  if (m.tid == tid) return true;
-  const uint32_t mine = tid / 32, other = m.tid / 32u;
-  return mine == other ? m.epoch < g_clock[mine][mine] : m.epoch <= g_clock[mine][other];
+  return m.tid == tid || m.epoch <= known(g_clock[tid].known, m.tid);
+}
+
+Mark mark_of(uint32_t tid, const void* pc) {
+  Mark m{g_serial, g_clock[tid].epoch, pack_pc(pc), static_cast<uint16_t>(tid)};
+  m.fences = static_cast<uint16_t>(g_clock[tid].fenced.size() & 0x7fff);
+  return m;
 }
 
 Byte* shadow_of(const Worker& w, const void* p, size_t bytes, bool* shared) {
@@ -88,12 +113,15 @@ Byte* shadow_of(const Worker& w, const void* p, size_t bytes, bool* shared) {
   return nullptr;  // a thread's own variables, or memory nobody declared: AddressSanitizer's business
 }
 
+bool is_engine(uint32_t tid) { return tid >= static_cast<uint32_t>(t_worker->threads); }
+
 // Two marks of different warps: a third thread's write then meets at least one that is not itself.
 void note(Mark (&marks)[2], const Mark& me) {
   const auto stale = [&](const Mark& m) { return m.serial != me.serial || m.tid == me.tid; };
+  const auto warp_of = [](const Mark& m) { return is_engine(m.tid) ? m.tid : m.tid / 32; };
   if (stale(marks[0])) {
     marks[0] = me;
-  } else if (stale(marks[1]) || marks[0].tid / 32 != me.tid / 32) {
+  } else if (stale(marks[1]) || warp_of(marks[0]) != warp_of(me)) {
     marks[1] = me;
   } else {
     marks[0] = me;
@@ -114,8 +142,8 @@ void track_block_start(Worker& w) {
   if (!g_shared) g_shared = static_cast<Byte*>(std::calloc(kArenaBytes, sizeof(Byte)));
   ++g_serial;
   if (w.launch->next == 1) g_first_of_launch = g_serial;
-  std::memset(g_clock, 0, sizeof g_clock);
-  for (int i = 0; i < kMaxWarps; ++i) g_clock[i][i] = 1;
+  if (!g_nothing) g_nothing = std::make_shared<const std::vector<uint32_t>>();
+  g_clock.assign(static_cast<size_t>(w.threads), Clock{g_nothing});
 }
 
 std::vector<uint64_t> track_launch(const Launch&) { return {}; }
@@ -123,16 +151,24 @@ void track_launch_end() {}
 void track_product(uint32_t) {}
 
 void track_barrier(const uint32_t* lanes_per_warp) {
-  uint32_t joint[kMaxWarps] = {};
-  for (int w = 0; w < kMaxWarps; ++w)
-    for (int u = 0; lanes_per_warp[w] && u < kMaxWarps; ++u) joint[u] = std::max(joint[u], g_clock[w][u]);
-  for (int w = 0; w < kMaxWarps; ++w) {
-    if (!lanes_per_warp[w]) continue;
-    std::memcpy(g_clock[w], joint, sizeof joint);
-    ++g_clock[w][w];
+  std::vector<uint32_t> all, met;
+  for (uint32_t w = 0; w < kMaxWarps; ++w)
+    for (uint32_t lanes = lanes_per_warp[w]; lanes; lanes &= lanes - 1)
+      met.push_back(32 * w + static_cast<uint32_t>(__builtin_ctz(lanes)));
+  const Known* last = nullptr;
+  for (const uint32_t t : met) {
+    if (!last || *last != g_clock[t].known) learn(all, g_clock[t].known);
+    last = &g_clock[t].known;
+    learn(all, t, g_clock[t].epoch++);
   }
+  const Known joint = std::make_shared<const std::vector<uint32_t>>(std::move(all));
+  for (const uint32_t t : met) g_clock[t].known = joint;
 }
-void track_sync_warp(uint32_t warp) { ++g_clock[warp][warp]; }
+void track_sync_warp(uint32_t warp) {
+  uint32_t lanes[kMaxWarps] = {};
+  lanes[warp] = t_worker->warps[warp].exist;
+  track_barrier(lanes);
+}
 void track_meeting(uint32_t) {}  // shuffles and mma exchange registers, and order no memory
 
 void track_access(const void* p, size_t bytes, Access access, const void* pc) {
@@ -142,7 +178,7 @@ void track_access(const void* p, size_t bytes, Access access, const void* pc) {
   Byte* b = shadow_of(*w, p, bytes, &shared);
   if (!b) return;
   const uint32_t tid = w->current->tid;
-  const Mark me{g_serial, g_clock[tid / 32][tid / 32], pack_pc(pc), static_cast<uint16_t>(tid), false};
+  const Mark me = mark_of(tid, pc);
   if (shared) {
     const Piece* piece = w->piece_at(p);
     const auto* c = static_cast<const unsigned char*>(p);
@@ -197,7 +233,7 @@ void track_copy_landed(void* to) {
   Byte* b = shadow_of(*t_worker, to, 16, &shared);
   for (int i = 0; i < 16; ++i) {
     b[i].write.in_flight = false;
-    b[i].write.epoch = g_clock[tid / 32][tid / 32];  // only from here on does a barrier publish it
+    b[i].write.epoch = g_clock[tid].epoch;  // only from here on does a barrier publish it
   }
 }
 

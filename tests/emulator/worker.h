@@ -4,6 +4,7 @@
 #pragma once
 
 #include <atomic>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -124,6 +125,7 @@ struct Worker {
 extern __thread Worker* t_worker;
 
 // Who follows accesses: track.cpp checks them, traffic.cpp in its place counts them.
+using Known = std::shared_ptr<const std::vector<uint32_t>>;  // by thread and engine: the last epoch that is over
 extern bool g_tracking;        // kernels were compiled with hooks on their loads and stores
 extern const bool g_counting;  // no value is wanted: products are skipped, and some blocks stand for all
 std::vector<uint64_t> track_launch(const Launch& l);  // the blocks to run, in this order; none for all
