@@ -77,7 +77,7 @@ inline int32_t arch_of(int device) {  // 0 where the runtime does not say
 struct Smem {
   template <class T>
   __device__ __forceinline__ T* take(size_t count) {
-    extern __shared__ __align__(128) unsigned char lrk_dynamic_shared[];
+    extern __shared__ __align__(1024) unsigned char lrk_dynamic_shared[];  // swizzles of sm_90 repeat so
     T* piece = reinterpret_cast<T*>(lrk_dynamic_shared + offset_);
     offset_ += static_cast<uint32_t>(smem_bytes<T>(count));
     return piece;

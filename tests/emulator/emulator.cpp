@@ -87,6 +87,7 @@ void fiber_main() {
   Context::arrived(w.current->context);
   for (;;) {
     w.launch->body(w.launch->context);
+    w.finish_thread();
     w.current->state = State::kDone;
     ++w.done;
     w.go_on();
@@ -136,7 +137,9 @@ Fiber* Worker::pick() {
 
 void Worker::go_on() {
   Fiber* from = current;
+  if (random && (draw() & 7) == 0) land_one();
   Fiber* to = pick();
+  while (!to && done < threads && land_one()) to = pick();
   if (to == from) return;
   ++switches;
   if (!to) {
@@ -175,6 +178,7 @@ void Worker::run_block(uint64_t i) {
   arena_used = 0;
   piece_count = 0;
   if (g_tracking) track_block_start(*this);
+  start_hopper();
   for (int w = 0; w * 32 < threads; ++w) {
     const int lanes = std::min(32, threads - w * 32);
     warps[w].exist = lanes == 32 ? kAllLanes : (1u << lanes) - 1;
@@ -184,7 +188,7 @@ void Worker::run_block(uint64_t i) {
   for (int t = 0; t < threads; ++t) {
     fibers[t].state = State::kRunning;
     fibers[t].copies.clear();
-    fibers[t].copy_group = 0;
+    fibers[t].copy_group = fibers[t].bulk_group = 0;
     if (t >= started) fibers[t].context.start(stacks.low(t), Stacks::kSize, Stacks::color(t), fiber_main);
   }
   started = std::max(started, threads);
@@ -192,6 +196,7 @@ void Worker::run_block(uint64_t i) {
   current = pick();
   threadIdx = current->index;
   main.switch_to(current->context);
+  if (!l.failed) finish_block();
   if (!l.failed) check_redzones();
 }
 
@@ -320,10 +325,17 @@ void Worker::report_deadlock() {
   const Fiber* first = nullptr;
   for (int t = 0; t < threads && !first; ++t)
     if (fibers[t].state == (in_warp_op ? State::kInWarpOp : State::kAtBarrier)) first = &fibers[t];
-  std::string text = in_warp_op ? "emulator: deadlock: a warp-wide call by an incomplete warp"
-                                : "emulator: deadlock: divergent barrier";
+  const bool in_phase = std::any_of(mbarriers.begin(), mbarriers.end(), [](auto& b) { return !b.waiting.empty(); });
+  std::string text = "emulator: deadlock: ";
+  text += in_phase     ? "a phase of an mbarrier that is never over"
+          : in_warp_op ? "a warp-wide call by an incomplete warp"
+                       : "divergent barrier";
   text += "\n  " + place(*first) + format(", at %s:%d", first->at.file, first->at.line);
   for (const auto& g : groups) text += "\n  threads " + thread_list(g.second) + " " + g.first;
+  for (const BarrierState& b : mbarriers)
+    if (!b.waiting.empty())
+      text += format("\n  mbarrier %td: in phase %u %u of %u have arrived, %lld bytes are to come",
+                     &b - mbarriers.data(), b.phase, b.arrived, b.expected, static_cast<long long>(b.bytes));
   report(text);
 }
 
@@ -423,16 +435,19 @@ void* shared_piece(SharedCursor* cursor, size_t bytes, size_t padded_bytes, Wher
       fault(at, "shared memory: piece %u has %zu bytes in another thread, %zu here", i, w.pieces[i].bytes, bytes);
     return w.pieces[i].data;
   }
+  // As far from a multiple of kWindow as on the device, where pieces lie end to end: swizzles depend on it.
   unsigned char* red = w.arena + w.arena_used;
+  const size_t offset = (cursor->bytes - padded_bytes) % kWindow;
+  const size_t front = kRedzone + (offset + 2 * kWindow - (w.arena_used + kRedzone) % kWindow) % kWindow;
   const size_t rounded = (bytes + 127) / 128 * 128;
   Piece& piece = w.pieces[w.piece_count++];
-  piece = {red + kRedzone, bytes};
-  w.arena_used += kRedzone + rounded + kRedzone;
+  piece = {red + front, bytes};
+  w.arena_used += front + rounded + kRedzone;
   if (w.arena_used > kArenaBytes) fault(at, "shared memory: the emulator's arena is full");
-  std::memset(red, kRedByte, kRedzone);
+  std::memset(red, kRedByte, front);
   std::memset(piece.data, kFresh, bytes);
   std::memset(piece.data + bytes, kRedByte, rounded - bytes + kRedzone);
-  ASAN_POISON_MEMORY_REGION(red, kRedzone);
+  ASAN_POISON_MEMORY_REGION(red, front);
   ASAN_POISON_MEMORY_REGION(piece.data + bytes, rounded - bytes + kRedzone);
   return piece.data;
 }

@@ -28,4 +28,7 @@ constexpr Coord ldmatrix_element(int lane, int i, bool transposed) {
   return transposed ? Coord{across, along} : Coord{along, across};
 }
 
+// wgmma: of a warp's 16 rows, any N. A in registers is that of mma_16816.
+constexpr Coord wgmma_c(int lane, int i) { return {lane / 4 + i / 2 % 2 * 8, i / 4 * 8 + lane % 4 * 2 + i % 2}; }
+
 }  // namespace lrk::emu

@@ -19,15 +19,17 @@ const bool g_counting = false;
 namespace {
 
 struct Mark {
-  uint32_t serial = 0;  // block that did it: 0 nobody, 1 the host before the launch
-  uint32_t epoch = 0;   // of the thread or engine
-  int32_t pc = 0;       // distance from track_access
-  uint16_t tid = 0;     // engines follow the threads
+  uint32_t serial = 0;         // block that did it: 0 nobody, 1 the host before the launch
+  uint32_t epoch = 0;          // of the thread or engine
+  int32_t pc = 0;              // distance from track_access
+  uint16_t tid = 0;            // engines follow the threads
   uint16_t fences : 15 = 0;    // of the async proxy, by the thread until then
   uint16_t in_flight : 1 = 0;  // a copy that no wait has covered
 };
 struct Byte {
-  Mark write, read[2], atomic[2];  // atomics need no order among themselves, only with plain loads and stores
+  Mark write, read[2];
+  Mark engines[8];  // that read it: the warps of two warpgroups
+  Mark atomic[2];   // atomics need no order among themselves, only with plain loads and stores
 };
 struct Region {
   const unsigned char* base;
@@ -42,7 +44,7 @@ uint32_t g_serial = 1, g_first_of_launch = 2;
 // A thread knows of every thread and engine the last epoch that is over; those who met share what they know.
 struct Clock {
   Known known;
-  uint32_t epoch = 1;                  // its own, over where others learn of it
+  uint32_t epoch = 1;                 // its own, over where others learn of it
   std::vector<uint32_t> fenced = {};  // the epoch of each of its fences of the async proxy
 };
 std::vector<Clock> g_clock;  // threads, then engines
@@ -73,7 +75,7 @@ std::string line_of(const void* pc) {
   if (FILE* f = popen(command, "r")) {
     while (found.empty() && std::fgets(line, sizeof line, f)) {
       line[std::strcspn(line, " \n")] = 0;
-      if (!std::strstr(line, "emulated_ptx.h") && !std::strstr(line, "launch.cuh") && !std::strstr(line, "emulator.h"))
+      if (!std::strstr(line, "emulated_ptx") && !std::strstr(line, "launch.cuh") && !std::strstr(line, "emulator.h"))
         found = std::strncmp(line, "./", 2) ? line : line + 2;
     }
     pclose(f);
@@ -85,11 +87,13 @@ std::string line_of(const void* pc) {
   fault(Where{}, "%s\n  access at %s%s%s", what, line_of(pc).c_str(), other.empty() ? "" : "\n  ", other.c_str());
 }
 
+bool is_engine(uint32_t tid) { return tid >= static_cast<uint32_t>(t_worker->threads); }
+
 std::string text_of(const Mark& m, const char* did) {
   const void* pc = reinterpret_cast<const char*>(&track_access) + m.pc;
-  return std::string(m.serial == g_serial ? "thread " + std::to_string(m.tid)
-                                          : "another block's thread " + std::to_string(m.tid)) +
-         " " + did + " it at " + line_of(pc);
+  const std::string who = is_engine(m.tid) ? "the hardware" : "thread " + std::to_string(m.tid);
+  return (m.serial == g_serial ? "" : "another block's ") + who + " " + did +
+         (is_engine(m.tid) ? " it for " : " it at ") + line_of(pc);
 }
 
 // Did the access of `m` happen before now, as thread `tid` sees it?
@@ -113,15 +117,21 @@ Byte* shadow_of(const Worker& w, const void* p, size_t bytes, bool* shared) {
   return nullptr;  // a thread's own variables, or memory nobody declared: AddressSanitizer's business
 }
 
-bool is_engine(uint32_t tid) { return tid >= static_cast<uint32_t>(t_worker->threads); }
+void note_engine(Mark (&marks)[8], const Mark& me) {
+  for (Mark& m : marks) {
+    if (m.serial == me.serial && m.tid != me.tid) continue;
+    m = me;
+    return;
+  }
+  fault(Where{}, "the tracker knows no more than eight engines that read one byte");
+}
 
 // Two marks of different warps: a third thread's write then meets at least one that is not itself.
 void note(Mark (&marks)[2], const Mark& me) {
   const auto stale = [&](const Mark& m) { return m.serial != me.serial || m.tid == me.tid; };
-  const auto warp_of = [](const Mark& m) { return is_engine(m.tid) ? m.tid : m.tid / 32; };
   if (stale(marks[0])) {
     marks[0] = me;
-  } else if (stale(marks[1]) || warp_of(marks[0]) != warp_of(me)) {
+  } else if (stale(marks[1]) || marks[0].tid / 32 != me.tid / 32) {
     marks[1] = me;
   } else {
     marks[0] = me;
@@ -171,14 +181,24 @@ void track_sync_warp(uint32_t warp) {
 }
 void track_meeting(uint32_t) {}  // shuffles and mma exchange registers, and order no memory
 
-void track_access(const void* p, size_t bytes, Access access, const void* pc) {
+namespace {
+
+// What the current thread's own write needs before the async proxy may see it: a fence by its writer, which whoever begins
+// the operation knows of.
+void require_fence(const Mark& m, uint32_t tid, const void* pc) {
+  if (m.serial != g_serial || is_engine(m.tid)) return;
+  const std::vector<uint32_t>& fenced = g_clock[m.tid].fenced;
+  if (m.fences < fenced.size() && (m.tid == tid || fenced[m.fences] <= known(g_clock[tid].known, m.tid))) return;
+  found("no fence_async between a write and the async proxy", pc, text_of(m, "wrote"));
+}
+
+// An access by `me`, begun by thread tid, whose knowledge counts.
+void check_access(const void* p, size_t bytes, Access access, const Mark& me, uint32_t tid, bool async,
+                  const void* pc) {
   Worker* w = t_worker;
-  if (!w || !w->current) return;
   bool shared;
   Byte* b = shadow_of(*w, p, bytes, &shared);
   if (!b) return;
-  const uint32_t tid = w->current->tid;
-  const Mark me = mark_of(tid, pc);
   if (shared) {
     const Piece* piece = w->piece_at(p);
     const auto* c = static_cast<const unsigned char*>(p);
@@ -193,7 +213,8 @@ void track_access(const void* p, size_t bytes, Access access, const void* pc) {
     const Mark& last = b->write;
     const bool written = shared ? last.serial == g_serial : last.serial != 0;
     if (written && last.serial == g_serial && last.in_flight)
-      found("cp.async has not been waited for", pc, text_of(last, "copies to"));
+      found(is_engine(last.tid) ? "a bulk copy has not been waited for" : "cp.async has not been waited for", pc,
+            text_of(last, "copies to"));
     const auto require_order = [&](const Mark& m, const char* did, const char* race) {
       if (m.serial == 0 || (shared && m.serial != g_serial) || ordered(m, tid)) return;
       const std::string where = shared ? "race in shared memory: " : "race in global memory: ";
@@ -202,22 +223,37 @@ void track_access(const void* p, size_t bytes, Access access, const void* pc) {
             pc, text_of(m, did));
     };
     require_order(last, "wrote", "no barrier between two accesses");
+    if (async) require_fence(last, tid, pc);
     if (access != Access::kWrite && !written)
       found(shared ? "read of shared memory that nothing wrote" : "read of global memory that nothing wrote", pc, "");
     if (access != Access::kAtomic)
       for (const Mark& m : b->atomic) require_order(m, "updates", "no barrier between two accesses");
     if (access == Access::kRead) {
-      note(b->read, me);
+      if (async) {
+        note_engine(b->engines, me);
+      } else {
+        note(b->read, me);
+      }
       continue;
     }
     for (const Mark& m : b->read) require_order(m, "reads", "written before the readers' barrier");
+    for (const Mark& m : b->engines) require_order(m, "reads", "written before the readers' barrier");
     if (access == Access::kAtomic) {
       note(b->atomic, me);
       continue;
     }
+    *b = {};
     b->write = me;
-    b->read[0] = b->read[1] = b->atomic[0] = b->atomic[1] = Mark{};
   }
+}
+
+}  // namespace
+
+void track_access(const void* p, size_t bytes, Access access, const void* pc) {
+  Worker* w = t_worker;
+  if (!w || !w->current) return;
+  const uint32_t tid = w->current->tid;
+  check_access(p, bytes, access, mark_of(tid, pc), tid, false, pc);
 }
 
 void track_copy_issued(void* to, const void* pc) {
@@ -235,6 +271,67 @@ void track_copy_landed(void* to) {
     b[i].write.in_flight = false;
     b[i].write.epoch = g_clock[tid].epoch;  // only from here on does a barrier publish it
   }
+}
+
+// ---- single threads that meet, and engines ------------------------------------------------------------------------------
+
+namespace {
+template <class Learn>
+void widen(Known* to, const Learn& learn_more) {
+  std::vector<uint32_t> all = *to ? **to : std::vector<uint32_t>();
+  learn_more(all);
+  *to = std::make_shared<const std::vector<uint32_t>>(std::move(all));
+}
+}  // namespace
+
+void track_release(Known* to) {
+  const uint32_t tid = t_worker->current->tid;
+  Clock& me = g_clock[tid];
+  widen(to, [&](auto& all) {
+    learn(all, me.known);
+    learn(all, tid, me.epoch++);
+  });
+}
+void track_acquire(const Known& from) {
+  Clock& me = g_clock[t_worker->current->tid];
+  // Lanes that wait one after the other mostly knew the same and learn the same: then they share what comes of it.
+  static Known knew, learnt, result;
+  if (knew != me.known || learnt != from || !result) {
+    knew = result = me.known;
+    learnt = from;
+    if (from) widen(&result, [&](auto& all) { learn(all, from); });
+  }
+  me.known = result;
+}
+
+uint32_t track_engine_begin(uint32_t engine) {
+  while (g_clock.size() <= engine) g_clock.push_back({g_nothing, 0});
+  return ++g_clock[engine].epoch;
+}
+void track_engine_over(Known* to, uint32_t engine, uint32_t epoch) {
+  widen(to, [&](auto& all) { learn(all, engine, epoch); });
+}
+
+void track_engine_access(uint32_t engine, uint32_t epoch, const void* p, size_t bytes, Access access, const void* pc) {
+  track_engine_access_for(t_worker->current->tid, engine, epoch, p, bytes, access, pc);
+}
+bool track_knows_alike(uint32_t tid, uint32_t other) { return g_clock[tid].known == g_clock[other].known; }
+void track_engine_access_for(uint32_t tid, uint32_t engine, uint32_t epoch, const void* p, size_t bytes, Access access,
+                             const void* pc) {
+  Mark me = mark_of(tid, pc);
+  me.tid = static_cast<uint16_t>(engine);
+  me.epoch = epoch;
+  me.in_flight = access == Access::kWrite;
+  check_access(p, bytes, access, me, tid, true, pc);
+}
+void track_engine_landed(const void* p, size_t bytes) {
+  bool shared;
+  Byte* b = shadow_of(*t_worker, p, bytes, &shared);
+  for (size_t i = 0; i < bytes; ++i) b[i].write.in_flight = false;
+}
+void track_fence_async() {
+  Clock& me = g_clock[t_worker->current->tid];
+  me.fenced.push_back(me.epoch);
 }
 
 void track_plain(const void* p, size_t bytes, bool write, bool aligned, const void* pc) {

@@ -539,6 +539,19 @@ void track_copy_wait(size_t bytes) {
   g_records.back().waits += weight();
 }
 void track_copy_landed(void*) {}
+void track_release(Known*) {}
+void track_acquire(const Known&) {}
+uint32_t track_engine_begin(uint32_t) { return 0; }
+void track_engine_over(Known*, uint32_t, uint32_t) {}
+void track_engine_access(uint32_t, uint32_t, const void* p, size_t bytes, Access access, const void* pc) {
+  add(p, bytes, access == Access::kWrite, true, pc);
+}
+void track_engine_access_for(uint32_t, uint32_t, uint32_t, const void* p, size_t bytes, Access access, const void* pc) {
+  add(p, bytes, access == Access::kWrite, true, pc);
+}
+bool track_knows_alike(uint32_t, uint32_t) { return true; }
+void track_engine_landed(const void*, size_t) {}
+void track_fence_async() {}
 void track_global(const void*, size_t, bool) {}
 void forget_global() {}
 

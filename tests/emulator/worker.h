@@ -10,11 +10,14 @@
 
 #include "emulator.h"
 #include "fiber.h"
+#include "hopper.h"
 
 namespace lrk::emu {
 
 constexpr int kMaxFibers = 1024, kMaxWarps = kMaxFibers / 32, kMaxPieces = 64, kBarriers = 16;
 constexpr uint32_t kAllLanes = 0xffffffffu;
+
+using Known = std::shared_ptr<const std::vector<uint32_t>>;  // by thread and engine: the last epoch that is over
 
 struct Settings {
   std::atomic<int64_t> schedule{0}, threads{1}, max_shared{227 * 1024};
@@ -41,6 +44,7 @@ struct Fiber {
   Where at;
   std::vector<PendingCopy> copies;  // cp.async that have not landed
   int copy_group;
+  int bulk_group;  // of its bulk stores, the one not committed yet
 };
 
 struct Warp {
@@ -55,6 +59,36 @@ struct Barrier {
   int arrived, expected;
   Where at;
   uint32_t first, waiting[kMaxWarps];  // thread that came first; lanes that wait
+};
+
+struct BarrierState {  // of an Mbarrier
+  Mbarrier* at;
+  uint32_t expected, arrived, phase;
+  int64_t bytes;  // expected less landed, of this phase
+  uint32_t maker;
+  bool fenced;           // since its making, by its maker
+  uint32_t engine;       // what lands on it
+  Known arriving, over;  // known to those who have arrived in this phase, and in all before
+  std::vector<Fiber*> waiting;
+};
+struct BulkCopy {  // a box under way
+  TensorMap map;
+  BoxAt box;
+  unsigned char* smem;
+  uint32_t tid, engine, epoch;
+  int barrier, group;               // a load's, a store's
+  std::vector<unsigned char> read;  // what a store has read so far: nothing, or all
+};
+struct Product {  // a wgmma under way, of a warp
+  WgmmaCall lanes[32];
+  int group;
+};
+struct Products {
+  std::vector<Product> under_way;
+  int group;
+  bool fenced;                      // since the last wait
+  uint32_t engine, epoch;           // the last product's
+  std::vector<uint32_t> committed;  // by group: the last epoch
 };
 
 struct Piece {
@@ -87,6 +121,12 @@ struct Worker {
   Warp warps[kMaxWarps];
   uint32_t ready_warps = 0;
   Barrier barriers[kBarriers];
+  std::vector<BarrierState> mbarriers;
+  std::vector<BulkCopy> loads, stores;
+  Products products[kMaxWarps];
+  uint32_t engines = 0;  // numbered after the threads
+  int free_registers = 0, registers[kMaxWarps];
+  std::vector<Fiber*> want_registers;
 
   unsigned char* arena = nullptr;
   size_t arena_used = 0;
@@ -116,6 +156,17 @@ struct Worker {
   void go_on();                                // the current fiber waits: hand over to another, or report a deadlock
   std::string place(const Fiber& f) const;
   void report_deadlock();
+  void wake(Fiber& f) {
+    f.state = State::kRunning;
+    make_ready(static_cast<int>(f.tid / 32), 1u << f.tid % 32);
+  }
+  bool acts_now() { return copy_early || (random && (draw() & 1)); }  // the hardware, or later
+
+  // hopper.cpp
+  void start_hopper();   // of a block
+  bool land_one();       // the hardware does something that is due: nobody can go on
+  void finish_thread();  // the current one has returned
+  void finish_block();
 
  private:
   void run_block(uint64_t index);
@@ -125,7 +176,6 @@ struct Worker {
 extern __thread Worker* t_worker;
 
 // Who follows accesses: track.cpp checks them, traffic.cpp in its place counts them.
-using Known = std::shared_ptr<const std::vector<uint32_t>>;  // by thread and engine: the last epoch that is over
 extern bool g_tracking;        // kernels were compiled with hooks on their loads and stores
 extern const bool g_counting;  // no value is wanted: products are skipped, and some blocks stand for all
 std::vector<uint64_t> track_launch(const Launch& l);  // the blocks to run, in this order; none for all
@@ -141,8 +191,21 @@ void track_access(const void* p, size_t bytes, Access access, const void* pc);  
 void track_copy_issued(void* to, const void* pc);
 void track_copy_wait(size_t bytes);  // so many that this thread has under way, before a wait
 void track_copy_landed(void* to);
+// Meetings of single threads: what the current one knows goes into a Known, or comes out of it.
+void track_release(Known* to);
+void track_acquire(const Known& from);
+// What an engine does: begun by the current thread (or for it), whose knowledge must cover what was done there before;
+// over once somebody learns of the epoch. Bytes written are in flight until they land.
+uint32_t track_engine_begin(uint32_t engine);  // an epoch
+void track_engine_over(Known* to, uint32_t engine, uint32_t epoch);
+void track_engine_access(uint32_t engine, uint32_t epoch, const void* p, size_t bytes, Access access, const void* pc);
+void track_engine_access_for(uint32_t tid, uint32_t engine, uint32_t epoch, const void* p, size_t bytes, Access access,
+                             const void* pc);
+bool track_knows_alike(uint32_t tid, uint32_t other);
+void track_engine_landed(const void* p, size_t bytes);
+void track_fence_async();
 
-constexpr size_t kRedzone = 256, kArenaBytes = 512 * 1024;
+constexpr size_t kRedzone = 256, kWindow = 1024, kArenaBytes = 512 * 1024;
 constexpr unsigned char kFresh = 0xff;  // NaN in every float format, -1 in every integer
 constexpr unsigned char kRedByte = 0xa5;
 
