@@ -40,6 +40,7 @@ PYTHON = sys.executable
 PACKAGE = ROOT / "python" / "lrkern"
 PROBES = sources.KEPT.parent  # wrappers and planted, prebuilt or built here
 OUTPUT_LIMIT = 1_500_000  # bytes one command may leave in a log
+SM90 = ("wrappers_sm90", "cases_sm90")
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZER_FOUND = 66
 LEAST = 1.0  # seconds that a command is given where its part's time is up
@@ -258,6 +259,8 @@ def probe(session: Session, name: str, log: str, also: Iterable[str] = ()) -> st
         PROBES.mkdir(parents=True, exist_ok=True)
         program.unlink(missing_ok=True)
         targets = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+        if name.endswith("_sm90"):
+            targets = ["-gencode=arch=compute_90a,code=sm_90a"]
         flags = ["-O2", "--expt-relaxed-constexpr", "-cudart", "static", *(f"-I{folder}" for folder in INCLUDES)]
         files = [f"tests/emulator/{name}.cu", *also]
         session.run(nvcc, sources.standard(), *flags, *targets, *files, "-o", program, log=log)
@@ -271,6 +274,22 @@ def ptx(session: Session, known: dict) -> Outcome:
         return "skipped", f"no nvcc and no {PROBES / 'wrappers'}"
     code, text = session.python("tests/emulator/wrapper_words.py", program, log="tests.txt")
     return plain(code, text, f"{len(re.findall(r' ok$', text, re.M))} wrappers")
+
+
+def ptx_sm90(session: Session, known: dict) -> Outcome:
+    """wgmma in every form and copies of boxes, then a small GEMM of them."""
+    if not session.rehearse and known["gpus"][0][1] != "90":
+        return "skipped", f"code of sm_90a alone, this GPU is of {known['gpus'][0][1]}"
+    forms = 0
+    for name in SM90:
+        program = session.program(name, "tests.txt")
+        if not program:
+            return "skipped", f"no nvcc and no {PROBES / name}"
+        code, text = session.run(program, log="tests.txt")
+        if code != 0:
+            return plain(code, text)
+        forms += len(re.findall(r" ok$", text, re.M))
+    return "passed", f"{forms} forms, and a GEMM"
 
 
 def pytest_part(files: Iterable[str], select: str, full: bool = False) -> Callable[[Session, dict], Outcome]:
@@ -418,6 +437,7 @@ def parts_of(session: Session) -> list[Part]:
         ("env", 60, env),
         ("build", 500, build),
         ("ptx", limit(120, 40), ptx),
+        ("ptx_sm90", limit(120, 40), ptx_sm90),
         ("tests:registry", limit(400, 70), pytest_part(["tests/ops/test_ops.py"], registry)),
         *([("tests:families", limit(580, 90), pytest_part(beyond, families, full=True))] if beyond else []),
         ("tests:device", limit(300, 50), device),
@@ -432,7 +452,7 @@ def parts_of(session: Session) -> list[Part]:
 
 def tuning(session: Session) -> list[Part]:
     """Correctness first, and for a build."""
-    first = [part for part in parts_of(session) if part[0] in ("env", "build", "ptx", "tests:registry")]
+    first = [part for part in parts_of(session) if part[0] in ("env", "build", "ptx", "ptx_sm90", "tests:registry")]
     return [
         (name, min(seconds, 70) if name.startswith("tests") else seconds, run) for name, seconds, run in first
     ] + tune.PARTS
@@ -492,7 +512,7 @@ def main() -> int:
     session = Session(out, [args.only] if args.only else sources.families(), bool(args.only), args.rehearse)
     session.part, session.deadline = "env", begin + 60
     if args.prepare:
-        built = [probe(session, name, "tests.txt") for name in ("wrappers", "planted")]
+        built = [probe(session, name, "tests.txt") for name in ("wrappers", "planted", *SM90)]
         if args.tune:
             session.deadline = begin + 900
             built.append(probe(session, "tune", "bench.log", tune.SOURCES))

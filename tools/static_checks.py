@@ -6,7 +6,7 @@ python tools/static_checks.py [80 90a ...] [--jobs 2]
 Fails where a file does not compile, a kernel has no plan in tools/families/, or one does not keep to its plan: no spills
 and no local memory, the tensor-core instruction and the 128-bit loads and stores it is built around, as many blocks on an SM and bytes
 of loads under way as planned (scoreboards say which loads are waited for together), and no more machine code or, where the
-plan says so, instructions of a trip of the loop with its products. smXX.cu files are compiled for their own architecture only.
+plan says so, instructions of a trip of the loop with its products; and where ptxas says that it gave up speed. smXX.cu files are compiled for their own architecture only.
 Figures are kept in build/static by a hash of what the source includes, flags and compiler, so a second run is quick.
 """
 
@@ -34,9 +34,10 @@ CACHE = ROOT / "build" / "static"
 ARCHS = ["80", "89", "90a", "100a", "120a"]
 FLAGS = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas", "-Xptxas=-v", "-lineinfo",
          *(f"-I{folder}" for folder in INCLUDES)]  # fmt: skip
-PROBES = [
-    Source("cuda", "", "", Path(f"tests/emulator/{name}.cu")) for name in ("wrappers", "tune")
-]  # compiled, without a plan
+PROBES = [  # compiled, without a plan
+    Source("cuda", "", arch, Path(f"tests/emulator/{name}.cu"))
+    for name, arch in (("wrappers", ""), ("tune", ""), ("wrappers_sm90", "90"), ("cases_sm90", "90"))
+]
 
 
 def plan_of(kernel: str) -> Plan | None:
@@ -182,6 +183,7 @@ class Unit:
     seconds: float
     errors: str
     kernels: list[Figures]
+    losses: list[str] = field(default_factory=list)  # what ptxas says it gave up: wgmma one after the other, setmaxnreg
 
 
 @cache
@@ -192,7 +194,7 @@ def compiler() -> str:
 @cache
 def reader() -> str:
     said = subprocess.run([sass.nvdisasm(), "--version"], capture_output=True, text=True).stdout
-    return said + "".join(map(inspect.getsource, (Figures, sass, read_ptxas, count_sass)))
+    return said + "".join(map(inspect.getsource, (Figures, Unit, sass, read_ptxas, count_sass)))
 
 
 def compiled(source: Path, arch: str) -> tuple[Path, str, float]:
@@ -227,7 +229,8 @@ def measure(source: Path, arch: str) -> Unit:
         return Unit(**{**unit, "kernels": [Figures(**k) for k in unit["kernels"]]})
     found = read_ptxas(said)
     count_sass(sass.disassemble(cubin), found)
-    unit = Unit(str(source), arch, seconds, "", list(found.values()))
+    losses = re.findall(r"Potential Performance Loss: (.*)", said)
+    unit = Unit(str(source), arch, seconds, "", list(found.values()), losses)
     for old in CACHE.glob(f"{cubin.stem}.*.json"):
         old.unlink()
     kept.write_text(json.dumps(asdict(unit)))
@@ -292,6 +295,7 @@ def main() -> int:
             units.append(unit)
             if unit.errors:
                 wrong.append(f"{unit.source} does not compile for sm_{unit.arch}\n{unit.errors}")
+            wrong += [f"{unit.source} for sm_{unit.arch}: {loss}" for loss in unit.losses]
             for figures in unit.kernels:
                 if plan := plan_of(figures.kernel):
                     wrong += faults(figures, plan, unit.arch)

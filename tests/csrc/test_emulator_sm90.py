@@ -140,9 +140,19 @@ def test_nvcc_takes_them_for_sm_90a(source, tmp_path):
     if not nvcc:
         pytest.skip("no nvcc on PATH")
     cubin = tmp_path / "a.cubin"
-    flags = ["-gencode=arch=compute_90a,code=sm_90a", "-O2", "--expt-relaxed-constexpr", "-Icsrc", "-Icsrc/cuda", "-Xptxas=-v"]
+    flags = [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-O2",
+        "--expt-relaxed-constexpr",
+        "-Icsrc",
+        "-Icsrc/cuda",
+        "-Xptxas=-v",
+    ]
     done = subprocess.run(
-        [nvcc, emulator.standard(), *flags, "-cubin", source, "-o", cubin], cwd=emulator.ROOT, capture_output=True, text=True
+        [nvcc, emulator.standard(), *flags, "-cubin", source, "-o", cubin],
+        cwd=emulator.ROOT,
+        capture_output=True,
+        text=True,
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said

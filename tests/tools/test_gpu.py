@@ -52,7 +52,8 @@ def test_rehearsal_on_the_cpu(tmp_path):
     assert second.returncode == 0, second.stdout
     assert "ptx                  passed before" in second.stdout
     parts = json.loads((tmp_path / "parts.json").read_text())
-    assert set(parts) == {"env", "ptx", "tests:registry", "ceilings", "kernels", "sanitizer:memcheck"}
+    assert parts["ptx_sm90"]["note"] == "76 forms, and a GEMM"
+    assert set(parts) == {"env", "ptx", "ptx_sm90", "tests:registry", "ceilings", "kernels", "sanitizer:memcheck"}
     assert all(p["status"] == "passed" for p in parts.values()), parts
     evidence = gpu_status.Evidence.read(tmp_path)
     assert {r["part"] for r in evidence.rows} == {"ceilings", "kernels"}
@@ -164,7 +165,7 @@ def test_the_programs_for_the_device_build(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PROBES", tmp_path)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "out"), "--prepare"])
     assert gpu.main() == 0
-    assert all((tmp_path / name).exists() for name in ("wrappers", "planted"))
+    assert all((tmp_path / name).exists() for name in ("wrappers", "planted", *gpu.SM90))
     assert (tmp_path / sources.KEPT.name).read_text() == sources.printed()
 
 
