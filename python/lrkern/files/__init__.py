@@ -18,7 +18,8 @@ from ..nn import FusedLoRALinear
 from ..nn.linear import AdapterLinear
 from . import conversions, lora, own
 from .check import named, refusal, require
-from .folder import READERS, as_path, check_config, features_of, peft_type, read_adapter, read_config
+from .folder import READERS, as_path, check_config, features_of, peft_type, read_adapter
+from .names import as_peft
 from .projections import draw_projections, store_projections
 
 # isort: off
@@ -59,10 +60,10 @@ def load(model: nn.Module, path: str | Path) -> None:
     if not folder:
         return own.load_adapter(model, path)
     with refusal(f"lrkern.files.load: {named(str(path))}: ", "; the model is unchanged"):
-        check_config(config := read_config(path))
+        config, tensors = read_adapter(path)
+        check_config(config)
         if read := READERS.get(peft_type(config)):
-            _, tensors = read_adapter(path)
-            return own.place(model, read(config, tensors, _linears(model)))
+            return own.place(model, read(*as_peft(config, tensors, model), _linears(model)))
     lora.load_adapter(model, path)
 
 

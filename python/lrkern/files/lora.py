@@ -27,6 +27,7 @@ from .folder import (
     write_adapter,
 )
 from .lora_config import MORE, check_base, lora_config
+from .names import as_peft
 from .own import check_places
 
 Layers = Mapping[str, FusedLoRALinear]
@@ -146,7 +147,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     with refusal(f"lrkern.peft.load_adapter: {named(str(folder))}: ", "; the model is unchanged"):
         for name, m in modules.items():
             require(not m.merged, f"{name} is merged in the model; unmerge() it first")
-        config, tensors = read_adapter(folder)
+        config, tensors = as_peft(*read_adapter(folder), model)
         new = _check(config, tensors, modules)
     with torch.no_grad():
         for weight, value in new:
