@@ -15,9 +15,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lrkern.files
-from lrkern.files.folder import features_of, read_adapter
+from lrkern.files.folder import features_of, ranks_and_scalings, read_adapter
 from lrkern.files.names import as_peft
-from lrkern.nn import FusedLoRALinear
+from lrkern.nn import FusedLoRALinear, MissLinear
 from lrkern.serving import AdapterPool, MultiLoraModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -92,7 +92,7 @@ def close(got, want):
 
 def called(key, name):
     """With an adapter's name in it, as in PEFT's own state_dict."""
-    own = r"(lora_[AB]|lora_magnitude_vector|(?:vera|randlora)_(?:lambda_?\w*|gamma|[AB])|miss_block)"
+    own = r"(lora_(?:embedding_)?[AB]|lora_magnitude_vector|(?:vera|randlora)_(?:lambda_?\w*|gamma|[AB])|miss_block)"
     return re.sub(rf"\.{own}(?=$|\.weight$)", rf".\1.{name}", key)
 
 
@@ -101,6 +101,7 @@ FORMS = {
     "another adapter's name": lambda k: called(k, "mine-2"),
     "compiled, around it": lambda k: f"_orig_mod.{k}",
     "compiled, within": lambda k: k.replace("base_model.model.", "base_model.model._orig_mod."),
+    "linears compiled": lambda k: re.sub(r"(q_proj|down_proj)\.", r"\1._orig_mod.", k),
     "layers compiled": lambda k: re.sub(r"(layers\.\d+)\.", r"\1._orig_mod.", k),
     "no prefix": lambda k: k.removeprefix("base_model.model.").removeprefix("base_model."),
     "all of it": lambda k: "_orig_mod." + called(k, "x").removeprefix("base_model.model.").removeprefix("base_model."),
@@ -110,6 +111,7 @@ METHODS = {
     "dora": lambda: peft.LoraConfig(r=3, use_dora=True, target_modules=["q_proj"]),
     "vera": lambda: peft.VeraConfig(r=5, target_modules=["q_proj", "v_proj"]),
     "randlora": lambda: peft.RandLoraConfig(r=5, target_modules=["q_proj"]),
+    "embedding": lambda: peft.LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"]),
     "miss": lambda: peft.MissConfig(r=4, target_modules=["q_proj", "down_proj"]),
 }  # fmt: skip
 
@@ -120,6 +122,7 @@ def test_a_form_is_pefts_file(tmp_path, method, form):
     folder = saved(tmp_path / "a", llama(), METHODS[method]())
     config, want = read_adapter(folder)
     got, tensors = as_peft(config, {FORMS[form](k): t for k, t in want.items()}, llama())
+    want = {k: t for k, t in want.items() if "base_layer" not in k}
     assert got == config and tensors.keys() == want.keys() and all(torch.equal(tensors[k], t) for k, t in want.items())
 
 
@@ -129,11 +132,7 @@ def test_every_reader_takes_it(tmp_path, form):
     written = rewritten(folder, tmp_path / "lora 2", FORMS[form])
     assert torch.equal(by_pool(llama(), written), by_pool(llama(), folder))
     close(by_pool(llama(), written), by_peft(llama(), folder))
-    model = llama()
-    for name, m in list(model.named_modules()):
-        if name.endswith(("q_proj", "down_proj")):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, FusedLoRALinear.from_linear(m, r=3, lora_alpha=7))
+    model = fused(llama())
     lrkern.files.load(model, written)
     close(model(input_ids=IDS).logits, by_peft(llama(), folder))
     miss = saved(tmp_path / "miss", llama(), METHODS["miss"]())
@@ -145,23 +144,73 @@ def test_every_reader_takes_it(tmp_path, form):
     close(by_pool(llama(), tmp_path / "vera 2"), by_peft(llama(), vera))
 
 
-def test_a_compiled_model_and_its_files(tmp_path):
-    """Names of the model have _orig_mod, or the file's have, or both; ranks by anchored names follow."""
-    plain = saved(tmp_path / "a", llama(), r=3, rank_pattern={"^model.layers.1.self_attn.q_proj": 2})
-    want = by_peft(llama(), plain)
-    wrapped = lambda: torch.compile(llama(), backend="eager", dynamic=False)
-    config, tensors = as_peft(*read_adapter(plain), wrapped())
-    assert all("._orig_mod." in key for key in tensors)
-    again, _ = as_peft(config, tensors, llama())
-    for given in (config, again):
-        assert {name.replace("^_orig_mod\\.", "^"): r for name, r in given["rank_pattern"].items()} == {
-            re.escape("model.layers.1.self_attn.q_proj").join(["^", ""]): 2
-        }
-    pool = AdapterPool(model := wrapped(), pages=2)
-    pool.load("a", plain)
-    with MultiLoraModel(model._orig_mod, AdapterPool(model._orig_mod, pages=2)) as served:
-        served.pool.add("a", config, tensors)
-        close(served(input_ids=IDS, adapters=["a", "a"]).logits, want)
+COMPILED = {
+    "the model": lambda model: torch.compile(model, backend="eager"),
+    "layers": lambda model: swapped(model, [f"model.layers.{i}" for i in range(2)], compiled),
+    "linears": lambda model: swapped(model, adapted(model), compiled),
+}
+
+
+def adapted(model):
+    return [name for name, _ in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def swapped(model, names, by):
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, by(model.get_submodule(name)))
+    return model
+
+
+def fused(model, make=lambda m: FusedLoRALinear.from_linear(m, r=3, lora_alpha=7)):
+    return swapped(model, adapted(model), make)
+
+
+@pytest.mark.parametrize("what", COMPILED)
+def test_files_of_compiled_models_are_the_models(tmp_path, what):
+    """Read and written. PEFT takes nothing from keys with _orig_mod, and only warns."""
+    folder = saved(tmp_path / "a", llama())
+    model = COMPILED[what](fused(llama()))
+    assert any("_orig_mod." in name for name, _ in model.named_modules())
+    lrkern.files.load(model, folder)
+    lrkern.files.save(model, tmp_path / "b")
+    want = load_file(folder / WEIGHTS)
+    got = load_file(tmp_path / "b" / WEIGHTS)
+    assert got.keys() == want.keys() and all(torch.equal(got[k], t) for k, t in want.items())
+    close(by_peft(llama(), tmp_path / "b"), by_peft(llama(), folder))
+    ours = fused(llama(), lambda m: MissLinear.from_linear(m, r=4))
+    for name in adapted(ours):
+        nn.init.normal_(ours.get_submodule(name).miss_block, 0, 0.1)
+    ours = COMPILED[what](ours)
+    lrkern.files.save(ours, tmp_path / "own")
+    lrkern.files.save(ours, tmp_path / "lora", "lora")
+    lrkern.files.load(again := llama(), tmp_path / "own")
+    close(again(input_ids=IDS).logits, by_peft(llama(), tmp_path / "lora"))
+    lrkern.files.load(model := COMPILED[what](llama()), tmp_path / "own")
+    lrkern.files.save(model, tmp_path / "own 2")
+    assert (tmp_path / "own 2").read_bytes() == (tmp_path / "own").read_bytes()
+
+
+@pytest.mark.parametrize("what", COMPILED)
+def test_ranks_of_compiled_models(tmp_path, what):
+    """By names that are anchored, which a compiled model's are not."""
+    folder = saved(tmp_path / "a", llama(), rank_pattern={"^model.layers.1.self_attn.q_proj": 2})
+    model = COMPILED[what](llama())
+    config, tensors = as_peft(*read_adapter(folder), model)
+    names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
+    assert all("_orig_mod" in name and features_of(model.get_submodule(name)) for name in names)
+    ranks = {name: r for name, (r, _) in ranks_and_scalings(config, names).items()}
+    assert (
+        ranks == {name: len(tensors[f"base_model.model.{name}.lora_A.weight"]) for name in names}
+        and 2 in ranks.values()
+    )
+    pool = AdapterPool(model, pages=2)
+    pool.load("a", folder)
+    assert len(pool._adapters["a"].host) == len(names) == 4
 
 
 # ---- vision-language models

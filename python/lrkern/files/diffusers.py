@@ -8,13 +8,14 @@ a LoraConfig of each part in the header's lora_adapter_metadata.
 
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .check import named, require, shown
 from .folder import LORA, METADATA, PREFIX, Config, Tensors, features_of
 from .lora_config import lora_config
+from .plain import plain
 
 _SIDES = {"down": "A", "up": "B", "A": "A", "B": "B"}
 _FORMS = (  # whose, then which
@@ -30,61 +31,68 @@ _MAGNITUDE = re.compile(r"(.*)\.lora_magnitude_vector(?:\.weight)?", re.DOTALL)
 _PROCESSED = {"to_q": ("q_proj",), "to_k": ("k_proj",), "to_v": ("v_proj",), "to_out": ("to_out.0", "out_proj")}
 
 
+class _Key(NamedTuple):
+    key: str  # in the file
+    name: str  # of the linear, in its part
+    end: str  # PEFT's, or "alpha"
+    tensor: Tensor
+
+
 def component(config: Config, tensors: Tensors, model: nn.Module) -> tuple[Config, Tensors]:
     """PEFT's config and tensors of the part that is this model: the one whose linears, by name and shape, are its."""
     about = config[METADATA]
     require(isinstance(about, dict), f"{METADATA} must be an object, got {type(about).__name__}")
-    parsed = [(key, *_parsed(key), tensor) for key, tensor in tensors.items()]
-    modules = {name.replace("_orig_mod.", ""): name for name, m in model.named_modules() if features_of(m)}
-    sizes = {name: features_of(model.get_submodule(full)) for name, full in modules.items()}
-    parts = dict.fromkeys(stem.partition(".")[0] for _, stem, _, _ in parsed)
-    fitting, odd = {}, {}
-    for part in ("", *parts):  # "": a model that holds the parts by these names, or names without a part
-        begin = f"{part}." if part else ""
-        mine = [
-            (key, _place(stem.removeprefix(begin), sizes), end, t)
-            for key, stem, end, t in parsed
-            if stem.startswith(begin)
-        ]
-        if wrong := next((key for key, name, end, t in mine if not _fits(sizes.get(name), end, t)), None):
-            odd[part] = wrong
-        else:
-            fitting[part] = mine
-    if not fitting:
-        got = " and ".join(f"{named(key)}" for part, key in odd.items() if part) or "none"
-        raise ValueError(
-            f"must have a part whose linears are all this model's (of {[*map(named, parts)][:8]}), got {got}"
-        )
-    if len(fitting) > 1:
-        which = "write the one that is meant into a file of its own (its keys, without the others)"
-        raise ValueError(
-            f"must have one part that is this model, got {' and '.join(map(named, list(fitting)[:2]))}: {which}"
-        )
-    ((part, mine),) = fitting.items()
-    found = {f"{PREFIX}{modules[name]}.{end}": t for _, name, end, t in mine if end != "alpha"}
-    require(
-        len(found) == sum(end != "alpha" for _, _, end, _ in mine),
-        "must have each tensor once, got one under two names",
+    linears = {plain(name): (name, features_of(m)) for name, m in model.named_modules() if features_of(m)}
+    part, keys = _part_of(linears, tensors)
+    by: dict[str, dict[str, _Key]] = {}  # by end, by name
+    for each in keys:
+        if (first := by.setdefault(each.end, {}).setdefault(each.name, each)) is not each:
+            both = f"{named(first.key)} and {named(each.key)} are both {each.end} of {named(each.name)}"
+            raise ValueError(f"{both}: keep the one that is meant")
+    alphas, ranks = (
+        by.pop("alpha", {}),
+        {name: each.tensor.shape[0] for name, each in by.get("lora_A.weight", {}).items()},
     )
-    alphas = {name: (key, t) for key, name, end, t in mine if end == "alpha"}
-    ranks = {name: t.shape[0] for _, name, end, t in mine if end == "lora_A.weight"}
+    found = {f"{PREFIX}{linears[name][0]}.{end}": each.tensor for end in by for name, each in by[end].items()}
     settings = {k.removeprefix(f"{part}."): v for k, v in about.items() if part and k.startswith(f"{part}.")}
-    require(
-        settings or not about or part, f"{METADATA} must be of one part, got a model of several: serve each by itself"
-    )
+    one = part or not about
+    require(one, f"{METADATA} must be of one part, got a model that holds several: give each part by itself")
     if settings:
         require(not alphas, f"must have {METADATA} or keys .alpha, got both")
         return {**settings, "peft_type": LORA}, found
-    layers = {modules[name]: (r, a) for name, (r, a) in _scaled(ranks, alphas).items()}
-    require(layers, f"must hold lora_A and lora_B of linears, got none of {named(part)}")
-    more = {"use_dora": any(end == "lora_magnitude_vector" for _, _, end, _ in mine)}
-    more["lora_bias"] = any(end == "lora_B.bias" for _, _, end, _ in mine)
-    return lora_config(layers, modules.values(), **more), found
+    require(ranks, f"must hold lora_A and lora_B of linears, got none of {named(part)}")
+    layers = {linears[name][0]: scaled for name, scaled in _scaled(ranks, alphas).items()}
+    more = {"use_dora": "lora_magnitude_vector" in by, "lora_bias": "lora_B.bias" in by}
+    return lora_config(layers, [name for name, _ in linears.values()], **more), found
+
+
+def _part_of(linears: dict[str, Any], tensors: Tensors) -> tuple[str, list[_Key]]:
+    """Which part of the pipeline is the model, and its keys."""
+    whole = [_Key(key, *_parsed(key), tensor) for key, tensor in tensors.items()]
+    parts: dict[str, list[_Key]] = {"": whole}  # names without a part, or a model that holds the parts by theirs
+    for each in whole:
+        part, _, name = each.name.partition(".")
+        if part:
+            parts.setdefault(part, []).append(each._replace(name=name))
+    fitting, odd = {}, {}
+    for part, keys in parts.items():
+        placed = [each._replace(name=_place(each.name, linears)) for each in keys]
+        wrong = next((each.key for each in placed if not _fits(linears.get(each.name, (None, None))[1], each)), None)
+        if wrong is None:
+            fitting[part] = placed
+        else:
+            odd[part] = wrong
+    must = "must have one part whose linears are all this model's, by name and shape"
+    got = ", ".join(f"{named(part)} with {named(key)}" for part, key in list(odd.items())[1:5])
+    require(fitting, f"{must}, got {got or 'none'}")
+    which = "write the keys of the one that is meant into a file of their own"
+    require(len(fitting) == 1, f"{must}, got {' and '.join([named(part) or 'all' for part in fitting][:2])}: {which}")
+    return next(iter(fitting.items()))
 
 
 def _parsed(key: str) -> tuple[str, str]:
     """Name of the linear, its part in front, and PEFT's end of the key, or "alpha"."""
-    text = key.replace("_orig_mod.", "").replace(".processor.", ".")
+    text = plain(key).replace(".processor.", ".")
     if hit := next((hit for form in _FACTOR if (hit := form.fullmatch(text))), None):
         return hit[1], f"lora_{_SIDES[hit[2]]}.{hit[3]}"
     if hit := _MAGNITUDE.fullmatch(text):
@@ -102,18 +110,18 @@ def _place(name: str, sizes: dict[str, Any]) -> str:
     return next((each for each in (name, *others) if each in sizes), name)
 
 
-def _fits(size: tuple[int, int] | None, end: str, t: Tensor) -> bool:
-    if size is None or end == "alpha":
+def _fits(size: tuple[int, int] | None, key: _Key) -> bool:
+    if size is None or key.end == "alpha":
         return size is not None
-    I, O = size
-    if end == "lora_A.weight":
+    (I, O), t = size, key.tensor
+    if key.end == "lora_A.weight":
         return t.ndim == 2 and t.shape[1] == I
-    return t.ndim == (2 if end == "lora_B.weight" else 1) and t.shape[0] == O
+    return t.ndim == (2 if key.end == "lora_B.weight" else 1) and t.shape[0] == O
 
 
-def _scaled(ranks: dict[str, int], alphas: dict[str, tuple[str, Tensor]]) -> dict[str, tuple[int, float]]:
+def _scaled(ranks: dict[str, int], alphas: dict[str, _Key]) -> dict[str, tuple[int, float]]:
     """Rank and alpha of each linear."""
-    for name, (key, alpha) in alphas.items():
+    for name, (key, _, _, alpha) in alphas.items():
         number = alpha.numel() == 1 and alpha.is_floating_point() and math.isfinite(alpha.item())
         require(number, f"{named(key)} must be a finite number, got shape {list(alpha.shape)} of {alpha.dtype}")
         require(name in ranks, f"lacks lora_A of {named(name)}, which has {named(key)}")
@@ -124,4 +132,4 @@ def _scaled(ranks: dict[str, int], alphas: dict[str, tuple[str, Tensor]]) -> dic
         return {name: (r, float(r)) for name, r in ranks.items()}
     if lacking := next((name for name in ranks if name not in alphas), None):
         raise ValueError(f"must have .alpha of all linears or of none, got none of {named(lacking)}")
-    return {name: (r, alphas[name][1].item()) for name, r in ranks.items()}
+    return {name: (r, alphas[name].tensor.item()) for name, r in ranks.items()}

@@ -18,6 +18,7 @@ from ..functional import lora_scaling
 from ..nn.linear import AdapterLinear
 from .check import is_finite, is_whole, named, refusal, require, shown
 from .patterns import first_keys, first_matches
+from .plain import wraps
 from .read import parse, read_json, read_shards, read_tensors
 
 if TYPE_CHECKING:
@@ -294,8 +295,8 @@ def _begins_as_nothing(config: Config) -> bool:
 
 def features_of(module: nn.Module) -> tuple[int, int] | None:
     """[I, O] of a linear of any kind: nn.Linear, a quantised one, transformers' Conv1D. Not the one inside
-    nn.MultiheadAttention, whose forward nobody calls."""
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    nn.MultiheadAttention, whose forward nobody calls, nor torch.compile's wrapper around one."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or wraps(module):
         return None
     i, o = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
     I, O = getattr(module, i, None), getattr(module, o, None)

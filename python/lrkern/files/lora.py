@@ -29,6 +29,7 @@ from .folder import (
 from .lora_config import MORE, check_base, lora_config
 from .names import as_peft
 from .own import check_places
+from .plain import plainly
 
 Layers = Mapping[str, FusedLoRALinear]
 
@@ -87,6 +88,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     modules = _modules(model)
     check_places("lrkern.peft.save_adapter", model, FusedLoRALinear)
     with refusal("lrkern.peft.save_adapter: "):
+        modules, every = plainly(modules), plainly(dict(model.named_modules()))
         layers = {name: m for name, m in modules.items() if m.r}
         require(layers, f"a layer must have a rank above 0, got {len(modules)} of rank 0")
         for name, m in modules.items():
@@ -111,7 +113,6 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         for key, t in tensors.items():
             check_finite(key, t)
     one = {key: getattr(first, key) for key in ("use_rslora", "use_dora", "lora_dropout")}
-    every = [name for name, _ in model.named_modules()]
     settings = lora_config(ranks, every, **one, bias="lora_only" if bias else "none")
     del settings["peft_type"]
     write_adapter(folder, peft.LoraConfig(**settings), tensors)

@@ -16,6 +16,7 @@ from . import diffusers
 from .check import named, require
 from .folder import METADATA, PREFIX, Config, Tensors, check_config, features_of, targeted
 from .patterns import first_keys
+from .plain import plain, wraps
 from .read import FLOAT8
 
 # What PEFT's keys end with after a module's name; an adapter's name, which files do not have, stands after the tensor's.
@@ -39,8 +40,8 @@ def as_peft(config: Config, tensors: Tensors, model: nn.Module) -> tuple[Config,
         if adapter is None and names.is_base(new, tensor, config):
             continue
         adapters[adapter] = key
-        first = came.setdefault(new, key)
-        require(first == key, f"{named(first)} and {named(key)} are both {named(new)}: keep the one that is meant")
+        if (first := came.setdefault(new, key)) != key:
+            raise ValueError(f"{named(first)} and {named(key)} are both {named(new)}: keep the one that is meant")
         found[new] = tensor.float() if tensor.dtype in FLOAT8 else tensor
     adapters.pop(None, None)
     if len(adapters) > 1:
@@ -49,16 +50,11 @@ def as_peft(config: Config, tensors: Tensors, model: nn.Module) -> tuple[Config,
     return names.config(config), found
 
 
-def plain(name: str) -> str:
-    """Without what torch.compile puts into names."""
-    return name.replace("_orig_mod.", "") if "_orig_mod." in name else name
-
-
 class _Names:
     """A model's modules by name, and which of them a name of a file means."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.modules = model, {name: m for name, m in model.named_modules() if name}
+        self.model, self.modules = model, {name: m for name, m in model.named_modules() if name and not wraps(m)}
         self._plain: dict[str, list[str]] = {}
         for name in self.modules:
             self._plain.setdefault(plain(name), []).append(name)
@@ -96,7 +92,8 @@ class _Names:
 
     def module(self, stem: str) -> str | None:
         if stem not in self._known:
-            self._known[stem] = self._module(plain(stem))
+            exact = stem.removeprefix(PREFIX)
+            self._known[stem] = exact if exact != stem and exact in self.modules else self._module(plain(stem))
         return self._known[stem]
 
     def _module(self, stem: str) -> str | None:
@@ -145,9 +142,11 @@ class _Names:
             each = list(patterns)
             both = [first_keys(key, each, names) for names in (written, written.values())]
             for name, mine, theirs in zip(written, *both, strict=True):
-                got = f"another of {named(written[name])}, its name in the file, than of {named(name)}, its name here"
-                same = mine == theirs or plain(name) == plain(written[name])
-                require(same, f"{key} must be the same by either name, got {got}: write the model's names there")
+                if mine != theirs and plain(name) != plain(written[name]):
+                    got = (
+                        f"another of {named(written[name])}, its name in the file, than of {named(name)}, its name here"
+                    )
+                    raise ValueError(f"{key} must be the same by either name, got {got}: write the model's names there")
             hits = ((name, at) for name, at in zip(written, both[1], strict=True) if at is not None)
             config[key] = {f"^{re.escape(name)}": patterns[each[at]] for name, at in hits}
         may = [name for name, m in self.modules.items() if name in written or features_of(m)]
@@ -216,7 +215,12 @@ def _of_text_models(model: nn.Module) -> Iterator[Callable[[str], str | None]]:
     """As a text model's names stand in a model with more than text: behind where its decoder, or what holds that, stands."""
     config: Any = getattr(model, "config", None)
     text = getattr(config, "get_text_config", None)
-    if text is None or text() is config or getattr(config, "is_encoder_decoder", False):
+    if (
+        not hasattr(model, "get_decoder")
+        or text is None
+        or text() is config
+        or getattr(config, "is_encoder_decoder", False)
+    ):
         return
     decoder = model.get_decoder()
     where = next((plain(name) for name, m in model.named_modules() if m is decoder), "").split(".")
