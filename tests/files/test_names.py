@@ -234,6 +234,24 @@ def test_names_of_before_transformers_4_52(tmp_path, make):
         close(by_pool(make(), old), by_peft(make(), old))
 
 
+def test_names_that_a_models_own_code_maps(tmp_path):
+    """As transformers before 5, and code beside a model, say it."""
+
+    def mapped():
+        model = llama()
+        model._checkpoint_conversion_mapping = {r"^old\.text\.": "model.", r"^never": "lm_head"}
+        return model
+
+    folder = saved(tmp_path / "a", llama())
+    old = rewritten(
+        folder, tmp_path / "b", lambda k: k.replace("base_model.model.model.", "base_model.model.old.text.")
+    )
+    close(by_pool(mapped(), old), by_peft(mapped(), old))
+    close(by_pool(mapped(), old), by_peft(llama(), folder))
+    with pytest.raises(ValueError, match=r"must be of this model's linears, got old\.text\.layers"):
+        by_pool(llama(), old)
+
+
 @pytest.mark.parametrize("make", OLDER)
 def test_an_adapter_of_the_text_model_alone(tmp_path, make):
     """On a model with a tower that has linears of the same names: PEFT warns and leaves them as they are."""
@@ -307,6 +325,20 @@ def test_the_heads_own_weight_is_checked_and_left_out(tmp_path):
             by_pool(llama(), each)
     with pytest.raises(ValueError, match="cannot be compared"):
         as_peft(*read_adapter(folder), llama().to("meta"))
+
+
+def test_a_head_beside_fused_layers(tmp_path):
+    folder = saved(tmp_path / "a", llama(), target_modules=["lm_head", "q_proj", "down_proj"])
+    make = lambda: swapped(fused(llama()), ["lm_head"], lambda m: FusedLoRALinear.from_linear(m, r=3, lora_alpha=7))
+    lrkern.files.load(model := make(), folder)
+    close(model(input_ids=IDS).logits, by_peft(llama(), folder))
+    lrkern.files.save(model, tmp_path / "b")
+    close(by_peft(llama(), tmp_path / "b"), by_peft(llama(), folder))
+    trained = rewritten(folder, tmp_path / "c", change=lambda k, t: t * 2 if "base_layer" in k else t)
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match="lm_head.base_layer.weight is a weight of the base.*; the model is unchanged"):
+        lrkern.files.load(model, trained)
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
 
 
 def test_embeddings_that_peft_saved_whole(tmp_path):

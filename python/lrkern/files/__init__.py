@@ -51,10 +51,10 @@ def save(model: nn.Module, path: str | Path, kind: str | None = None, **options:
 
 
 def load(model: nn.Module, path: str | Path) -> None:
-    """Loads a PEFT LoRA folder into a model's FusedLoRALinear layers (``lrkern.peft.load_adapter``), or puts the layers of a file
-    of lrkern's own, or those of a PEFT MiSS folder or of one that MoRA's authors' code wrote, into the model: an nn.Linear
-    is replaced by its layer, and a layer that is there already, with the same settings, takes the coefficients
-    (``own.load_adapter``)."""
+    """Loads a PEFT or diffusers LoRA folder into a model's FusedLoRALinear layers (``lrkern.peft.load_adapter``), or puts the
+    layers of a file of lrkern's own, or those of a PEFT MiSS folder or of one that MoRA's authors' code wrote, into the model:
+    an nn.Linear is replaced by its layer, and a layer that is there already, with the same settings, takes the coefficients
+    (``own.load_adapter``). Keys may be named as other tools do (``names.as_peft``, docs/files.md)."""
     with refusal("lrkern.files.load: "):
         folder = as_path(path).is_dir()
     if not folder:

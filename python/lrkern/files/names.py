@@ -27,9 +27,14 @@ _SAVED = re.compile(r"(.*)\.modules_to_save\.(.*)", re.DOTALL)
 
 
 def as_peft(config: Config, tensors: Tensors, model: nn.Module) -> tuple[Config, Tensors]:
-    """Config and tensors of an adapter as PEFT would have written them for this model, float8 as the floats that it holds.
+    """Config and tensors of an adapter as PEFT would have written them for this model.
 
-    Weights of the base itself (base_layer.weight beside an adapted embedding or head) must be the model's, and are left out.
+    config: of adapter_config.json, or ``{"peft_type": "LORA", "lora_adapter_metadata": {...}}`` of diffusers. tensors: by key, of any of
+    the names that docs/files.md lists. They come back by PEFT's key, the same tensors but for float8, which becomes float32. Weights of
+    the base itself (base_layer.weight beside an adapted embedding or head) must be the model's, and are left out.
+
+    Refused with a ValueError that names the keys: a name of two modules, one tensor under two names, keys of two adapters, another
+    base's weights, patterns of the config that mean one thing by the file's names and another by the model's.
     """
     check_config(config)
     if METADATA in config:
