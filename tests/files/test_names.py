@@ -250,6 +250,11 @@ def test_names_that_a_models_own_code_maps(tmp_path):
     close(by_pool(mapped(), old), by_peft(llama(), folder))
     with pytest.raises(ValueError, match=r"must be of this model's linears, got old\.text\.layers"):
         by_pool(llama(), old)
+    odd = rewritten(old, tmp_path / "c", lambda k: k.replace("1.self_attn", "9.self_attn"))
+    with pytest.raises(
+        ValueError, match=r"must be of this model's linears, got old\.text\.layers\.9\.self_attn\.q_proj"
+    ):
+        by_pool(mapped(), odd)  # the one that is wrong, not one that would have been found
 
 
 @pytest.mark.parametrize("make", OLDER)
@@ -423,7 +428,7 @@ UNKNOWN = {
     "a name and none": (pair("l", ".one") | pair("base_model.model.base_model.model.k"), "must be of one adapter, got"),
     "one tensor twice": (pair("l") | pair("base_model.model.l"), "l.lora_A.weight and base_model.model.l.lora_A.weight are both"),
     "of two modules": (pair("x.o"), "x.o must be one module of this model, got x._orig_mod.o and x.o"),
-    "of none": (pair("y.l"), r"must hold lora_A.* of linears, got y.l.lora_A.weight|must be of this model's linears, got"),
+    "of none": (pair("y.l"), r"must be of this model's linears, got y\.l \(another model's, or another class's than this one with l\?\)"),
     "of itself": (pair("base_model.model."), "must hold|must be of"),
     "of no end": ({"l.lora_C.weight": torch.ones(2, 4)}, "must hold lora_A.weight and lora_B.weight of linears, got l.lora_C"),
 }  # fmt: skip

@@ -2,7 +2,7 @@
 """Whatever names a file has for the tensors of an adapter: PEFT's names of the same, for one model.
 
 A key that PEFT would read as it stands means what it means to PEFT. What others are is seen from the model: one module that
-they can be of is taken, two are refused, and a key of which nothing is known stays as it is, for its reader to refuse.
+they can be of is taken, two are refused, and one that is of none is left for its reader to refuse.
 """
 
 import re
@@ -65,7 +65,7 @@ class _Names:
             self._plain.setdefault(plain(name), []).append(name)
         self._known: dict[str, str | None] = {}
         self._written: dict[str, str] = {}  # by adapted module, its name in the file
-        self._lost = False  # a name was of no module: the file will be refused
+        self._lost = 0  # names of no module, for which the file will be refused: soon
         self._older: list[Callable[[str], str | None]] | None = None
 
     def key(self, key: str) -> tuple[str, str | None]:
@@ -78,7 +78,7 @@ class _Names:
             if name := self.module(stem):
                 self._written[name] = stem.removeprefix(PREFIX)
                 return f"{PREFIX}{name}.{own}{end}", adapter or ""
-            return key, None
+            return f"{PREFIX}{stem.removeprefix(PREFIX)}.{own}{end}", None  # a linear that its reader does not find
         if hit := _SAVED.fullmatch(key):
             name, (first, _, inner) = self.module(hit[1]), hit[2].partition(".")
             for adapter, path in (("", hit[2]), (first, inner)):
@@ -105,9 +105,9 @@ class _Names:
         exact = stem.removeprefix(PREFIX)
         asked = list(dict.fromkeys([exact, stem]))
         found = (exact != stem and self._plain.get(exact)) or self._all(asked)
-        if not found and not self._lost:
+        if not found and self._lost < 100:
             found = self._all(rename(each) for each in asked for rename in self._renames())
-        self._lost = self._lost or not found
+        self._lost += not found
         if len(found) > 1:
             raise ValueError(f"{named(stem)} must be one module of this model, got {found[0]} and {found[1]}")
         return found[0] if found else None
