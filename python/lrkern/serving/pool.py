@@ -79,7 +79,7 @@ class AdapterPool:
         must(listed, "targets", "be a string or a list of them", shown(targets))
         with refusal("lrkern.serving: targets must be a regex: ", of=(re.error, RecursionError, OverflowError)):
             chosen = re.compile(targets) if isinstance(targets, str) and targets != "all-linear" else targets
-        self.group, self._rank, world = group, 0, 1
+        self._model, self.group, self._rank, world = model, group, 0, 1
         if parallel:
             self._rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
@@ -146,22 +146,26 @@ class AdapterPool:
     # ---- changes
 
     def load(self, name: str, path: str | Path, replace: bool = False) -> None:
-        """Adds under this name a PEFT folder (adapter_config.json and adapter_model.safetensors) or a file of
-        lrkern.files.save's, of layers of low rank: VeRA layers that share a pair (one seed, r, max_in and
-        max_out) are vectors, all others factors. ``replace``: in place of the adapter of that name; forwards under way end
-        with the old one. A refused call changes nothing."""
+        """Adds under this name a PEFT folder (adapter_config.json and adapter_model.safetensors, or its shards), one of
+        diffusers' (pytorch_lora_weights.safetensors), or a file of lrkern.files.save's, of layers of low rank: VeRA layers that
+        share a pair (one seed, r, max_in and max_out) are vectors, all others factors. Keys may be named as other tools do
+        (docs/files.md). ``replace``: in place of the adapter of that name; forwards under way end with the old one. A refused
+        call changes nothing."""
 
         def read():
             if as_path(path).exists() and not Path(path).is_dir():
                 return of_layers(read_layers(path, self._linears), self._linears, reversed(self._kinds))
-            return of_folder(*read_adapter(path), self._linears, reversed(self._kinds))
+            return self._parts(*read_adapter(path))
 
         self._put(name, read, replace, f"{named(str(path))}: ")
 
     def add(self, name: str, config: Config | peft.PeftConfig, tensors: Tensors, replace: bool = False) -> None:
         """The same with what the two files hold: a config, and tensors by key as peft.get_peft_model_state_dict gives."""
         config = config.to_dict() if isinstance(config, peft.PeftConfig) else config
-        self._put(name, lambda: of_folder(config, tensors, self._linears, reversed(self._kinds)), replace)
+        self._put(name, lambda: self._parts(config, tensors), replace)
+
+    def _parts(self, config: Config, tensors: Tensors) -> Any:
+        return of_folder(config, tensors, self._linears, reversed(self._kinds), self._model)
 
     def remove(self, name: str) -> None:
         """Forwards under way end with it; its pages are free after them."""

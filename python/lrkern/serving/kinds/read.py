@@ -5,10 +5,12 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...files.check import named, require, shown
 from ...files.folder import READERS, Config, Tensors, check_config, peft_type
+from ...files.names import as_peft
+from ...files.read import FLOAT8
 from ...limits import DTYPES
 from ...nn.linear import AdapterLinear
 from .kind import FAMILIES, Sizes
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from .kind import Kind
 
 
-def of_folder(config: Config, tensors: Tensors, linears: Sizes, kinds: Iterable["Kind"]) -> Any:
+def of_folder(config: Config, tensors: Tensors, linears: Sizes, kinds: Iterable["Kind"], model: nn.Module) -> Any:
     """The parts of an adapter of PEFT's, for one of these kinds: what a family makes of it, or those of the layers it holds."""
     check_config(config)
     kind, known = peft_type(config), {*FAMILIES, *READERS}
@@ -27,11 +29,12 @@ def of_folder(config: Config, tensors: Tensors, linears: Sizes, kinds: Iterable[
         require(
             isinstance(key, str) and isinstance(tensor, Tensor), f"tensors must be tensors by key, got {shown(key)}"
         )
-        known = tensor.dtype in (*DTYPES, torch.float64)
-        require(known, f"{named(key)} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+        known = tensor.dtype in (*DTYPES, torch.float64, *FLOAT8)
+        require(known, f"{named(key)} must be float64, float32, float16, bfloat16 or float8, got {tensor.dtype}")
         held = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_nested)
         got = "none" if tensor.is_meta else "sparse or nested ones"
         require(held, f"{named(key)} must hold all its values, got {got}")
+    config, tensors = as_peft(config, tensors, model)
     if kind in FAMILIES:
         return FAMILIES[kind](config, tensors, linears)
     return of_layers(READERS[kind](config, tensors, linears), linears, kinds)
