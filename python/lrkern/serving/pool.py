@@ -39,7 +39,8 @@ class AdapterPool:
         model: without PEFT's layers; on one device, where the pools go.
         budget, pages: how many bytes, or pages of 16 ranks of all layers, the pools may take; one of the two. Up to 16
             adapters of vectors (VeRA) that have one pair of projections share a page. A pair comes on top, for as long as an
-            adapter has it: r · (in + out) numbers, of the widest of its linears.
+            adapter has it: r · (in + out) numbers, of the widest of its linears. So do modules that an adapter has whole
+            copies of (modules_to_save), while it is on the device.
         targets: the linears that may have an adapter: "all-linear" (all but the output embedding), a regex of the whole
             name, or a list of ends of names.
         max_rank: of an adapter of factors, up to 512. max_adapters: names held at once.
@@ -80,7 +81,7 @@ class AdapterPool:
         must(listed, "targets", "be a string or a list of them", shown(targets))
         with refusal("lrkern.serving: targets must be a regex: ", of=(re.error, RecursionError, OverflowError)):
             chosen = re.compile(targets) if isinstance(targets, str) and targets != "all-linear" else targets
-        self.group, self._rank, world = group, 0, 1
+        self._model, self.group, self._rank, world = model, group, 0, 1
         if parallel:
             self._rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
@@ -154,15 +155,18 @@ class AdapterPool:
 
         def read():
             if as_path(path).exists() and not Path(path).is_dir():
-                return of_layers(read_layers(path, self._linears), self._linears, reversed(self._kinds))
-            return of_folder(*read_adapter(path), self._linears, reversed(self._kinds))
+                return of_layers(read_layers(path, self._linears), self._linears, reversed(self._kinds)), {}
+            return self._parts(*read_adapter(path))
 
         self._put(name, read, replace, f"{named(str(path))}: ")
 
     def add(self, name: str, config: Config | peft.PeftConfig, tensors: Tensors, replace: bool = False) -> None:
         """The same with what the two files hold: a config, and tensors by key as peft.get_peft_model_state_dict gives."""
         config = config.to_dict() if isinstance(config, peft.PeftConfig) else config
-        self._put(name, lambda: of_folder(config, tensors, self._linears, reversed(self._kinds)), replace)
+        self._put(name, lambda: self._parts(config, tensors), replace)
+
+    def _parts(self, config: Config, tensors: Tensors) -> Any:
+        return of_folder(config, tensors, self._linears, reversed(self._kinds), self._model)
 
     def remove(self, name: str) -> None:
         """Forwards under way end with it; its pages are free after them."""
@@ -202,11 +206,13 @@ class AdapterPool:
             re.error,
         )
         with refusal(f"lrkern.serving: adapter {shown(name)}: {where}", "; the pool is unchanged", errors):
-            parts = read()
+            parts, saved = read()
             kind = next(kind for kind in reversed(self._kinds) if isinstance(parts, kind.parts))
             if outside := sorted(parts.keys() - self._layers.keys()):
                 raise ValueError(f"{outside[0]} is not among the pool's targets")
             adapter = kind.read(parts)
+            pinned = lambda state: {key: t.pin_memory() if self._upload_stream else t for key, t in state.items()}
+            adapter.saved = {module: one._replace(state=pinned(one.state)) for module, one in saved.items()}
         with self._changed:
             old = self._known(name) if replace else self._adapters.get(name)
             must(replace or old is None, "name", "be new (or say replace=True)", repr(name))
@@ -264,7 +270,7 @@ class AdapterPool:
             if len(free) == adapter.kind.per_page:
                 del adapter.kind.open[page]
                 self._free.append(page)
-        adapter.cells, adapter.ready, adapter.done = None, None, {}
+        adapter.cells, adapter.ready, adapter.done, adapter.held = None, None, {}, {}
         self._resident.pop(adapter, None)
 
     def _make_room(self, batch: set[Adapter]) -> bool:
@@ -312,6 +318,8 @@ class AdapterPool:
                 for view, host in zip(kind.views(layer), adapter.host.get(layer.index, ()), strict=False):
                     for cell, rows in zip(adapter.cells, host, strict=False):
                         view[cell].copy_(rows, non_blocking=True)
+            put = lambda state: {key: t.to(self.device, non_blocking=True) for key, t in state.items()}
+            adapter.held = {name: put(saved.state) for name, saved in adapter.saved.items()}
             if self._upload_stream:
                 adapter.ready = self._upload_stream.record_event()
         self._resident[adapter] = None

@@ -198,7 +198,7 @@ class _Batch:
 
 def _vera(config: Config, tensors: Tensors, linears: Sizes) -> Shared:
     """VeRA (Kopiczko et al., arXiv 2310.11454) as PEFT writes it: with its projections, or drawn again from their key."""
-    check_plain(config, ("modules_to_save",))
+    check_plain(config, ())
     own = {k: t for k, t in tensors.items() if k not in ("base_model.vera_A", "base_model.vera_B")}
     found = by_linear(config, own, linears, "vera_lambda_d", "vera_lambda_b")
     sizes = {name: linears[name] for name in found}
