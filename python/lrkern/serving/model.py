@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..files.folder import features_of
 from .batch import Batch, Paths
-from .layer import Layer, must
+from .layer import Layer, must, sizes_of
 from .pool import AdapterPool
 from .rows import Owners, arguments_of, tensors_of
 
@@ -43,8 +43,9 @@ class MultiLoraModel(AbstractContextManager):
     def __init__(self, model: nn.Module, pool: AdapterPool):
         modules = dict(model.named_modules())
         for name, layer in pool._layers.items():
-            there = name in modules and features_of(modules[name]) == layer.local
-            must(there, "model", f"have a linear {name} {list(layer.local)}", modules.get(name))
+            there = name in modules and sizes_of(modules[name]) == layer.local
+            what = "an embedding" if layer.embeds else "a linear"
+            must(there, "model", f"have {what} {name} {list(layer.local)}", modules.get(name))
         self.model, self.pool, self._local = model, pool, threading.local()
         self._paths, self._running, self._lock = Paths(model), 0, threading.Lock()
         self._copied: set[str] = set()  # modules of which some adapter had a copy
@@ -227,6 +228,7 @@ class MultiLoraModel(AbstractContextManager):
                     )
                 return None
             x = _first(args, kwargs)
+            x = x.unsqueeze(-1) if layer.embeds else x
             with torch._C.DisableTorchFunction():
                 out = self._add(batch, layer, x, y)
             return None if out is y else out

@@ -16,12 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..files.check import is_whole, named, refusal, shown
-from ..files.folder import Config, Tensors, as_path, features_of, read_adapter
+from ..files.folder import Config, Tensors, as_path, read_adapter
 from ..files.own import read_layers
 from ..limits import DTYPES, MAX_RANK, PAGE
 from .kinds.kind import KINDS, Adapter, Kind
 from .kinds.read import of_folder, of_layers
-from .layer import Layer, must
+from .layer import Layer, must, sizes_of
 
 
 class UnknownAdapter(ValueError):
@@ -41,8 +41,8 @@ class AdapterPool:
             adapters of vectors (VeRA) that have one pair of projections share a page. A pair comes on top, for as long as an
             adapter has it: r · (in + out) numbers, of the widest of its linears. So do modules that an adapter has whole
             copies of (modules_to_save), while it is on the device.
-        targets: the linears that may have an adapter: "all-linear" (all but the output embedding), a regex of the whole
-            name, or a list of ends of names.
+        targets: the linears and embeddings that may have an adapter: "all-linear" (all but embeddings, the output's too), a
+            regex of the whole name, or a list of ends of names. An embedding takes 16 · (V + D) numbers of a page.
         max_rank: of an adapter of factors, up to 512. max_adapters: names held at once.
         dtype: of the pools; None means the model's, or float32 where that is no float or not one.
         parallel: for tensor parallelism, "column" or "row" by the end of a linear's name. The model's linears are then
@@ -86,12 +86,17 @@ class AdapterPool:
             self._rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        every = {name: m for name, m in model.named_modules() if features_of(m)}
-        modules = {name: m for name, m in every.items() if _targeted(chosen, name, m is head)}
-        must(modules, "targets", "name linears of the model", shown(targets))
+        every = {name: m for name, m in model.named_modules() if sizes_of(m)}
+        embeds = lambda m: isinstance(m, nn.Embedding)
+        modules = {name: m for name, m in every.items() if _targeted(chosen, name, m is head or embeds(m))}
+        must(modules, "targets", "name linears or embeddings of the model", shown(targets))
         splits = {name: next((v for k, v in parallel.items() if _ends(name, k)), None) for name in every}
-        layers = {n: Layer(-1, n, features_of(m), splits[n], world) for n, m in every.items()}
-        self._linears = {name: layer.whole for name, layer in layers.items()}
+        layers = {n: Layer(-1, n, sizes_of(m), splits[n], world) for n, m in every.items()}
+        for name, layer in layers.items():
+            layer.embeds = embeds(every[name])
+            whole = not (layer.embeds and layer.split and name in modules)
+            must(whole, "parallel", "not split embeddings", f"{name}: {layer.split}")
+        self._linears = {name: layer.whole for name, layer in layers.items() if not layer.embeds}
         self._layers = {name: layers[name] for name in modules}
         for index, layer in enumerate(self._layers.values()):
             layer.index = index
@@ -209,7 +214,8 @@ class AdapterPool:
             parts, saved = read()
             kind = next(kind for kind in reversed(self._kinds) if isinstance(parts, kind.parts))
             if outside := sorted(parts.keys() - self._layers.keys()):
-                raise ValueError(f"{outside[0]} is not among the pool's targets")
+                way = f"the pool must be made with it (targets=[..., {outside[0]!r}])"
+                raise ValueError(f"{outside[0]} is not among the pool's targets; {way}")
             adapter = kind.read(parts)
             pinned = lambda state: {key: t.pin_memory() if self._upload_stream else t for key, t in state.items()}
             adapter.saved = {module: one._replace(state=pinned(one.state)) for module, one in saved.items()}

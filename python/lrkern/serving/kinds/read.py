@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ...files.check import named, require, shown
-from ...files.folder import PREFIX, READERS, Config, Tensors, check_config, peft_type
+from ...files.folder import PREFIX, READERS, Config, Tensors, check_config, peft_type, targeted
 from ...limits import DTYPES
 from ...nn.linear import AdapterLinear
 from ..saved import Saved, inside, read_saved, saved_modules
+from .embeddings import embeddings
 from .kind import FAMILIES, Sizes
 
 if TYPE_CHECKING:
@@ -41,10 +42,18 @@ def of_folder(
     if modules:  # PEFT adapts nothing inside of them
         tensors = {k: t for k, t in tensors.items() if not inside(k.removeprefix(PREFIX), modules)}
         linears = {name: sizes for name, sizes in linears.items() if not inside(name, modules)}
+        require(not config.get("ensure_weight_tying"), "ensure_weight_tying must be off, got True")
     config = {**config, "modules_to_save": None}
+    factors, tensors = embeddings(config, tensors, model, modules)
+    if factors and not tensors and not targeted(config, linears):
+        return factors, saved
     if kind in FAMILIES:
-        return FAMILIES[kind](config, tensors, linears), saved
-    return of_layers(READERS[kind](config, tensors, linears), linears, kinds), saved
+        parts = FAMILIES[kind](config, tensors, linears)
+    else:
+        parts = of_layers(READERS[kind](config, tensors, linears), linears, kinds)
+    if factors:
+        parts.update(factors)
+    return parts, saved
 
 
 def of_layers(layers: Mapping[str, AdapterLinear], linears: Sizes, kinds: Iterable["Kind"]) -> Any:
