@@ -89,7 +89,7 @@ class AdapterPool:
         every = {name: m for name, m in model.named_modules() if sizes_of(m)}
         embeds = lambda m: isinstance(m, nn.Embedding)
         modules = {name: m for name, m in every.items() if _targeted(chosen, name, m is head or embeds(m))}
-        must(modules, "targets", "name linears or embeddings of the model", shown(targets))
+        must(modules, "targets", "name linears of the model, or embeddings", shown(targets))
         splits = {name: next((v for k, v in parallel.items() if _ends(name, k)), None) for name in every}
         layers = {n: Layer(-1, n, sizes_of(m), splits[n], world) for n, m in every.items()}
         for name, layer in layers.items():

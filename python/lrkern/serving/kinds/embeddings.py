@@ -38,10 +38,7 @@ def embeddings(
         require(len(at) == 1, f"{name} must stand at one place of the model, got {' and '.join(at)}")
         check_shape(f"{name}.{KEYS[0]}", a, (r, V))
         check_shape(f"{name}.{KEYS[1]}", b, (D, r))
-        own = getattr(
-            modules[name], "embed_scale", 1.0
-        )  # what the module multiplies its rows by, and PEFT the adapter's
-        result[name] = Factors(a, b, scaling * float(own))
+        result[name] = Factors(a, b, scaling * _own_scale(modules[name]))
     return result, {k: t for k, t in tensors.items() if k not in mine}
 
 
