@@ -74,7 +74,7 @@ def everything(tmp_path_factory):
         for key, p in models[name].named_parameters():
             if "vera_lambda" in key or "modules_to_save" in key:
                 p.data.copy_(torch.randn(p.shape))
-        models[name].save_pretrained(folder / name, save_embedding_layers=False)
+        models[name].save_pretrained(folder / name)
     return folder, models
 
 

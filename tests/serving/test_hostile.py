@@ -360,7 +360,7 @@ BYTES = {  # of a safetensors file
     "an entry a number": (with_header('{"a":1}'), "a must have dtype, shape and data_offsets"),
     "an entry without a shape": (damaged_header(shape="absent"), "a must have dtype, shape and data_offsets"),
     "a dtype a list": (damaged_header(dtype=["F32"]), "a must be of a dtype in F64, .*, got \\['F32'\\]"),
-    "float8": (one("a", dtype="F8_E4M3", size=1), "a must be of a dtype in F64, .*, got 'F8_E4M3'"),
+    "float4": (one("a", dtype="F4", size=1), "a must be of a dtype in F64, .*, got 'F4'"),
     "complex": (one("a", dtype="C64", size=8), "a must be of a dtype in F64, .*, got 'C64'"),
     "a shape of floats": (damaged_header(shape=[2.0]), "a must have a shape of up to 8 sizes, got \\[2.0\\]"),
     "a shape of negatives": (damaged_header(shape=[-1, -2]), "a must have a shape of up to 8 sizes"),
@@ -469,9 +469,9 @@ def pickled(folder):
 WHERE = {  # what stands where a folder should
     "nothing": (lambda f: [p.unlink() for p in f.iterdir()] + [f.rmdir()], "must be a PEFT folder, got nothing there"),
     "an empty folder": (lambda f: [p.unlink() for p in f.iterdir()], "must hold .*, got an empty folder"),
-    "shards": (shards, "must hold one adapter_model.safetensors, got shards of it"),
+    "shards": (shards, "must hold adapter_model.safetensors, or shards with .*index.json"),
     "a pickle": (pickled, r"pickle files such as adapter_model.bin are not read\), got .*'adapter_model.bin'"),
-    "another folder": (lambda f: (f / WEIGHTS).rename(f / "x"), "must hold adapter_model.safetensors .*, got .*'x'"),
+    "another folder": (lambda f: (f / WEIGHTS).rename(f / "x"), "must hold adapter_model.safetensors, .*, got .*'x'"),
 }  # fmt: skip
 
 

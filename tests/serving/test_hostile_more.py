@@ -83,7 +83,7 @@ GIVEN = {
     "arrays": ((lora_parts()[0], {"a": [1.0]}), "tensors must be tensors by key, got 'a'"),
     "meta tensors": (changed(lambda t: t.to("meta")), "must hold all its values, got none"),
     "sparse tensors": (changed(lambda t: t.to_sparse()), "must hold all its values, got sparse"),
-    "float8": (changed(lambda t: t.to(torch.float8_e4m3fn)), "must be float64, .*, got torch.float8_e4m3fn"),
+    "float8 scales": (changed(lambda t: t.to(torch.float8_e8m0fnu)), "must be float64, .*, got torch.float8_e8m0fnu"),
     "complex": (changed(lambda t: t.to(torch.complex64)), "must be float64, .*, got torch.complex64"),
     "bool": (changed(lambda t: t.bool()), "must be float64, .*, got torch.bool"),
     "of no size": (changed(lambda t: t[:0]), r"must have shape \[4, 16\], got \[0, 16\]"),

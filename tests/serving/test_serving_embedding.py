@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers as T
+from safetensors.torch import load_file
 from tiny_models import _DECODER, V, tiny
 from torch import nn
 
@@ -95,6 +96,17 @@ def test_a_mixed_batch_is_stock_peft_one_adapter_at_a_time(kind):
                 assert torch.equal(text[i : i + 1], (stocks.get(name) or base(kind)).generate(**row, **how, **more)), (
                     name
                 )
+
+
+def test_folders_as_peft_writes_them_by_default(tmp_path):
+    """With the base's own weights of what is adapted beside it."""
+    kind, who, inputs = "llama", ["a", None], {"input_ids": ids(2)}
+    stock = adapt(kind, 1)
+    stock.save_pretrained(tmp_path)
+    assert any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    with served_by(kind, {}) as served:
+        served.pool.load("a", tmp_path)
+        check(kind, {"a": stock}, who, served(**inputs, adapters=who).logits, inputs)
 
 
 def test_several_adapters_and_scales():

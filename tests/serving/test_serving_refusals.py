@@ -65,7 +65,7 @@ DAMAGES = {
     "nan": (poke(float("nan")), "must have finite factors"),
     "inf": (poke(float("inf")), "must have finite factors"),
     "too large for the pool": (poke(1e39, torch.float64), "must have finite factors in torch.float32"),
-    "integers": (poke(1, torch.int32), "must be float64, float32, float16 or bfloat16, got torch.int32"),
+    "integers": (poke(1, torch.int32), "must be float64, float32, float16, bfloat16 or float8, got torch.int32"),
     "a layer lost": (edit_tensors(lambda t, k: [t.pop(k[0]), t.pop(k[1])]), "lacks"),
     "an A lost": (edit_tensors(lambda t, k: t.pop(k[0])), r"lacks .*lora_A"),
     "a B lost": (edit_tensors(lambda t, k: t.pop(k[1])), r"lacks .*lora_B"),

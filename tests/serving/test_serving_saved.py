@@ -468,10 +468,14 @@ KEY = "base_model.model.score.weight"
     (lambda c, t: t[KEY].fill_(torch.inf), "score.weight must be finite in torch.float32"),
     (lambda c, t: t.update({"base_model.model.score.bias": torch.ones(3)}), r"score must hold \['weight'\], got bias"),
     (changed(modules_to_save=7), "modules_to_save must be a string or a list of strings, got 7"),
-    (changed(modules_to_save=["nowhere"]), r"modules_to_save must name modules of this model, got \['nowhere'\]"),
+    (changed(modules_to_save=["nowhere"]), r"score.weight is a weight of the base"),
+    (
+        lambda c, t: [t.pop(KEY), c.update(modules_to_save=["nowhere"])],
+        r"modules_to_save must name modules of this model, got \['nowhere'\]",
+    ),
     (changed(ensure_weight_tying=True), "ensure_weight_tying must be off"),
-    (changed(modules_to_save=["model.norm"]), r"lacks model.norm.weight, which modules_to_save says it holds"),
-    (changed(modules_to_save=None), r"must hold lora_A.weight and lora_B.weight of linears, got .*score.weight"),
+    (changed(modules_to_save=["model.norm"]), r"score.weight is a weight of the base and must be this model's"),
+    (changed(modules_to_save=None), r"score.weight is a weight of the base and must be this model's"),
     (changed(trainable_token_indices=[1]), "trainable_token_indices must be off"),
     (lambda c, t: t.update({"base_model.model.score.lora_A.weight": torch.ones(4, 32)}), r"score must hold \['weight'\], got lora_A.weight"),
 ])  # fmt: skip

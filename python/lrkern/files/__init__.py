@@ -18,7 +18,8 @@ from ..nn import FusedLoRALinear
 from ..nn.linear import AdapterLinear
 from . import conversions, lora, own
 from .check import named, refusal, require
-from .folder import READERS, as_path, check_config, features_of, peft_type, read_adapter, read_config
+from .folder import READERS, as_path, check_config, features_of, peft_type, read_adapter
+from .names import as_peft
 from .projections import draw_projections, store_projections
 
 # isort: off
@@ -50,19 +51,19 @@ def save(model: nn.Module, path: str | Path, kind: str | None = None, **options:
 
 
 def load(model: nn.Module, path: str | Path) -> None:
-    """Loads a PEFT LoRA folder into a model's FusedLoRALinear layers (``lrkern.peft.load_adapter``), or puts the layers of a file
-    of lrkern's own, or those of a PEFT MiSS folder or of one that MoRA's authors' code wrote, into the model: an nn.Linear
-    is replaced by its layer, and a layer that is there already, with the same settings, takes the coefficients
-    (``own.load_adapter``)."""
+    """Loads a PEFT or diffusers LoRA folder into a model's FusedLoRALinear layers (``lrkern.peft.load_adapter``), or puts the
+    layers of a file of lrkern's own, or those of a PEFT MiSS folder or of one that MoRA's authors' code wrote, into the model:
+    an nn.Linear is replaced by its layer, and a layer that is there already, with the same settings, takes the coefficients
+    (``own.load_adapter``). Keys may be named as other tools do (``names.as_peft``, docs/files.md)."""
     with refusal("lrkern.files.load: "):
         folder = as_path(path).is_dir()
     if not folder:
         return own.load_adapter(model, path)
     with refusal(f"lrkern.files.load: {named(str(path))}: ", "; the model is unchanged"):
-        check_config(config := read_config(path))
+        config, tensors = read_adapter(path)
+        check_config(config)
         if read := READERS.get(peft_type(config)):
-            _, tensors = read_adapter(path)
-            return own.place(model, read(config, tensors, _linears(model)))
+            return own.place(model, read(*as_peft(config, tensors, model), _linears(model)))
     lora.load_adapter(model, path)
 
 

@@ -12,11 +12,12 @@ from .check import require
 from .folder import PREFIX, WRITERS, write_adapter
 from .lora_config import lora_config
 from .own import check_places, classes, either, own_layers
+from .plain import plainly
 
 
 def _layers(who: str, model: nn.Module | Mapping[str, nn.Module], kinds: str):
     """All modules and those of an own file's classes, by name."""
-    named = dict(model if isinstance(model, Mapping) else model.named_modules())
+    named = plainly(dict(model if isinstance(model, Mapping) else model.named_modules()))
     layers = own_layers(named.items())
     require(layers, f"lrkern.convert.{who}: model must have {kinds} layers, got none")
     if isinstance(model, nn.Module):

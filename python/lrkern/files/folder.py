@@ -3,6 +3,8 @@
 
 import json
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -16,7 +18,8 @@ from ..functional import lora_scaling
 from ..nn.linear import AdapterLinear
 from .check import is_finite, is_whole, named, refusal, require, shown
 from .patterns import first_keys, first_matches
-from .read import read_json, read_tensors
+from .plain import wraps
+from .read import parse, read_json, read_shards, read_tensors
 
 if TYPE_CHECKING:
     import peft
@@ -34,6 +37,9 @@ FORKS: dict[
     str, str
 ] = {}  # by the flag of a LoraConfig that a fork of PEFT has, the method that it means: a peft_type to us
 
+WEIGHTS, INDEX = "adapter_model.safetensors", "adapter_model.safetensors.index.json"  # one of them
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+METADATA = "lora_adapter_metadata"  # of DIFFUSERS' header: LoraConfigs, or nothing
 PREFIX = "base_model.model."
 LORA = "LORA"  # the peft_type of what FusedLoRALinear computes
 
@@ -47,24 +53,32 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of a PEFT folder, as they are. A ValueError says why where they cannot be read."""
-    folder, weights = _there(folder), "adapter_model.safetensors"
+    """Config and tensors of a folder as they are: of PEFT's, in one file or in shards with their index, or of diffusers', whose
+    config is METADATA alone. ``names.as_peft`` makes PEFT's of them. A ValueError says why where they cannot be read."""
+    folder = _there(folder)
     with refusal("cannot be read: ", of=(OSError,)):
         held = {entry.name for entry in islice(os.scandir(folder), 1000)}
-        there = weights in held or os.path.lexists(folder / weights)
-    shards = any(name.startswith("adapter_model") and name.endswith((".safetensors", ".index.json")) for name in held)
-    require(there or not shards, f"must hold one {weights}, got shards of it, which are not read")
+    there = lambda name: name in held or os.path.lexists(folder / name)
     pickled = "pickle files such as adapter_model.bin are not read"
-    require(there, f"must hold {weights} ({pickled}), got {sorted(map(named, held))[:4] or 'an empty folder'}")
+    if there(DIFFUSERS) and not there("adapter_config.json"):
+        with refusal(f"{DIFFUSERS} cannot be read: "):
+            metadata, tensors = read_tensors(folder / DIFFUSERS)
+            with refusal(f"its metadata {METADATA} "):
+                return {"peft_type": LORA, METADATA: parse(metadata.get(METADATA, "{}"))}, tensors
+    one = there(WEIGHTS)
+    got = sorted(map(named, held))[:4] or "an empty folder"
+    require(one or there(INDEX), f"must hold {WEIGHTS}, or shards with {INDEX} ({pickled}), got {got}")
     config = read_config(folder)
-    with refusal(f"{weights} cannot be read: "):
-        _, tensors = read_tensors(folder / weights)
+    if not one:
+        return config, read_shards(folder / INDEX)
+    with refusal(f"{WEIGHTS} cannot be read: "):
+        _, tensors = read_tensors(folder / WEIGHTS)
     return config, tensors
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     with refusal("adapter_config.json cannot be read: "):
-        config = read_json(_there(folder) / "adapter_config.json")
+        config = read_json(folder / "adapter_config.json")
     require(isinstance(config, dict), f"adapter_config.json must hold an object, got {type(config).__name__}")
     return config
 
@@ -229,6 +243,22 @@ def _matching(key: str, pattern: Any, names: list[str]) -> set[str]:
     return {name for name in names if name in listed or not listed.isdisjoint(ends(name))}
 
 
+def saved_modules(config: Config, model: nn.Module) -> list[str]:
+    """Those that PEFT copies for modules_to_save: whose names end, anywhere, like one of it; the outermost ones."""
+    ends = config.get("modules_to_save") or ()
+    ends = (ends,) if isinstance(ends, str) else tuple(ends)
+    found: list[str] = []
+    for name, _ in model.named_modules(remove_duplicate=False) if ends else ():
+        if name.endswith(ends) and not inside(name, found):
+            found.append(name)
+    return found
+
+
+def inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether this is one of these modules, or in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
 def check_plain(config: Config, more: tuple[str, ...]) -> None:
     """Refuses what trains more than the adapter's own tensors."""
     for key in more:
@@ -238,7 +268,10 @@ def check_plain(config: Config, more: tuple[str, ...]) -> None:
 
 
 def by_linear(config: Config, tensors: Tensors, linears: Sizes, *keys: str) -> dict[str, list[Tensor]]:
-    """By linear the tensors of these keys, all there, of the linears that the config names and no other."""
+    """By linear the tensors of these keys, all there, of the linears that the config names and no other.
+
+    Of a part of the model of which there are none (a vision tower, for an adapter of the text model) a warning says what the config
+    names, as in PEFT, where adapters begin as nothing."""
     what, ends = " and ".join(keys), tuple(f".{key}" for key in keys)
     found: dict[str, dict[str, Tensor]] = {}
     for k, tensor in tensors.items():
@@ -247,22 +280,40 @@ def by_linear(config: Config, tensors: Tensors, linears: Sizes, *keys: str) -> d
         found.setdefault(name, {})[next(key for key in keys if k.endswith(f".{key}"))] = tensor
     require(found, f"must hold {what} of linears, got none")
     if unknown := sorted(found.keys() - linears.keys()):
-        raise ValueError(f"must be of this model's linears, got {named(unknown[0])}")
+        other = f"another model's, or another class's than this one with {next(iter(linears), 'none')}"
+        raise ValueError(f"must be of this model's linears, got {named(unknown[0])} ({other}?)")
     lacking = [f"{name}.{k.removesuffix('.weight')}" for name in found for k in keys if k not in found[name]]
+    without: list[str] = []
     if (wanted := targeted(config, linears)) is not None:
-        lacking += sorted(wanted - found.keys())
+        parts, nothing = {_part(name) for name in found}, _begins_as_nothing(config)
+        for name in sorted(wanted - found.keys()):
+            (without if nothing and _part(name) not in {"", *parts} else lacking).append(name)
         if extra := sorted(found.keys() - wanted):
             targets = shown(config.get("target_modules"))
             raise ValueError(f"must hold what target_modules={targets} names and no more, got {extra[0]}")
     if lacking:
         raise ValueError(f"lacks {lacking[0]} and {len(lacking) - 1} more")
+    if without:
+        left = f"{without[0]} and {len(without) - 1} more, which target_modules names, are as in the base"
+        warnings.warn(f"lrkern: the adapter has nothing for {_part(without[0])}: {left}", stacklevel=2)
     return {name: [parts[k] for k in keys] for name, parts in found.items()}
+
+
+def _part(name: str) -> str:
+    """The stack of layers that a linear is in, or what holds it."""
+    return re.split(r"\.\d+\.", name, maxsplit=1)[0] if re.search(r"\.\d+\.", name) else name.rpartition(".")[0]
+
+
+def _begins_as_nothing(config: Config) -> bool:
+    """Whether a layer that PEFT makes and nothing is loaded into adds zero."""
+    lora, others = config.get("init_lora_weights"), config.get("init_weights")
+    return lora in (None, True, "gaussian") and others in (None, True, "mini", "bat")
 
 
 def features_of(module: nn.Module) -> tuple[int, int] | None:
     """[I, O] of a linear of any kind: nn.Linear, a quantised one, transformers' Conv1D. Not the one inside
-    nn.MultiheadAttention, whose forward nobody calls."""
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    nn.MultiheadAttention, whose forward nobody calls, nor torch.compile's wrapper around one."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or wraps(module):
         return None
     i, o = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
     I, O = getattr(module, i, None), getattr(module, o, None)

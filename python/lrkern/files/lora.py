@@ -27,7 +27,9 @@ from .folder import (
     write_adapter,
 )
 from .lora_config import MORE, check_base, lora_config
+from .names import as_peft
 from .own import check_places
+from .plain import plainly
 
 Layers = Mapping[str, FusedLoRALinear]
 
@@ -86,6 +88,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     modules = _modules(model)
     check_places("lrkern.peft.save_adapter", model, FusedLoRALinear)
     with refusal("lrkern.peft.save_adapter: "):
+        modules, every = plainly(modules), plainly(dict(model.named_modules()))
         layers = {name: m for name, m in modules.items() if m.r}
         require(layers, f"a layer must have a rank above 0, got {len(modules)} of rank 0")
         for name, m in modules.items():
@@ -110,7 +113,6 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         for key, t in tensors.items():
             check_finite(key, t)
     one = {key: getattr(first, key) for key in ("use_rslora", "use_dora", "lora_dropout")}
-    every = [name for name, _ in model.named_modules()]
     settings = lora_config(ranks, every, **one, bias="lora_only" if bias else "none")
     del settings["peft_type"]
     write_adapter(folder, peft.LoraConfig(**settings), tensors)
@@ -135,8 +137,8 @@ def _alpha(m: FusedLoRALinear, r: int) -> float:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Loads a PEFT LoRA folder into a model's FusedLoRALinear layers. The whole file is checked before anything changes:
-    safetensors only, every layer present, nothing left over, shapes and scale equal, values finite in the layer's dtype.
+    """Loads a PEFT LoRA folder, or one of diffusers', into a model's FusedLoRALinear layers, whatever names its keys have
+    (``names.as_peft``). The whole file is checked before anything changes: safetensors only, every layer present, nothing left over, shapes and scale equal, values finite in the layer's dtype.
 
     Layers of the inits "pissa" and "olora", whose W is changed, take back what ``save_adapter`` wrote of such a layer over the
     same W; a folder of another kind, and one that PEFT did not convert, is refused, and so is a merged layer. lora_dropout
@@ -146,7 +148,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     with refusal(f"lrkern.peft.load_adapter: {named(str(folder))}: ", "; the model is unchanged"):
         for name, m in modules.items():
             require(not m.merged, f"{name} is merged in the model; unmerge() it first")
-        config, tensors = read_adapter(folder)
+        config, tensors = as_peft(*read_adapter(folder), model)
         new = _check(config, tensors, modules)
     with torch.no_grad():
         for weight, value in new:

@@ -19,6 +19,7 @@ from ..nn.plain import no_linear
 from ..ops.basis import STREAM_VERSION
 from .check import check_finite, check_shape, is_finite, is_whole, named, refusal, require, shown
 from .folder import LORA, as_path, replaced
+from .plain import places, plainly, wraps
 from .read import parse, read_tensors
 
 __all__ = ["load_adapter", "read_layers", "save_adapter"]
@@ -89,7 +90,7 @@ def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) ->
     bits: None keeps the coefficients as they are, 8 or 4 quantises them (docs/files.md).
     """
     require(bits in (None, 8, 4), f"save_adapter: bits must be None, 8 or 4, got {bits!r}")
-    layers, got = own_layers(model.named_modules()), type(model).__name__
+    layers, got = plainly(own_layers(model.named_modules())), type(model).__name__
     require(layers, f"save_adapter: model must have {either(classes())} layers, got {got} with none")
     check_places("save_adapter", model, classes())
     tensors, kinds, entries = {}, [], {}
@@ -133,7 +134,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     layer that is there already, with the same settings, takes the coefficients and the seed. What ``save_adapter``
     wrote without bits computes the same bits. The whole file is checked before anything changes."""
     with refusal(f"load_adapter: {named(str(path))}: ", "; the model is unchanged"):
-        place(model, read_layers(path, dict(model.named_modules())))
+        place(model, read_layers(path, [name for name, m in model.named_modules() if not wraps(m)]))
 
 
 def place(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> None:
@@ -171,9 +172,8 @@ def read_layers(path: str | Path, among: Collection[str] | None = None) -> dict[
     header, tensors = _read(as_path(path))
     layers, kinds = header["layers"], [_Described.of(kind) for kind in header["kinds"]]
     owners = {key[: at.start()] for key in tensors for at in re.finditer(r"\.", key)}
+    here = places(layers, layers if among is None else among)
     for name, entry in layers.items():
-        known = among is None or name in among
-        require(known, f"has {named(name)}, which the model does not")
         must = f"{named(name)} must be [which of the {len(kinds)} kinds, seed]"
         pair = isinstance(entry, list) and len(entry) == 2 and is_whole(entry[0], 0, len(kinds) - 1)
         require(pair, f"{must}, got {shown(entry)}")
@@ -182,7 +182,7 @@ def read_layers(path: str | Path, among: Collection[str] | None = None) -> dict[
     expected = {f"{name}.{key}" for name, layer in made.items() for key in layer.coefficients()}
     if extra := sorted({key.removesuffix(".scale") for key in tensors} - expected):
         raise ValueError(f"has {named(extra[0])} and {len(extra) - 1} more that are of no layer")
-    return made
+    return {here[name]: layer for name, layer in made.items()}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -31,6 +31,7 @@ from .folder import (
     write_adapter,
 )
 from .lora_config import targets
+from .names import as_peft
 
 Shapes = Iterable[tuple[int, int]]  # [I, O] of the adapted linears
 Layers = Mapping[str, tuple[tuple[int, int], Tensor, Tensor]]  # by name: [I, O] and the two tensors that train
@@ -131,7 +132,7 @@ def store_projections(
     model: the base model, whose linears tell the sizes. RandLoRA's pair is stored once, not once per layer as PEFT does.
     """
     with refusal(f"lrkern.convert_peft.store_projections: {named(str(folder))}: ", "; nothing is written"):
-        config, tensors = read_adapter(folder)
+        config, tensors = as_peft(*read_adapter(folder), model)
         method = METHODS[kind_of(config)]
         ends = tuple(f".{method.own}_{vector}" for vector in method.vectors)
         names = dict.fromkeys(linear_of(k, ends) for k in tensors if linear_of(k, ends))

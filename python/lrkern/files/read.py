@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,10 +29,15 @@ CONFIG_BYTES = 4 << 20
 HEADER_BYTES = 8 << 20
 _CONTAINERS = 200_000
 _NDIM = 8
+_SHARDS = 1000
+_SHARD = re.compile(r"(?!\.)[\w.=-]{1,200}\.safetensors")  # a plain name: no way out of the folder
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
+FLOAT8 = tuple(dtype for name, dtype in _DTYPES.items() if name.startswith("F8"))
 
 
 @contextmanager
@@ -100,19 +106,19 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, most: int = CONFIG_BYTES) -> Any:
     with opened(path) as (descriptor, size):
-        require(size <= CONFIG_BYTES, f"must have at most {CONFIG_BYTES} bytes, got {size}")
+        require(size <= most, f"must have at most {most} bytes, got {size}")
         return parse(_bytes(descriptor, size))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file."""
+def read_tensors(path: Path, most: int = HEADER_BYTES) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file, whose header may have so many bytes."""
     with opened(path) as (descriptor, size):
         require(size >= 10, f"must be safetensors, got {size} bytes")
         count = int.from_bytes(_bytes(descriptor, 8), "little")
         require(count <= size - 8, f"must be safetensors, got a header of {count} bytes in a file of {size}")
-        require(count <= HEADER_BYTES, f"must have a header of at most {HEADER_BYTES} bytes, got {count}")
+        require(count <= most, f"must have a header of at most {most} bytes, got {count}")
         with refusal("its header "):
             header = parse(_bytes(descriptor, count, 8))
             require(isinstance(header, dict), f"must be an object, got {type(header).__name__}")
@@ -128,6 +134,32 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with refusal("cannot be mapped: ", of=(OSError, ValueError)):
             data = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
     return metadata, {key: _view(data, 8 + count, *part) for key, part in parts.items()}
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """Tensors of the safetensors files that stand beside an index {"weight_map": {key: file}}: each key in its file and no other."""
+    with refusal(f"{index.name} "):
+        held = read_json(index, HEADER_BYTES)
+        where = held.get("weight_map") if isinstance(held, dict) else None
+        files = isinstance(where, dict) and where and all(isinstance(file, str) for file in where.values())
+        require(files, f"must have a weight_map of files by key, got {shown(where)}")
+        shards = sorted(set(where.values()))
+        beside = lambda file: _SHARD.fullmatch(file) is not None
+        odd = next((file for file in shards if not beside(file)), None)
+        require(odd is None, f"must name safetensors files beside it, got {shown(odd)}")
+        require(len(shards) <= _SHARDS, f"must name at most {_SHARDS} files, got {len(shards)}")
+    tensors, left = {}, HEADER_BYTES  # of all headers together, which take as long to parse as one
+    for file in shards:
+        with refusal(f"{named(file)} cannot be read: "):
+            _, part = read_tensors(index.with_name(file), left)
+            left -= index.with_name(file).stat().st_size - sum(t.nbytes for t in part.values())
+            for key in part:
+                must = f"must hold what {index.name} says it does"
+                require(where.get(key) == file, f"{must}, got {named(key)}, which is to be in {shown(where.get(key))}")
+        tensors |= part
+    if lacking := sorted(where.keys() - tensors.keys()):
+        raise ValueError(f"lacks {named(lacking[0])}, which {index.name} says is in {named(where[lacking[0]])}")
+    return tensors
 
 
 def _part(key: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:

@@ -16,13 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..files.check import is_whole, named, refusal, require, shown
-from ..files.folder import Config, Tensors, as_path, read_adapter
+from ..files.folder import Config, Tensors, as_path, inside, read_adapter
 from ..files.own import read_layers
 from ..limits import DTYPES, MAX_RANK, PAGE
 from .kinds.kind import KINDS, Adapter, Kind
 from .kinds.read import of_folder, of_layers
 from .layer import Layer, must, sizes_of
-from .saved import inside
 
 
 class UnknownAdapter(ValueError):
@@ -155,10 +154,11 @@ class AdapterPool:
     # ---- changes
 
     def load(self, name: str, path: str | Path, replace: bool = False) -> None:
-        """Adds under this name a PEFT folder (adapter_config.json and adapter_model.safetensors) or a file of
-        lrkern.files.save's, of layers of low rank: VeRA layers that share a pair (one seed, r, max_in and
-        max_out) are vectors, all others factors. ``replace``: in place of the adapter of that name; forwards under way end
-        with the old one. A refused call changes nothing."""
+        """Adds under this name a PEFT folder (adapter_config.json and adapter_model.safetensors, or its shards), one of
+        diffusers' (pytorch_lora_weights.safetensors), or a file of lrkern.files.save's, of layers of low rank: VeRA layers that
+        share a pair (one seed, r, max_in and max_out) are vectors, all others factors. Keys may be named as other tools do
+        (docs/files.md). ``replace``: in place of the adapter of that name; forwards under way end with the old one. A refused
+        call changes nothing."""
 
         def read():
             if as_path(path).exists() and not Path(path).is_dir():

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules of which an adapter has a whole copy of its own (PEFT's modules_to_save), such as the heads of classifiers."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..files.check import check_shape, named, require, shown
-from ..files.folder import PREFIX, Config, Tensors
+from ..files.folder import PREFIX, Config, Tensors, inside
 from .layer import must
 from .rows import Follow, Lost, tensors_in
 
@@ -25,25 +25,10 @@ class Saved(NamedTuple):
     size: int | None  # features out where they are others than the model's, of a linear
 
 
-def saved_modules(config: Config, model: nn.Module) -> list[str]:
-    """Those that PEFT copies for this config: whose name ends like one of modules_to_save, the outermost ones."""
-    ends = config.get("modules_to_save") or ()
-    ends = (ends,) if isinstance(ends, str) else tuple(ends)
-    found: list[str] = []
-    for name, _ in model.named_modules(remove_duplicate=False) if ends else ():
-        if name.endswith(ends) and not inside(name, found):
-            found.append(name)
-    require(found or not ends, f"modules_to_save must name modules of this model, got {shown(list(ends))}")
-    return found
-
-
-def inside(name: str, modules: Collection[str]) -> bool:
-    """Whether this is one of these modules, or in one."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
-def read_saved(tensors: Tensors, modules: Sequence[str], model: nn.Module) -> dict[str, Saved]:
+def read_saved(config: Config, tensors: Tensors, modules: Sequence[str], model: nn.Module) -> dict[str, Saved]:
     """The copies of these modules of a model that a file holds, checked. A ValueError says what is wrong with one."""
+    given = config.get("modules_to_save")
+    require(modules or not given, f"modules_to_save must name modules of this model, got {shown(given)}")
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False) if modules else ():
         places.setdefault(module, []).append(name)

@@ -7,10 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from ...files.check import check_shape, require
-from ...files.folder import LORA, Config, Tensors, by_linear, check_plain, peft_type, ranks_and_scalings, targeted
+from ...files.folder import (
+    LORA,
+    Config,
+    Tensors,
+    by_linear,
+    check_plain,
+    inside,
+    peft_type,
+    ranks_and_scalings,
+    targeted,
+)
 from ...files.lora_config import MORE, check_base
 from ..layer import sizes_of
-from ..saved import inside
 from .factors import Factors
 
 KEYS = "lora_embedding_A", "lora_embedding_B"

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ...files.check import named, require, shown
-from ...files.folder import PREFIX, READERS, Config, Tensors, check_config, peft_type, targeted
+from ...files.folder import PREFIX, READERS, Config, Tensors, check_config, inside, peft_type, saved_modules, targeted
+from ...files.names import as_peft
+from ...files.read import FLOAT8
 from ...limits import DTYPES
 from ...nn.linear import AdapterLinear
-from ..saved import Saved, inside, read_saved, saved_modules
+from ..saved import Saved, read_saved
 from .embeddings import embeddings
 from .kind import FAMILIES, Sizes
 
@@ -32,13 +34,14 @@ def of_folder(
         require(
             isinstance(key, str) and isinstance(tensor, Tensor), f"tensors must be tensors by key, got {shown(key)}"
         )
-        known = tensor.dtype in (*DTYPES, torch.float64)
-        require(known, f"{named(key)} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+        known = tensor.dtype in (*DTYPES, torch.float64, *FLOAT8)
+        require(known, f"{named(key)} must be float64, float32, float16, bfloat16 or float8, got {tensor.dtype}")
         held = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_nested)
         got = "none" if tensor.is_meta else "sparse or nested ones"
         require(held, f"{named(key)} must hold all its values, got {got}")
+    config, tensors = as_peft(config, tensors, model)
     modules = saved_modules(config, model)
-    saved = read_saved(tensors, modules, model)
+    saved = read_saved(config, tensors, modules, model)
     if modules:  # PEFT adapts nothing inside of them
         tensors = {k: t for k, t in tensors.items() if not inside(k.removeprefix(PREFIX), modules)}
         linears = {name: sizes for name, sizes in linears.items() if not inside(name, modules)}
