@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA as diffusers writes it: pytorch_lora_weights.safetensors, whose keys begin with a part of the pipeline (unet, transformer,
-text_encoder, ...), without a config. Written by hand after the layout of its save_lora_weights, not tested against diffusers.
+"""LoRA as diffusers writes it: pytorch_lora_weights.safetensors, whose keys begin with a part of the pipeline (unet,
+transformer, text_encoder, ...), without a config. After the layout of its save_lora_weights, not tested against diffusers.
 
-Ranks are those of the tensors, scaling is alpha / rank by each linear's ``.alpha``, or 1 where there is none; or all of it stands as
-a LoraConfig of each part in the header's lora_adapter_metadata.
+Ranks are those of the tensors, scaling is alpha / rank by each linear's ``.alpha``, or 1 where there is none; or all of it
+stands as a LoraConfig of each part in the header's lora_adapter_metadata.
 """
 
 import math

@@ -270,8 +270,8 @@ def check_plain(config: Config, more: tuple[str, ...]) -> None:
 def by_linear(config: Config, tensors: Tensors, linears: Sizes, *keys: str) -> dict[str, list[Tensor]]:
     """By linear the tensors of these keys, all there, of the linears that the config names and no other.
 
-    Of a part of the model of which there are none (a vision tower, for an adapter of the text model) a warning says what the config
-    names, as in PEFT, where adapters begin as nothing."""
+    A part of the model of which it has none (a vision tower, for an adapter of the text model) stays as the base has it, with a
+    warning, as in PEFT, where adapters begin as nothing."""
     what, ends = " and ".join(keys), tuple(f".{key}" for key in keys)
     found: dict[str, dict[str, Tensor]] = {}
     for k, tensor in tensors.items():

@@ -138,7 +138,8 @@ def _alpha(m: FusedLoRALinear, r: int) -> float:
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """Loads a PEFT LoRA folder, or one of diffusers', into a model's FusedLoRALinear layers, whatever names its keys have
-    (``names.as_peft``). The whole file is checked before anything changes: safetensors only, every layer present, nothing left over, shapes and scale equal, values finite in the layer's dtype.
+    (``names.as_peft``). The whole file is checked before anything changes: safetensors only, every layer present, nothing left
+    over, shapes and scale equal, values finite in the layer's dtype.
 
     Layers of the inits "pissa" and "olora", whose W is changed, take back what ``save_adapter`` wrote of such a layer over the
     same W; a folder of another kind, and one that PEFT did not convert, is refused, and so is a merged layer. lora_dropout
