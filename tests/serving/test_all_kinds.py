@@ -35,6 +35,12 @@ PEFT = {
     "lora": peft.LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False),
     "rslora": peft.LoraConfig(r=9, lora_alpha=12, use_rslora=True, target_modules=TARGETS, init_lora_weights=False),
     "peft miss": peft.MissConfig(r=4, target_modules=TARGETS, init_weights=False),
+    "peft vera": peft.VeraConfig(r=8, target_modules=TARGETS),
+    "another pair": peft.VeraConfig(r=8, target_modules=TARGETS, projection_prng_key=5),
+    "embedding": peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False),
+    "head of its own": peft.LoraConfig(
+        r=4, target_modules=TARGETS, init_lora_weights=False, modules_to_save=["lm_head"]
+    ),
 }
 # Of full rank or dependent on W: no pool can hold them beside others.
 REFUSED = {
@@ -65,6 +71,9 @@ def everything(tmp_path_factory):
     for seed, (name, config) in enumerate(PEFT.items(), 40):
         torch.manual_seed(seed)
         models[name] = peft.get_peft_model(copy.deepcopy(base), config).eval()
+        for key, p in models[name].named_parameters():
+            if "vera_lambda" in key or "modules_to_save" in key:
+                p.data.copy_(torch.randn(p.shape))
         models[name].save_pretrained(folder / name)
     return folder, models
 
@@ -73,7 +82,7 @@ def test_every_kind_in_one_batch_with_generate(everything):
     folder, models = everything
     names = [name for name in models if name]
     model = copy.deepcopy(models[None])
-    pool = AdapterPool(model, pages=2 * len(names), max_rank=64)
+    pool = AdapterPool(model, pages=2 * len(names), targets=[*TARGETS, "embed_tokens"], max_rank=64)
     for name in names:
         path = folder / name
         pool.load(name, path if path.exists() else folder / f"{name}.safetensors")

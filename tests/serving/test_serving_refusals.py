@@ -93,7 +93,10 @@ DAMAGES = {
     "dora": (edit_config(use_dora=True), "use_dora must be off"),
     "bias": (edit_config(bias="lora_only"), "bias must be 'none', got 'lora_only'"),
     "lora_bias": (edit_config(lora_bias=True), "lora_bias must be off"),
-    "modules_to_save": (edit_config(modules_to_save=["pooler"]), "modules_to_save must be off"),
+    "modules_to_save": (
+        edit_config(modules_to_save=["pooler"]),
+        "lacks pooler.dense.weight, which modules_to_save says",
+    ),
     "alora": (edit_config(alora_invocation_tokens=[1]), "alora_invocation_tokens must be off"),
     "pissa": (edit_config(init_lora_weights="pissa_niter_4"), "init_lora_weights must leave the base"),
 }

@@ -137,6 +137,7 @@ _KINDS: dict[str, tuple[str, Any]] = {
     "alpha_pattern": ("an object of finite numbers by regex", lambda value: _pattern(value, is_finite)),
     "target_modules": _names,
     "exclude_modules": _names,
+    "modules_to_save": _names,
     "layers_to_transform": (
         "a whole number or a list of them",
         lambda value: all(is_whole(v, 0, 2**31 - 1) for v in (value if isinstance(value, list | tuple) else [value])),
@@ -240,6 +241,22 @@ def _matching(key: str, pattern: Any, names: list[str]) -> set[str]:
     listed = set(pattern)
     ends = lambda name: (name[i + 1 :] for i, c in enumerate(name) if c == ".")
     return {name for name in names if name in listed or not listed.isdisjoint(ends(name))}
+
+
+def saved_modules(config: Config, model: nn.Module) -> list[str]:
+    """Those that PEFT copies for modules_to_save: whose names end, anywhere, like one of it; the outermost ones."""
+    ends = config.get("modules_to_save") or ()
+    ends = (ends,) if isinstance(ends, str) else tuple(ends)
+    found: list[str] = []
+    for name, _ in model.named_modules(remove_duplicate=False) if ends else ():
+        if name.endswith(ends) and not inside(name, found):
+            found.append(name)
+    return found
+
+
+def inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether this is one of these modules, or in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def check_plain(config: Config, more: tuple[str, ...]) -> None:

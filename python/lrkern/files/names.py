@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import diffusers
 from .check import named, require
-from .folder import METADATA, PREFIX, Config, Tensors, check_config, features_of, targeted
+from .folder import METADATA, PREFIX, Config, Tensors, check_config, features_of, inside, saved_modules, targeted
 from .patterns import first_keys
 from .plain import plain, wraps
 from .read import FLOAT8
@@ -39,10 +39,10 @@ def as_peft(config: Config, tensors: Tensors, model: nn.Module) -> tuple[Config,
     check_config(config)
     if METADATA in config:
         config, tensors = diffusers.component(config, tensors, model)
-    names, found, came, adapters = _Names(model), {}, {}, {}
+    names, saved, found, came, adapters = _Names(model), saved_modules(config, model), {}, {}, {}
     for key, tensor in tensors.items():
         new, adapter = names.key(key)
-        if adapter is None and names.is_base(new, tensor, config):
+        if adapter is None and names.is_base(new, tensor, config, saved):
             continue
         adapters[adapter] = key
         if (first := came.setdefault(new, key)) != key:
@@ -120,14 +120,13 @@ class _Names:
             self._older = [*_renamed_since(self.model), *_of_text_models(self.model)]
         return self._older
 
-    def is_base(self, key: str, tensor: Tensor, config: Config) -> bool:
+    def is_base(self, key: str, tensor: Tensor, config: Config, saved: list[str]) -> bool:
         """Whether this is a weight of the base, not the adapter's: then it must be equal to the model's."""
         owner, _, leaf = key.removeprefix(PREFIX).rpartition(".")
-        name, saved = owner.removesuffix(".base_layer"), config.get("modules_to_save")
+        name = owner.removesuffix(".base_layer")
         if name not in self.modules or not key.startswith(PREFIX):
             return False
-        saved = [saved] if isinstance(saved, str) else saved if isinstance(saved, list | tuple | set) else ()
-        trained = owner == name and any(f".{each}." in f".{name}." for each in saved)
+        trained = owner == name and inside(name, saved)
         if trained or (leaf == "bias" and config.get("bias", "none") != "none"):
             return False
         module = self.modules[name]

@@ -12,6 +12,7 @@ from ...files.check import require
 from ...files.folder import Config, Sizes, Tensors
 from ...nn.linear import AdapterLinear
 from ..layer import Layer
+from ..saved import Saved, State
 
 if TYPE_CHECKING:
     from ..pool import AdapterPool
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 # By peft_type, how a config and file become the parts of some kind: It refuses with a ValueError what cannot be served exactly.
 FAMILIES: dict[str, Callable[[Config, Tensors, Sizes], Any]] = {}
 
-KINDS: list[type["Kind"]] = []  # in the order in which they act on a batch; the last one that takes parts gets them
+KINDS: list[type["Kind"]] = []  # the last one that takes parts gets them
 
 
 class Adapter:
@@ -30,6 +31,8 @@ class Adapter:
         self.host = host  # by layer, what belongs into the kind's views: tensors [cells, ...]
         self.size = size  # cells
         self.facts = facts  # what else its kind wants to know
+        self.saved: dict[str, Saved] = {}  # modules that it has copies of
+        self.held: dict[str, State] = {}  # those on the device, while it is there
         self.cells: list[int] | None = None  # on the device, counted over all pages
         self.users = 0  # forwards that may read them
         self.retired = False  # removed or replaced, but in use
@@ -67,14 +70,15 @@ class Kind:
 
     def __init__(self, pool: "AdapterPool"):
         self.pool = pool
+        self.order: tuple[int, ...] = (KINDS.index(type(self)),)  # in which kinds act on a batch
         self.open: dict[int, list[int]] = {}  # by page that has room for more, its free cells
 
     def of_layers(self, layers: Mapping[str, AdapterLinear]) -> Any:
         """The parts of these layers of a file of lrkern's own, or None where they are not of this kind."""
         return None
 
-    def agree(self, adapter: Adapter, name: str) -> None:
-        """Takes what the pool's first adapter of this kind brings for all, and refuses what differs; with the lock held."""
+    def agree(self, adapter: Adapter) -> None:
+        """Shares with the pool's other adapters what this one brings and they have too; with the lock held."""
 
     def _host(self, parts: Mapping[str, Sequence[Tensor]], rows: int, what: str) -> dict[int, list[Tensor]]:
         """By layer copies [cells, rows, n] of tensors [R, n] of each linear, zeros past R, all in one block of memory."""
