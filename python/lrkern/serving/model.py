@@ -168,7 +168,9 @@ class MultiLoraModel(AbstractContextManager):
             if not any(requests or ()):
                 with self.base():
                     return call(*args, **kwargs)
-            with self.pool._lease(name for row in requests for name, _ in row) as leased:
+            parts = [part for row in requests for part in row]
+            scaled = {name: scale for name, scale in parts if scale != 1}
+            with self.pool._lease((name for name, _ in parts), scaled) as leased:
                 rows = [[(leased[name], scale) for name, scale in row] for row in requests]
                 batch = self._local.batch = Batch(self.pool, rows, self._paths, times, lengths)
                 self._count(1)

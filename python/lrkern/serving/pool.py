@@ -79,7 +79,7 @@ class AdapterPool:
         must(listed, "targets", "be a string or a list of them", shown(targets))
         with refusal("lrkern.serving: targets must be a regex: ", of=(re.error, RecursionError, OverflowError)):
             chosen = re.compile(targets) if isinstance(targets, str) and targets != "all-linear" else targets
-        self.group, self._rank, world = group, 0, 1
+        self._model, self.group, self._rank, world = model, group, 0, 1
         if parallel:
             self._rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
@@ -92,7 +92,7 @@ class AdapterPool:
         self._linears = {name: layer.whole for name, layer in layers.items()}
         self._layers = {name: layers[name] for name in modules}
         for index, layer in enumerate(self._layers.values()):
-            layer.index = index
+            layer.index, layer.module = index, modules[layer.name]
 
         weights = [w for m in modules.values() if isinstance(w := getattr(m, "weight", None), Tensor)]
         kinds, devices = {w.dtype for w in weights}, {p.device for p in model.parameters()}
@@ -182,6 +182,15 @@ class AdapterPool:
             adapter = self._known(name)
             self._reserved.discard(adapter)
             self._changed.notify_all()
+
+    def tensor_of(self, name: str) -> Tensor | None:
+        """A parameter or buffer of the model by its name."""
+        module, _, key = name.rpartition(".")
+        try:
+            t = getattr(self._model.get_submodule(module), key, None)
+        except AttributeError:
+            return None
+        return t.detach() if isinstance(t, Tensor) else None
 
     def to_device(self, t: Tensor) -> Tensor:
         """A copy on the device, which nobody waits for."""
@@ -316,12 +325,16 @@ class AdapterPool:
         self._resident[adapter] = None
 
     @contextmanager
-    def _lease(self, names: Iterable[str]):
-        """The adapters of these names, on the device until the end. Waits where forwards under way hold the room."""
+    def _lease(self, names: Iterable[str], scaled: Mapping[str, float] | None = None):
+        """The adapters of these names, on the device until the end. Waits where forwards under way hold the room. ``scaled``:
+        those that a request scales."""
         names = list(dict.fromkeys(names))
         with self._changed:
             while True:
                 batch = [self._known(name) for name in names]
+                for name, scale in (scaled or {}).items():
+                    fixed = self._known(name).fixed
+                    must(not fixed, "scales", f"be 1 for {name!r} ({fixed})", scale)
                 if self._pages({*batch, *self._reserved}) > self.pages:
                     need, pinned = self._pages(batch), self._pages(self._reserved.difference(batch))
                     raise PoolFull(
