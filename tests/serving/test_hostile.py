@@ -95,7 +95,8 @@ class Doors:
             held += [(k, v.clone()) for k, v in m.state_dict().items()] + [str(m)]
         held += [t.clone() for layer in pool._layers.values() for t in (layer.a, layer.b)]
         held += [pool.names, pool.resident, list(pool._free), dict(pool._adapters), set(pool._reserved)]
-        return [*held, [getattr(kind, "pair", None) for kind in pool._kinds], sorted(self.tmp.glob("to*"))]
+        pairs = [over.pair for kind in pool._kinds for over in getattr(kind, "over", ())]
+        return [*held, pairs, sorted(self.tmp.glob("to*"))]
 
     def of_folder(self, path, family="LORA"):
         yield lambda: self.pool.load("new", path)

@@ -11,7 +11,8 @@ Every linear of the model has a pair of pools in pages of 16 ranks (lrkern.ops.m
 all of them, so an adapter has one list of pages. The host has copies of all adapters, the device those that fit: when pages
 run out, the least recently used adapter is evicted; it is uploaded again when a batch asks for it.
 
-VeRA adapters are vectors over one pair of projections, which all of a pool share: a page holds up to 16 of them.
+VeRA adapters are vectors over a pair of projections, which all that have an equal one share: a page holds up to 16 of them.
+The pair is there, beside the pages, until the last of them has left the pool.
 
 Every method may be called from any thread. A forward, or a whole ``generate``, leases its adapters: they stay as they were
 when it began, whatever is replaced or removed meanwhile, and their pages get no new owner before it ends.

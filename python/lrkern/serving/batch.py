@@ -75,9 +75,9 @@ class Batch:
         # Requests that want the same are one: every row is its, wherever the model puts it.
         self.one = Owners(1) if all(row == rows[0] for row in rows) else None
         rows = rows[:1] if self.one else rows
-        kinds = {adapter.kind for row in rows for adapter, _ in row}
+        kinds = sorted({adapter.kind for row in rows for adapter, _ in row}, key=lambda kind: kind.order)
         own = lambda kind: [[part for part in row if part[0].kind is kind] for row in rows]
-        self.parts = [kind.batch(own(kind)) for kind in pool._kinds if kind in kinds]
+        self.parts = [kind.batch(own(kind)) for kind in kinds]
         self.given: list[Owners] = []  # with MultiLoraModel.rows, the innermost last
         self._owners = Owners(self.count)
         if lengths is not None:

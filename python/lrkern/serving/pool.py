@@ -38,7 +38,8 @@ class AdapterPool:
     Args:
         model: without PEFT's layers; on one device, where the pools go.
         budget, pages: how many bytes, or pages of 16 ranks of all layers, the pools may take; one of the two. Up to 16
-            adapters of vectors (VeRA) share a page. Their one pair of projections comes on top, with the first of them.
+            adapters of vectors (VeRA) that have one pair of projections share a page. A pair comes on top, for as long as an
+            adapter has it: r · (in + out) numbers, of the widest of its linears.
         targets: the linears that may have an adapter: "all-linear" (all but the output embedding), a regex of the whole
             name, or a list of ends of names.
         max_rank: of an adapter of factors, up to 512. max_adapters: names held at once.
@@ -220,7 +221,7 @@ class AdapterPool:
             must(replace or old is None, "name", "be new (or say replace=True)", repr(name))
             if old is None and len(self._adapters) >= self.max_adapters:
                 raise PoolFull(f"lrkern.serving: max_adapters is {self.max_adapters}, and {name!r} would be one more")
-            kind.agree(adapter, name)
+            kind.agree(adapter)
             pinned = old in self._reserved
             if pinned:
                 self._reserve({*self._reserved, adapter} - {old}, name)
@@ -290,7 +291,7 @@ class AdapterPool:
         staying = {a for a in self._resident if not a.users and (a in batch or a in self._reserved)}
         if self._pages([*staying, *absent], beside) > self.pages - len(begun):
             return False
-        free = lambda: {kind: sum(map(len, kind.open.values())) for kind in self._kinds}
+        free = lambda: {kind: sum(map(len, kind.open.values())) for kind in {adapter.kind for adapter in absent}}
         lacks = lambda: self._pages(absent, free()) > len(self._free)
         for adapter in list(self._resident):
             if not lacks():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # By peft_type, how a config and file become the parts of some kind: It refuses with a ValueError what cannot be served exactly.
 FAMILIES: dict[str, Callable[[Config, Tensors, Sizes], Any]] = {}
 
-KINDS: list[type["Kind"]] = []  # in the order in which they act on a batch; the last one that takes parts gets them
+KINDS: list[type["Kind"]] = []  # the last one that takes parts gets them
 
 
 class Adapter:
@@ -68,14 +68,15 @@ class Kind:
 
     def __init__(self, pool: "AdapterPool"):
         self.pool = pool
+        self.order: tuple[int, ...] = (KINDS.index(type(self)),)  # in which kinds act on a batch
         self.open: dict[int, list[int]] = {}  # by page that has room for more, its free cells
 
     def of_layers(self, layers: Mapping[str, AdapterLinear]) -> Any:
         """The parts of these layers of a file of lrkern's own, or None where they are not of this kind."""
         return None
 
-    def agree(self, adapter: Adapter, name: str) -> None:
-        """Takes what the pool's first adapter of this kind brings for all, and refuses what differs; with the lock held."""
+    def agree(self, adapter: Adapter) -> None:
+        """Shares with the pool's other adapters what this one brings and they have too; with the lock held."""
 
     def _host(self, parts: Mapping[str, Sequence[Tensor]], rows: int, what: str) -> dict[int, list[Tensor]]:
         """By layer copies [cells, rows, n] of tensors [R, n] of each linear, zeros past R, all in one block of memory."""

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters that are vectors over one pair of projections, which all of a pool share: VeRA."""
+"""Adapters that are vectors over a pair of projections, which many of a pool share: VeRA."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...files.check import refusal, require
+from ...files.check import require
 from ...files.folder import Config, Sizes, Tensors, by_linear, check_plain
 from ...files.projections import check_trained, pair_shapes, projections
 from ...functional.projection import Basis, Projection, cols_of, project, rows_of
@@ -32,7 +34,7 @@ class Drawn(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Adapters of vectors. All of a pool have the same pair, of which a linear takes the first columns."""
+    """An adapter of vectors. All that have an equal pair share it; a linear takes its first columns."""
 
     a: Projection | Drawn  # [r, largest I]
     b: Projection | Drawn  # [r, largest O]
@@ -46,15 +48,22 @@ Pair = tuple[Projection, Projection]  # A [r, I] and B [r, O]
 
 
 class OverPair(Kind):
-    """Each adapter has a cell, an equal part of a page, in which d and b lie from the start. The pair lies beside the pools."""
+    """Each adapter has a cell, an equal part of a page, in which d and b lie from the start.
+
+    The pool's own is without a pair: it reads adapters, and knows for each pair, as long as an adapter of it lives, the one that
+    they lie in, with pages and a place in a batch of its own. A pair lies beside the pools.
+    """
 
     parts = Shared
+    _numbers = itertools.count(1)
 
-    def __init__(self, pool):
+    def __init__(self, pool, pair: Pair | None = None):
         super().__init__(pool)
         self.room = PAGE * min(layer.local[0] for layer in pool._layers.values())  # of a page of the narrowest A
-        self.pair: Pair | None = None  # what the first such adapter brought: once there is, it stays
-        self.pairs: list[Pair]  # of it what each layer takes
+        self.over: weakref.WeakSet[OverPair] = weakref.WeakSet()
+        if pair is not None:
+            self.order = *self.order, next(self._numbers)
+            self._take(pair)
 
     def of_layers(self, layers):
         pairs = {layer.shared_pair() for layer in layers.values()}
@@ -75,28 +84,19 @@ class OverPair(Kind):
             got = f"vectors {list(d.shape)} and {list(b.shape)} of projections {[r, i]} and {[r_b, o]}"
             require(fit, f"{name} {list(layer.whole)} got {got}")
             mine[name] = d[None], layer.mine(b, "column", pool._rank)[None]
-        with pool._changed:
-            self._check_sizes(parts[:2])
+        host = self._host(mine, 1, "vectors")
         pair = tuple(p.make() if isinstance(p, Drawn) else p for p in parts[:2])
-        return Adapter(self, self._host(mine, 1, "vectors"), 1, pair)
+        return Adapter(self, host, 1, pair)
 
-    def _check_sizes(self, pair: Sequence[Projection | Drawn]) -> None:
-        if self.pair is not None:
-            mine, new = ([[rows_of(p), cols_of(p)] for p in each] for each in (self.pair, pair))
-            require(mine == new, f"its projections must be the pool's, of shapes {mine}, got {new}")
+    def agree(self, adapter: Adapter) -> None:
+        pair, adapter.facts = adapter.facts, None
+        over = next((over for over in self.over if over.has(pair)), None) or OverPair(self.pool, pair)
+        self.over.add(over)
+        adapter.kind = over
 
-    def agree(self, adapter: Adapter, name: str) -> None:
-        new, adapter.facts = adapter.facts, None
-        if self.pair is None:
-            self._take(new)
-            return
-        with refusal(f"lrkern.serving: adapter {name!r}: ", "; the pool is unchanged"):
-            self._check_sizes(new)
-        must = f"lrkern.serving: adapter {name!r}: its projections must be the pool's"
-        for x, a, b in zip("AB", self.pair, new, strict=True):
-            same = type(a) is type(b) and (torch.equal(a, b) if isinstance(a, Tensor) else a == b)
-            got = f"another {x} (of another projection_prng_key?)"
-            require(same, f"{must}, which the first such adapter brought, got {got}; the pool is unchanged")
+    def has(self, pair: Pair) -> bool:
+        same = lambda a, b: torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        return all(type(a) is type(b) and same(a, b) for a, b in zip(self.pair, pair, strict=True))
 
     def _take(self, pair: Pair) -> None:
         pool, layers = self.pool, self.pool._layers.values()
@@ -106,8 +106,10 @@ class OverPair(Kind):
             self.per_page //= 2
         if any(layer.split for layer in layers):  # a Basis has no columns in the middle
             whole = [p.fill(torch.empty(0)) if isinstance(p, Basis) else p for p in whole]
-        whole = [p.to(pool.device, pool.dtype) if isinstance(p, Tensor) else p for p in whole]
-        self.pairs = [
+        # On the stream that waits for the last forward of an adapter which leaves: there the memory is free after it.
+        with torch.cuda.stream(pool._upload_stream):
+            whole = [p.to(pool.device, pool.dtype) if isinstance(p, Tensor) else p for p in whole]
+        self.pairs = [  # of it what each layer takes
             tuple(
                 p._replace(cols=n) if isinstance(p, Basis) else layer.mine(p, which, pool._rank)
                 for p, n, which in zip(whole, layer.local, ("row", "column"), strict=True)
