@@ -9,8 +9,6 @@ import torch
 from minilm import batch, bert, lora_config, one_thread, peft, with_magnitudes  # isort: skip  # noqa: F401
 from test_serving import hidden, snapshot
 
-import lrkern.files
-from lrkern.nn import FusedLoRALinear
 from lrkern.serving import AdapterPool, MultiLoraModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*`lora_bias=True` was passed:UserWarning")
@@ -149,24 +147,6 @@ def test_lora_bias_over_linears_without_bias():
         torch.testing.assert_close(
             got, torch.stack([2 * one(x)[0] - net(x)[0], net(x)[1], net(x)[2]]), atol=1e-5, rtol=0
         )
-
-
-@torch.no_grad()
-def test_a_folder_of_lrkerns_layers(tmp_path):
-    torch.manual_seed(2)
-    net, ours = (torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Linear(24, 8)).eval() for _ in range(2))
-    ours.load_state_dict(net.state_dict())
-    for i, linear in enumerate(list(ours)):
-        ours[i] = FusedLoRALinear.from_linear(linear, r=4, train_bias=i == 0).eval()
-        for p in ours[i].coefficients().values():
-            p.copy_(torch.randn(p.shape))
-    ours[0].base_layer.bias.data = torch.randn(24)  # not the one that both would share
-    lrkern.files.save(ours, tmp_path / "x")
-    pool, x = AdapterPool(net, pages=1), torch.randn(5, 16)
-    pool.load("x", tmp_path / "x")
-    with MultiLoraModel(net, pool) as served:
-        torch.testing.assert_close(served(x, adapters=["x"] * 5), ours(x), atol=2e-5, rtol=1e-5)
-        assert torch.equal(served(x, adapters=["x", "x", None, "x", "x"])[2], net(x)[2])
 
 
 def first(tensors, end):
