@@ -248,6 +248,17 @@ def test_what_is_refused(tmp_path):
     one = peft.get_peft_model(model, peft.RandLoraConfig(r=4, target_modules=["query"]))
     with pytest.raises(ValueError, match="lambda and gamma need 6 pages, the pool has 1"):
         pool.add("thin", *files(one))
+    huge = {"one.randlora_lambda": torch.ones(1 << 20, 1), "one.randlora_gamma": torch.ones(1, 16)}  # a pair of 100 MB
+    config = {
+        "peft_type": "RANDLORA",
+        "r": 1 << 20,
+        "randlora_alpha": 1,
+        "projection_prng_key": 0,
+        "save_projection": False,
+    }
+    plain = AdapterPool(torch.nn.ModuleDict({"one": torch.nn.Linear(16, 24)}).eval(), pages=1 << 16)
+    with pytest.raises(ValueError, match="r must lie in 1..16 .* got 1048576"):
+        plain.add("huge", config, {f"base_model.model.{k}": t for k, t in huge.items()})
     mixed = torch.nn.ModuleDict({"a": RandLoRALinear(8, 8, r=2), "b": NOLALinear(8, 8, r=2, k=2, l=2)})
     lrkern.files.save(mixed, tmp_path / "mixed", kind="own")
     plain = AdapterPool(torch.nn.ModuleDict({k: torch.nn.Linear(8, 8) for k in "ab"}).eval(), pages=1)

@@ -126,6 +126,10 @@ class LowRank(Kind):
             w = layer.weight()
             norm = F.dora_norm(w, f.a.to(w.device), b.mT.to(w.device), f.scale)
             c = (layer.mine(f.magnitude.to(w.device, torch.float32), "column", rank) / norm).cpu()
+            sound = "finite magnitudes, and rows of W + scale · B A with a finite norm above 0"
+            require(
+                c.isfinite().all(), f"{layer.name} must have {sound}, got {int((~c.isfinite()).sum())} that are not so"
+            )
             gain += c - 1
             shift *= c
             b = c * b.float()
