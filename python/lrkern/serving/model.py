@@ -28,7 +28,7 @@ class MultiLoraModel(AbstractContextManager):
 
     adapters: per request a name, None or "__base__" for the base, or a list of names, whose parts are added; PEFT's word
     for it, adapter_names, is the same. scales: per request a number (for each of its adapters) or a list, times the
-    adapter's own scale.
+    adapter's own scale; 1 for DoRA and for biases in place of the model's, of which none is known.
 
     The requests are the first dimension of the model's input: input_ids, inputs_embeds, input_features, input_values (and the
     decoder's), else the model's main_input_name, else the first tensor. From there on they are followed through every

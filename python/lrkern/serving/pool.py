@@ -39,10 +39,10 @@ class AdapterPool:
         model: without PEFT's layers; on one device, where the pools go.
         budget, pages: how many bytes, or pages of 16 ranks of all layers, the pools may take; one of the two. Up to 16
             adapters of vectors (VeRA) that have one pair of projections share a page. A pair comes on top, for as long as an
-            adapter has it: r · (in + out) numbers, of the widest of its linears.
+            adapter has it: r · (in + out) numbers, of the widest of its linears; of RandLoRA's in · out.
         targets: the linears that may have an adapter: "all-linear" (all but the output embedding), a regex of the whole
             name, or a list of ends of names.
-        max_rank: of an adapter of factors, up to 512. max_adapters: names held at once.
+        max_rank: of an adapter of factors, up to 512; DoRA or biases take pages for two ranks more. max_adapters: names held at once.
         dtype: of the pools; None means the model's, or float32 where that is no float or not one.
         parallel: for tensor parallelism, "column" or "row" by the end of a linear's name. The model's linears are then
             this process's shards, adapters are whole. A row-parallel linear must return y summed over the group.
@@ -148,8 +148,9 @@ class AdapterPool:
 
     def load(self, name: str, path: str | Path, replace: bool = False) -> None:
         """Adds under this name a PEFT folder (adapter_config.json and adapter_model.safetensors) or a file of
-        lrkern.files.save's, of layers of low rank: VeRA layers that share a pair (one seed, r, max_in and
-        max_out) are vectors, all others factors. ``replace``: in place of the adapter of that name; forwards under way end
+        lrkern.files.save's: VeRA layers that share a pair (one seed, r, max_in and max_out) are vectors, RandLoRA is lambda and
+        gamma over bases, all others must be of low rank and are factors. DoRA takes the norm of the weights that the model has
+        now; a request's scale of it, and of biases in place of the model's, must be 1. ``replace``: in place of the adapter of that name; forwards under way end
         with the old one. A refused call changes nothing."""
 
         def read():
