@@ -118,14 +118,14 @@ def test_several_of_a_request_and_scales():
     for row, (names, each) in enumerate(zip(who, scales, strict=True)):
         names = [names] if isinstance(names, str) else names
         each = [each] if isinstance(each, float) else each or [1.0] * len(names)
-        sum_of = bert(1)
+        sum_of, plain = bert(1), bert(1)
         with torch.no_grad():
             for name, scale in zip(names, each, strict=True):
                 one = peft.get_peft_model(bert(1), files(stock(name))[0])
                 peft.set_peft_model_state_dict(one, files(stock(name))[1])
                 for key, m in one.merge_and_unload().named_modules():
                     if isinstance(m, torch.nn.Linear):
-                        mine, base = sum_of.get_submodule(key), bert(1).get_submodule(key)
+                        mine, base = sum_of.get_submodule(key), plain.get_submodule(key)
                         mine.weight += scale * (m.weight - base.weight)
                         mine.bias += scale * (m.bias - base.bias)
             want = hidden(sum_of(**batch(4)))[row]

@@ -99,16 +99,21 @@ def test_autocast():
         assert_rows(hidden(served(**batch(8), adapters=WHO)).float(), WHO, 0.15)
 
 
+@functools.cache
+def merged(name):
+    one = peft.get_peft_model(bert(1), files(stock(name))[0])
+    peft.set_peft_model_state_dict(one, files(stock(name))[1])
+    return one.eval().merge_and_unload()
+
+
 def merged_differences(parts):
     """The base with the sum of what each adapter, merged by PEFT, changes in W."""
-    model = bert(1)
+    model, base = bert(1), bert(1)
     with torch.no_grad():
         for name in parts:
-            one = peft.get_peft_model(bert(1), files(stock(name))[0])
-            peft.set_peft_model_state_dict(one, files(stock(name))[1])
-            for key, m in one.eval().merge_and_unload().named_modules():
+            for key, m in merged(name).named_modules():
                 if isinstance(m, torch.nn.Linear):
-                    model.get_submodule(key).weight += m.weight - bert(1).get_submodule(key).weight
+                    model.get_submodule(key).weight += m.weight - base.get_submodule(key).weight
         return hidden(model(**batch(8)))
 
 

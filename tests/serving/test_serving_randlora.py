@@ -257,7 +257,7 @@ def test_what_is_refused(tmp_path):
         "save_projection": False,
     }
     plain = AdapterPool(torch.nn.ModuleDict({"one": torch.nn.Linear(16, 24)}).eval(), pages=1 << 16)
-    with pytest.raises(ValueError, match="r must lie in 1..16 .* got 1048576"):
+    with pytest.raises(ValueError, match="r must lie in 1..24 .* got 1048576"):
         plain.add("huge", config, {f"base_model.model.{k}": t for k, t in huge.items()})
     mixed = torch.nn.ModuleDict({"a": RandLoRALinear(8, 8, r=2), "b": NOLALinear(8, 8, r=2, k=2, l=2)})
     lrkern.files.save(mixed, tmp_path / "mixed", kind="own")

@@ -204,10 +204,8 @@ def _randlora(config: Config, tensors: Tensors, linears: Sizes) -> Bases:
     found = by_linear(config, own, linears, "randlora_lambda", "randlora_gamma")
     sizes = {name: linears[name] for name in found}
     check_trained(config, tensors, sizes)
-    most = max(map(min, sizes.values()))
-    require(
-        config["r"] <= most, f"r must lie in 1..{most} (the largest of its linears' smaller sides), got {config['r']}"
-    )
+    most = max(map(max, sizes.values()))  # a pair is no larger than a few linears, whatever a file of kilobytes says
+    require(config["r"] <= most, f"r must lie in 1..{most} (the largest side of its linears), got {config['r']}")
 
     @functools.cache
     def pair() -> Pair:
