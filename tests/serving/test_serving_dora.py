@@ -203,6 +203,40 @@ def test_packed_rows(targets):
         torch.testing.assert_close(got[6:], model.down(torch.tanh(y)), atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_rows_that_the_model_says_are_whose():
+    """Gathered in another order, some of nobody's: of DoRA, biases and RandLoRA."""
+
+    class Gathers(Packs):
+        order = torch.tensor([5, 0, 3, 2, 4, 1])
+        nobodys = torch.tensor([False, False, True, False, False, False])
+
+        def forward(self, x):
+            mine, flat = served.requests(x), x.flatten(0, 1)
+            with served.rows(torch.where(self.nobodys, -1, mine[self.order])):
+                return super().forward(flat[self.order])
+
+    stocks = {"d": of_packs(1, bias="lora_only"), "l": of_packs(2, use_dora=False)}
+    for p in stocks["d"].base_model.model.up.base_layer.bias, stocks["l"].base_model.model.up.lora_B["default"].weight:
+        p += 0.5 * torch.randn(p.shape)
+    config = peft.RandLoraConfig(r=6, randlora_alpha=90, target_modules=["up", "down"], save_projection=True)
+    stocks["r"] = peft.get_peft_model(Packs(), config).eval()
+    for key, p in stocks["r"].named_parameters():
+        if "randlora_lambda" in key:
+            p.copy_(torch.randn(p.shape))
+    model, x, who = Gathers().eval(), torch.randn(3, 2, 32), ["d", "r", "l"]
+    pool = AdapterPool(model, pages=8)
+    for name, one in stocks.items():
+        pool.add(name, *files(one))
+    with MultiLoraModel(model, pool) as served:
+        got = served(x, adapters=who)
+    flat, plain = x.flatten(0, 1), Packs().eval()
+    for y, row, nobody in zip(got, Gathers.order.tolist(), Gathers.nobodys.tolist(), strict=True):
+        one = plain if nobody else stocks[who[row // 2]]
+        torch.testing.assert_close(y, one(flat[row : row + 1])[0], atol=1e-5, rtol=1e-5)
+        assert nobody or (y - plain(flat[row])).abs().max() > 0.02
+
+
 def test_generate_over_conv1d_with_beams():
     def adapter(seed):
         torch.manual_seed(seed)
