@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import functional as F
 from ... import ops
-from ...files.check import named, require
+from ...files.check import check_shape, named, require
 from ...files.own import classes, either
 from ...limits import PAGE
 from .kind import Adapter, Kind
@@ -32,7 +32,7 @@ class Facts(NamedTuple):
 
     ranks: Tensor  # int32
     scales: Tensor
-    bends: Tensor  # bool: whether it has a gain and a shift there
+    bends: list[bool]  # whether it has a gain and a shift there
     pages: int  # of its factors, the first of its cells; gain and shift are the last rows of its last
 
 
@@ -58,12 +58,9 @@ class LowRank(Kind):
             (I, O), r = pool._layers[name].whole, f.a.shape[0]
             fit = (f.a.shape, f.b.shape) == ((r, I), (O, r)) and math.isfinite(f.scale)
             require(fit, f"{name} got factors {list(f.a.shape)}, {list(f.b.shape)}, scale {f.scale}")
-            for key in ("bias", "magnitude"):
-                t = getattr(f, key)
-                require(
-                    t is None or t.shape == (O,),
-                    f"{name} must have a {key} [{O}], got {t is not None and list(t.shape)}",
-                )
+            for key, t in (("bias", f.bias), ("magnitude", f.magnitude)):
+                if t is not None:
+                    check_shape(f"{name}'s {key}", t, (O,))
         trained = self._trained(getattr(parts, "biases", {}))
         dora = any(f.magnitude is not None for f in parts.values())
         size = math.ceil((rank + 2 * (dora or bool(trained) or any(f.bias is not None for f in parts.values()))) / PAGE)
@@ -81,9 +78,7 @@ class LowRank(Kind):
                 b = torch.cat([b, b.new_zeros(PAGE * size - len(b) - 2, b.shape[1]), vectors])
             ranks[layer.index], scales[layer.index], bends[layer.index] = len(a), f.scale, vectors is not None
             mine[name] = a, b
-        facts = Facts(
-            torch.tensor(ranks, dtype=torch.int32), torch.tensor(scales), torch.tensor(bends), math.ceil(rank / PAGE)
-        )
+        facts = Facts(torch.tensor(ranks, dtype=torch.int32), torch.tensor(scales), bends, math.ceil(rank / PAGE))
         adapter = Adapter(self, self._host(mine, PAGE, "factors"), size, facts)
         if dora:
             adapter.fixed = "DoRA, whose norm its scale is part of: load it with another lora_alpha"
@@ -155,10 +150,12 @@ class _Batch:
         M = max(adapter.facts.pages for adapter in adapters)
         pages = [[(adapter.cells[: adapter.facts.pages] + [0] * M)[:M]] for adapter in adapters]
         stacked = lambda of: torch.stack([getattr(adapter.facts, of) for adapter in adapters], 1)  # [layers, A]
-        ranks, scales, bends = map(stacked, ("ranks", "scales", "bends"))
+        ranks, scales = map(stacked, ("ranks", "scales"))
         put = pool.to_device
         self._pool, self._rows = pool, rows
-        self._adds, self._bends = ranks.any(1).tolist(), bends.any(1).tolist()
+        self._adds = ranks.any(1).tolist()
+        bent = [adapter for adapter in adapters if any(adapter.facts.bends)]
+        self._bends = [tuple(adapter for adapter in bent if adapter.facts.bends[i]) for i in range(len(self._adds))]
         self._index = put(torch.tensor([[i for i, _ in row] for row in slots], dtype=torch.int32))  # [requests, K]
         self._own = put(torch.tensor([[scale for _, scale in row] for row in slots]))
         self._pages, self._ranks = put(torch.tensor(pages, dtype=torch.int32)), put(ranks.unsqueeze(2))
@@ -166,7 +163,7 @@ class _Batch:
         self._bending: dict[tuple, tuple[Tensor, ...]] = {}
 
     def acts(self, layer):
-        return self._adds[layer.index] or self._bends[layer.index]
+        return bool(self._adds[layer.index] or self._bends[layer.index])
 
     def add(self, y, x, layer, along):
         if self._bends[layer.index]:
@@ -197,7 +194,7 @@ class _Batch:
 
     def _bend(self, y, layer, along):
         """y + gain ⊙ (y - bias) + shift in fp32, rounded once, in the rows of those that have them."""
-        requests, cells, scales = self._bending_at(layer)
+        requests, cells, scales = self._bending_at(self._bends[layer.index])
         vectors = layer.b.unflatten(0, (-1, PAGE))[cells, -2:].float()  # [n, K, 2, O]
         gain, shift = torch.where(scales != 0, scales * vectors, 0.0).sum(1).unbind(1)  # [n, O]
         bias = getattr(layer.module, "bias", None)
@@ -218,15 +215,14 @@ class _Batch:
             flat.copy_(torch.where(at[:, None] >= 0, bent(flat, gain[at], shift[at]), flat))
         return out
 
-    def _bending_at(self, layer) -> tuple[Tensor, ...]:
-        """The requests that have gain and shift here, n of them, and of each the pages where they are [n, K] and their scales [n, K, 1, 1]."""
-        acts = lambda adapter: bool(adapter.facts.bends[layer.index])
-        each = [[(adapter.cells[-1], scale) for adapter, scale in row if acts(adapter)] for row in self._rows]
-        key = tuple(map(tuple, each))
-        if key not in self._bending:
+    def _bending_at(self, adapters: tuple[Adapter, ...]) -> tuple[Tensor, ...]:
+        """The requests that have some of these, n of them, and of each the pages of their gains and shifts [n, K] and their
+        scales [n, K, 1, 1]."""
+        if adapters not in self._bending:
+            each = [[(adapter.cells[-1], scale) for adapter, scale in row if adapter in adapters] for row in self._rows]
             requests = [i for i, row in enumerate(each) if row]
             K, put = max(map(len, each)), self._pool.to_device
             slots = [each[i] + [(0, 0.0)] * (K - len(each[i])) for i in requests]
             cells, scales = (torch.tensor([[slot[j] for slot in row] for row in slots]) for j in (0, 1))
-            self._bending[key] = put(torch.tensor(requests)), put(cells), put(scales[..., None, None])
-        return self._bending[key]
+            self._bending[adapters] = put(torch.tensor(requests)), put(cells), put(scales[..., None, None])
+        return self._bending[adapters]
