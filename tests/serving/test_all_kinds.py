@@ -39,6 +39,12 @@ PEFT = {
     "peft randlora": peft.RandLoraConfig(r=6, randlora_alpha=400, target_modules=TARGETS, save_projection=True),
     "bias": peft.LoraConfig(r=4, bias="lora_only", lora_bias=True, target_modules=TARGETS, init_lora_weights=False),
     "peft miss": peft.MissConfig(r=4, target_modules=TARGETS, init_weights=False),
+    "peft vera": peft.VeraConfig(r=8, target_modules=TARGETS),
+    "another pair": peft.VeraConfig(r=8, target_modules=TARGETS, projection_prng_key=5),
+    "embedding": peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False),
+    "head of its own": peft.LoraConfig(
+        r=4, target_modules=TARGETS, init_lora_weights=False, modules_to_save=["lm_head"]
+    ),
 }
 
 
@@ -67,9 +73,11 @@ def everything(tmp_path_factory):
         for key, p in models[name].named_parameters():
             if "magnitude" in key:
                 p.data *= torch.rand_like(p) + 0.5
-            elif "randlora_lambda" in key or key.endswith("lora_B.default.bias"):
-                p.data = torch.randn_like(p)
-        models[name].save_pretrained(folder / name)
+            elif any(
+                word in key for word in ("vera_lambda", "randlora_lambda", "modules_to_save", "lora_B.default.bias")
+            ):
+                p.data.copy_(torch.randn(p.shape))
+        models[name].save_pretrained(folder / name, save_embedding_layers=False)
     return folder, models
 
 
@@ -77,7 +85,7 @@ def test_every_kind_in_one_batch_with_generate(everything):
     folder, models = everything
     names = [name for name in models if name]
     model = copy.deepcopy(models[None])
-    pool = AdapterPool(model, pages=2 * len(names), max_rank=64)
+    pool = AdapterPool(model, pages=2 * len(names), targets=[*TARGETS, "embed_tokens"], max_rank=64)
     for name in names:
         path = folder / name
         pool.load(name, path if path.exists() else folder / f"{name}.safetensors")

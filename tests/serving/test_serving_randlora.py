@@ -240,7 +240,7 @@ def test_what_is_refused(tmp_path):
         (lambda c, t: c.update(r=65), r"lambda must have shape \[65, 6\]"),
         (lambda c, t: c.update(randlora_alpha="x"), "randlora_alpha must be a finite number, got 'x'"),
         (lambda c, t: c.update(bias="all"), "bias must be 'none'"),
-        (lambda c, t: c.update(modules_to_save=["pooler"]), "modules_to_save must be off"),
+        (lambda c, t: c.update(modules_to_save=["pooler"]), "lacks pooler.dense.weight, which modules_to_save says"),
     ):  # fmt: skip
         for name, replace in (("bad", False), ("r1", True)):
             with pytest.raises(ValueError, match=rf"adapter '{name}': .*{message}.*; the pool is unchanged"):

@@ -93,7 +93,10 @@ DAMAGES = {
     "dora": (edit_config(use_dora=True), "lacks .*lora_magnitude_vector"),
     "bias": (edit_config(bias="some"), "bias must be 'none', 'all' or 'lora_only', got 'some'"),
     "lora_bias": (edit_config(lora_bias=True), "lacks .*lora_B.bias"),
-    "modules_to_save": (edit_config(modules_to_save=["pooler"]), "modules_to_save must be off"),
+    "modules_to_save": (
+        edit_config(modules_to_save=["pooler"]),
+        "lacks pooler.dense.weight, which modules_to_save says",
+    ),
     "alora": (edit_config(alora_invocation_tokens=[1]), "alora_invocation_tokens must be off"),
     "pissa": (edit_config(init_lora_weights="pissa_niter_4"), "init_lora_weights must leave the base"),
 }

@@ -422,7 +422,7 @@ def changed(**values):
 
 @pytest.mark.parametrize(("spoil", "message"), [
     (changed(bias="vera_only"), "bias must be 'none'"),
-    (changed(modules_to_save=["pooler"]), "modules_to_save must be off"),
+    (changed(modules_to_save=["pooler"]), "lacks pooler.dense.weight, which modules_to_save says"),
     (changed(r="x"), "r must be a whole number"),
     (changed(target_modules=["query"]), "must hold what target_modules="),
     (lambda c, t: t.pop("base_model.vera_B"), "lacks base_model.vera_B"),

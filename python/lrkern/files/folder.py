@@ -123,6 +123,7 @@ _KINDS: dict[str, tuple[str, Any]] = {
     "alpha_pattern": ("an object of finite numbers by regex", lambda value: _pattern(value, is_finite)),
     "target_modules": _names,
     "exclude_modules": _names,
+    "modules_to_save": _names,
     "layers_to_transform": (
         "a whole number or a list of them",
         lambda value: all(is_whole(v, 0, 2**31 - 1) for v in (value if isinstance(value, list | tuple) else [value])),

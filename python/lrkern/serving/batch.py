@@ -11,6 +11,7 @@ from .kinds.kind import Rows
 from .layer import Layer, must
 from .pool import AdapterPool
 from .rows import Along, Dims, Follow, Lost, Owners, arguments_of, tensors_of
+from .saved import apart, copies, ours, over
 
 # Whose modules take the same path through a forward for all inputs of the same shapes, as long as no value of a tensor goes to
 # Python. Others are followed in every forward.
@@ -33,14 +34,10 @@ class Paths:
             return None
 
     def keep(self, key: Any, found: Found, follow: Follow) -> None:
-        hooks = lambda m: [h for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) if not _ours(h)]
+        hooks = lambda m: [h for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) if not ours(h)]
         plain = lambda m: type(m).__module__.split(".")[0] in _KNOWN and "forward" not in vars(m) and not hooks(m)
         if key is not None and not follow.read and all(map(plain, self.model.modules())):
             self.found[key] = found
-
-
-def _ours(hook: Any) -> bool:
-    return getattr(hook, "__module__", "").startswith(__package__)
 
 
 def _outline(value: Any) -> Any:
@@ -78,6 +75,10 @@ class Batch:
         kinds = sorted({adapter.kind for row in rows for adapter, _ in row}, key=lambda kind: kind.order)
         own = lambda kind: [[part for part in row if part[0].kind is kind] for row in rows]
         self.parts = [kind.batch(own(kind)) for kind in kinds]
+        put = lambda mine: pool.to_device(torch.tensor(mine))
+        self.saved = {
+            name: [(state, put(mine)) for state, mine in each] for name, each in copies(rows, pool.layers).items()
+        }
         self.given: list[Owners] = []  # with MultiLoraModel.rows, the innermost last
         self._owners = Owners(self.count)
         if lengths is not None:
@@ -98,7 +99,7 @@ class Batch:
         inputs = tensors_of(arguments, getattr(module, "main_input_name", None))
         times = self.times if module is self.paths.model else 1
         dims = {name: self._of_input(name, t, times) for name, t in inputs.items()}
-        of = module is self.paths.model, self._owners.count, times, self.lengths is None
+        of = module is self.paths.model, self._owners.count, times, self.lengths is None, *sorted(self.saved)
         self._inside, self._key = module, self.paths.key(*of, arguments)
         if self._key in self.paths.found:
             self._found = self.paths.found[self._key]
@@ -134,10 +135,13 @@ class Batch:
         """A linear of any kind leaves rows where they are."""
         if self.follow is not None:
             self.passed(x, y)
-            rows = self.follow.rows(x)
-            now = rows if isinstance(rows, Lost) else (rows.outer, rows.inner)
-            if self._found.setdefault((layer.name, x.shape), now) != now:
-                self._key = None  # the same shape has two meanings: it has to be followed each time
+            self._note(layer.name, x)
+
+    def _note(self, name: str, x: Tensor) -> None:
+        rows = self.follow.rows(x)
+        now = rows if isinstance(rows, Lost) else (rows.outer, rows.inner)
+        if self._found.setdefault((name, x.shape), now) != now:
+            self._key = None  # the same shape has two meanings: it has to be followed each time
 
     def passed(self, x: Tensor, y: Tensor) -> None:
         known = self.follow.known(x)
@@ -145,7 +149,33 @@ class Batch:
             lost = isinstance(known, Lost)
             self.follow.mark(y, known if lost else {d: along for d, along in known.items() if d < x.ndim - 1})
 
-    def along(self, name: str, x: Tensor) -> Along:
+    def copied(self, name: str, module: nn.Module, args: tuple, kwargs: dict, y: Tensor, before: int) -> Tensor:
+        """y with the rows of adapters that have a copy of this module as their copies give them."""
+        must(isinstance(y, Tensor) and y.ndim, f"{name} of modules_to_save", "return a tensor", type(y).__name__)
+        what, out = f"{name} (modules_to_save)", y
+        along = self.along(what, y, "")
+        if self.follow is not None:
+            self._note(what, y)
+        for state, mine in self.saved[name]:
+            own = self._apart(what, over(module, state, before), args, kwargs, along)
+            if self.one or out.shape != own.shape:  # of another size: then all rows are
+                out = own
+            else:
+                out = torch.where(along.spread(mine).view(*y.shape[:-1], 1), own, out)
+        return out
+
+    def _apart(self, what: str, module: nn.Module, args: tuple, kwargs: dict, along: Along) -> Tensor:
+        """A module's result, whose rows must depend on rows of the same request alone, where they are followed."""
+        if self.follow is None:
+            return module(*args, **kwargs)
+        with apart(self.follow):
+            own = module(*args, **kwargs)
+        rows = self.follow.rows(own)
+        after = f" after {rows}" if isinstance(rows, Lost) and rows else ""
+        must(rows == along, what, "give each request what its own rows make", f"something else{after}")
+        return own
+
+    def along(self, name: str, x: Tensor, way: str = "leave it out of the pool's targets, ") -> Along:
         """Whose x's rows are, in the layer of this name; refuses where that is not known."""
         T = x.shape[:-1].numel()
         if self.one is not None:
@@ -170,7 +200,7 @@ class Batch:
             return rows
         raise ValueError(
             f"lrkern.serving: {name} got x {list(x.shape)}, whose rows do not tell which of the {self.count} requests they "
-            f"belong to{rows and f', after {rows}'}; leave it out of the pool's targets, give its rows with "
+            f"belong to{rows and f', after {rows}'}; {way}give its rows with "
             "MultiLoraModel.rows, or give all requests of a call the same adapters"
         )
 

@@ -7,6 +7,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..files.check import require
+from ..files.folder import features_of
 from ..limits import DTYPES
 
 
@@ -15,11 +16,20 @@ def must(holds: Any, argument: str, what: str, got: Any) -> None:
         raise ValueError(f"lrkern.serving: {argument} must {what}, got {got}")
 
 
+def sizes_of(module: nn.Module) -> tuple[int, int] | None:
+    """[I, O] of what may have an adapter: a linear of any kind, or an embedding, whose I is the vocabulary."""
+    if isinstance(module, nn.Embedding):
+        return (module.num_embeddings, module.embedding_dim) if module.max_norm is None else None
+    return features_of(module)
+
+
 class Layer:
-    """A linear's pools: a page is 16 rows of both. Sharded by columns it has B's rows of this process, by rows A's columns."""
+    """A linear's or embedding's pools: a page is 16 rows of both. Sharded by columns a linear has B's rows of this process, by
+    rows A's columns."""
 
     def __init__(self, index: int, name: str, features: tuple[int, int], split: str | None, world: int):
         self.index, self.name, self.split = index, name, split
+        self.embeds = False  # an embedding: its x are ids [..., 1]
         self.local = features
         self.whole = (features[0] * (world if split == "row" else 1), features[1] * (world if split == "column" else 1))
         self.module: nn.Module  # the linear

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..files.folder import features_of
 from .batch import Batch, Paths
-from .layer import Layer, must
+from .layer import Layer, must, sizes_of
 from .pool import AdapterPool
 from .rows import Owners, arguments_of, tensors_of
 
@@ -28,7 +28,8 @@ class MultiLoraModel(AbstractContextManager):
 
     adapters: per request a name, None or "__base__" for the base, or a list of names, whose parts are added; PEFT's word
     for it, adapter_names, is the same. scales: per request a number (for each of its adapters) or a list, times the
-    adapter's own scale; 1 for DoRA and for biases in place of the model's, of which none is known.
+    adapter's own scale; 1 for DoRA and for biases in place of the model's, of which none is known. Copies of modules
+    (modules_to_save) have none.
 
     The requests are the first dimension of the model's input: input_ids, inputs_embeds, input_features, input_values (and the
     decoder's), else the model's main_input_name, else the first tensor. From there on they are followed through every
@@ -43,10 +44,12 @@ class MultiLoraModel(AbstractContextManager):
     def __init__(self, model: nn.Module, pool: AdapterPool):
         modules = dict(model.named_modules())
         for name, layer in pool._layers.items():
-            there = name in modules and features_of(modules[name]) == layer.local
-            must(there, "model", f"have a linear {name} {list(layer.local)}", modules.get(name))
+            there = name in modules and sizes_of(modules[name]) == layer.local
+            what = "an embedding" if layer.embeds else "a linear"
+            must(there, "model", f"have {what} {name} {list(layer.local)}", modules.get(name))
         self.model, self.pool, self._local = model, pool, threading.local()
         self._paths, self._running, self._lock = Paths(model), 0, threading.Lock()
+        self._copied: set[str] = set()  # modules of which some adapter had a copy
         self._keywords = _keywords(model)
         hook = lambda m, f: m.register_forward_hook(torch.compiler.disable(f), with_kwargs=True)
         self._hooks = [hook(modules[name], self._hook(layer)) for name, layer in pool._layers.items()]
@@ -172,7 +175,10 @@ class MultiLoraModel(AbstractContextManager):
             scaled = {name: scale for name, scale in parts if scale != 1}
             with self.pool._lease((name for name, _ in parts), scaled) as leased:
                 rows = [[(leased[name], scale) for name, scale in row] for row in requests]
-                batch = self._local.batch = Batch(self.pool, rows, self._paths, times, lengths)
+                batch = Batch(self.pool, rows, self._paths, times, lengths)
+                for name in batch.saved:
+                    self._copies(name)
+                self._local.batch = batch
                 self._count(1)
                 try:
                     return call(*args, **kwargs)
@@ -225,11 +231,28 @@ class MultiLoraModel(AbstractContextManager):
                     )
                 return None
             x = _first(args, kwargs)
+            x = x.unsqueeze(-1) if layer.embeds else x
             with torch._C.DisableTorchFunction():
                 out = self._add(batch, layer, x, y)
             return None if out is y else out
 
         return add
+
+    def _copies(self, name: str) -> None:
+        """The hook of a module that some adapter has a copy of: there once it is asked for."""
+
+        def put(module: nn.Module, args: tuple, kwargs: dict, y: Any) -> Tensor | None:
+            batch = self._batch()
+            if batch is None or name not in batch.saved:
+                return None
+            return batch.copied(name, module, args, kwargs, y, handle.id)
+
+        with self._lock:
+            if name not in self._copied and self._hooks:
+                self._copied.add(name)
+                module = self.model.get_submodule(name)
+                handle = module.register_forward_hook(torch.compiler.disable(put), with_kwargs=True)
+                self._hooks.append(handle)
 
     def _add(self, batch: Batch, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
         parts, out = [part for part in batch.parts if part.acts(layer)], y

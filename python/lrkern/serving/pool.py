@@ -16,12 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..files.check import is_whole, named, refusal, shown
-from ..files.folder import Config, Tensors, as_path, features_of, read_adapter
+from ..files.folder import Config, Tensors, as_path, read_adapter
 from ..files.own import read_layers
 from ..limits import DTYPES, MAX_RANK, PAGE
 from .kinds.kind import KINDS, Adapter, Kind
 from .kinds.read import of_folder, of_layers
-from .layer import Layer, must
+from .layer import Layer, must, sizes_of
 
 
 class UnknownAdapter(ValueError):
@@ -39,10 +39,12 @@ class AdapterPool:
         model: without PEFT's layers; on one device, where the pools go.
         budget, pages: how many bytes, or pages of 16 ranks of all layers, the pools may take; one of the two. Up to 16
             adapters of vectors (VeRA) that have one pair of projections share a page. A pair comes on top, for as long as an
-            adapter has it: r · (in + out) numbers, of the widest of its linears; of RandLoRA's in · out.
-        targets: the linears that may have an adapter: "all-linear" (all but the output embedding), a regex of the whole
-            name, or a list of ends of names.
-        max_rank: of an adapter of factors, up to 512; DoRA or biases take pages for two ranks more. max_adapters: names held at once.
+            adapter has it: r · (in + out) numbers, of the widest of its linears; of RandLoRA's in · out. So do modules that an
+            adapter has whole copies of (modules_to_save), while it is on the device.
+        targets: the linears and embeddings that may have an adapter: "all-linear" (all but embeddings, the output's too), a
+            regex of the whole name, or a list of ends of names. An embedding takes 16 · (V + D) numbers of a page.
+        max_rank: of an adapter of factors, up to 512; DoRA or biases take pages for two ranks more. max_adapters: names held
+            at once.
         dtype: of the pools; None means the model's, or float32 where that is no float or not one.
         parallel: for tensor parallelism, "column" or "row" by the end of a linear's name. The model's linears are then
             this process's shards, adapters are whole. A row-parallel linear must return y summed over the group.
@@ -85,12 +87,17 @@ class AdapterPool:
             self._rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        every = {name: m for name, m in model.named_modules() if features_of(m)}
-        modules = {name: m for name, m in every.items() if _targeted(chosen, name, m is head)}
-        must(modules, "targets", "name linears of the model", shown(targets))
+        every = {name: m for name, m in model.named_modules() if sizes_of(m)}
+        embeds = lambda m: isinstance(m, nn.Embedding)
+        modules = {name: m for name, m in every.items() if _targeted(chosen, name, m is head or embeds(m))}
+        must(modules, "targets", "name linears of the model, or embeddings", shown(targets))
         splits = {name: next((v for k, v in parallel.items() if _ends(name, k)), None) for name in every}
-        layers = {n: Layer(-1, n, features_of(m), splits[n], world) for n, m in every.items()}
-        self._linears = {name: layer.whole for name, layer in layers.items()}
+        layers = {n: Layer(-1, n, sizes_of(m), splits[n], world) for n, m in every.items()}
+        for name, layer in layers.items():
+            layer.embeds = embeds(every[name])
+            whole = not (layer.embeds and layer.split and name in modules)
+            must(whole, "parallel", "not split embeddings", f"{name}: {layer.split}")
+        self._linears = {name: layer.whole for name, layer in layers.items() if not layer.embeds}
         self._layers = {name: layers[name] for name in modules}
         for index, layer in enumerate(self._layers.values()):
             layer.index, layer.module = index, modules[layer.name]
@@ -155,15 +162,18 @@ class AdapterPool:
 
         def read():
             if as_path(path).exists() and not Path(path).is_dir():
-                return of_layers(read_layers(path, self._linears), self._linears, reversed(self._kinds))
-            return of_folder(*read_adapter(path), self._linears, reversed(self._kinds))
+                return of_layers(read_layers(path, self._linears), self._linears, reversed(self._kinds)), {}
+            return self._parts(*read_adapter(path))
 
         self._put(name, read, replace, f"{named(str(path))}: ")
 
     def add(self, name: str, config: Config | peft.PeftConfig, tensors: Tensors, replace: bool = False) -> None:
         """The same with what the two files hold: a config, and tensors by key as peft.get_peft_model_state_dict gives."""
         config = config.to_dict() if isinstance(config, peft.PeftConfig) else config
-        self._put(name, lambda: of_folder(config, tensors, self._linears, reversed(self._kinds)), replace)
+        self._put(name, lambda: self._parts(config, tensors), replace)
+
+    def _parts(self, config: Config, tensors: Tensors) -> Any:
+        return of_folder(config, tensors, self._linears, reversed(self._kinds), self._model)
 
     def remove(self, name: str) -> None:
         """Forwards under way end with it; its pages are free after them."""
@@ -212,11 +222,14 @@ class AdapterPool:
             re.error,
         )
         with refusal(f"lrkern.serving: adapter {shown(name)}: {where}", "; the pool is unchanged", errors):
-            parts = read()
+            parts, saved = read()
             kind = next(kind for kind in reversed(self._kinds) if isinstance(parts, kind.parts))
             if outside := sorted(parts.keys() - self._layers.keys()):
-                raise ValueError(f"{outside[0]} is not among the pool's targets")
+                way = f"the pool must be made with it (targets=[..., {outside[0]!r}])"
+                raise ValueError(f"{outside[0]} is not among the pool's targets; {way}")
             adapter = kind.read(parts)
+            pinned = lambda state: {key: t.pin_memory() if self._upload_stream else t for key, t in state.items()}
+            adapter.saved = {module: one._replace(state=pinned(one.state)) for module, one in saved.items()}
         with self._changed:
             old = self._known(name) if replace else self._adapters.get(name)
             must(replace or old is None, "name", "be new (or say replace=True)", repr(name))
@@ -274,7 +287,7 @@ class AdapterPool:
             if len(free) == adapter.kind.per_page:
                 del adapter.kind.open[page]
                 self._free.append(page)
-        adapter.cells, adapter.ready, adapter.done = None, None, {}
+        adapter.cells, adapter.ready, adapter.done, adapter.held = None, None, {}, {}
         self._resident.pop(adapter, None)
 
     def _make_room(self, batch: set[Adapter]) -> bool:
@@ -322,6 +335,8 @@ class AdapterPool:
                 for view, host in zip(kind.views(layer), adapter.host.get(layer.index, ()), strict=False):
                     for cell, rows in zip(adapter.cells, host, strict=False):
                         view[cell].copy_(rows, non_blocking=True)
+            put = lambda state: {key: t.to(self.device, non_blocking=True) for key, t in state.items()}
+            adapter.held = {name: put(saved.state) for name, saved in adapter.saved.items()}
             if self._upload_stream:
                 adapter.ready = self._upload_stream.record_event()
         self._resident[adapter] = None

@@ -75,7 +75,7 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -90,6 +90,9 @@ class Follow(TorchFunctionMode):
     def __init__(self, inputs: Iterable[tuple[Tensor, Dims]] = ()):
         super().__init__()
         self.read = False
+        self.also: Callable | None = (
+            None  # of a call of torch and what its rule said, whether rows are lost all the same
+        )
         # The caller's own tensors, which other threads may follow too, have no attribute of ours.
         self.inputs = {id(t): (t, dims) for t, dims in inputs}
 
@@ -127,7 +130,7 @@ class Follow(TorchFunctionMode):
             name = getattr(func.__self__, "__name__", "")
         elif name in _READS:
             self.read = self.read or not _harmless(sys._getframe(1))
-        given = [(t, known) for t in _tensors((*args, *kwargs.values())) if (known := self.known(t)) is not None]
+        given = [(t, known) for t in tensors_in((*args, *kwargs.values())) if (known := self.known(t)) is not None]
         out = func(*args, **kwargs)
         if not given:
             return out
@@ -150,6 +153,8 @@ class Follow(TorchFunctionMode):
             except (TypeError, LookupError, ValueError):  # an overload that the rule does not know
                 dims = None
         dims = lost or Lost(name) if dims is None or (lost and not dims) else dims
+        if self.also and (lost or self.also(name, dims, args, kwargs)):
+            dims = lost or Lost(name)
         each = dims if isinstance(dims, list) else [dims] * (1 if isinstance(out, Tensor) else len(out))
         for t, d in zip([out] if isinstance(out, Tensor) else out, each, strict=True):
             if isinstance(t, Tensor):

@@ -173,7 +173,10 @@ class _Batch:
     def _add(self, y, x, layer, along):
         plan, scales = self._plan(layer, along)
         where = self._pages, self._ranks[layer.index], plan
-        s = ops.multi_lora_shrink(x, layer.a, *where, scales)
+        if layer.embeds:
+            s = ops.multi_lora_embedding(x.squeeze(-1), layer.a, *where, scales)
+        else:
+            s = ops.multi_lora_shrink(x, layer.a, *where, scales)
         if layer.split == "row":
             torch.distributed.all_reduce(s, group=self._pool.group)
         if not y.is_contiguous():

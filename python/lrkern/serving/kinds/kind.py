@@ -12,6 +12,7 @@ from ...files.check import require
 from ...files.folder import Config, Sizes, Tensors
 from ...nn.linear import AdapterLinear
 from ..layer import Layer
+from ..saved import Saved, State
 
 if TYPE_CHECKING:
     from ..pool import AdapterPool
@@ -30,6 +31,8 @@ class Adapter:
         self.host = host  # by layer, what belongs into the kind's views: tensors [cells, ...]
         self.size = size  # cells
         self.facts = facts  # what else its kind wants to know
+        self.saved: dict[str, Saved] = {}  # modules that it has copies of
+        self.held: dict[str, State] = {}  # those on the device, while it is there
         self.cells: list[int] | None = None  # on the device, counted over all pages
         self.users = 0  # forwards that may read them
         self.retired = False  # removed or replaced, but in use

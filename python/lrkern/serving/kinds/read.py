@@ -5,20 +5,25 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...files.check import named, require, shown
-from ...files.folder import READERS, Config, Tensors, check_config, peft_type
+from ...files.folder import PREFIX, READERS, Config, Tensors, check_config, peft_type, targeted
 from ...limits import DTYPES
 from ...nn.linear import AdapterLinear
+from ..saved import Saved, inside, read_saved, saved_modules
+from .embeddings import embeddings
 from .kind import FAMILIES, Sizes
 
 if TYPE_CHECKING:
     from .kind import Kind
 
 
-def of_folder(config: Config, tensors: Tensors, linears: Sizes, kinds: Iterable["Kind"]) -> Any:
-    """The parts of an adapter of PEFT's, for one of these kinds: what a family makes of it, or those of the layers it holds."""
+def of_folder(
+    config: Config, tensors: Tensors, linears: Sizes, kinds: Iterable["Kind"], model: nn.Module
+) -> tuple[Any, dict[str, Saved]]:
+    """The parts of an adapter of PEFT's, for one of these kinds: what a family makes of it, or those of the layers it holds. And
+    the modules that it has copies of."""
     check_config(config)
     kind, known = peft_type(config), {*FAMILIES, *READERS}
     require(kind in known, f"peft_type must be one of {sorted(known)}, got {shown(kind)}")
@@ -32,9 +37,23 @@ def of_folder(config: Config, tensors: Tensors, linears: Sizes, kinds: Iterable[
         held = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_nested)
         got = "none" if tensor.is_meta else "sparse or nested ones"
         require(held, f"{named(key)} must hold all its values, got {got}")
+    modules = saved_modules(config, model)
+    saved = read_saved(tensors, modules, model)
+    if modules:  # PEFT adapts nothing inside of them
+        tensors = {k: t for k, t in tensors.items() if not inside(k.removeprefix(PREFIX), modules)}
+        linears = {name: sizes for name, sizes in linears.items() if not inside(name, modules)}
+        require(not config.get("ensure_weight_tying"), "ensure_weight_tying must be off, got True")
+    config = {**config, "modules_to_save": None}
+    factors, tensors = embeddings(config, tensors, model, modules)
+    if factors and not tensors and not targeted(config, linears):
+        return factors, saved
     if kind in FAMILIES:
-        return FAMILIES[kind](config, tensors, linears)
-    return of_layers(READERS[kind](config, tensors, linears), linears, kinds)
+        parts = FAMILIES[kind](config, tensors, linears)
+    else:
+        parts = of_layers(READERS[kind](config, tensors, linears), linears, kinds)
+    if factors:
+        parts.update(factors)
+    return parts, saved
 
 
 def of_layers(layers: Mapping[str, AdapterLinear], linears: Sizes, kinds: Iterable["Kind"]) -> Any:

@@ -59,7 +59,8 @@ class OverPair(Kind):
 
     def __init__(self, pool, pair: Pair | None = None):
         super().__init__(pool)
-        self.room = PAGE * min(layer.local[0] for layer in pool._layers.values())  # of a page of the narrowest A
+        linears = [layer for layer in pool._layers.values() if not layer.embeds]
+        self.room = PAGE * min((layer.local[0] for layer in linears), default=0)  # of a page of the narrowest A
         self.over: weakref.WeakSet[OverPair] = weakref.WeakSet()
         if pair is not None:
             self.order = *self.order, next(self._numbers)
@@ -80,6 +81,7 @@ class OverPair(Kind):
         mine = {}
         for name, (d, b) in parts.vectors.items():
             layer = layers[name]
+            require(not layer.embeds, f"{name} must be a linear, got an embedding")
             fit = d.shape == (r,) and b.shape == layer.whole[1:] and i >= layer.whole[0] and o >= layer.whole[1]
             got = f"vectors {list(d.shape)} and {list(b.shape)} of projections {[r, i]} and {[r_b, o]}"
             require(fit, f"{name} {list(layer.whole)} got {got}")
@@ -114,7 +116,7 @@ class OverPair(Kind):
                 p._replace(cols=n) if isinstance(p, Basis) else layer.mine(p, which, pool._rank)
                 for p, n, which in zip(whole, layer.local, ("row", "column"), strict=True)
             )
-            for layer in layers
+            for layer in layers  # an embedding's are never read
         ]
 
     def views(self, layer):
@@ -198,7 +200,7 @@ class _Batch:
 
 def _vera(config: Config, tensors: Tensors, linears: Sizes) -> Shared:
     """VeRA (Kopiczko et al., arXiv 2310.11454) as PEFT writes it: with its projections, or drawn again from their key."""
-    check_plain(config, ("modules_to_save",))
+    check_plain(config, ())
     own = {k: t for k, t in tensors.items() if k not in ("base_model.vera_A", "base_model.vera_B")}
     found = by_linear(config, own, linears, "vera_lambda_d", "vera_lambda_b")
     sizes = {name: linears[name] for name in found}
