@@ -149,6 +149,27 @@ def test_lora_bias_over_linears_without_bias():
         )
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+def test_biases_of_what_an_adapter_has_copies_of(tmp_path, options):
+    """Norms whose biases train may be copies, and so may a linear's: those are no biases in place of the model's."""
+    torch.manual_seed(9)
+    config = lora_config(bias="all", modules_to_save=["LayerNorm", "pooler"], **QV | options)
+    one = trained(peft.get_peft_model(bert(1), config).eval(), norms=True)
+    one.save_pretrained(tmp_path)
+    model = bert(1)
+    pool = full_pool(model, ["of_b"])
+    pool.load("x", tmp_path)
+    with MultiLoraModel(model, pool) as served, torch.no_grad():
+        got, want = hidden(served(**batch(8), adapters=["x", None, "of_b", "x"] * 2)), hidden(one(**batch(8)))
+    torch.testing.assert_close(got[::4], want[::4], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[2::4], alone("of_b")[2::4], atol=1e-5, rtol=0)
+    assert torch.equal(got[1::4], alone(None)[1::4])
+    config, tensors = files(one)
+    key = "base_model.model.embeddings.LayerNorm.modules_to_save.bias"
+    with pytest.raises(ValueError, match=f"{key} must be the copy's bias once more, got another"):
+        pool.add("y", config, tensors | {key: tensors[key] + 1})
+
+
 def first(tensors, end):
     return next(k for k in tensors if k.endswith(end))
 
