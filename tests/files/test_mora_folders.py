@@ -145,7 +145,7 @@ WRONG = {
     "nan": (lambda c, t: t[A].fill_(torch.nan), "must be finite floats"),
     "dora": (lambda c, t: c.update(use_dora=True), "use_dora must be off, got True"),
     "bias": (lambda c, t: c.update(bias="lora_only"), "bias must be 'none', got 'lora_only'"),
-    "modules_to_save": (lambda c, t: c.update(modules_to_save=["x"]), "modules_to_save must be off"),
+    "modules_to_save": (lambda c, t: c.update(modules_to_save=["x"]), "modules_to_save must (be off|name modules of this model)"),
     "loftq": (lambda c, t: c.update(init_lora_weights="loftq"), "init_lora_weights must leave the base weights"),
     "the flag a word": (lambda c, t: c.update(use_mora="true"), "use_mora must be true or false, got 'true'"),
     "no flag": (lambda c, t: c.update(peft_type="MORA", use_mora=None), "use_mora must be true, .* got none"),

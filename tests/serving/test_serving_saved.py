@@ -242,7 +242,7 @@ def test_rows_that_a_model_gathers_by_values_are_one_adapters_or_refused():
     with MultiLoraModel(model, pool) as served:
         check(plain, {"a": stock}, ["a"] * 3, served(**inputs, adapters=["a"] * 3).logits, inputs)
         with pytest.raises(
-            ValueError, match=r"classification_head \(modules_to_save\) got .* after getitem; give its rows"
+            ValueError, match=r"classification_head \(modules_to_save\) got .* after getitem; give all requests"
         ):
             served(**inputs, adapters=["a", None, "a"])
 
@@ -314,6 +314,47 @@ def test_what_mixes_rows_is_refused_unless_all_are_one_adapters(how):
             served(x, adapters=["a", None, "b"])
         want = MIXED[how](x).sum(1, keepdim=True).expand(3, 4)
         torch.testing.assert_close(served(x, adapters=["a"] * 3), want)
+
+
+def test_what_was_refused_is_not_known_the_next_time():
+    """Of torch's own modules a forward is followed once for inputs of a shape."""
+    model = nn.Sequential()
+    model.add_module("linear", nn.Linear(8, 8))
+    model.add_module("head", nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4, affine=False, track_running_stats=False)))
+    pool = AdapterPool(model.eval(), pages=4, targets=["linear"])
+    config, tensors = own_head(1.0, of="head.0")
+    pool.add("a", config, tensors)
+    with MultiLoraModel(model, pool) as served:
+        for _ in range(3):
+            with pytest.raises(ValueError, match="must give each request .* after batch_norm"):
+                served(torch.ones(2, 8), adapters=["a", None])
+
+
+def test_a_copy_that_the_device_has_no_memory_for_changes_nothing(monkeypatch):
+    model = net()
+    pool = AdapterPool(model, pages=2, targets=["linear"])
+    pool.add("a", *own_head(1.0)), pool.add("b", *own_head(2.0))
+
+    class Full:
+        def to(self, *_, **__):
+            raise torch.OutOfMemoryError
+
+    with MultiLoraModel(model, pool) as served:
+        x, state = torch.ones(2, 8), pool._adapters["b"].saved["head"].state
+        with monkeypatch.context() as patch:
+            patch.setitem(state, "bias", Full())
+            with pytest.raises(torch.OutOfMemoryError):
+                served(x, adapters=["a", "b"])
+        assert pool._free == [1] and pool.resident == ["a"] and all(a.users == 0 for a in pool._adapters.values())
+        assert served(x, adapters=["a", "b"])[:, 0].tolist() == [8, 16]
+
+
+def test_a_copy_of_what_is_split_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda _: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 2)
+    pool = AdapterPool(net(), pages=1, targets=["linear"], parallel={"head": "column"})
+    with pytest.raises(ValueError, match=r"head must not be split \(parallel\) where an adapter has a copy of it"):
+        pool.add("a", *own_head(1.0, size=8))
 
 
 def test_nan_of_one_copy_is_in_no_other_row():
@@ -427,6 +468,8 @@ KEY = "base_model.model.score.weight"
     (lambda c, t: t[KEY].fill_(torch.inf), "score.weight must be finite in torch.float32"),
     (lambda c, t: t.update({"base_model.model.score.bias": torch.ones(3)}), r"score must hold \['weight'\], got bias"),
     (changed(modules_to_save=7), "modules_to_save must be a string or a list of strings, got 7"),
+    (changed(modules_to_save=["nowhere"]), r"modules_to_save must name modules of this model, got \['nowhere'\]"),
+    (changed(ensure_weight_tying=True), "ensure_weight_tying must be off"),
     (changed(modules_to_save=["model.norm"]), r"lacks model.norm.weight, which modules_to_save says it holds"),
     (changed(modules_to_save=None), r"must hold lora_A.weight and lora_B.weight of linears, got .*score.weight"),
     (changed(trainable_token_indices=[1]), "trainable_token_indices must be off"),

@@ -17,6 +17,8 @@ from .saved import apart, copies, ours, over
 # Python. Others are followed in every forward.
 _KNOWN = ("torch", "transformers", "bitsandbytes", "torchao")
 
+_WAYS = "leave it out of the pool's targets, give its rows with MultiLoraModel.rows, or "
+
 Found = dict[tuple[str, torch.Size], tuple[int, int] | Lost]  # by layer and x's shape, how the requests lie in x's rows
 
 
@@ -172,10 +174,11 @@ class Batch:
             own = module(*args, **kwargs)
         rows = self.follow.rows(own)
         after = f" after {rows}" if isinstance(rows, Lost) and rows else ""
+        self._key = self._key if rows == along else None  # nothing of this forward is known
         must(rows == along, what, "give each request what its own rows make", f"something else{after}")
         return own
 
-    def along(self, name: str, x: Tensor, way: str = "leave it out of the pool's targets, ") -> Along:
+    def along(self, name: str, x: Tensor, ways: str = _WAYS) -> Along:
         """Whose x's rows are, in the layer of this name; refuses where that is not known."""
         T = x.shape[:-1].numel()
         if self.one is not None:
@@ -200,8 +203,8 @@ class Batch:
             return rows
         raise ValueError(
             f"lrkern.serving: {name} got x {list(x.shape)}, whose rows do not tell which of the {self.count} requests they "
-            f"belong to{rows and f', after {rows}'}; {way}give its rows with "
-            "MultiLoraModel.rows, or give all requests of a call the same adapters"
+            f"belong to{rows and f', after {rows}'}; {ways}give all requests of a call "
+            "the same adapters"
         )
 
     def asked(self, hidden: Tensor) -> Along:

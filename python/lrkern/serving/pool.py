@@ -15,13 +15,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..files.check import is_whole, named, refusal, shown
+from ..files.check import is_whole, named, refusal, require, shown
 from ..files.folder import Config, Tensors, as_path, read_adapter
 from ..files.own import read_layers
 from ..limits import DTYPES, MAX_RANK, PAGE
 from .kinds.kind import KINDS, Adapter, Kind
 from .kinds.read import of_folder, of_layers
 from .layer import Layer, must, sizes_of
+from .saved import inside
 
 
 class UnknownAdapter(ValueError):
@@ -99,6 +100,7 @@ class AdapterPool:
             must(whole, "parallel", "not split embeddings", f"{name}: {layer.split}")
         self._linears = {name: layer.whole for name, layer in layers.items() if not layer.embeds}
         self._layers = {name: layers[name] for name in modules}
+        self._split = [name for name, layer in layers.items() if layer.split]
         for index, layer in enumerate(self._layers.values()):
             layer.index, layer.module = index, modules[layer.name]
 
@@ -228,6 +230,8 @@ class AdapterPool:
                 way = f"the pool must be made with it (targets=[..., {outside[0]!r}])"
                 raise ValueError(f"{outside[0]} is not among the pool's targets; {way}")
             adapter = kind.read(parts)
+            split = next((name for name in self._split if inside(name, saved)), None)
+            require(split is None, f"{split} must not be split (parallel) where an adapter has a copy of it")
             pinned = lambda state: {key: t.pin_memory() if self._upload_stream else t for key, t in state.items()}
             adapter.saved = {module: one._replace(state=pinned(one.state)) for module, one in saved.items()}
         with self._changed:
@@ -321,6 +325,9 @@ class AdapterPool:
         return True
 
     def _enter(self, adapter: Adapter) -> None:
+        with torch.cuda.stream(self._upload_stream):  # first: where there is no memory for it, nothing has changed
+            put = lambda state: {key: t.to(self.device, non_blocking=True) for key, t in state.items()}
+            adapter.held = {name: put(saved.state) for name, saved in adapter.saved.items()}
         kind, adapter.cells = adapter.kind, []
         for _ in range(adapter.size):
             if not kind.open:
@@ -335,8 +342,6 @@ class AdapterPool:
                 for view, host in zip(kind.views(layer), adapter.host.get(layer.index, ()), strict=False):
                     for cell, rows in zip(adapter.cells, host, strict=False):
                         view[cell].copy_(rows, non_blocking=True)
-            put = lambda state: {key: t.to(self.device, non_blocking=True) for key, t in state.items()}
-            adapter.held = {name: put(saved.state) for name, saved in adapter.saved.items()}
             if self._upload_stream:
                 adapter.ready = self._upload_stream.record_event()
         self._resident[adapter] = None

@@ -90,9 +90,7 @@ class Follow(TorchFunctionMode):
     def __init__(self, inputs: Iterable[tuple[Tensor, Dims]] = ()):
         super().__init__()
         self.read = False
-        self.also: Callable | None = (
-            None  # of a call of torch and what its rule said, whether rows are lost all the same
-        )
+        self.also: Callable | None = None  # of a call and what its rule said, whether rows are lost all the same
         # The caller's own tensors, which other threads may follow too, have no attribute of ours.
         self.inputs = {id(t): (t, dims) for t, dims in inputs}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..files.check import check_shape, named, require
+from ..files.check import check_shape, named, require, shown
 from ..files.folder import PREFIX, Config, Tensors
 from .layer import must
 from .rows import Follow, Lost, tensors_in
@@ -33,6 +33,7 @@ def saved_modules(config: Config, model: nn.Module) -> list[str]:
     for name, _ in model.named_modules(remove_duplicate=False) if ends else ():
         if name.endswith(ends) and not inside(name, found):
             found.append(name)
+    require(found or not ends, f"modules_to_save must name modules of this model, got {shown(list(ends))}")
     return found
 
 
