@@ -28,12 +28,16 @@ OWN = {
     "miss mini": (layers.MissLinear, {"r": 4, "kind": "mini", "mini_r": 8}),
     "nola": (layers.NOLALinear, {"r": 4, "k": 6, "l": 7}),
     "vera": (layers.VeRALinear, {"r": 16, "max_in": 48, "max_out": 48}),
+    "randlora": (layers.RandLoRALinear, {"r": 5, "randlora_alpha": 20.0}),
     "s2ft in": (layers.S2FTLinear, {"index": "0-5,9", "side": "input"}),
     "s2ft out": (layers.S2FTLinear, {"index": "3-9", "side": "output"}),
 }
 PEFT = {
     "lora": peft.LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False),
     "rslora": peft.LoraConfig(r=9, lora_alpha=12, use_rslora=True, target_modules=TARGETS, init_lora_weights=False),
+    "dora": peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=TARGETS, init_lora_weights=False),
+    "peft randlora": peft.RandLoraConfig(r=6, randlora_alpha=400, target_modules=TARGETS, save_projection=True),
+    "bias": peft.LoraConfig(r=4, bias="lora_only", lora_bias=True, target_modules=TARGETS, init_lora_weights=False),
     "peft miss": peft.MissConfig(r=4, target_modules=TARGETS, init_weights=False),
     "peft vera": peft.VeraConfig(r=8, target_modules=TARGETS),
     "another pair": peft.VeraConfig(r=8, target_modules=TARGETS, projection_prng_key=5),
@@ -41,11 +45,6 @@ PEFT = {
     "head of its own": peft.LoraConfig(
         r=4, target_modules=TARGETS, init_lora_weights=False, modules_to_save=["lm_head"]
     ),
-}
-# Of full rank or dependent on W: no pool can hold them beside others.
-REFUSED = {
-    layers.RandLoRALinear: {"r": 4},
-    layers.FusedLoRALinear: {"r": 4, "use_dora": True},
 }
 
 
@@ -72,7 +71,11 @@ def everything(tmp_path_factory):
         torch.manual_seed(seed)
         models[name] = peft.get_peft_model(copy.deepcopy(base), config).eval()
         for key, p in models[name].named_parameters():
-            if "vera_lambda" in key or "modules_to_save" in key:
+            if "magnitude" in key:
+                p.data *= torch.rand_like(p) + 0.5
+            elif any(
+                word in key for word in ("vera_lambda", "randlora_lambda", "modules_to_save", "lora_B.default.bias")
+            ):
                 p.data.copy_(torch.randn(p.shape))
         models[name].save_pretrained(folder / name)
     return folder, models
@@ -108,12 +111,12 @@ def test_every_kind_in_one_batch_with_generate(everything):
 
 
 def test_every_class_of_layers_is_served_or_refused_with_the_reason(tmp_path):
-    """A new kind of layer joins one of the two lists."""
-    tried = {cls for cls, _ in OWN.values()} | {*REFUSED}
+    """A new kind of layer joins the list."""
+    tried = {cls for cls, _ in OWN.values()} | {layers.FusedLoRALinear}  # whose files are PEFT's
     assert tried == {*AdapterLinear.KINDS.values()}
     base = tiny("llama")
     pool = AdapterPool(copy.deepcopy(base), pages=4)
-    for cls, settings in ((layers.RandLoRALinear, {"r": 4}), (layers.MoRALinear, {"r": 4, "mora_type": 6}), (layers.MissLinear, {"r": 4, "kind": "bat"})):  # fmt: skip
+    for cls, settings in ((layers.MoRALinear, {"r": 4, "mora_type": 6}), (layers.MissLinear, {"r": 4, "kind": "bat"})):  # fmt: skip
         path = tmp_path / cls.__name__
         lrkern.files.save(alone(base, cls, settings, 1, 0.01), path, kind="own")
         with pytest.raises(ValueError, match="full rank"):

@@ -501,6 +501,7 @@ def test_eight_threads(capsys):
 CHECKS = (
     "column_and_row_parallel",
     "vectors_column_and_row_parallel",
+    "magnitudes_and_biases_parallel",
     "eviction_is_the_same_on_every_rank",
     "a_shard_of_an_adapter_is_refused",
 )

@@ -11,12 +11,15 @@ from torch import nn
 pytest.importorskip("peft")  # as on a bare machine with a GPU
 
 from lrkern.files import save
-from lrkern.nn import FusedLoRALinear, VeRALinear
+from lrkern.nn import FusedLoRALinear, RandLoRALinear, VeRALinear
 from lrkern.serving import AdapterPool, MultiLoraModel
 
 ON_KERNELS = pytest.mark.parametrize("device", ["emulated", "cuda"], indirect=True)
 ON_CUDA = pytest.mark.parametrize("device", ["cuda"], indirect=True)
-KINDS = pytest.mark.parametrize(("cls", "settings"), [(FusedLoRALinear, {"r": 5}), (VeRALinear, {"r": 8, "seed": 3})])
+KINDS = pytest.mark.parametrize(("cls", "settings"), [
+    (FusedLoRALinear, {"r": 5}), (FusedLoRALinear, {"r": 16, "use_dora": True}), (VeRALinear, {"r": 8, "seed": 3}),
+    (RandLoRALinear, {"r": 7, "seed": 3}),
+])  # fmt: skip
 I, H, O, T = 24, 40, 32, 6
 
 

@@ -17,7 +17,7 @@ from test_serving import Echo, hidden, tiny
 import lrkern.functional as F
 import lrkern.serving
 from lrkern.files.own import save_adapter
-from lrkern.nn import NOLALinear, RandLoRALinear, VeRALinear
+from lrkern.nn import MoRALinear, NOLALinear, VeRALinear
 from lrkern.serving import AdapterPool, MultiLoraModel, PoolFull, Shared, Vectors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not:UserWarning")
@@ -92,7 +92,7 @@ def test_a_batch_of_every_family_is_stock_peft_one_adapter_at_a_time(folders):
     with MultiLoraModel(model, full_pool(model, folders)) as served:
         got = hidden(served(**batch(8), adapters=who))
         again = hidden(served(**batch(8), adapters=[None, None, "lora", *[None] * 5]))
-    assert set(lrkern.serving.FAMILIES) == {"LORA", "VERA"}
+    assert set(lrkern.serving.FAMILIES) == {"LORA", "RANDLORA", "VERA"}
     for row, name in enumerate(who):
         torch.testing.assert_close(got[row], alone(name)[row], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
         assert (got[row] - alone(None)[row]).abs().max() > (0.05 if name else -1)
@@ -499,8 +499,8 @@ def test_a_batch_of_nola_vera_lora_and_the_base_is_each_alone(folders, tmp_path)
     ("how", "message"),
     [
         (
-            "randlora",
-            "must be MissLinear, MoRALinear, NOLALinear, S2FTLinear or VeRALinear, got RandLoRALinear, which has full rank",
+            "full rank",
+            "must be MissLinear, MoRALinear, NOLALinear, S2FTLinear or VeRALinear, got MoRALinear, .* which has full rank",
         ),
         ("truncated", "cannot be read"),
         ("other model", "has 0, which the model does not"),
@@ -510,8 +510,8 @@ def test_a_batch_of_nola_vera_lora_and_the_base_is_each_alone(folders, tmp_path)
 def test_own_files_that_do_not_fit_change_nothing(tmp_path, how, message):
     path, model = tmp_path / "adapter", bert(1)
     pool = AdapterPool(model, pages=8)
-    if how == "randlora":
-        own_file(path, 1, RandLoRALinear, r=96)
+    if how == "full rank":
+        own_file(path, 1, MoRALinear, r=8, mora_type=6)
     elif how == "rank":
         own_file(path, 1, NOLALinear, r=65, k=2, l=2)
     elif how == "other model":

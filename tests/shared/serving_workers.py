@@ -121,6 +121,43 @@ def vectors_column_and_row_parallel(rank):
 
 
 @check
+def magnitudes_and_biases_parallel(rank):
+    """DoRA where rows of W are whole, biases everywhere; DoRA of a linear that is split by rows is refused."""
+    sizes = {"gate": (HIDDEN, HIDDEN), "up": (HIDDEN, INNER), "down": (INNER, HIDDEN)}
+
+    def adapter(seed: int, layers: list[str], **config):
+        g, tensors = torch.Generator().manual_seed(seed), {}
+        for layer in layers:
+            i, o = sizes[layer]
+            tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(5, i, generator=g)
+            tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(o, 5, generator=g)
+            if config.get("use_dora"):
+                tensors[f"base_model.model.{layer}.lora_magnitude_vector"] = torch.rand(o, generator=g) + 0.5
+            if config.get("bias"):
+                tensors[f"base_model.model.{layer}.base_layer.bias"] = torch.randn(o, generator=g)
+        return {"peft_type": "LORA", "r": 5, "lora_alpha": 0.3, "target_modules": layers} | config, tensors
+
+    def fill(pool: AdapterPool) -> AdapterPool:
+        pool.add("small", *adapter(1, ["gate", "up"], use_dora=True, bias="lora_only"))
+        pool.add("large", *adapter(2, ["gate", "up", "down"], bias="lora_only"))
+        return pool
+
+    x = torch.randn(4, 3, HIDDEN, generator=torch.Generator().manual_seed(1))
+    model, who = whole(), ["small", None, "large", ["small", "large"]]
+    want = MultiLoraModel(model, fill(AdapterPool(model, pages=4)))(x, adapters=who)
+    model = sharded(rank)
+    pool = fill(AdapterPool(model, pages=4, parallel=MODES))
+    torch.testing.assert_close(MultiLoraModel(model, pool)(x, adapters=who), want, atol=1e-5, rtol=1e-5)
+    assert ((want - whole()(x)).abs().amax((1, 2)) > 0.1).tolist() == [True, False, True, True]
+    try:
+        pool.add("rows", *adapter(3, ["down"], use_dora=True))
+    except ValueError as error:
+        assert "down must not be split by rows for DoRA" in str(error)
+    else:
+        raise AssertionError("not refused")
+
+
+@check
 def eviction_is_the_same_on_every_rank(rank):
     model = sharded(rank)
     pool = fill(AdapterPool(model, pages=3, parallel=MODES))

@@ -12,7 +12,8 @@ all of them, so an adapter has one list of pages. The host has copies of all ada
 run out, the least recently used adapter is evicted; it is uploaded again when a batch asks for it.
 
 VeRA adapters are vectors over a pair of projections, which all that have an equal one share: a page holds up to 16 of them.
-The pair is there, beside the pages, until the last of them has left the pool.
+The pair is there, beside the pages, until the last of them has left the pool. So are the bases of RandLoRA adapters, whose
+lambda and gamma lie in pages. DoRA adapters and biases take two rows of pages more, for what they do to the base's y.
 
 Every method may be called from any thread. A forward, or a whole ``generate``, leases its adapters: they stay as they were
 when it began, whatever is replaced or removed meanwhile, and their pages get no new owner before it ends.

@@ -28,7 +28,8 @@ class MultiLoraModel(AbstractContextManager):
 
     adapters: per request a name, None or "__base__" for the base, or a list of names, whose parts are added; PEFT's word
     for it, adapter_names, is the same. scales: per request a number (for each of its adapters) or a list, times the
-    adapter's own scale; copies of modules (modules_to_save) have none.
+    adapter's own scale; 1 for DoRA and for biases in place of the model's, of which none is known. Copies of modules
+    (modules_to_save) have none.
 
     The requests are the first dimension of the model's input: input_ids, inputs_embeds, input_features, input_values (and the
     decoder's), else the model's main_input_name, else the first tensor. From there on they are followed through every
@@ -170,7 +171,9 @@ class MultiLoraModel(AbstractContextManager):
             if not any(requests or ()):
                 with self.base():
                     return call(*args, **kwargs)
-            with self.pool._lease(name for row in requests for name, _ in row) as leased:
+            parts = [part for row in requests for part in row]
+            scaled = {name: scale for name, scale in parts if scale != 1}
+            with self.pool._lease((name for name, _ in parts), scaled) as leased:
                 rows = [[(leased[name], scale) for name, scale in row] for row in requests]
                 batch = Batch(self.pool, rows, self._paths, times, lengths)
                 for name in batch.saved:

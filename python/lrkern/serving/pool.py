@@ -39,11 +39,12 @@ class AdapterPool:
         model: without PEFT's layers; on one device, where the pools go.
         budget, pages: how many bytes, or pages of 16 ranks of all layers, the pools may take; one of the two. Up to 16
             adapters of vectors (VeRA) that have one pair of projections share a page. A pair comes on top, for as long as an
-            adapter has it: r · (in + out) numbers, of the widest of its linears. So do modules that an adapter has whole
-            copies of (modules_to_save), while it is on the device.
+            adapter has it: r · (in + out) numbers, of the widest of its linears; of RandLoRA's in · out. So do modules that an
+            adapter has whole copies of (modules_to_save), while it is on the device.
         targets: the linears and embeddings that may have an adapter: "all-linear" (all but embeddings, the output's too), a
             regex of the whole name, or a list of ends of names. An embedding takes 16 · (V + D) numbers of a page.
-        max_rank: of an adapter of factors, up to 512. max_adapters: names held at once.
+        max_rank: of an adapter of factors, up to 512; DoRA or biases take pages for two ranks more. max_adapters: names held
+            at once.
         dtype: of the pools; None means the model's, or float32 where that is no float or not one.
         parallel: for tensor parallelism, "column" or "row" by the end of a linear's name. The model's linears are then
             this process's shards, adapters are whole. A row-parallel linear must return y summed over the group.
@@ -100,7 +101,7 @@ class AdapterPool:
         self._layers = {name: layers[name] for name in modules}
         self._split = [name for name, layer in layers.items() if layer.split]
         for index, layer in enumerate(self._layers.values()):
-            layer.index = index
+            layer.index, layer.module = index, modules[layer.name]
 
         weights = [w for m in modules.values() if isinstance(w := getattr(m, "weight", None), Tensor)]
         kinds, devices = {w.dtype for w in weights}, {p.device for p in model.parameters()}
@@ -155,10 +156,11 @@ class AdapterPool:
 
     def load(self, name: str, path: str | Path, replace: bool = False) -> None:
         """Adds under this name a PEFT folder (adapter_config.json and adapter_model.safetensors, or its shards), one of
-        diffusers' (pytorch_lora_weights.safetensors), or a file of lrkern.files.save's, of layers of low rank: VeRA layers that
-        share a pair (one seed, r, max_in and max_out) are vectors, all others factors. Keys may be named as other tools do
-        (docs/files.md). ``replace``: in place of the adapter of that name; forwards under way end with the old one. A refused
-        call changes nothing."""
+        diffusers' (pytorch_lora_weights.safetensors), or a file of lrkern.files.save's: VeRA layers that share a pair (one seed,
+        r, max_in and max_out) are vectors, RandLoRA is lambda and gamma over bases, all others must be of low rank and are
+        factors. Keys may be named as other tools do (docs/files.md). DoRA takes the norm of the weights that the model has now;
+        a request's scale of it, and of biases in place of the model's, must be 1. ``replace``: in place of the adapter of that
+        name; forwards under way end with the old one. A refused call changes nothing."""
 
         def read():
             if as_path(path).exists() and not Path(path).is_dir():
@@ -194,6 +196,15 @@ class AdapterPool:
             adapter = self._known(name)
             self._reserved.discard(adapter)
             self._changed.notify_all()
+
+    def tensor_of(self, name: str) -> Tensor | None:
+        """A parameter or buffer of the model by its name."""
+        module, _, key = name.rpartition(".")
+        try:
+            t = getattr(self._model.get_submodule(module), key, None)
+        except AttributeError:
+            return None
+        return t.detach() if isinstance(t, Tensor) else None
 
     def to_device(self, t: Tensor) -> Tensor:
         """A copy on the device, which nobody waits for."""
@@ -336,12 +347,16 @@ class AdapterPool:
         self._resident[adapter] = None
 
     @contextmanager
-    def _lease(self, names: Iterable[str]):
-        """The adapters of these names, on the device until the end. Waits where forwards under way hold the room."""
+    def _lease(self, names: Iterable[str], scaled: Mapping[str, float] | None = None):
+        """The adapters of these names, on the device until the end. Waits where forwards under way hold the room. ``scaled``:
+        those that a request scales."""
         names = list(dict.fromkeys(names))
         with self._changed:
             while True:
                 batch = [self._known(name) for name in names]
+                for name, scale in (scaled or {}).items():
+                    fixed = self._known(name).fixed
+                    must(not fixed, "scales", f"be 1 for {name!r} ({fixed})", scale)
                 if self._pages({*batch, *self._reserved}) > self.pages:
                     need, pinned = self._pages(batch), self._pages(self._reserved.difference(batch))
                     raise PoolFull(

@@ -38,6 +38,7 @@ class Adapter:
         self.retired = False  # removed or replaced, but in use
         self.ready: Any = None  # CUDA: the event after its upload
         self.done: dict[Any, Any] = {}  # CUDA: by stream, the event after the last forward that read it
+        self.fixed = ""  # what of it is not in proportion to a scale, so that a request's must be 1
 
     @property
     def pages(self) -> list[int] | None:
