@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .below import modules_of, ours
 from .kinds.kind import Rows
 from .layer import Layer, must
 from .pool import AdapterPool
@@ -33,14 +34,10 @@ class Paths:
             return None
 
     def keep(self, key: Any, found: Found, follow: Follow) -> None:
-        hooks = lambda m: [h for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) if not _ours(h)]
-        plain = lambda m: type(m).__module__.split(".")[0] in _KNOWN and "forward" not in vars(m) and not hooks(m)
-        if key is not None and not follow.read and all(map(plain, self.model.modules())):
+        hooks = lambda m: [h for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) if not ours(h)]
+        known = lambda m: type(m).__module__.split(".")[0] in _KNOWN and "forward" not in vars(m) and not hooks(m)
+        if key is not None and not follow.read and all(map(known, modules_of(self.model).values())):
             self.found[key] = found
-
-
-def _ours(hook: Any) -> bool:
-    return getattr(hook, "__module__", "").startswith(__package__)
 
 
 def _outline(value: Any) -> Any:

@@ -18,6 +18,7 @@ class Layer:
         self.index, self.name, self.split = index, name, split
         self.local = features
         self.whole = (features[0] * (world if split == "row" else 1), features[1] * (world if split == "column" else 1))
+        self.max_rank: int  # of an adapter of factors
         self.a: Tensor  # [P, I]
         self.b: Tensor  # [P, O]
 

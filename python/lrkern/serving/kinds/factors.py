@@ -48,12 +48,16 @@ class LowRank(Kind):
         ranks, scales, mine = [0] * len(pool.layers), [first] * len(pool.layers), {}
         for name, f in parts.items():
             layer, r = pool._layers[name], f.a.shape[0]
+            most = layer.max_rank
+            require(r <= most, f"{name} must have a rank of at most {most} (the pool's max_rank there), got {r}")
             fit = (f.a.shape, f.b.shape) == ((r, layer.whole[0]), (layer.whole[1], r)) and math.isfinite(f.scale)
             require(fit, f"{name} got factors {list(f.a.shape)}, {list(f.b.shape)}, scale {f.scale}")
             ranks[layer.index], scales[layer.index] = r, f.scale
             mine[name] = layer.mine(f.a, "row", pool._rank), layer.mine(f.b.mT, "column", pool._rank)
         facts = torch.tensor(ranks, dtype=torch.int32), torch.tensor(scales)
-        return Adapter(self, self._host(mine, PAGE, "factors"), size, facts)
+        adapter = Adapter(self, self._host(mine, PAGE, "factors"), size, facts)
+        adapter.rank = rank
+        return adapter
 
     def _check_rank(self, rank: int) -> None:
         most = self.pool.max_rank

@@ -78,7 +78,9 @@ class OverPair(Kind):
         with pool._changed:
             self._check_sizes(parts[:2])
         pair = tuple(p.make() if isinstance(p, Drawn) else p for p in parts[:2])
-        return Adapter(self, self._host(mine, 1, "vectors"), 1, pair)
+        adapter = Adapter(self, self._host(mine, 1, "vectors"), 1, pair)
+        adapter.rank = r
+        return adapter
 
     def _check_sizes(self, pair: Sequence[Projection | Drawn]) -> None:
         if self.pair is not None:
