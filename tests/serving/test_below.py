@@ -7,10 +7,12 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from tiny_models import V, adapt, parts, tiny
 from torch import nn
 
 from lrkern.serving import AdapterPool, MultiLoraModel
+from lrkern.serving.below import Eager
 
 TARGETS = ["q_proj", "down_proj"]
 WHO = ["a", None, "b"]
@@ -83,17 +85,38 @@ def layers_wrapped(model, **options):
     return model
 
 
+def one_method(model, **options):
+    """As a model's own code may have it."""
+    mlp = model.model.layers[0].mlp
+    mlp.forward = torch.compile(mlp.forward, **options)
+    return model
+
+
+def one_class(model, **options):
+    class Compiled(type(model.model.layers[0].mlp)):
+        pass
+
+    Compiled.forward = torch.compile(Compiled.forward, **options)
+    model.model.layers[0].mlp.__class__ = Compiled
+    return model
+
+
 def linear_wrapped(model, **options):
     attention = model.model.layers[0].self_attn
     attention.q_proj = torch.compile(attention.q_proj, **options)
     return model
 
 
-WAYS = [wrapped, in_place, layer_by_layer, layers_wrapped, linear_wrapped]
+WAYS = [wrapped, in_place, layer_by_layer, layers_wrapped, linear_wrapped, one_method, one_class]
 
 
 @pytest.mark.parametrize(
-    ("way", "when"), [*((way, "before") for way in WAYS), (in_place, "after, and run"), (layers_wrapped, "after")]
+    ("way", "when"),
+    [
+        *((way, "before") for way in WAYS),
+        (layers_wrapped, "after"),
+        pytest.param(in_place, "after, and run", marks=pytest.mark.slow),
+    ],
 )
 def test_a_compiled_model(stock, ids, way, when):
     """Code compiled before there were hooks would answer as the base, and does not ask."""
@@ -125,6 +148,24 @@ def test_another_model_of_the_class_was_compiled_and_run(stock, ids):
         other(ids)
         model.compile(backend="eager")
         assert_served(served, stock, ids)
+
+
+def test_generate_compiles_for_the_base_alone(stock, ids):
+    """transformers compiles steps over a static cache by itself, and keeps what it compiled."""
+    model = small()
+    compiled = transformers.CompileConfig(backend="eager")
+    compiled._compile_all_devices = True
+    config = transformers.GenerationConfig(
+        **GREEDY, pad_token_id=0, eos_token_id=2, cache_implementation="static", compile_config=compiled
+    )
+    want = model.generate(ids, generation_config=config)
+    assert hasattr(model, "_compiled_call"), "it did"
+    with MultiLoraModel(model, pool_of(model, stock)) as served:
+        for how in (dict(generation_config=config), dict(generation_config=config, disable_compile=False)):
+            tokens = served.generate(ids, adapters=WHO, **how)
+            for row, name in enumerate(WHO):
+                assert torch.equal(tokens[row : row + 1], stock[name].generate(ids[row : row + 1], **GREEDY))
+        assert torch.equal(served.generate(ids, generation_config=config), want)
 
 
 def test_who_calls_it_is_compiled(stock, ids):
@@ -162,6 +203,23 @@ def test_calls_of_the_base_stay_compiled(stock, ids):
     assert type(vars(call)["forward"]).__module__ != "lrkern.serving.below", "as torch.compile made it"
 
 
+@pytest.mark.parametrize("way", [in_place, one_method, one_class])
+def test_compiled_parts_are_given_back(stock, ids, way):
+    model = small()
+    with torch.no_grad():
+        way(model, backend="eager")(ids)
+    before = {name: dict(vars(m)) for name, m in model.named_modules()}
+    served = MultiLoraModel(model, pool_of(model, stock))
+    served(ids, adapters=WHO)
+    other = copy.deepcopy(model) if way is not one_method else None  # whose compiled method is a local function
+    served.close()
+    for name, m in model.named_modules():
+        assert vars(m).keys() == before[name].keys() and all(vars(m)[k] is v for k, v in before[name].items())
+    if other is not None:
+        assert not any(isinstance(v, Eager) for m in other.modules() for v in vars(m).values())
+        assert torch.equal(other(ids).logits, model(ids).logits)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [wrapped, in_place])
 def test_inductor(stock, ids, way):
@@ -177,9 +235,14 @@ def test_inductor(stock, ids, way):
 # ---- accelerate
 
 
-def test_a_model_with_accelerates_hooks_on_one_device(stock, ids):
+@pytest.mark.parametrize("way", [None, one_method, one_class, in_place])
+def test_a_model_with_accelerates_hooks_on_one_device(stock, ids, way):
     accelerate = pytest.importorskip("accelerate")
-    model = accelerate.dispatch_model(small(), {"": "cpu"}, main_device="cpu", force_hooks=True)
+    model = small()
+    if way is not None:
+        way(model, backend="eager")
+    model = accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    model(ids)
     assert any(hasattr(m, "_hf_hook") for m in model.modules())
     with MultiLoraModel(model, pool_of(model, stock)) as served:
         assert_served(served, stock, ids)

@@ -192,7 +192,10 @@ def test_threads():
         turn = 0
         while not stop.is_set():
             turn += 1
-            (pool.grow, pool.shrink, lambda: pool.shrink(turn % 5), lambda: pool.grow(turn % 12))[turn % 4]()
+            change, to = ((pool.grow, None), (pool.shrink, None), (pool.shrink, turn % 5), (pool.grow, turn % 12))[
+                turn % 4
+            ]
+            change(to)
             pool.add(f"extra{turn % 3}", *coded(turn % 4, turn % 1000), replace=True)
 
     def asks():
@@ -235,7 +238,7 @@ def test_where_memory_runs_out(monkeypatch):
             raise torch.OutOfMemoryError("no more")
 
     def failing(layers, *args):
-        first, a = list(layers)[0], second.a
+        first, a = next(iter(layers)), second.a
         second.a = Full(a)
         try:
             resize([first, second], *args)

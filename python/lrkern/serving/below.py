@@ -2,6 +2,8 @@
 """What lies below a pool and a served model: a model's modules by name, where it is, its compiled parts, and copies of it."""
 
 import functools
+import threading
+import types
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -30,41 +32,85 @@ class Eager:
     """In place of a compiled call: what is not compiled, while one of ``whens`` holds. Compiled code does not ask which hooks a
     module has: what was compiled before there were any runs without them."""
 
-    def __init__(self, compiled: Callable, eager: Callable):
-        self.compiled, self.eager, self.whens = compiled, eager, []
+    def __init__(self, compiled: Callable, eager: Callable, own: bool):
+        self.compiled, self.eager, self.own = compiled, eager, own  # own: the module's, not its class's
+        self.whens: list[Callable[[], bool]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return (self.eager if any(when() for when in self.whens) else self.compiled)(*args, **kwargs)
 
 
-def _compiled(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Callable]]:
-    """Of these and their children the compiled ones: the attribute with the compiled call, and the call that is not."""
-    for module in modules:
-        for m in (module, *module._modules.values()):
-            if m is None:
-                continue
-            if m._compiled_call_impl is not None:
-                yield m, "_compiled_call_impl", m._call_impl
-            if isinstance(inner := m._modules.get("_orig_mod"), nn.Module):
-                yield m, "forward", inner.__call__
+_LOCK = threading.Lock()
 
 
 def keep_eager(modules: Iterable[nn.Module], when: Callable[[], bool]) -> None:
-    for m, attribute, eager in _compiled(modules):
-        call = getattr(m, attribute)
-        if not isinstance(call, Eager):
-            setattr(m, attribute, call := Eager(call, eager))
-        if when not in call.whens:
-            call.whens.append(when)
+    """All that torch.compile made of these and their children, and of what their own attributes and classes have, is Eager
+    from now on."""
+    for m in _family(modules):
+        for name, call in list(vars(m).items()):
+            _replace(m, name, call, True, when)
+        for cls in reversed(type(m).__mro__):
+            for name, call in vars(cls).items() if issubclass(cls, nn.Module) else ():
+                if name not in vars(m):
+                    _replace(m, name, call, False, when)
+
+
+def keep_eager_again(modules: Iterable[nn.Module], when: Callable[[], bool]) -> None:
+    """The same where it was done before, before every call: of what compiles a module or puts a compiled one in its place."""
+    for m in modules:
+        own = m.__dict__
+        for name in ("_compiled_call_impl", "forward"):
+            if name in own:
+                _replace(m, name, own[name], True, when)
+        for child in own["_modules"].values():
+            if child is not None and "_orig_mod" in child.__dict__["_modules"]:
+                _replace(child, "forward", child.__dict__["forward"], True, when)
+
+
+def _family(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """With children that came in place of others."""
+    for module in modules:
+        yield module
+        yield from (child for child in module._modules.values() if child is not None)
+
+
+def _not_compiled(call: Any) -> Callable | None:
+    """What torch.compile made this of; of a wrapper that has only taken over its attributes, or of something else, None."""
+    function = call.__func__ if isinstance(call, types.MethodType) else call
+    if not isinstance(function, types.FunctionType) or hasattr(function, "_torchdynamo_disable"):
+        return None
+    eager = vars(function).get("_torchdynamo_orig_callable")
+    if vars(function).get("_torchdynamo_wrapper_id", id(function)) != id(function):
+        return None
+    return types.MethodType(eager, call.__self__) if eager is not None and function is not call else eager
+
+
+def _replace(m: nn.Module, name: str, call: Any, own: bool, when: Callable[[], bool]) -> None:
+    if isinstance(call, Eager):
+        with _LOCK:
+            if when not in call.whens:
+                call.whens.append(when)
+    elif (eager := _not_compiled(call)) is not None:
+        with _LOCK:
+            if isinstance(now := vars(m).get(name), Eager):  # another thread's, of just now
+                now.whens.append(when)
+                return
+            bound = (call, eager) if own else (types.MethodType(f, m) for f in (call, eager))
+            vars(m)[name] = new = Eager(*bound, own)
+            new.whens.append(when)
+        copies_are_plain(m)
 
 
 def give_back_compiled(modules: Iterable[nn.Module], when: Callable[[], bool]) -> None:
-    for m, attribute, _ in _compiled(modules):
-        call = getattr(m, attribute)
-        if isinstance(call, Eager) and when in call.whens:
-            call.whens.remove(when)
-            if not call.whens:
-                setattr(m, attribute, call.compiled)
+    for m in _family(modules):
+        for name, call in [(name, call) for name, call in vars(m).items() if isinstance(call, Eager)]:
+            with _LOCK:
+                call.whens = [each for each in call.whens if each != when]
+                if not call.whens:
+                    vars(m).update({name: call.compiled} if call.own else {})
+                    if not call.own:
+                        del vars(m)[name]
+        copies_as_ever(m)
 
 
 # ---- where it is
@@ -114,19 +160,24 @@ _BESIDE = (
 
 def copies_are_plain(module: nn.Module) -> None:
     """Copies and pickles of a module leave our hooks out, which hold locks and threads' own state."""
-    module.__dict__["__reduce_ex__"] = functools.partial(_reduce, module)
+    vars(module)["__reduce_ex__"] = functools.partial(_reduce, module)
 
 
 def copies_as_ever(module: nn.Module) -> None:
-    if not any(ours(hook) for kind in _HOOKS for hook in vars(module)[kind].values()):
-        module.__dict__.pop("__reduce_ex__", None)
+    held = (*vars(module).values(), *(hook for kind in _HOOKS for hook in vars(module)[kind].values()))
+    if "__reduce_ex__" in vars(module) and not any(isinstance(each, Eager) or ours(each) for each in held):
+        del vars(module)["__reduce_ex__"]
 
 
 def _reduce(module: nn.Module, protocol: int) -> Any:
     made = type(module).__reduce_ex__(module, protocol)
     if len(made) < 3 or not isinstance(made[2], dict):
         return made
-    state = {key: value for key, value in made[2].items() if key != "__reduce_ex__"}
+    state = {key: value.compiled if isinstance(value, Eager) else value for key, value in made[2].items()}
+    for key in [key for key, value in made[2].items() if isinstance(value, Eager) and not value.own] + [
+        "__reduce_ex__"
+    ]:
+        state.pop(key, None)
     own = {number for kind in _HOOKS for number, hook in vars(module)[kind].items() if ours(hook)}
     for kind in (*_HOOKS, *_BESIDE):
         state[kind] = type(state[kind])((number, each) for number, each in state[kind].items() if number not in own)

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ..files.check import is_finite
 from ..files.folder import features_of
 from .batch import Batch, Paths
-from .below import copies_are_plain, copies_as_ever, dtype_of, give_back_compiled, keep_eager, modules_of, plain
+from .below import copies_are_plain, dtype_of, give_back_compiled, keep_eager, keep_eager_again, modules_of, plain
 from .layer import Layer, must
 from .pool import AdapterPool
 from .rows import Owners, arguments_of, tensors_of
@@ -55,7 +55,6 @@ class MultiLoraModel(AbstractContextManager):
         self._paths, self._running, self._lock = Paths(inner), 0, threading.Lock()
         self._keywords = _keywords(inner)
         self._hooks: list[RemovableHandle] = []
-        self._hooked: list[nn.Module] = []
         for name, layer in pool._layers.items():
             self._add_hook(modules[name].register_forward_hook, self._hook(layer))
         for name, m in modules.items():
@@ -67,21 +66,19 @@ class MultiLoraModel(AbstractContextManager):
                 self._add_hook(plain(m).register_forward_pre_hook, self._begin)
                 self._add_hook(plain(m).register_forward_hook, self._end, always_call=True)
         self._all = list(model.modules())
+        keep_eager(self._all, self._adapting)
         self._run = torch.compiler.disable(self._run)  # whoever compiles what calls this
 
     def _add_hook(self, register: Callable, hook: Callable, **options: Any) -> None:
         self._hooks.append(register(torch.compiler.disable(hook), with_kwargs=True, **options))
-        self._hooked.append(register.__self__)
         copies_are_plain(register.__self__)
 
     def close(self) -> None:
         """Leaves the model as it was."""
         for hook in self._hooks:
             hook.remove()
-        for module in self._hooked:
-            copies_as_ever(module)
         give_back_compiled(self._all, self._adapting)
-        self._hooks, self._hooked = [], []
+        self._hooks = []
 
     def __exit__(self, *_: Any) -> None:
         self.close()
@@ -132,7 +129,10 @@ class MultiLoraModel(AbstractContextManager):
         of = lambda key: kwargs.get(key, getattr(config, key, None))
         must(of("cache_implementation") != "paged", "cache_implementation", "be one that this thread runs", "'paged'")
         times = max(of(key) or 1 for key in ("num_beams", "num_return_sequences"))
-        return self._run(self.model.generate, args, kwargs, _either(adapters, adapter_names), scales, times, None)
+        adapters = _either(adapters, adapter_names)
+        if adapters is not None and hasattr(config, "disable_compile"):  # what it has compiled does not ask for hooks
+            kwargs["disable_compile"] = True
+        return self._run(self.model.generate, args, kwargs, adapters, scales, times, None)
 
     @contextmanager
     def base(self) -> Iterator[nn.Module]:
@@ -203,7 +203,7 @@ class MultiLoraModel(AbstractContextManager):
             if not any(requests or ()):
                 with self.base():
                     return call(*args, **kwargs)
-            keep_eager(self._all, self._adapting)
+            keep_eager_again(self._all, self._adapting)
             with self.pool._lease(name for row in requests for name, _ in row) as leased:
                 rows = [[(leased[name], scale) for name, scale in row] for row in requests]
                 batch = self._local.batch = Batch(self.pool, rows, self._paths, times, lengths)

@@ -70,8 +70,9 @@ class AdapterPool:
         adapted = any(isinstance(m, BaseTunerLayer) for m in model.modules())
         must(not adapted, "model", "be without PEFT layers", type(model).__name__)
         limits = dict(max_rank) if isinstance(max_rank, Mapping) else {"*": max_rank}
-        fits = limits and all(isinstance(k, str) and is_whole(r, 1, MAX_RANK) for k, r in limits.items())
-        must(fits, "max_rank", f"lie in 1..{MAX_RANK}, or say so by name", shown(max_rank))
+        must(all(isinstance(k, str) for k in limits), "max_rank", "say ranks by name", shown(max_rank))
+        lie = limits and all(is_whole(r, 1, MAX_RANK) for r in limits.values())
+        must(lie, "max_rank", f"lie in 1..{MAX_RANK}", shown(max_rank))
         must(is_whole(max_adapters, 1, 2**31 - 1), "max_adapters", "be a whole number above 0", shown(max_adapters))
         room = f"budget={shown(budget)}, pages={shown(pages)}"
         must((budget is None) != (pages is None), "budget or pages", "be given, and not both", room)
