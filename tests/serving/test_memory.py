@@ -40,10 +40,10 @@ def taken(pool):
     return rows // 16
 
 
-def only(pool):
+def each_page_once(pool):
     """Every page with one owner, those without memory with none."""
     owned = [page for a in pool._adapters.values() for page in a.pages or ()]
-    assert sorted(owned + pool._free) == list(range(pool.pages)) and max(owned, default=-1) < max(taken(pool), 1)
+    assert sorted([*owned, *pool._free]) == list(range(pool.pages)) and max(owned, default=-1) < max(taken(pool), 1)
 
 
 # ---- growing and shrinking
@@ -56,12 +56,25 @@ def test_memory_is_taken_as_adapters_need_it():
     for number in range(9):
         served(X, adapters=[f"n{number}"] * 2)
         sizes.append(taken(pool))
-        only(pool)
+        each_page_once(pool)
     assert sizes == [1, 2, 4, 8, 8, 8, 11, 11, 11], "twofold, and no more than the ceiling"
     assert not pool.statistics().evictions and not pool._free
     pool.add("more", *random_adapter(9, 5))
     served(X, adapters=["more"] * 2)
     assert taken(pool) == 11 and "n0" not in pool.resident and pool.statistics().evictions == 1
+
+
+def test_a_ceiling_nobody_reaches():
+    model = Echo().eval()
+    pool = AdapterPool(model, budget=2**62)
+    pool.add("n0", *random_adapter(0, 40))
+    MultiLoraModel(model, pool)(X, adapters=["n0", None])
+    assert taken(pool) == 3 and pool.pages == 2**62 // pool.page_bytes == pool.statistics().free_pages + 3
+    pool.shrink(0)
+    assert taken(pool) == 0
+    with pytest.raises(RuntimeError, match="memory|storage size|overflow"):
+        pool.grow()
+    assert taken(pool) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -76,7 +89,7 @@ def test_the_same_bits_before_and_after(dtype):
     for change in (pool.grow, lambda: pool.shrink(3), pool.shrink, lambda: pool.shrink(0), lambda: pool.grow(5)):
         change()
         assert all(torch.equal(served(x, adapters=each), y) for each, y in zip(who, want, strict=True))
-        only(pool)
+        each_page_once(pool)
 
 
 def test_shrinking_moves_what_stays():
@@ -91,7 +104,7 @@ def test_shrinking_moves_what_stays():
     assert taken(pool) == 6 and len(pool.resident) == 3, "room for more stays"
     pool.shrink()
     assert taken(pool) == 3 and {pool._adapters[n].pages[0] for n in pool.names} == {0, 1, 2}
-    only(pool)
+    each_page_once(pool)
     assert [a for a in pool._resident] == [pool._adapters[n] for n in ("n5", "n7", "n3")], "who was used when"
     assert pool.statistics().evictions == 0
     pool.shrink(2)
@@ -160,7 +173,7 @@ def test_under_forwards_that_run():
     pool.shrink()
     assert taken(pool) == 1
     assert all(torch.equal(served(X, adapters=[name, None]), want[name]) for name in pool.names)
-    only(pool)
+    each_page_once(pool)
 
 
 def test_threads():
@@ -281,6 +294,8 @@ def test_the_peak_is_the_new_size_and_one_old_tensor(monkeypatch):
 def test_a_captured_graph_pins_the_pools(monkeypatch):
     """Replays read the addresses and pages that were captured."""
     served, pool = filled(pages=6, ranks=(5, 5, 5, 40))
+    served(X, adapters=["n3", "n2"])
+    pool.shrink(0)
     served(X, adapters=["n0", "n1"])
     assert taken(pool) == 2
     want = served(X, adapters=["n1", None])

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory of a pool's pages, which grows and shrinks, and what a pool can be asked about itself."""
 
-from collections.abc import Collection, Iterable
+from bisect import insort
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,39 @@ class Statistics:
     uploads: int
     evictions: int
     adapters: dict[str, AdapterStatistics]
+
+
+class Free:
+    """Pages without an owner, the lowest first. Of those that never had one, which may be any number, the first is kept."""
+
+    def __init__(self, pages: int):
+        self._end, self._fresh, self._back = pages, 0, []
+
+    def __len__(self) -> int:
+        return len(self._back) + self._end - self._fresh
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._back
+        yield from range(self._fresh, self._end)
+
+    def lowest(self, count: int) -> int:
+        """The last of so many of the lowest."""
+        given = len(self._back)
+        return self._back[count - 1] if count <= given else self._fresh + count - given - 1
+
+    def take(self) -> int:
+        if self._back:
+            return self._back.pop(0)
+        self._fresh += 1
+        return self._fresh - 1
+
+    def put(self, page: int) -> None:
+        insort(self._back, page)
+
+    def end_at(self, pages: int) -> None:
+        """There are no more than these, of which some may be free."""
+        self._back = [page for page in self._back if page < pages]
+        self._end = max(pages, self._fresh)
 
 
 def tensors_of(layers: Iterable[Layer]) -> list[Tensor]:

@@ -4,7 +4,6 @@
 import math
 import re
 import threading
-from bisect import insort
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ from .below import modules_of, only_device, plain
 from .kinds.kind import KINDS, Adapter, Kind
 from .kinds.read import of_folder, of_layers
 from .layer import Layer, must
-from .memory import AdapterStatistics, Statistics, capturing, read_on, resize, tensors_of
+from .memory import AdapterStatistics, Free, Statistics, capturing, read_on, resize, tensors_of
 
 
 class UnknownAdapter(ValueError):
@@ -123,7 +122,7 @@ class AdapterPool:
         self._changed = threading.Condition(threading.RLock())  # guards all that follows
         self._adapters: dict[str, Adapter] = {}
         self._resident: OrderedDict[Adapter, None] = OrderedDict()  # least recently used first
-        self._free = list(range(self.pages))  # sorted: the lowest are taken first
+        self._free = Free(self.pages)
         self._backed = 0  # pages that have memory, the lowest
         self._captured: set[Adapter] = set()  # read by CUDA graphs, which may run at any time
         self._kept: list[Tensor] = []  # on the host, read by such a graph
@@ -204,11 +203,13 @@ class AdapterPool:
         with self._changed:
             self._may_move()
             order = list(self._resident)
+            cells = Counter(adapter.kind for adapter in order for _ in range(adapter.size))
+            need = lambda: sum(math.ceil(n / kind.per_page) for kind, n in cells.items())
             for adapter in order:
-                if self._pages(self._resident) > most and not adapter.users and adapter not in self._reserved:
+                if need() > most and not adapter.users and adapter not in self._reserved:
+                    cells[adapter.kind] -= adapter.size
                     self._evict(adapter)
-            need = self._pages(self._resident)
-            moving = [a for a in order if a.cells is not None and not a.users and max(a.pages) >= need]
+            moving = [a for a in order if a.cells is not None and not a.users and max(a.pages) >= need()]
             for adapter in moving:
                 self._leave(adapter)
             for adapter in moving:
@@ -252,8 +253,8 @@ class AdapterPool:
     def _back(self, adapters: Collection[Adapter]) -> None:
         """Memory for those that are not on the device yet, for whom there is room."""
         need = self._pages(adapters, self._open())
-        if need and self._free[need - 1] >= self._backed:
-            self._resize(min(self.pages, max(self._free[need - 1] + 1, 2 * self._backed)))
+        if need and (last := self._free.lowest(need)) >= self._backed:
+            self._resize(min(self.pages, max(last + 1, 2 * self._backed)))
 
     def _open(self) -> dict[Kind, int]:
         """Free cells of pages in use, by kind."""
@@ -383,7 +384,7 @@ class AdapterPool:
             free.append(cell)
             if len(free) == adapter.kind.per_page:
                 del adapter.kind.open[page]
-                insort(self._free, page)
+                self._free.put(page)
         adapter.cells, adapter.ready, adapter.done = None, None, {}
         self._resident.pop(adapter, None)
 
@@ -424,7 +425,7 @@ class AdapterPool:
         kind, adapter.cells = adapter.kind, []
         for _ in range(adapter.size):
             if not kind.open:
-                page = self._free.pop(0)
+                page = self._free.take()
                 kind.open[page] = list(range(kind.per_page * page, kind.per_page * (page + 1)))
             page = min(kind.open)
             free = kind.open[page]
@@ -482,7 +483,7 @@ class AdapterPool:
                 self._readers.add(stream)
             if captured:
                 self._captured.update(batch)
-                self._free = [page for page in self._free if page < self._backed]
+                self._free.end_at(self._backed)
             for adapter in batch:
                 adapter.users += 1
         if captured:  # without waiting for uploads, which a capture cannot: torch.cuda.graph has waited before it began
