@@ -101,13 +101,27 @@ def one_class(model, **options):
     return model
 
 
+def overridden(model, **options):
+    """A compiled method that a subclass has in a way of its own."""
+    own = type(model.model.layers[0].mlp)
+
+    class Compiled(own):
+        forward = torch.compile(lambda self, x: x * 0, **options)
+
+    class Derived(Compiled):
+        forward = own.forward
+
+    model.model.layers[0].mlp.__class__ = Derived
+    return model
+
+
 def linear_wrapped(model, **options):
     attention = model.model.layers[0].self_attn
     attention.q_proj = torch.compile(attention.q_proj, **options)
     return model
 
 
-WAYS = [wrapped, in_place, layer_by_layer, layers_wrapped, linear_wrapped, one_method, one_class]
+WAYS = [wrapped, in_place, layer_by_layer, layers_wrapped, linear_wrapped, one_method, one_class, overridden]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +249,7 @@ def test_inductor(stock, ids, way):
 # ---- accelerate
 
 
-@pytest.mark.parametrize("way", [None, one_method, one_class, in_place])
+@pytest.mark.parametrize("way", [None, one_method, one_class, pytest.param(in_place, marks=pytest.mark.slow)])
 def test_a_model_with_accelerates_hooks_on_one_device(stock, ids, way):
     accelerate = pytest.importorskip("accelerate")
     model = small()
@@ -326,6 +340,7 @@ def saved_by_torch(model):
 def test_a_copy_is_the_model_alone(kind, duplicate):
     model = tiny(kind)
     model.register_forward_hook(foreign, with_kwargs=True)
+    model.activation = torch.tanh  # a function in C
     ids = {"input_ids": torch.randint(3, V, (2, 5), generator=torch.Generator().manual_seed(0))}
     ids |= {"decoder_input_ids": ids["input_ids"]} if kind == "t5" else {}
     name = "a"

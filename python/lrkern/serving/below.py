@@ -46,13 +46,16 @@ _LOCK = threading.Lock()
 def keep_eager(modules: Iterable[nn.Module], when: Callable[[], bool]) -> None:
     """All that torch.compile made of these and their children, and of what their own attributes and classes have, is Eager
     from now on."""
+    of_class: dict[type, dict[str, Callable]] = {}
     for m in _family(modules):
         for name, call in list(vars(m).items()):
             _replace(m, name, call, True, when)
-        for cls in reversed(type(m).__mro__):
-            for name, call in vars(cls).items() if issubclass(cls, nn.Module) else ():
-                if name not in vars(m):
-                    _replace(m, name, call, False, when)
+        if type(m) not in of_class:
+            methods = {name: call for cls in reversed(type(m).__mro__) for name, call in vars(cls).items()}
+            of_class[type(m)] = {name: call for name, call in methods.items() if _not_compiled(call) is not None}
+        for name, call in of_class[type(m)].items():
+            if name not in vars(m):
+                _replace(m, name, call, False, when)
 
 
 def keep_eager_again(modules: Iterable[nn.Module], when: Callable[[], bool]) -> None:
@@ -147,7 +150,7 @@ def _same(a: torch.device, b: torch.device) -> bool:
 
 
 def ours(hook: Any) -> bool:
-    return getattr(hook, "__module__", "").startswith(__package__)
+    return (getattr(hook, "__module__", None) or "").startswith(__package__)  # None: of functions in C
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -164,9 +167,9 @@ def copies_are_plain(module: nn.Module) -> None:
 
 
 def copies_as_ever(module: nn.Module) -> None:
-    held = (*vars(module).values(), *(hook for kind in _HOOKS for hook in vars(module)[kind].values()))
-    if "__reduce_ex__" in vars(module) and not any(isinstance(each, Eager) or ours(each) for each in held):
-        del vars(module)["__reduce_ex__"]
+    hooked = any(ours(hook) for kind in _HOOKS for hook in vars(module)[kind].values())
+    if not hooked and not any(isinstance(value, Eager) for value in vars(module).values()):
+        vars(module).pop("__reduce_ex__", None)
 
 
 def _reduce(module: nn.Module, protocol: int) -> Any:
@@ -179,7 +182,7 @@ def _reduce(module: nn.Module, protocol: int) -> Any:
     ]:
         state.pop(key, None)
     own = {number for kind in _HOOKS for number, hook in vars(module)[kind].items() if ours(hook)}
-    for kind in (*_HOOKS, *_BESIDE):
+    for kind in {*_HOOKS, *_BESIDE} & state.keys():
         state[kind] = type(state[kind])((number, each) for number, each in state[kind].items() if number not in own)
     return *made[:2], state, *made[3:]
 
