@@ -7,6 +7,7 @@ import os
 import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -139,6 +140,43 @@ def test_several_adapters_and_scales(folders):
     for row in range(8):
         torch.testing.assert_close(got[row], want[row][row], atol=1e-5, rtol=0)
     assert torch.equal(got[2], want[2][2]) and torch.equal(got[7], want[7][7])
+
+
+def test_scales_of_any_kind(folders):
+    """A number for all, or one a request, of Python, numpy or torch."""
+    model = bert(1)
+    who, half = ["r8", ["r40", "qv"], None, "r8"], [0.5, 1.5, None, 2]
+    with MultiLoraModel(model, full_pool(model, folders)) as served:
+
+        def run(scales):
+            return hidden(served(**batch(4), adapters=who, scales=scales))
+
+        want = run([0.5, [0.5, 0.5], None, 0.5])
+        for one in (
+            0.5,
+            np.float32(0.5),
+            np.float64(0.5),
+            np.array(0.5),
+            torch.tensor(0.5),
+            torch.tensor(0.5).bfloat16(),
+        ):
+            assert torch.equal(run(one), want), repr(one)
+        assert torch.equal(run(2), run([2, [2, 2], 2, 2])) and torch.equal(run(np.int64(2)), run(2))
+        want = run([0.5, [1.5, 1.5], None, 2.0])
+        assert not torch.equal(want, run(0.5))
+        given = [0.5, 1.5, 7.0, 2.0]
+        for each in (
+            half,
+            tuple(half),
+            np.array(given),
+            np.array(given, np.float16),
+            torch.tensor(given),
+            list(np.array(given)),
+        ):
+            assert torch.equal(run(each), want), repr(each)
+        assert torch.equal(run([torch.tensor(0.5), torch.tensor([1.5, 1.5]), np.array([]), np.array([2])]), want)
+        assert torch.equal(run([0.5, (np.float32(1.5), torch.tensor(1.5)), [], [2]]), want)
+        assert torch.equal(run([None] * 4), run(1)) and torch.equal(run(None), run(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -291,6 +329,7 @@ def test_budget_is_bytes():
     pool = AdapterPool(model, pages=3)
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     assert pool.page_bytes == 16 * 4 * sum(m.in_features + m.out_features for m in linears)
+    pool.grow()
     assert sum(t.nbytes for layer in pool._layers.values() for t in (layer.a, layer.b)) == 3 * pool.page_bytes
     assert AdapterPool(model, budget=3 * pool.page_bytes + 5).pages == 3
     assert AdapterPool(model, budget=pool.page_bytes, targets=["query"], dtype=torch.bfloat16).pages > 1

@@ -90,6 +90,7 @@ class Stream:
 def test_who_waits_for_whom(tmp_path, monkeypatch):
     """Forwards wait for their uploads; an upload waits for the forwards that still read its pages, and for no other."""
     model, pool, _ = served("cpu", tmp_path, FusedLoRALinear, {"r": 5}, pages=2)
+    pool.grow()
     log = []
     compute, other, pool._upload_stream = (Stream(name, log) for name in ("compute", "other", "upload"))
     now = [compute]
@@ -115,6 +116,57 @@ def test_who_waits_for_whom(tmp_path, monkeypatch):
         pool.remove("b")
         assert log == ["upload waits for compute 2"], "its page is free after its forward"
         assert forward("a") == ["to the device", "upload 4", "compute waits for upload 4", "compute 4"]
+
+
+def test_who_waits_for_pools_that_grow(tmp_path, monkeypatch):
+    """Forwards of all streams, those under way too, wait for the copies, one by one before the copy is what they read. The
+    old tensors are kept by whoever has read them."""
+    model, pool, _ = served("cpu", tmp_path, FusedLoRALinear, {"r": 5}, pages=4)
+    log, x = [], torch.randn(1, I)
+    compute, pool._upload_stream = Stream("compute", log), Stream("upload", log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    seen = lambda stream, tensors: log.extend(f"{stream.name} reads {list(t.shape)}" for t in tensors)
+    monkeypatch.setattr("lrkern.serving.memory.read_on", seen)
+    monkeypatch.setattr("lrkern.serving.pool.read_on", seen)
+    with model, torch.no_grad():
+        model(x, adapters=["a"])
+        copies = [f"upload {i}" for i in range(1, 6)]  # of A and B of two layers; and the event after all
+        assert log[:5] == copies and log[-2:] == ["compute waits for upload 6", "compute 1"]
+        first = [f"compute reads {[16, n]}" for n in (I, H, H, O)]
+        assert log[5:-2] == ["upload 6", *first], "a stream that is new"
+        log.clear()
+        with pool._lease(["a"]):
+            pool.grow(2)
+            kept = [layer.a for layer in pool._layers.values()]
+        grown = []
+        for event, n in zip(range(7, 11), (I, H, H, O), strict=True):
+            grown += [f"upload {event}", f"compute waits for upload {event}", f"compute reads {[32, n]}"]
+        assert log == ["compute waits for upload 6", *grown, "upload 11", "compute 2"]
+        assert all(layer.a is a for layer, a in zip(pool._layers.values(), kept, strict=True))
+        log.clear()
+        model(x, adapters=["a"])
+        assert log == ["compute waits for upload 11", "compute 3"], "it was uploaded before, and copied since"
+
+
+@ON_CUDA
+def test_pools_grow_and_shrink_under_forwards(device, tmp_path):
+    """While every forward sleeps first, their pools move away below them."""
+    model, pool, ones = served(device, tmp_path, FusedLoRALinear, {"r": 5}, names="abcdefgh", pages=8)
+    x, streams = torch.randn(T, I), [torch.cuda.Stream(), torch.cuda.Stream()]
+    on_device, results = x.to(device), []
+    with model, torch.no_grad():
+        model(on_device, adapters=["a"] * T)
+        torch.cuda.synchronize()
+        for i, name in enumerate("abcdefghab"):
+            with torch.cuda.stream(streams[i % 2]):
+                torch.cuda._sleep(10_000_000)
+                results.append((name, model(on_device, adapters=[name] * T)))
+            if i == 8:
+                pool.shrink(2)
+        torch.cuda.synchronize()
+    for name, y in results:
+        assert_own(y, x, [name] * T, ones)
 
 
 @ON_CUDA

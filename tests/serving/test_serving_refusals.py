@@ -5,6 +5,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -123,9 +124,12 @@ def test_a_damaged_folder_leaves_the_pool_as_it_was(folders, tmp_path, damage):
 
 @pytest.mark.parametrize(("options", "name", "message"), [
     ({"max_rank": 39}, "r40", r"rank must lie in 1..39 \(the pool's max_rank\), got 40"),
+    ({"max_rank": {"query": 40, "*": 39}}, "r40", "must have a rank of at most 39 .the pool's max_rank there., got 40"),
+    ({"max_rank": {"self.query": 17, "key": 3, "*": 16}}, "mixed", "self.key must have a rank of at most 3"),
+    ({"max_rank": {"*": 40, "attention.self.query": 16}}, "mixed", "self.query must have a rank of at most 16"),
     ({"pages": 2}, "r40", "rank 40 needs 3 pages, the pool has 2"),
     ({"targets": ["query", "value"]}, "r8", "is not among the pool's targets"),
-], ids=["max_rank", "pages", "targets"])  # fmt: skip
+], ids=["max_rank", "of others", "of keys", "of queries", "pages", "targets"])  # fmt: skip
 def test_an_adapter_that_does_not_fit_the_pool(folders, options, name, message):
     pool = AdapterPool(bert(1), **{"pages": 8} | options)
     with pytest.raises(ValueError, match=message):
@@ -139,17 +143,16 @@ def test_names(folders):
     pool.load("a", folders / "r8")
     with pytest.raises(ValueError, match="name must be new .* got 'a'"):
         pool.load("a", folders / "r8")
-    with pytest.raises(UnknownAdapter, match="must be one of the pool's 1, got 'b'"):
-        pool.load("b", folders / "r8", replace=True)
     for method in (pool.remove, pool.pin, pool.unpin):
         with pytest.raises(UnknownAdapter, match="'b'"):
             method("b")
     for name in ("", None, 3):
         with pytest.raises(ValueError, match="name must be a string"):
             pool.load(name, folders / "r8")
-    pool.load("b", folders / "qv")
-    with pytest.raises(PoolFull, match="max_adapters is 2"):
-        pool.load("c", folders / "qv")
+    pool.load("b", folders / "qv", replace=True)  # a new name, too
+    for replace in (False, True):
+        with pytest.raises(PoolFull, match="max_adapters is 2"):
+            pool.load("c", folders / "qv", replace=replace)
     assert pool.names == ["a", "b"] and len(pool) == 2 and "a" in pool and "c" not in pool
     pool.remove("a")
     pool.load("c", folders / "qv")
@@ -162,8 +165,21 @@ def test_names(folders):
     (dict(adapters=["r8", 3]), "adapters must be names"),
     (dict(adapters=["r8", ["r8", None]]), "adapters must be names"),
     (dict(scales=[1.0, 1.0]), "scales must come with adapters"),
-    (dict(adapters=["r8", None], scales=[1.0]), "scales must be a list of 2"),
-    (dict(adapters=["r8", None], scales=2.0), "scales must be a list of 2"),
+    (dict(adapters=["r8", None], scales=[1.0]), "scales must be a number or 2 of them"),
+    (dict(adapters=["r8", None], scales=torch.ones(3)), "scales must be a number or 2 of them"),
+    (dict(adapters=["r8", None], scales=True), "scales must be finite numbers"),
+    (dict(adapters=["r8", None], scales=[True, 1]), "scales must be finite numbers"),
+    (dict(adapters=["r8", None], scales=torch.tensor([True, False])), "scales must be finite numbers"),
+    (dict(adapters=["r8", None], scales=np.bool_(True)), "scales must be finite numbers"),
+    (dict(adapters=["r8", None], scales=float("nan")), "scales must be finite numbers"),
+    (dict(adapters=["r8", None], scales=np.array([1, np.inf])), "scales must be finite numbers"),
+    (dict(adapters=["r8", None], scales=torch.tensor([torch.nan, 1])), "scales must be finite numbers"),
+    (dict(adapters=["r8", None], scales=[1e39, 1]), "scales must be finite numbers"),
+    (dict(adapters=["r8", None], scales=[1, float("nan")]), "scales must be finite numbers"),
+    (dict(adapters=["r8", None], scales=["1", 1]), "scales must be finite numbers"),
+    (dict(adapters=["r8", None], scales="12"), "scales must be finite numbers"),
+    (dict(adapters=["r8", None], scales={"r8": 2.0}), "scales must be finite numbers"),
+    (dict(adapters=["r8", None], scales=2j), "scales must be finite numbers"),
     (dict(adapters=["r8", None], scales=[float("nan"), 1]), "scales must be finite"),
     (dict(adapters=[["r8", "qv"], None], scales=[[1.0], None]), "scales must be finite numbers, one or 2"),
 ], ids=str)  # fmt: skip
@@ -201,6 +217,12 @@ def test_models_and_pools_that_do_not_go_together(folders):
         (dict(pages=0), "pages must be a whole number above 0, got 0"),
         (dict(budget=1), "hold a page"),
         (dict(pages=1, max_rank=513), "max_rank must lie in 1..512"),
+        (dict(pages=1, max_rank=True), "max_rank must lie in 1..512"),
+        (dict(pages=1, max_rank={}), "max_rank must lie in 1..512"),
+        (dict(pages=1, max_rank={"query": 0, "*": 8}), "max_rank must lie in 1..512"),
+        (dict(pages=1, max_rank={3: 8, "*": 8}), "max_rank must say ranks by name"),
+        (dict(pages=1, max_rank={"query": 8}), r'max_rank must name every target \(or "\*"\), got none for encoder'),
+        (dict(pages=1, max_rank={"quary": 8, "*": 8}), r"max_rank must name targets, got \['quary'\]"),
         (dict(pages=1, dtype=torch.float64), "dtype must be"),
         (dict(pages=1, targets=["nothing"]), "targets must name linears"),
         (dict(pages=1, parallel={"query": "both"}), "parallel must say column or row"),

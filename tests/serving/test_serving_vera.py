@@ -228,6 +228,7 @@ def test_a_layer_left_out():
     pool = AdapterPool(model, pages=1)
     pool.add("both", *vera(4, 1, 2))
     pool.add("one", *vera(4, 1, 3, targets=["one"], A=torch.ones(4, 16), B=torch.ones(24, 4)))
+    pool.grow()
     for layer in pool._layers.values():
         layer.a.fill_(torch.nan), layer.b.fill_(torch.nan)
     with MultiLoraModel(model, pool) as served:

@@ -8,8 +8,9 @@
     served.generate(input_ids, adapters=["legal", None, "terse"], max_new_tokens=20)
 
 Every linear of the model has a pair of pools in pages of 16 ranks (lrkern.ops.multi_lora_shrink); page p is the same rows in
-all of them, so an adapter has one list of pages. The host has copies of all adapters, the device those that fit: when pages
-run out, the least recently used adapter is evicted; it is uploaded again when a batch asks for it.
+all of them, so an adapter has one list of pages. The host has copies of all adapters, the device those that fit: it takes
+memory as they need it, up to the budget; when pages run out, the least recently used adapter is evicted; it is uploaded again
+when a batch asks for it.
 
 VeRA adapters are vectors over a pair of projections, which all that have an equal one share: a page holds up to 16 of them.
 The pair is there, beside the pages, until the last of them has left the pool. So are the bases of RandLoRA adapters, whose
@@ -28,7 +29,11 @@ with extra("lrkern.serving"):
     import peft  # noqa: F401
 
 from .kinds import FAMILIES, Factors, Shared, Vectors
+from .memory import AdapterStatistics, Statistics
 from .model import MultiLoraModel
 from .pool import AdapterPool, PoolFull, UnknownAdapter
 
-__all__ = ["FAMILIES", "AdapterPool", "Factors", "MultiLoraModel", "PoolFull", "Shared", "UnknownAdapter", "Vectors"]
+__all__ = [
+    "FAMILIES", "AdapterPool", "AdapterStatistics", "Factors", "MultiLoraModel", "PoolFull", "Shared", "Statistics",
+    "UnknownAdapter", "Vectors",
+]  # fmt: skip

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .below import modules_of, ours
 from .kinds.kind import Rows
 from .layer import Layer, must
 from .pool import AdapterPool
 from .rows import Along, Dims, Follow, Lost, Owners, arguments_of, tensors_of
-from .saved import apart, copies, ours, over
+from .saved import apart, copies, over
 
 # Whose modules take the same path through a forward for all inputs of the same shapes, as long as no value of a tensor goes to
 # Python. Others are followed in every forward.
@@ -37,8 +38,8 @@ class Paths:
 
     def keep(self, key: Any, found: Found, follow: Follow) -> None:
         hooks = lambda m: [h for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) if not ours(h)]
-        plain = lambda m: type(m).__module__.split(".")[0] in _KNOWN and "forward" not in vars(m) and not hooks(m)
-        if key is not None and not follow.read and all(map(plain, self.model.modules())):
+        known = lambda m: type(m).__module__.split(".")[0] in _KNOWN and "forward" not in vars(m) and not hooks(m)
+        if key is not None and not follow.read and all(map(known, modules_of(self.model).values())):
             self.found[key] = found
 
 

@@ -33,6 +33,7 @@ class Layer:
         self.local = features
         self.whole = (features[0] * (world if split == "row" else 1), features[1] * (world if split == "column" else 1))
         self.module: nn.Module  # the linear
+        self.max_rank: int  # of an adapter of factors
         self.a: Tensor  # [P, I]
         self.b: Tensor  # [P, O]
 

@@ -2,7 +2,6 @@
 """A model whose requests each have adapters of their own."""
 
 import inspect
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -10,9 +9,12 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from ..files.check import is_finite
 from ..files.folder import features_of
 from .batch import Batch, Paths
+from .below import copies_are_plain, dtype_of, give_back_compiled, keep_eager, keep_eager_again, modules_of, plain
 from .layer import Layer, must, sizes_of
 from .pool import AdapterPool
 from .rows import Owners, arguments_of, tensors_of
@@ -27,9 +29,13 @@ class MultiLoraModel(AbstractContextManager):
     while a call with adapters runs has to be meant: see ``base``. Where no request has an adapter, so it is here, bit for bit.
 
     adapters: per request a name, None or "__base__" for the base, or a list of names, whose parts are added; PEFT's word
-    for it, adapter_names, is the same. scales: per request a number (for each of its adapters) or a list, times the
-    adapter's own scale; 1 for DoRA and for biases in place of the model's, of which none is known. Copies of modules
-    (modules_to_save) have none.
+    for it, adapter_names, is the same. scales: a number for all, or per request a number (for each of its adapters), None or a
+    list, times the adapter's own scale; tensors and numpy arrays too. 1 for DoRA and for biases in place of the model's, of which
+    none is known. Copies of modules (modules_to_save) have none.
+
+    config, generation_config, device and dtype are the model's. It can be saved, pickled and copied while this lives: what comes
+    out is the model alone. It may be compiled, before or after: calls with adapters run what is not compiled, calls of the
+    base what is.
 
     The requests are the first dimension of the model's input: input_ids, inputs_embeds, input_features, input_values (and the
     decoder's), else the model's main_input_name, else the first tensor. From there on they are followed through every
@@ -42,42 +48,67 @@ class MultiLoraModel(AbstractContextManager):
     """
 
     def __init__(self, model: nn.Module, pool: AdapterPool):
-        modules = dict(model.named_modules())
+        inner, modules = plain(model), modules_of(model)
         for name, layer in pool._layers.items():
             there = name in modules and sizes_of(modules[name]) == layer.local
             what = "an embedding" if layer.embeds else "a linear"
             must(there, "model", f"have {what} {name} {list(layer.local)}", modules.get(name))
         self.model, self.pool, self._local = model, pool, threading.local()
-        self._paths, self._running, self._lock = Paths(model), 0, threading.Lock()
+        self._paths, self._running, self._lock = Paths(inner), 0, threading.Lock()
         self._copied: set[str] = set()  # modules of which some adapter had a copy
-        self._keywords = _keywords(model)
-        hook = lambda m, f: m.register_forward_hook(torch.compiler.disable(f), with_kwargs=True)
-        self._hooks = [hook(modules[name], self._hook(layer)) for name, layer in pool._layers.items()]
-        others = [m for name, m in modules.items() if features_of(m) and name not in pool._layers]
-        self._hooks += [hook(m, self._passed) for m in others if type(m) is not nn.Linear]
+        self._keywords = _keywords(inner)
+        self._hooks: list[RemovableHandle] = []
+        for name, layer in pool._layers.items():
+            self._add_hook(modules[name].register_forward_hook, self._hook(layer))
+        for name, m in modules.items():
+            if features_of(m) and name not in pool._layers and type(m) is not nn.Linear:
+                self._add_hook(m.register_forward_hook, self._passed)
         encoder = model.get_encoder() if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
-        for m in (model, encoder):
+        for m in (inner, encoder):
             if isinstance(m, nn.Module):
-                begin, end = torch.compiler.disable(self._begin), torch.compiler.disable(self._end)
-                self._hooks += [
-                    m.register_forward_pre_hook(begin, with_kwargs=True),
-                    m.register_forward_hook(end, always_call=True),
-                ]
+                self._add_hook(plain(m).register_forward_pre_hook, self._begin)
+                self._add_hook(plain(m).register_forward_hook, self._end, always_call=True)
+        self._all = list(model.modules())
+        keep_eager(self._all, self._adapting)
+        self._run = torch.compiler.disable(self._run)  # whoever compiles what calls this
+
+    def _add_hook(self, register: Callable, hook: Callable, **options: Any) -> RemovableHandle:
+        handle = register(torch.compiler.disable(hook), with_kwargs=True, **options)
+        self._hooks.append(handle)
+        copies_are_plain(register.__self__)
+        return handle
 
     def close(self) -> None:
         """Leaves the model as it was."""
         for hook in self._hooks:
             hook.remove()
+        give_back_compiled(self._all, self._adapting)
         self._hooks = []
 
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return dtype_of(self.model)
+
     def __call__(
         self,
         *args: Any,
         adapters: Sequence | None = None,
-        scales: Sequence | None = None,
+        scales: Any = None,
         adapter_names: Sequence | None = None,
         lengths: Sequence[int] | None = None,
         **kwargs: Any,
@@ -91,7 +122,7 @@ class MultiLoraModel(AbstractContextManager):
         self,
         *args: Any,
         adapters: Sequence | None = None,
-        scales: Sequence | None = None,
+        scales: Any = None,
         adapter_names: Sequence | None = None,
         **kwargs: Any,
     ):
@@ -103,7 +134,10 @@ class MultiLoraModel(AbstractContextManager):
         of = lambda key: kwargs.get(key, getattr(config, key, None))
         must(of("cache_implementation") != "paged", "cache_implementation", "be one that this thread runs", "'paged'")
         times = max(of(key) or 1 for key in ("num_beams", "num_return_sequences"))
-        return self._run(self.model.generate, args, kwargs, _either(adapters, adapter_names), scales, times, None)
+        adapters = _either(adapters, adapter_names)
+        if adapters is not None and hasattr(config, "disable_compile"):  # what it has compiled does not ask for hooks
+            kwargs["disable_compile"] = True
+        return self._run(self.model.generate, args, kwargs, adapters, scales, times, None)
 
     @contextmanager
     def base(self) -> Iterator[nn.Module]:
@@ -157,6 +191,9 @@ class MultiLoraModel(AbstractContextManager):
     def _batch(self) -> Batch | None:
         return getattr(self._local, "batch", None)
 
+    def _adapting(self) -> bool:
+        return self._batch() is not None
+
     def _run(
         self, call: Callable, args: tuple, kwargs: dict, adapters: Any, scales: Any, times: int, lengths: Any
     ) -> Any:
@@ -171,6 +208,7 @@ class MultiLoraModel(AbstractContextManager):
             if not any(requests or ()):
                 with self.base():
                     return call(*args, **kwargs)
+            keep_eager_again(self._all, self._adapting)
             parts = [part for row in requests for part in row]
             scaled = {name: scale for name, scale in parts if scale != 1}
             with self.pool._lease((name for name, _ in parts), scaled) as leased:
@@ -199,7 +237,7 @@ class MultiLoraModel(AbstractContextManager):
             whole = isinstance(lengths, Sequence) and all(type(n) is int and n >= 0 for n in lengths)
             must(whole and len(lengths) == len(requests), "lengths", f"be {len(requests)} whole numbers", lengths)
             return
-        given = arguments_of(call.forward if isinstance(call, nn.Module) else call, args, kwargs)
+        given = arguments_of(plain(call).forward if isinstance(call, nn.Module) else call, args, kwargs)
         inputs = tensors_of(given, getattr(self.model, "main_input_name", None))
         size = next((len(t) for t in inputs.values()), len(requests))
         must(size == len(requests), "adapters", f"have one entry for each of the {size} requests", len(requests))
@@ -250,9 +288,7 @@ class MultiLoraModel(AbstractContextManager):
         with self._lock:
             if name not in self._copied and self._hooks:
                 self._copied.add(name)
-                module = self.model.get_submodule(name)
-                handle = module.register_forward_hook(torch.compiler.disable(put), with_kwargs=True)
-                self._hooks.append(handle)
+                handle = self._add_hook(modules_of(self.model)[name].register_forward_hook, put)
 
     def _add(self, batch: Batch, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
         parts, out = [part for part in batch.parts if part.acts(layer)], y
@@ -299,16 +335,23 @@ def _requests(adapters: Any, scales: Any) -> list[list[tuple[str, float]]] | Non
         return None
     is_list = lambda each: isinstance(each, Sequence) and not isinstance(each, str)
     check(is_list(adapters), "adapters", "be a list with one entry a request", adapters)
-    scales = [None] * len(adapters) if scales is None else scales
-    fits = is_list(scales) and len(scales) == len(adapters)
-    check(fits, "scales", f"be a list of {len(adapters)}, one entry a request", scales)
+    given = _numbers(scales)
+    given = given if is_list(given) else [given] * len(adapters)
+    check(len(given) == len(adapters), "scales", f"be a number or {len(adapters)} of them, one a request", scales)
     result = []
-    for who, scale in zip(adapters, scales, strict=True):
+    for who, scale in zip(adapters, given, strict=True):
         names = [] if who in (None, BASE) else [who] if isinstance(who, str) else who
         named = isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
         check(named, "adapters", "be names, None, or lists of names", who)
-        each = scale if isinstance(scale, Sequence) else [1.0 if scale is None else scale] * len(names)
-        fits = len(each) == len(names) and all(isinstance(s, (int, float)) and math.isfinite(s) for s in each)
+        each = _numbers(scale)
+        each = each if is_list(each) else [1.0 if each is None else each] * max(1, len(names))
+        each = [_numbers(s) for s in each]
+        fits = all(map(is_finite, each)) and (len(each) == len(names) or not is_list(_numbers(scale)))
         check(fits, "scales", f"be finite numbers, one or {len(names)} for this request", scale)
-        result.append([(name, float(s)) for name, s in zip(names, each, strict=True)])
+        result.append([(name, float(s)) for name, s in zip(names, each, strict=False)])
     return result
+
+
+def _numbers(scales: Any) -> Any:
+    """Of a tensor or of numpy what it holds, in one read."""
+    return scales.tolist() if hasattr(scales, "tolist") else scales

@@ -5,7 +5,7 @@ import math
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from ..files.check import is_whole, named, refusal, require, shown
 from ..files.folder import Config, Tensors, as_path, inside, read_adapter
 from ..files.own import read_layers
 from ..limits import DTYPES, MAX_RANK, PAGE
+from .below import modules_of, only_device, plain
 from .kinds.kind import KINDS, Adapter, Kind
 from .kinds.read import of_folder, of_layers
 from .layer import Layer, must, sizes_of
+from .memory import AdapterStatistics, Free, Statistics, capturing, read_on, resize, tensors_of
 
 
 class UnknownAdapter(ValueError):
@@ -29,22 +31,24 @@ class UnknownAdapter(ValueError):
 
 
 class PoolFull(RuntimeError):
-    """More pages are needed at once than there are."""
+    """More pages are needed at once than there are, or than there is memory for under a captured CUDA graph."""
 
 
 class AdapterPool:
-    """Adapters by name for one model, in a fixed amount of device memory.
+    """Adapters by name for one model, in device memory with a ceiling.
 
     Args:
-        model: without PEFT's layers; on one device, where the pools go.
-        budget, pages: how many bytes, or pages of 16 ranks of all layers, the pools may take; one of the two. Up to 16
+        model: without PEFT's layers; whole on one device, where the pools go. It may be compiled.
+        budget, pages: how many bytes, or pages of 16 ranks of all layers, the pools may take; one of the two. They take none
+            until adapters need it, and then grow, twofold and up to this ceiling (``grow``, ``shrink``). Up to 16
             adapters of vectors (VeRA) that have one pair of projections share a page. A pair comes on top, for as long as an
             adapter has it: r · (in + out) numbers, of the widest of its linears; of RandLoRA's in · out. So do modules that an
             adapter has whole copies of (modules_to_save), while it is on the device.
         targets: the linears and embeddings that may have an adapter: "all-linear" (all but embeddings, the output's too), a
             regex of the whole name, or a list of ends of names. An embedding takes 16 · (V + D) numbers of a page.
-        max_rank: of an adapter of factors, up to 512; DoRA or biases take pages for two ranks more. max_adapters: names held
-            at once.
+        max_rank: of an adapter of factors, up to 512; or by the end of a linear's name, "*" for all others: the first that fits.
+            DoRA or biases take pages for two ranks more.
+        max_adapters: names held at once.
         dtype: of the pools; None means the model's, or float32 where that is no float or not one.
         parallel: for tensor parallelism, "column" or "row" by the end of a linear's name. The model's linears are then
             this process's shards, adapters are whole. A row-parallel linear must return y summed over the group.
@@ -57,16 +61,20 @@ class AdapterPool:
         budget: int | None = None,
         pages: int | None = None,
         targets: str | Sequence[str] = "all-linear",
-        max_rank: int = 64,
+        max_rank: int | Mapping[str, int] = 64,
         max_adapters: int = 4096,
         dtype: torch.dtype | None = None,
         parallel: Mapping[str, str] | None = None,
         group: Any = None,
     ):
         must(isinstance(model, nn.Module), "model", "be an nn.Module", type(model).__name__)
+        model = plain(model)
         adapted = any(isinstance(m, BaseTunerLayer) for m in model.modules())
         must(not adapted, "model", "be without PEFT layers", type(model).__name__)
-        must(is_whole(max_rank, 1, MAX_RANK), "max_rank", f"lie in 1..{MAX_RANK}", shown(max_rank))
+        limits = dict(max_rank) if isinstance(max_rank, Mapping) else {"*": max_rank}
+        must(all(isinstance(k, str) for k in limits), "max_rank", "say ranks by name", shown(max_rank))
+        lie = limits and all(is_whole(r, 1, MAX_RANK) for r in limits.values())
+        must(lie, "max_rank", f"lie in 1..{MAX_RANK}", shown(max_rank))
         must(is_whole(max_adapters, 1, 2**31 - 1), "max_adapters", "be a whole number above 0", shown(max_adapters))
         room = f"budget={shown(budget)}, pages={shown(pages)}"
         must((budget is None) != (pages is None), "budget or pages", "be given, and not both", room)
@@ -87,9 +95,9 @@ class AdapterPool:
             self._rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        every = {name: m for name, m in model.named_modules() if sizes_of(m)}
+        every = {name: m for name, m in modules_of(model).items() if sizes_of(m)}
         embeds = lambda m: isinstance(m, nn.Embedding)
-        modules = {name: m for name, m in every.items() if _targeted(chosen, name, m is head or embeds(m))}
+        modules = {n: m for n, m in every.items() if _targeted(chosen, n, m is (head and plain(head)) or embeds(m))}
         must(modules, "targets", "name linears of the model, or embeddings", shown(targets))
         splits = {name: next((v for k, v in parallel.items() if _ends(name, k)), None) for name in every}
         layers = {n: Layer(-1, n, sizes_of(m), splits[n], world) for n, m in every.items()}
@@ -102,30 +110,33 @@ class AdapterPool:
         self._split = [name for name, layer in layers.items() if layer.split]
         for index, layer in enumerate(self._layers.values()):
             layer.index, layer.module = index, modules[layer.name]
+            layer.max_rank = next((r for end, r in limits.items() if _ends(layer.name, end)), limits.get("*"))
+            must(layer.max_rank, "max_rank", 'name every target (or "*")', f"none for {layer.name}")
+        unused = [end for end in limits if end != "*" and not any(_ends(name, end) for name in self._layers)]
+        must(not unused, "max_rank", "name targets", shown(unused))
 
         weights = [w for m in modules.values() if isinstance(w := getattr(m, "weight", None), Tensor)]
-        kinds, devices = {w.dtype for w in weights}, {p.device for p in model.parameters()}
-        one = len(devices) == 1 and devices != {torch.device("meta")}
-        must(one, "model", "be on one device", sorted(map(str, devices)) if len(devices) > 1 else "meta")
-        (device,) = devices
+        kinds, device = {w.dtype for w in weights}, only_device(model)
         only = kinds.pop() if len(kinds) == 1 and len(weights) == len(modules) else None
         self.device, self.dtype = device, dtype or (only if only in DTYPES else torch.float32)
-        self.max_rank, self.max_adapters = max_rank, max_adapters
+        self.max_rank = max(layer.max_rank for layer in self._layers.values())
+        self.max_adapters = max_adapters
         self.page_bytes = PAGE * self.dtype.itemsize * sum(sum(layer.local) for layer in self._layers.values())
         self.pages = pages if pages is not None else budget // self.page_bytes
         must(self.pages >= 1, "budget or pages", f"hold a page, {self.page_bytes} bytes", room)
         for layer in self._layers.values():
-            I, O = layer.local
-            layer.a = torch.zeros(PAGE * self.pages, I, dtype=self.dtype, device=device)
-            layer.b = torch.zeros(PAGE * self.pages, O, dtype=self.dtype, device=device)
+            layer.a, layer.b = (torch.empty(0, n, dtype=self.dtype, device=device) for n in layer.local)
         self._upload_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if self._upload_stream:
-            self._upload_stream.wait_stream(torch.cuda.current_stream(device))
 
         self._changed = threading.Condition(threading.RLock())  # guards all that follows
         self._adapters: dict[str, Adapter] = {}
         self._resident: OrderedDict[Adapter, None] = OrderedDict()  # least recently used first
-        self._free = list(range(self.pages))
+        self._free = Free(self.pages)
+        self._backed = 0  # pages that have memory, the lowest
+        self._captured: set[Adapter] = set()  # read by CUDA graphs, which may run at any time
+        self._kept: list[Tensor] = []  # on the host, read by such a graph
+        self._readers: set[Any] = set()  # CUDA: streams that forwards ran on
+        self._hits = self._uploads = self._evictions = 0
         self._reserved: set[Adapter] = set()  # pinned, whether they are on the device yet or not
         self._kinds = [kind(self) for kind in KINDS]
 
@@ -137,8 +148,12 @@ class AdapterPool:
     def __len__(self) -> int:
         return len(self._adapters)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
     @property
     def names(self) -> list[str]:
+        """As they are now: a list of its own."""
         with self._changed:
             return list(self._adapters)
 
@@ -152,6 +167,108 @@ class AdapterPool:
     def layers(self) -> list[str]:
         return list(self._layers)
 
+    def statistics(self) -> Statistics:
+        """All of one moment, as a copy (``dataclasses.asdict`` makes plain dicts of it)."""
+        with self._changed:
+            adapters = {
+                name: AdapterStatistics(
+                    rank=a.rank,
+                    pages=self._pages([a]),
+                    resident=a.cells is not None,
+                    pinned=a in self._reserved,
+                    users=a.users,
+                    hits=a.hits,
+                    uploads=a.uploads,
+                )
+                for name, a in self._adapters.items()
+            }
+            return Statistics(
+                pages=self.pages,
+                free_pages=len(self._free),
+                bytes=sum(t.nbytes for t in tensors_of(self._layers.values())),
+                budget=self.pages * self.page_bytes,
+                hits=self._hits,
+                uploads=self._uploads,
+                evictions=self._evictions,
+                adapters=adapters,
+            )
+
+    # ---- memory
+
+    def grow(self, pages: int | None = None) -> None:
+        """Takes memory for so many pages now, all of them by default: none of it moves later, as long as nobody shrinks it.
+        Forwards may be under way. The peak is the new size and one linear's old pool."""
+        pages = self.pages if pages is None else pages
+        must(is_whole(pages, 0, self.pages), "pages", f"lie in 0..{self.pages}", shown(pages))
+        with self._changed:
+            self._resize(max(pages, self._backed))
+
+    def shrink(self, pages: int | None = None) -> None:
+        """Gives back the memory of what lies past so many pages; by default that which no adapter on the device needs. Adapters
+        that lie there move; those that do not fit leave, least recently used first. What is pinned or in use by forwards under
+        way stays on the device, and what is in use where it is."""
+        most = self.pages if pages is None else pages
+        must(is_whole(most, 0, self.pages), "pages", f"lie in 0..{self.pages}", shown(pages))
+        with self._changed:
+            self._may_move()
+            order = list(self._resident)
+            cells = Counter(adapter.kind for adapter in order for _ in range(adapter.size))
+            need = lambda: sum(math.ceil(n / kind.per_page) for kind, n in cells.items())
+            for adapter in order:
+                if need() > most and not adapter.users and adapter not in self._reserved:
+                    cells[adapter.kind] -= adapter.size
+                    self._evict(adapter)
+            moving = [a for a in order if a.cells is not None and not a.users and max(a.pages) >= need()]
+            for adapter in moving:
+                self._leave(adapter)
+            for adapter in moving:
+                self._enter(adapter)
+            for adapter in order:
+                if adapter in self._resident:
+                    self._resident.move_to_end(adapter)
+            end = max((page + 1 for adapter in self._resident for page in adapter.pages), default=0)
+            self._resize(min(self._backed, end if pages is None else max(end, pages)))
+            self._changed.notify_all()
+
+    @property
+    def _room(self) -> int:
+        """The pages there may be: under captured graphs those that there are, since the pools cannot move."""
+        return self._backed if self._captured else self.pages
+
+    def _why(self) -> str:
+        return (
+            f" (of {self.pages}: a CUDA graph was captured over them, under which the pools cannot move; call pool.grow() "
+            "before the capture)"
+            if self._captured
+            else ""
+        )
+
+    def _may_move(self) -> None:
+        if self._captured:
+            raise PoolFull(f"lrkern.serving: the pool must stay at {self._backed} pages{self._why()}")
+
+    def _resize(self, pages: int) -> None:
+        if all(len(t) == PAGE * pages for t in tensors_of(self._layers.values())):
+            return
+        self._may_move()
+        self._backed = min(pages, self._backed)  # what holds even where memory runs out below
+        resize(self._layers.values(), pages, self._upload_stream, self._readers)
+        self._backed = pages
+        if self._upload_stream:
+            moved = self._upload_stream.record_event()
+            for adapter in self._resident:
+                adapter.ready = moved
+
+    def _back(self, adapters: Collection[Adapter]) -> None:
+        """Memory for those that are not on the device yet, for whom there is room."""
+        need = self._pages(adapters, self._open(adapters))
+        if need and (last := self._free.lowest(need)) >= self._backed:
+            self._resize(min(self.pages, max(last + 1, 2 * self._backed)))
+
+    def _open(self, adapters: Iterable[Adapter]) -> dict[Kind, int]:
+        """Free cells of pages in use, by these adapters' kinds."""
+        return {kind: sum(map(len, kind.open.values())) for kind in {adapter.kind for adapter in adapters}}
+
     # ---- changes
 
     def load(self, name: str, path: str | Path, replace: bool = False) -> None:
@@ -160,7 +277,7 @@ class AdapterPool:
         r, max_in and max_out) are vectors, RandLoRA is lambda and gamma over bases, all others must be of low rank and are
         factors. Keys may be named as other tools do (docs/files.md). DoRA takes the norm of the weights that the model has now;
         a request's scale of it, and of biases in place of the model's, must be 1. ``replace``: in place of the adapter of that
-        name; forwards under way end with the old one. A refused call changes nothing."""
+        name, if there is one; forwards under way end with the old one. A refused call changes nothing."""
 
         def read():
             if as_path(path).exists() and not Path(path).is_dir():
@@ -208,7 +325,12 @@ class AdapterPool:
 
     def to_device(self, t: Tensor) -> Tensor:
         """A copy on the device, which nobody waits for."""
-        return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
+        if self.device.type != "cuda":
+            return t
+        t = t.pin_memory()
+        if capturing(self.device):  # every replay copies it again
+            self._kept.append(t)
+        return t.to(self.device, non_blocking=True)
 
     def _put(self, name: str, read: Callable[[], Any], replace: bool, where: str = "") -> None:
         must(isinstance(name, str) and name, "name", "be a string", shown(name))
@@ -235,7 +357,7 @@ class AdapterPool:
             pinned = lambda state: {key: t.pin_memory() if self._upload_stream else t for key, t in state.items()}
             adapter.saved = {module: one._replace(state=pinned(one.state)) for module, one in saved.items()}
         with self._changed:
-            old = self._known(name) if replace else self._adapters.get(name)
+            old = self._adapters.get(name)
             must(replace or old is None, "name", "be new (or say replace=True)", repr(name))
             if old is None and len(self._adapters) >= self.max_adapters:
                 raise PoolFull(f"lrkern.serving: max_adapters is {self.max_adapters}, and {name!r} would be one more")
@@ -264,10 +386,10 @@ class AdapterPool:
         return sum(max(0, math.ceil((n - (free or {}).get(kind, 0)) / kind.per_page)) for kind, n in cells.items())
 
     def _reserve(self, pinned: set[Adapter], name: str) -> None:
-        need, now = self._pages(pinned), self._pages(self._reserved)
-        if need > self.pages:
+        need, now = (self._pages(each | self._captured) for each in (pinned, self._reserved))
+        if need > self._room:
             raise PoolFull(
-                f"lrkern.serving: pinning {name!r} needs {need - now} pages more, {now} of {self.pages} are pinned"
+                f"lrkern.serving: pinning {name!r} needs {need - now} pages more, {now} of {self._room} are pinned{self._why()}"
             )
         self._reserved = pinned
 
@@ -290,9 +412,13 @@ class AdapterPool:
             free.append(cell)
             if len(free) == adapter.kind.per_page:
                 del adapter.kind.open[page]
-                self._free.append(page)
+                self._free.put(page)
         adapter.cells, adapter.ready, adapter.done, adapter.held = None, None, {}, {}
         self._resident.pop(adapter, None)
+
+    def _evict(self, adapter: Adapter) -> None:
+        self._evictions += 1
+        self._leave(adapter)
 
     def _make_room(self, batch: set[Adapter]) -> bool:
         """Whether the batch fits now; then others have left for it, least recently used first. Of adapters that share pages
@@ -307,15 +433,14 @@ class AdapterPool:
         )  # free there when all others have left
         beside.subtract(adapter.kind for adapter in busy for _ in range(adapter.size))
         staying = {a for a in self._resident if not a.users and (a in batch or a in self._reserved)}
-        if self._pages([*staying, *absent], beside) > self.pages - len(begun):
+        if self._pages([*staying, *absent], beside) > self._room - len(begun):
             return False
-        free = lambda: {kind: sum(map(len, kind.open.values())) for kind in {adapter.kind for adapter in absent}}
-        lacks = lambda: self._pages(absent, free()) > len(self._free)
+        lacks = lambda: self._pages(absent, self._open(absent)) > len(self._free)
         for adapter in list(self._resident):
             if not lacks():
                 return True
             if not adapter.users and adapter not in staying:
-                self._leave(adapter)
+                self._evict(adapter)
         if lacks():
             moving = [adapter for adapter in staying if adapter.kind.per_page > 1]
             for adapter in moving:
@@ -331,9 +456,10 @@ class AdapterPool:
         kind, adapter.cells = adapter.kind, []
         for _ in range(adapter.size):
             if not kind.open:
-                page = self._free.pop(0)
+                page = self._free.take()
                 kind.open[page] = list(range(kind.per_page * page, kind.per_page * (page + 1)))
-            page, free = next(iter(kind.open.items()))
+            page = min(kind.open)
+            free = kind.open[page]
             adapter.cells.append(free.pop(0))
             if not free:
                 del kind.open[page]
@@ -345,36 +471,60 @@ class AdapterPool:
             if self._upload_stream:
                 adapter.ready = self._upload_stream.record_event()
         self._resident[adapter] = None
+        adapter.uploads += 1
+        self._uploads += 1
 
     @contextmanager
     def _lease(self, names: Iterable[str], scaled: Mapping[str, float] | None = None):
         """The adapters of these names, on the device until the end. Waits where forwards under way hold the room. ``scaled``:
-        those that a request scales."""
+        those that a request scales. One that a CUDA graph captures may run again at any time: its adapters stay as they are for
+        good."""
         names = list(dict.fromkeys(names))
+        captured = capturing(self.device)
         with self._changed:
+            for name in names if captured else ():
+                if self._known(name).cells is None:
+                    raise RuntimeError(
+                        f"lrkern.serving: adapter {name!r} must be on the device before a CUDA graph is captured with it: "
+                        "call pool.pin() of it first"
+                    )
             while True:
                 batch = [self._known(name) for name in names]
                 for name, scale in (scaled or {}).items():
                     fixed = self._known(name).fixed
                     must(not fixed, "scales", f"be 1 for {name!r} ({fixed})", scale)
-                if self._pages({*batch, *self._reserved}) > self.pages:
-                    need, pinned = self._pages(batch), self._pages(self._reserved.difference(batch))
+                pinned = self._reserved | self._captured
+                if self._pages({*batch, *pinned}) > self._room:
+                    need, others = self._pages(batch), self._pages(pinned.difference(batch))
                     raise PoolFull(
                         f"lrkern.serving: this batch's {len(batch)} adapters need {need} pages "
-                        f"({need * self.page_bytes} bytes), the pool has {self.pages} ({self.pages * self.page_bytes} "
-                        f"bytes), {pinned} of them pinned by others"
+                        f"({need * self.page_bytes} bytes), the pool has {self._room} ({self._room * self.page_bytes} "
+                        f"bytes){self._why()}, {others} of them pinned by others"
                     )
                 if self._make_room(set(batch)):
                     break
                 self._changed.wait()
+            self._back([adapter for adapter in batch if adapter.cells is None])
             for adapter in batch:
                 if adapter.cells is None:
                     self._enter(adapter)
+                else:
+                    adapter.hits += 1
+                    self._hits += 1
                 self._resident.move_to_end(adapter)
+            stream = torch.cuda.current_stream(self.device) if self._upload_stream else None
+            if stream and stream not in self._readers:
+                read_on(stream, tensors_of(self._layers.values()))
+                self._readers.add(stream)
+            if captured:
+                self._captured.update(batch)
+                self._free.end_at(self._backed)
             for adapter in batch:
                 adapter.users += 1
+        if captured:  # without waiting for uploads, which a capture cannot: torch.cuda.graph has waited before it began
+            yield dict(zip(names, batch, strict=True))
+            return
         try:
-            stream = torch.cuda.current_stream(self.device) if self._upload_stream else None
             for adapter in batch if stream else ():
                 stream.wait_event(adapter.ready)
             yield dict(zip(names, batch, strict=True))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..files.check import check_shape, named, require, shown
 from ..files.folder import PREFIX, Config, Tensors, inside
+from .below import ours
 from .layer import must
 from .rows import Follow, Lost, tensors_in
 
@@ -93,10 +94,6 @@ def over(module: nn.Module, state: State, before: int, prefix: str = "") -> nn.M
     each = module._modules.items()
     new.__dict__["_modules"] = {k: m if m is None else over(m, state, before, f"{prefix}{k}.") for k, m in each}
     return new
-
-
-def ours(hook: object) -> bool:
-    return getattr(hook, "__module__", "").startswith(__package__)
 
 
 @contextmanager

@@ -101,7 +101,9 @@ class OverBases(Kind):
             enough = got[0][0] == r and got[0][1] >= low and got[1][0] >= n * r and got[1][1] >= high
             require(enough, f"{name} must have bases of at least {least}, got {got}")
             facts[pool._layers[name].index] = Part(r, n, units[name], paper, stored[pair])
-        return Adapter(self, host, size, facts)
+        adapter = Adapter(self, host, size, facts)
+        adapter.rank = r
+        return adapter
 
     def agree(self, adapter: Adapter) -> None:
         known = {}

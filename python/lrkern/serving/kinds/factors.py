@@ -55,7 +55,8 @@ class LowRank(Kind):
         rank = max(f.a.shape[0] for f in parts.values())
         self._check_rank(rank)
         for name, f in parts.items():
-            (I, O), r = pool._layers[name].whole, f.a.shape[0]
+            (I, O), r, most = pool._layers[name].whole, f.a.shape[0], pool._layers[name].max_rank
+            require(r <= most, f"{name} must have a rank of at most {most} (the pool's max_rank there), got {r}")
             fit = (f.a.shape, f.b.shape) == ((r, I), (O, r)) and math.isfinite(f.scale)
             require(fit, f"{name} got factors {list(f.a.shape)}, {list(f.b.shape)}, scale {f.scale}")
             for key, t in (("bias", f.bias), ("magnitude", f.magnitude)):
@@ -80,6 +81,7 @@ class LowRank(Kind):
             mine[name] = a, b
         facts = Facts(torch.tensor(ranks, dtype=torch.int32), torch.tensor(scales), bends, math.ceil(rank / PAGE))
         adapter = Adapter(self, self._host(mine, PAGE, "factors"), size, facts)
+        adapter.rank = rank
         if dora:
             adapter.fixed = "DoRA, whose norm its scale is part of: load it with another lora_alpha"
         elif trained:

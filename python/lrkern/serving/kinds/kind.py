@@ -36,6 +36,8 @@ class Adapter:
         self.cells: list[int] | None = None  # on the device, counted over all pages
         self.users = 0  # forwards that may read them
         self.retired = False  # removed or replaced, but in use
+        self.rank = 0  # the largest of its layers
+        self.hits = self.uploads = 0
         self.ready: Any = None  # CUDA: the event after its upload
         self.done: dict[Any, Any] = {}  # CUDA: by stream, the event after the last forward that read it
         self.fixed = ""  # what of it is not in proportion to a scale, so that a request's must be 1

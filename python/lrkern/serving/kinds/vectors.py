@@ -88,7 +88,9 @@ class OverPair(Kind):
             mine[name] = d[None], layer.mine(b, "column", pool._rank)[None]
         host = self._host(mine, 1, "vectors")
         pair = tuple(p.make() if isinstance(p, Drawn) else p for p in parts[:2])
-        return Adapter(self, host, 1, pair)
+        adapter = Adapter(self, host, 1, pair)
+        adapter.rank = r
+        return adapter
 
     def agree(self, adapter: Adapter) -> None:
         pair, adapter.facts = adapter.facts, None
