@@ -10,8 +10,8 @@ namespace lrk::ops {
 
 // ATen's GEMM by its type: out = alpha a b, plus `add` where it is given ([N] or of out's sizes). Calls by name go through the
 // dispatcher's table and a stack of boxed values, which costs as much as a product of few tokens.
-inline void gemm(const char* op, const Tensor& out, const Tensor& a, const Tensor& b, const OptTensor& add,
-                 double alpha = 1.) {
+inline void addmm(const char* op, const Tensor& out, const Tensor& a, const Tensor& b, const OptTensor& add,
+                  double alpha = 1.) {
   auto call = aoti_torch_cpu_addmm_out;
 #if !defined(LRK_EMULATE)
   if (!out.is_cpu()) call = aoti_torch_cuda_addmm_out;
@@ -19,6 +19,13 @@ inline void gemm(const char* op, const Tensor& out, const Tensor& a, const Tenso
   if (!call) fail(op, "this torch has no addmm for cuda");
   STABLE_TORCH_ERROR_CODE_CHECK(
       call(out.get(), add ? add->get() : out.get(), a.get(), b.get(), add ? 1.0 : 0.0, alpha));
+}
+// The same where what lies between a's rows does not count. oneDNN's bf16 product on a CPU with AMX reads some of it past each
+// row and multiplies it by zero: a NaN there is a NaN of the result (torch 2.13), which F.linear has too.
+inline void gemm(const char* op, const Tensor& out, const Tensor& a, const Tensor& b, const OptTensor& add,
+                 double alpha = 1.) {
+  const bool pitched = a.is_cpu() && a.scalar_type() == ScalarType::BFloat16 && a.stride(1) == 1;
+  addmm(op, out, pitched ? as_contiguous(a) : a, b, add, alpha);
 }
 // Another tensor over the memory of t, from its first element on: the offset given here counts from there.
 inline Tensor seen_as(const Tensor& t, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides) {
@@ -65,7 +72,7 @@ struct AtenLinear : BaseProduct {
       const auto rows = [&](const Tensor& t, int64_t n) {
         return dims == 2 ? t : seen_as(t, {t.numel() / n, n}, {n, 1});
       };
-      gemm("linear", rows(y, O), rows(x, I), seen_as(weight, {I, O}, {weight.stride(1), weight.stride(0)}), bias);
+      addmm("linear", rows(y, O), rows(x, I), seen_as(weight, {I, O}, {weight.stride(1), weight.stride(0)}), bias);
       return y;
     }
     std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),

@@ -345,7 +345,7 @@ def test_a_copy_that_the_device_has_no_memory_for_changes_nothing(monkeypatch):
             patch.setitem(state, "bias", Full())
             with pytest.raises(torch.OutOfMemoryError):
                 served(x, adapters=["a", "b"])
-        assert pool._free == [1] and pool.resident == ["a"] and all(a.users == 0 for a in pool._adapters.values())
+        assert list(pool._free) == [1] and pool.resident == ["a"] and all(a.users == 0 for a in pool._adapters.values())
         assert served(x, adapters=["a", "b"])[:, 0].tolist() == [8, 16]
 
 
