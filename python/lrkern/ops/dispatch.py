@@ -33,6 +33,7 @@ is_compiling, any_autocast, grad_enabled = (
     torch._C._is_any_autocast_enabled,
     torch.is_grad_enabled,
 )
+under_transforms = torch._C._are_functorch_transforms_active
 
 
 def library() -> Any:
@@ -66,6 +67,7 @@ Casts = Callable[..., Sequence[torch.dtype | None]]
 class Op:
     """An op, called with all of its arguments in order.
 
+    composite: the same in ATen's calls (composites/), which torch.func's transforms take, and LRKERN_DISABLE.
     results: of X's arguments by name, what X_fwd returns, or X where there is none: shapes and dtypes only.
     trains: the arguments that X_bwd gives gradients of, in its order. passes: one whose gradient is that of the result.
     saved_for: what is saved only where another argument takes a gradient, and which. saved_if: where it is saved all the same,
@@ -80,6 +82,7 @@ class Op:
     def __init__(
         self,
         name: str,
+        composite: Callable[..., Any],
         *,
         results: Callable[..., Any] = lambda **_: None,
         trains: str = "",
@@ -98,7 +101,7 @@ class Op:
     ):
         OPS[name] = self
         arguments = schema_of(name).arguments
-        self.name, self.names = name, [a.name for a in arguments]
+        self.name, self.names, self.composite = name, [a.name for a in arguments], composite
         self.defaults = tuple(a.default_value for a in arguments)
         self.saved_for, self.saved_if, self.saved_only = saved_for or {}, saved_if or {}, saved_only or {}
         self.weigh, self.shards = weigh, shards or {}
@@ -107,13 +110,15 @@ class Op:
         self.refused = [(n, self.names.index(n)) for n in refuses.split()]
         self.refusal, self.leading = refusal, leading
         self.fwd, self.bwd = (name + s if hasattr(torch.ops.lrkern, name + s) else "" for s in ("_fwd", "_bwd"))
-        self.function = function or (self.make_function() if trains else None)
+        self.makes_function = bool(trains) and function is None
+        self.function = self.make_function() if self.makes_function else function
         if trains or refuses:
             _registrations.impl(name, self.from_dispatcher, "Autograd")
         elif instead:
             refuse(name, f"writes in place and has no gradient, but an argument requires one; use {instead}")
         else:
             refuse(name, "has no gradient, but an argument requires one")
+        _registrations.impl(name, self.composed, "FuncTorchBatched")  # vmap
         fake(name, (lambda **given: results(**given)[0]) if self.fwd else results)
         if self.fwd:
             refuse(self.fwd, f"has no gradient, but an argument requires one; use {name}")
@@ -152,12 +157,21 @@ class Op:
             for name, i in self.refused:
                 if args[i] is not None and args[i].requires_grad:
                     raise RuntimeError(f"lrkern::{self.name}: {name} has no gradient, {self.refusal}")
+            if under_transforms():
+                return self.composed(*args)
             for i in self.trained:
                 if args[i] is not None and args[i].requires_grad:
-                    refuse_transforms(self.name)
                     return self.function.apply(*args)
         with below_autograd():
             return getattr(_library, self.name).default(*args)
+
+    def composed(self, *args: Any) -> Any:
+        """The op in ATen's calls, which have derivatives and batching of any order."""
+        try:
+            out = self.composite(*args, *self.defaults[len(args) :])
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise RuntimeError(f"lrkern::{self.name}: {error}") from error
+        return out[0] if self.fwd else out
 
     def make_function(self) -> type[Function]:
         """Its tuples of arguments are picked by indices that are found here, once."""
@@ -215,16 +229,20 @@ class Op:
         """Of X_bwd: a gradient is like its argument. That of a base layer's may not be among what X_bwd takes; x without a
         weight or a number of columns is like the result. Codes of experts have a bias for each."""
         dy, needed = next(iter(given.values())), [v for n, v in given.items() if n.startswith("need_")]
-        columns = lambda: given["weight"].shape[1] if "weight" in given else given.get("columns", dy.shape[-1])
-        sizes = {
-            "x": lambda: (*dy.shape[:-1], columns()),
-            "weight": lambda: (dy.shape[-1], given["x"].shape[-1]),
-            "bias": lambda: (*(given["codes"].shape[:-2] if "codes" in given else ()), dy.shape[-1]),
-        }
-        like = lambda n: dy.new_empty(sizes[n]()) if given.get(n) is None else like_contiguous(given[n])
+        like = lambda n: dy.new_empty(size_of(n, dy, given)) if given.get(n) is None else like_contiguous(given[n])
         wanted = zip(self.gradients, needed or [True], strict=True)
         grads = tuple(like(self.names[i]) if need else None for i, need in wanted)
         return grads if needed else grads[0]
+
+
+def size_of(name: str, dy: Tensor, given: dict[str, Any]) -> tuple[int, ...]:
+    """Of an argument that X_bwd does not take, or not this time."""
+    if name == "weight":
+        return dy.shape[-1], given["x"].shape[-1]
+    if name == "bias":
+        return *(given["codes"].shape[:-2] if "codes" in given else ()), dy.shape[-1]
+    columns = given["weight"].shape[1] if given.get("weight") is not None else given.get("columns", dy.shape[-1])
+    return *dy.shape[:-1], columns
 
 
 def schema_of(name: str) -> Any:

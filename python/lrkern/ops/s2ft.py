@@ -12,6 +12,7 @@ import math
 from torch import Tensor
 from torch.autograd import Function
 
+from .composites import s2ft as composites
 from .dispatch import Op, below_autograd, library, like_contiguous
 
 
@@ -34,7 +35,7 @@ class _Gather(Function):
         return scatter_add(dh.new_zeros(ctx.shape), dh, *ctx.saved_tensors), None, None, None
 
 
-_gather = Op("slice_gather", results=_sliced, trains="x", refuses="scales", function=_Gather)
+_gather = Op("slice_gather", composites.slice_gather, results=_sliced, trains="x", refuses="scales", function=_Gather)
 
 
 def slice_gather(x: Tensor, index: Tensor, ids: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
@@ -62,6 +63,7 @@ class _Scatter(Function):
 
 _scatter = Op(
     "scatter_add",
+    composites.scatter_add,
     results=lambda y, **_: like_contiguous(y),
     trains="h",
     passes="y",
@@ -79,7 +81,7 @@ def scatter_add(y: Tensor, h: Tensor, index: Tensor, ids: Tensor | None = None, 
     return _scatter(y, h, index, ids, scales)
 
 
-_scatter_into = Op("scatter_add_", instead="scatter_add")
+_scatter_into = Op("scatter_add_", composites.scatter_add_, instead="scatter_add")
 
 
 def scatter_add_(y: Tensor, h: Tensor, index: Tensor, ids: Tensor | None = None, scales: Tensor | None = None) -> None:
@@ -89,6 +91,7 @@ def scatter_add_(y: Tensor, h: Tensor, index: Tensor, ids: Tensor | None = None,
 
 _matmul = Op(
     "gather_matmul",
+    composites.gather_matmul,
     results=lambda y, **_: like_contiguous(y),
     trains="x d",
     passes="y",
@@ -109,7 +112,7 @@ def gather_matmul(
     return _matmul(y, x, d, index, ids, scales)
 
 
-_matmul_into = Op("gather_matmul_", instead="gather_matmul")
+_matmul_into = Op("gather_matmul_", composites.gather_matmul_, instead="gather_matmul")
 
 
 def gather_matmul_(
@@ -126,6 +129,7 @@ def _linear_results(x, weight, index, dim, **_):
 
 _linear = Op(
     "slice_linear",
+    composites.slice_linear,
     results=_linear_results,
     trains="x bias slice",
     refuses="weight",

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .dispatch import Op, like_contiguous
 
-_gained = Op("throwaway", results=lambda x, **_: like_contiguous(x), trains="x", refuses="gain", casts="x")
+_gained = Op("throwaway", _composite, results=lambda x, **_: like_contiguous(x), trains="x", refuses="gain", casts="x")
 
 
 def throwaway(x: Tensor, gain: Tensor) -> Tensor:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LRKERN_DISABLE=op,op or all: those ops run as composites of ATen's calls, a way out for who meets a bad kernel.
+
+A disabled X takes X_fwd and X_bwd with it: below autograd their CPU and CUDA kernels are replaced, and where another op of ours is
+X's gradient, its composite takes that place too. So it holds however X is called: wrapper, torch.ops, compiled, by a layer.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .dispatch import OPS, Op, _registrations, below_autograd, library, once, schema_of, size_of
+
+_disabled: list[str] = []
+
+
+def disabled() -> tuple[str, ...]:
+    """The ops that LRKERN_DISABLE named when lrkern was imported."""
+    return tuple(_disabled)
+
+
+def disable(names: str) -> None:
+    """What the variable says, once all ops are known."""
+    wanted = [n for n in names.replace(" ", "").split(",") if n]
+    wanted = list(OPS) if wanted == ["all"] else wanted
+    if unknown := [n for n in wanted if n not in OPS]:
+        raise ValueError(
+            f"LRKERN_DISABLE must be all or names of ops, got {', '.join(unknown)}; ops are {', '.join(OPS)}"
+        )
+    for name in dict.fromkeys(wanted):
+        op = OPS[name]
+        replace(name, lambda *args, op=op: fresh(op.composed(*args), args))
+        if op.fwd:
+            replace(op.fwd, lambda *args, op=op: fresh(op.composite(*args, *op.defaults[len(args) :]), args))
+        if op.bwd:
+            replace(op.bwd, lambda *args, op=op: fresh(gradients(op, *args), args))
+        if op.trained and not op.makes_function:
+            op.function = recomputed(op)
+        _disabled.append(name)
+
+
+def replace(name: str, kernel: Any) -> None:
+    for key in ("CPU", "CUDA"):
+        _registrations.impl(name, kernel, key)
+
+
+def fresh(out: Any, args: tuple) -> Any:
+    """As a kernel gives results: contiguous, in memory of their own."""
+    if isinstance(out, tuple):
+        return tuple(fresh(t, args) for t in out)
+    if out is None:
+        return None
+    out, given = out.contiguous(), {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+    return out.clone() if out.untyped_storage().data_ptr() in given else out
+
+
+@contextmanager
+def above_autograd() -> Iterator[None]:
+    """A kernel stands below autograd, which the vector-Jacobian product of a composite is made by; autocast stays away."""
+    key = torch._C.DispatchKey
+    autocast = torch._C.DispatchKeySet(key.AutocastCPU) | torch._C.DispatchKeySet(key.AutocastCUDA)
+    include = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(include, autocast), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def vjp(y: Tensor, leaves: list[Tensor], dy: Tensor, **how: Any) -> tuple[Tensor, ...]:
+    """Zeros where nothing of a leaf is in y."""
+    if not leaves or not y.requires_grad:
+        return tuple(map(torch.zeros_like, leaves))
+    return torch.autograd.grad(y, leaves, dy, materialize_grads=True, **how)
+
+
+def gradients(op: Op, *args: Any) -> Any:
+    """X_bwd. What it does not take is zeros: no gradient that is asked for then depends on it."""
+    taken = [a.name for a in schema_of(op.bwd).arguments]
+    given = dict(zip(taken, args, strict=False))
+    flags = [given[n] for n in taken if n.startswith("need_")]
+    names = [op.names[i] for i in op.gradients]
+    need = [n for n, wanted in zip(names, flags or [True] * len(names), strict=True) if wanted]
+    dy = args[0]
+    named = {n: given.get(n) for n in op.names}
+    kept = {} if named.get("x") is not None else {"h": given.get("h")}
+    bare = "x" in taken and named["x"] is None and named.get("weight") is None  # nothing of a base layer is asked for
+    for n in ("y", "weight", "x", "bias"):
+        if (
+            n in named
+            and named[n] is None
+            and (n == "y" or n in need or (bare if n == "bias" else not bare and n == "x"))
+        ):
+            named[n] = dy.new_zeros(size_of(n, dy, given))
+    with above_autograd():
+        named = {n: t.detach() if isinstance(t, Tensor) else t for n, t in named.items()}
+        leaves = [named[n].requires_grad_() for n in need]
+        again = op.composite.again
+        y = again(**named, h=kept.get("h")) if again else op.composed(*named.values())
+        made = vjp(y, leaves, dy)
+    of = dict(zip(need, made, strict=True))
+    return tuple(of.get(n) for n in names) if flags else made[0]
+
+
+def recomputed(op: Op) -> type[Function]:
+    """In place of an autograd.Function whose backward calls other ops: X, and its gradients by its composite, made again."""
+
+    class Recomputed(Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with below_autograd():
+                out = getattr(library(), op.name).default(*args)
+            ctx.save_for_backward(*(t if isinstance(t, Tensor) else None for t in args))
+            ctx.others = args = [None if isinstance(t, Tensor) else t for t in args]
+            return out
+
+        @staticmethod
+        def backward(ctx, dy):
+            kept, twice = ctx.saved_tensors, torch.is_grad_enabled()
+            need = [i for i in op.trained if ctx.needs_input_grad[i]]
+            args = [o if t is None else t if twice else t.detach() for t, o in zip(kept, ctx.others, strict=True)]
+            with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
+                leaves = [args[i] if twice else args[i].requires_grad_() for i in need]
+                y = op.composed(*args)
+                made = vjp(y, leaves, dy, create_graph=twice)
+            made = dict(zip(need, made, strict=True))
+            grads = tuple(made.get(i) for i in range(len(args)))
+            return once(op.name, grads, (dy, *kept)) if op.bwd else grads
+
+    Recomputed.__name__ = Recomputed.__qualname__ = op.name
+    return Recomputed
