@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .dispatch import OPS, Op, _registrations, below_autograd, library, once, schema_of, size_of
+from .dispatch import OPS, Op, _registrations, below_autograd, library, once, schema_of, size_of, words_of
 
 _disabled: list[str] = []
 
@@ -35,7 +35,7 @@ def disable(names: str) -> None:
         op = OPS[name]
         replace(name, lambda *args, op=op: fresh(op.composed(*args), args))
         if op.fwd:
-            replace(op.fwd, lambda *args, op=op: fresh(op.composite(*args, *op.defaults[len(args) :]), args))
+            replace(op.fwd, lambda *args, op=op: fresh(op.composed_fwd(*args), args))
         if op.bwd:
             replace(op.bwd, lambda *args, op=op: fresh(gradients(op, *args), args))
         if op.trained and not op.makes_function:
@@ -93,11 +93,15 @@ def gradients(op: Op, *args: Any) -> Any:
             and (n == "y" or n in need or (bare if n == "bias" else not bare and n == "x"))
         ):
             named[n] = dy.new_zeros(size_of(n, dy, given))
-    with above_autograd():
+    with words_of(op.bwd), above_autograd():
         named = {n: t.detach() if isinstance(t, Tensor) else t for n, t in named.items()}
         leaves = [named[n].requires_grad_() for n in need]
         again = op.composite.again
         y = again(**named, h=kept.get("h")) if again else op.composed(*named.values())
+        if (y.shape, y.dtype) != (dy.shape, dy.dtype):
+            raise ValueError(
+                f"{taken[0]} must be {y.dtype} of shape {list(y.shape)}, got {dy.dtype} of {list(dy.shape)}"
+            )
         made = vjp(y, leaves, dy)
     of = dict(zip(need, made, strict=True))
     return tuple(of.get(n) for n in names) if flags else made[0]

@@ -167,11 +167,12 @@ class Op:
 
     def composed(self, *args: Any) -> Any:
         """The op in ATen's calls, which have derivatives and batching of any order."""
-        try:
-            out = self.composite(*args, *self.defaults[len(args) :])
-        except (ValueError, IndexError, RuntimeError) as error:
-            raise RuntimeError(f"lrkern::{self.name}: {error}") from error
+        out = self.composed_fwd(*args)
         return out[0] if self.fwd else out
+
+    def composed_fwd(self, *args: Any) -> Any:
+        with words_of(self.name):
+            return self.composite(*args, *self.defaults[len(args) :])
 
     def make_function(self) -> type[Function]:
         """Its tuples of arguments are picked by indices that are found here, once."""
@@ -269,6 +270,16 @@ def spoken(name: str) -> str:
     return f"{name.removesuffix('_bwd')} (backward)" if name.endswith("_bwd") else name.removesuffix("_fwd")
 
 
+@contextmanager
+def words_of(name: str) -> Iterator[None]:
+    """Errors of a composite, and of ATen inside it, name the op."""
+    try:
+        yield
+    except (ValueError, IndexError, RuntimeError) as error:
+        said = f"lrkern::{spoken(name)}: "
+        raise RuntimeError(said + str(error).removeprefix(said)) from error
+
+
 def like_contiguous(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
@@ -319,15 +330,6 @@ def refuse_tangents(name: str, args: Sequence[Any]) -> None:
     for arg in args:
         if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
             raise RuntimeError(f"lrkern::{name}: forward-mode differentiation is not supported, got a dual tensor")
-
-
-def refuse_transforms(name: str) -> None:
-    """torch.func's, which classic autograd.Functions do not take: torch would say so in words of autograd's insides."""
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            f"lrkern::{name}: torch.func's transforms (grad, vmap, jacrev, ...) are not supported where a gradient is wanted; layers "
-            "of PEFT, patched ones too, run PEFT's own code under them"
-        )
 
 
 def refuse(name: str, why: str) -> None:

@@ -2,7 +2,7 @@
 """What composites share: their arguments, as each declares them, the random stream (docs/rng.md) and rows by their owner."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any
 
@@ -48,23 +48,11 @@ def check(wanted: list[tuple[str, str, str]], given: dict[str, Any]) -> None:
         if beside is not None:
             of = (beside.dtype, torch.float32) if kind[0] == "~" else (beside.dtype,)
         if t.dtype not in of:
-            must = " or ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(of))
-            raise ValueError(f"{name} must be {must}, got {str(t.dtype).removeprefix('torch.')}")
+            raise ValueError(f"{name} must be {said(of)}, got {said([t.dtype])}")
         if t.layout != torch.strided:
             raise ValueError(f"{name} must be a dense strided tensor, got {t.layout}")
-        if not letters:
-            continue
-        fixed = letters.lstrip("*")
-        lead = t.dim() - len(fixed)
-        found = [(c, (n,)) for c, n in zip(fixed, t.shape[max(lead, 0) :], strict=False)]
-        if fixed != letters:
-            found.append(("*", tuple(t.shape[: max(lead, 0)])))
-        for c, n in found:
-            if lead < 0 or (lead and fixed == letters) or sizes.setdefault(c, (int(c),) if c.isdigit() else n) != n:
-                known = {c: n if len(n) != 1 else n[0] for c, n in sizes.items()}
-                raise ValueError(
-                    f"{name} must have shape [{', '.join(letters)}], got {list(t.shape)}; known are {known}"
-                )
+        if letters:
+            match(name, t, letters, sizes)
     if sizes.get("R", (0,))[0] > 512:
         raise ValueError(f"the rank must be at most 512, got {sizes['R'][0]}")
     for name in FINITE:
@@ -75,6 +63,28 @@ def check(wanted: list[tuple[str, str, str]], given: dict[str, Any]) -> None:
         raise ValueError(f"dropout_p must lie in [0, 1], got {p}")
     if p is not None and given["seed"] is None and (isinstance(p, Tensor) or threshold(p)):
         raise ValueError("seed must be an int64 tensor of shape [1] where dropout_p > 0, got None")
+
+
+def said(dtypes: Sequence[torch.dtype]) -> str:
+    *most, last = dict.fromkeys(str(d).removeprefix("torch.") for d in dtypes)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def match(name: str, t: Tensor, letters: str, sizes: dict[str, tuple[int, ...]]) -> None:
+    """Its shape against the sizes that are known, which gain its own."""
+    fixed = letters.removeprefix("*")
+    lead, shape = t.dim() - len(fixed), tuple(t.shape)
+    fits = lead == 0 or (lead > 0 and fixed != letters)
+    parts = (
+        [("*", shape[:lead])] * (fixed != letters) + [(c, (n,)) for c, n in zip(fixed, shape[lead:], strict=fits)]
+        if fits
+        else []
+    )
+    if fits and all(sizes.setdefault(c, (int(c),) if c.isdigit() else n) == n for c, n in parts):
+        return
+    known = [n for c in letters for n in sizes.get(c, (int(c) if c.isdigit() else "*",))]
+    spelt = ", ".join("..." if c == "*" else c for c in letters)
+    raise ValueError(f"{name} must have shape [{spelt}] = {known}, got {list(shape)}".replace("'*'", "*"))
 
 
 def lie(name: str, value: Any, low: int, end: float) -> None:
@@ -94,10 +104,18 @@ def added(y: Tensor, delta: Tensor) -> Tensor:
 # ---- rows that have an owner
 
 
+def read(name: str, t: Tensor) -> list:
+    """Its numbers, from a GPU too."""
+    try:
+        return t.tolist()
+    except RuntimeError as error:
+        raise ValueError(f"{name} must be the same for all samples of vmap, since its numbers are read") from error
+
+
 def groups(owners: Tensor, count: int, name: str) -> Iterator[tuple[int, int, Tensor]]:
     """(slot, owner, its rows in order) of owners [T, K], all that have rows. Reads their numbers back from a GPU."""
     for k, column in enumerate(owners.long().clamp_min(-1).unbind(1)):
-        counts = torch.bincount(column + 1).tolist()
+        counts = read(name, torch.bincount(column + 1))
         if len(counts) > count + 1:
             raise ValueError(f"{name} must lie below {count}, got {len(counts) - 2}")
         for owner, rows in enumerate(column.sort(stable=True).indices.split(counts), -1):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoRA: the two index maps as tables of what is summed into each place. Types: see ops/mora.py."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -125,4 +127,5 @@ def mora_linear(x, weight, bias, m, type, circular):
     y = added(F.linear(x, weight, bias), _delta(x, m, len(weight), type, circular))
     if type == 6:
         return y, None
-    return y, _fold(x.to(wide(m.dtype)), m.shape[0], type, circular, 1).flatten(0, -3).squeeze(-2)
+    h = _fold(x.to(wide(m.dtype)), m.shape[0], type, circular, 1)
+    return y, h.reshape(math.prod(x.shape[:-1]), m.shape[0])

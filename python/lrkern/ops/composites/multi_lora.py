@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ...limits import PAGE, PLAN_ROWS, plan_length
-from .common import added, composite, dropped, lie, threshold, wide
+from .common import added, composite, dropped, lie, read, threshold, wide
 
 TABLE = "pages:ALM:i32 ranks:AL:i32 plan:KZ:i32"
 
@@ -21,7 +21,7 @@ def multi_lora_plan(index, adapters):
         raise ValueError(f"index must have shape [T] or [T, K], got {list(index.shape)}")
     T, plans = len(index), []
     for column in (index if index.dim() == 2 else index.unsqueeze(1)).long().clamp_min(-1).unbind(1):
-        begin = [0, *torch.bincount(column + 1, minlength=adapters + 2).cumsum(0).tolist()]
+        begin = [0, *read("index", torch.bincount(column + 1, minlength=adapters + 2).cumsum(0))]
         if begin[adapters + 1] != T:
             raise ValueError(f"index must lie below adapters = {adapters}, got {int(column.max())}")
         tiles = [[g, t] for g in range(adapters + 1) for t in range(begin[g], begin[g + 1], PLAN_ROWS)]
@@ -36,7 +36,7 @@ def _groups(plan, T, A):
     if plan.shape[1] < T + A + 2:
         raise ValueError(f"plan must be one of {T} rows and {A} adapters, got {list(plan.shape)}")
     for k, each in enumerate(plan):
-        begin = each[T : T + A + 2].tolist()
+        begin = read("plan", each[T : T + A + 2])
         if begin[0] or begin[-1] != T or begin != sorted(begin):
             raise ValueError(f"plan must be one of {T} rows and {A} adapters, slot {k} begins at {begin}")
         for a in range(A):
@@ -47,7 +47,7 @@ def _groups(plan, T, A):
 def _factors(pool, pages, ranks, adapters, dtype):
     """(adapter, slice): its rows of the pool, in order, of these adapters. One indexing: its gradient is one tensor like the pool."""
     keys, rows, sizes, (_, L, M), P = [], [], [], pages.shape, len(pool)
-    pages, ranks = pages.tolist(), ranks.tolist()
+    pages, ranks = read("pages", pages), read("ranks", ranks)
     for a in adapters:
         for l in range(L):
             lie("ranks", ranks[a][l], 0, PAGE * M + 1)
@@ -105,9 +105,10 @@ def multi_lora_shrink(x, a_pool, pages, ranks, plan, scales, dropout_p, seed):
 @composite(f"ids:*:i64 a_pool:PV {TABLE} scales::f32")
 def multi_lora_embedding(ids, a_pool, pages, ranks, plan, scales):
     flat = ids.reshape(-1)
-    if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < a_pool.shape[1]:
-        raise ValueError(f"ids must lie in [0, {a_pool.shape[1]}), got {int(flat.min())} to {int(flat.max())}")
-    of = lambda i, a, k, rows, f: f[:, flat[rows]].mT
+    low, high = read("ids", torch.stack(flat.aminmax())) if len(flat) else (0, -1)
+    if low < 0 or high >= a_pool.shape[1]:
+        raise ValueError(f"ids must lie in [0, {a_pool.shape[1]}), got {low} to {high}")
+    of = lambda i, a, k, rows, f: f.float()[:, flat[rows]].mT
     return _shrunk(ids.shape, len(flat), a_pool, pages, ranks, plan, scales, of)
 
 

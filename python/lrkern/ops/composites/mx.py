@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ...limits import DTYPES
-from .common import added, bits16, composite, groups, lie, wide
+from .common import added, bits16, composite, groups, lie, said, wide
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # of the bits of a magnitude: what is added before its exponent is taken, and what is taken off that
@@ -101,6 +101,11 @@ def mx_quantize(x, rule, hadamard, signs, seed, gain, mask):
     return codes, scales.to(torch.uint8), within
 
 
+def _check_dtype(dtype):
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be {said(DTYPES)}, got {said([dtype])}")
+
+
 def _check_codes(codes, scales, columns, block=32, what="codes"):
     if codes.dim() < 1 or codes.shape[-1] % (block // 2):
         raise ValueError(
@@ -110,13 +115,11 @@ def _check_codes(codes, scales, columns, block=32, what="codes"):
     if scales.shape != (*codes.shape[:-1], G):
         must = [*codes.shape[:-1], G]
         raise ValueError(f"the scales of {what} must have shape {must}, got {list(scales.shape)}")
-    if not max(0, block * G - block + 1) <= columns <= block * G:
-        raise ValueError(f"columns must lie in the last of {G} blocks, got {columns}")
+    lie("columns", columns, max(0, block * G - block + 1), block * G + 1)
 
 
 def _dequantized(codes, scales, columns, dtype):
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    _check_dtype(dtype)
     _check_codes(codes, scales, columns)
     x = _decoded(codes).unflatten(-1, (scales.shape[-1], 32)) * _powers(scales).float()[..., None]
     return x.flatten(-2)[..., :columns].to(dtype)
@@ -131,8 +134,7 @@ def mx_dequantize(codes, scales, columns, dtype):
 def mx_matmul(a_codes, a_scales, b_codes, b_scales, columns, dtype, alpha):
     if a_codes.shape[-1:] != b_codes.shape[-1:]:
         raise ValueError(f"b_codes must have as many blocks as a_codes, got {list(b_codes.shape)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    _check_dtype(dtype)
     a, b = (_dequantized(*each, columns, torch.float32) for each in ((a_codes, a_scales), (b_codes, b_scales)))
     return (alpha * (a @ b.mT)).to(dtype)
 
@@ -197,8 +199,7 @@ def nvfp4_quantize(x, amax, seed):
 
 @composite("codes::u8 scales::u8 global_scale:1:f32")
 def nvfp4_dequantize(codes, scales, global_scale, columns, dtype):
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    _check_dtype(dtype)
     _check_codes(codes, scales, columns, 16)
     scale = global_scale * scales.view(torch.float8_e4m3fn).float()
     return (_decoded(codes).unflatten(-1, (-1, 16)) * scale[..., None]).flatten(-2)[..., :columns].to(dtype)

@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .common import added, composite, groups, wide
+from .common import added, composite, groups, read, wide
 
 SLICES = "index::i32 ids::i32 scales::f32"
 
@@ -27,9 +27,10 @@ def _columns(T, N, index, ids, scales):
     if index.dim() != want:
         raise ValueError(f"index must have {want} dimensions, got {list(index.shape)}")
     index = index.long()
-    ends, each = F.pad(index, (0, 1), value=-1), index >= 0
+    ends = F.pad(index, (0, 1), value=-1)
     ascends = (ends[..., 1:] > index) | (ends[..., 1:] == -1)
-    if not ((index < N) & (index >= -1) & ascends).all() or (want == 1 and not each.all()):
+    fits = (index < N) & (index >= (-1 if want == 2 else 0)) & ascends
+    if not read("index", fits.all()):
         raise ValueError(f"index must ascend in [0, {N}), with -1 behind the end")
     if ids is None:
         if scales is not None:
@@ -40,7 +41,7 @@ def _columns(T, N, index, ids, scales):
         raise ValueError(f"ids and scales must have shape [T] or [T, K], T = {T}, got {got}")
     if ids.dim() == 2 and not ids.shape[1]:
         raise ValueError(f"ids must have at least one slot, got {list(ids.shape)}")
-    if not (ids < len(index)).all():
+    if not read("ids", (ids < len(index)).all()):
         raise ValueError(f"ids must lie below A = {len(index)}, got {ids.max()}")
     if not len(index):
         index = index.new_full((1, index.shape[1]), -1)
@@ -58,8 +59,8 @@ def _gathered(x, columns, dtype):
 
 
 def _gather(x, index, ids, scales):
-    flat = _rows(x)
-    slots = [_gathered(flat.float(), c, x.dtype) for c in _columns(len(flat), flat.shape[1], index, ids, scales)]
+    flat = _rows(x).float()
+    slots = [_gathered(flat, c, x.dtype) for c in _columns(len(flat), flat.shape[1], index, ids, scales)]
     lead = (*x.shape[:-1], *(ids.shape[1:] if ids is not None else ()))
     return torch.stack(slots, 1).reshape(*lead, index.shape[-1])
 
@@ -82,20 +83,21 @@ def _scatter(y, h, index, ids, scales):
 
 
 def _product(y, x, d, index, ids, scales):
-    dtype, flat, want = wide(d.dtype), _rows(x), 2 if ids is None else 3
+    dtype, flat, want = wide(d.dtype), _rows(x).float(), 2 if ids is None else 3
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"y must have shape [..., O] beside x {list(x.shape)}, got {list(y.shape)}")
     sizes = (*index.shape, y.shape[-1])
     if d.shape != sizes:
         letters = "[s, O]" if want == 2 else "[A, s, O]"
         raise ValueError(f"d must have shape {letters} = {list(sizes)}, got {list(d.shape)}")
-    slots = [_gathered(flat.float(), c, dtype) for c in _columns(len(flat), flat.shape[1], index, ids, scales)]
+    slots = [_gathered(flat, c, dtype) for c in _columns(len(flat), flat.shape[1], index, ids, scales)]
+    d = d.to(dtype)
     if ids is None:
-        return added(y, (slots[0] @ d.to(dtype)).view(y.shape))
+        return added(y, (slots[0] @ d).view(y.shape))
     delta = flat.new_zeros(len(flat), y.shape[-1], dtype=dtype)
     for k, a, rows in groups(_slots(ids), len(d), "ids"):  # no row meets another adapter's numbers
-        true = int((index[a] >= 0).sum())
-        delta = delta.index_add(0, rows, slots[k][rows, :true] @ d[a, :true].to(dtype))
+        true = read("index", (index[a] >= 0).sum())
+        delta = delta.index_add(0, rows, slots[k][rows, :true] @ d[a, :true])
     return added(y, delta.view(y.shape))
 
 
