@@ -83,7 +83,14 @@ def _combined(coef, R, widths, **_):
     return coef.new_empty((*coef.shape[:-1], R, sum(widths)))
 
 
-_combine = Op("basis_combine", composites.basis_combine, results=_combined, trains="coef base", function=_Combine)
+_combine = Op(
+    "basis_combine",
+    composites.basis_combine,
+    results=_combined,
+    trains="coef base",
+    function=_Combine,
+    gradient="basis_dot",
+)
 
 
 def basis_combine(
@@ -126,7 +133,7 @@ def _dotted(g, counts, **_):
     return g.new_empty((*g.shape[:-2], sum(counts)))
 
 
-_dot = Op("basis_dot", composites.basis_dot, results=_dotted, trains="g", function=_Dot)
+_dot = Op("basis_dot", composites.basis_dot, results=_dotted, trains="g", function=_Dot, gradient="basis_combine")
 
 
 def basis_dot(

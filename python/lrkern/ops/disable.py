@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LRKERN_DISABLE=op,op or all: those ops run as composites of ATen's calls, a way out for who meets a bad kernel.
 
-A disabled X takes X_fwd and X_bwd with it: below autograd their CPU and CUDA kernels are replaced, and where another op of ours is
-X's gradient, its composite takes that place too. So it holds however X is called: wrapper, torch.ops, compiled, by a layer.
+A disabled X takes its gradients with it, X_bwd or those other ops that they are made of. The CPU and CUDA kernels are replaced below
+autograd, so it holds however X is called: by its wrapper, by torch.ops, compiled, by a layer.
 """
 
 from collections.abc import Iterator
@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from .dispatch import OPS, Op, _registrations, below_autograd, library, once, schema_of, size_of, words_of
+from .dispatch import OPS, Op, _registrations, schema_of, size_of, words_of
 
 _disabled: list[str] = []
 
 
 def disabled() -> tuple[str, ...]:
-    """The ops that LRKERN_DISABLE named when lrkern was imported."""
+    """The ops that run as composites since LRKERN_DISABLE named them, or one whose gradient they are, when lrkern was imported."""
     return tuple(_disabled)
 
 
@@ -28,19 +27,19 @@ def disable(names: str) -> None:
     wanted = [n for n in names.replace(" ", "").split(",") if n]
     wanted = list(OPS) if wanted == ["all"] else wanted
     if unknown := [n for n in wanted if n not in OPS]:
-        raise ValueError(
-            f"LRKERN_DISABLE must be all or names of ops, got {', '.join(unknown)}; ops are {', '.join(OPS)}"
-        )
-    for name in dict.fromkeys(wanted):
-        op = OPS[name]
-        replace(name, lambda *args, op=op: fresh(op.composed(*args), args))
+        known = ", ".join(OPS)
+        raise ValueError(f"LRKERN_DISABLE must be all or names of ops, got {', '.join(unknown)}; ops are {known}")
+    while wanted:
+        op = OPS[wanted.pop(0)]
+        if op.name in _disabled:
+            continue
+        _disabled.append(op.name)
+        wanted += op.gradient
+        replace(op.name, lambda *args, op=op: fresh(op.composed(*args), args))
         if op.fwd:
             replace(op.fwd, lambda *args, op=op: fresh(op.composed_fwd(*args), args))
         if op.bwd:
             replace(op.bwd, lambda *args, op=op: fresh(gradients(op, *args), args))
-        if op.trained and not op.makes_function:
-            op.function = recomputed(op)
-        _disabled.append(name)
 
 
 def replace(name: str, kernel: Any) -> None:
@@ -105,32 +104,3 @@ def gradients(op: Op, *args: Any) -> Any:
         made = vjp(y, leaves, dy)
     of = dict(zip(need, made, strict=True))
     return tuple(of.get(n) for n in names) if flags else made[0]
-
-
-def recomputed(op: Op) -> type[Function]:
-    """In place of an autograd.Function whose backward calls other ops: X, and its gradients by its composite, made again."""
-
-    class Recomputed(Function):
-        @staticmethod
-        def forward(ctx, *args):
-            with below_autograd():
-                out = getattr(library(), op.name).default(*args)
-            ctx.save_for_backward(*(t if isinstance(t, Tensor) else None for t in args))
-            ctx.others = args = [None if isinstance(t, Tensor) else t for t in args]
-            return out
-
-        @staticmethod
-        def backward(ctx, dy):
-            kept, twice = ctx.saved_tensors, torch.is_grad_enabled()
-            need = [i for i in op.trained if ctx.needs_input_grad[i]]
-            args = [o if t is None else t if twice else t.detach() for t, o in zip(kept, ctx.others, strict=True)]
-            with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
-                leaves = [args[i] if twice else args[i].requires_grad_() for i in need]
-                y = op.composed(*args)
-                made = vjp(y, leaves, dy, create_graph=twice)
-            made = dict(zip(need, made, strict=True))
-            grads = tuple(made.get(i) for i in range(len(args)))
-            return once(op.name, grads, (dy, *kept)) if op.bwd else grads
-
-    Recomputed.__name__ = Recomputed.__qualname__ = op.name
-    return Recomputed

@@ -71,7 +71,8 @@ class Op:
     results: of X's arguments by name, what X_fwd returns, or X where there is none: shapes and dtypes only.
     trains: the arguments that X_bwd gives gradients of, in its order. passes: one whose gradient is that of the result.
     saved_for: what is saved only where another argument takes a gradient, and which. saved_if: where it is saved all the same,
-    as a function of X's arguments by name; saved_only: where it is saved at all, likewise. function: in place of X_bwd.
+    as a function of X's arguments by name; saved_only: where it is saved at all, likewise. function: in place of X_bwd; gradient: the
+    other ops that it calls.
     weigh: an argument, and the gradient that X_bwd takes as a function of the result's and that argument.
     refuses: arguments without a gradient beside others with one; refusal: how that is said. instead: of an op in place, the
     one to use for gradients. casts: what autocast casts to its dtype, or a function of that dtype and the arguments to the
@@ -92,6 +93,7 @@ class Op:
         saved_only: dict[str, Callable[..., bool]] | None = None,
         weigh: tuple[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
         function: type[Function] | None = None,
+        gradient: str = "",
         refuses: str = "",
         refusal: str = "got one that requires it",
         instead: str = "",
@@ -104,14 +106,14 @@ class Op:
         self.name, self.names, self.composite = name, [a.name for a in arguments], composite
         self.defaults = tuple(a.default_value for a in arguments)
         self.saved_for, self.saved_if, self.saved_only = saved_for or {}, saved_if or {}, saved_only or {}
+        self.gradient = gradient.split()
         self.weigh, self.shards = weigh, shards or {}
         self.gradients, self.passed = (tuple(map(self.names.index, text.split())) for text in (trains, passes))
         self.trained = self.passed + self.gradients
         self.refused = [(n, self.names.index(n)) for n in refuses.split()]
         self.refusal, self.leading = refusal, leading
         self.fwd, self.bwd = (name + s if hasattr(torch.ops.lrkern, name + s) else "" for s in ("_fwd", "_bwd"))
-        self.makes_function = bool(trains) and function is None
-        self.function = self.make_function() if self.makes_function else function
+        self.function = function or (self.make_function() if trains else None)
         if trains or refuses:
             _registrations.impl(name, self.from_dispatcher, "Autograd")
         elif instead:

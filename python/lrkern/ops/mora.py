@@ -46,6 +46,7 @@ _compress = Op(
     results=_compressed,
     trains="x",
     function=_Compress,
+    gradient="mora_decompress",
     shards={"": {"tokens": "T>T"}},
 )
 
@@ -88,6 +89,7 @@ _decompress = Op(
     results=_decompressed,
     trains="h",
     function=_Decompress,
+    gradient="mora_compress",
     shards={"": {"tokens": "T>T"}},
     leading=lambda h, type=1, **_: h.ndim - (2 if type == 6 else 1),
 )

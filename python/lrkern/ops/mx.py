@@ -181,6 +181,7 @@ _linear_expand = Op(
     results=_y,
     trains="x bias s b",
     function=_LinearExpand,
+    gradient="mx_linear linear_expand",
     casts="x bias s b",
 )
 

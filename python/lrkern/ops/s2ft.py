@@ -35,7 +35,15 @@ class _Gather(Function):
         return scatter_add(dh.new_zeros(ctx.shape), dh, *ctx.saved_tensors), None, None, None
 
 
-_gather = Op("slice_gather", composites.slice_gather, results=_sliced, trains="x", refuses="scales", function=_Gather)
+_gather = Op(
+    "slice_gather",
+    composites.slice_gather,
+    results=_sliced,
+    trains="x",
+    refuses="scales",
+    function=_Gather,
+    gradient="scatter_add",
+)
 
 
 def slice_gather(x: Tensor, index: Tensor, ids: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
@@ -69,6 +77,7 @@ _scatter = Op(
     passes="y",
     refuses="scales",
     function=_Scatter,
+    gradient="slice_gather",
 )
 
 
