@@ -3,7 +3,7 @@
 
 import torch.nn.functional as F
 
-from .common import added, composite, dropout, wide
+from .common import added, composite, dropout, said, wide
 
 A, B, SEED = "a:RI:~x", "b:OR:~x", "seed:1:i64"
 
@@ -27,7 +27,7 @@ def linear_expand(x, weight, bias, s, b, scale):
     if (x is None) != (weight is None):
         raise ValueError(f"x and weight must come together, got only {'x' if weight is None else 'weight'}")
     if s.dtype not in (b.dtype, wide(b.dtype)):
-        raise ValueError(f"s must be {wide(b.dtype)} beside b of {b.dtype}, got {s.dtype}")
+        raise ValueError(f"s must be {said([wide(b.dtype), b.dtype])}, got {said([s.dtype])}")
     delta = scale * _product(s.to(wide(b.dtype)), b)
     if x is None:
         return delta.to(b.dtype) if bias is None else added(bias, delta)

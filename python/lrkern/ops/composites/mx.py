@@ -174,7 +174,7 @@ def mx_linear(x, codes, scales, bias, experts):
 def mx_linear_expand(x, codes, scales, bias, s, b, experts):
     dtype = wide(b.dtype)
     if s.dtype not in (b.dtype, dtype):
-        raise ValueError(f"s must be {dtype} beside b of {b.dtype}, got {s.dtype}")
+        raise ValueError(f"s must be {said([dtype, b.dtype])}, got {said([s.dtype])}")
     if b.shape != (*codes.shape[:-1], s.shape[-1]):
         raise ValueError(f"b must have shape {[*codes.shape[:-1], s.shape[-1]]}, got {list(b.shape)}")
     lie("the rank", s.shape[-1], 0, 513)

@@ -70,8 +70,6 @@ def _scatter(y, h, index, ids, scales):
     sizes = (*y.shape[:-1], *(ids.shape[1:] if ids is not None else ()), index.shape[-1])
     if h.shape != sizes:
         raise ValueError(f"h must have shape {list(sizes)}, got {list(h.shape)}")
-    if h.dtype not in (y.dtype, torch.float32):
-        raise ValueError(f"h must be {y.dtype} or float32, got {h.dtype}")
     flat = _rows(y)
     delta = flat.new_zeros(
         len(flat), flat.shape[1] + 1, dtype=torch.float32
