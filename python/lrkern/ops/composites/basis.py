@@ -66,7 +66,7 @@ def of_last(name, t, *sizes):
         raise ValueError(f"{name} must have shape [..., {', '.join(map(str, sizes))}], got {list(t.shape)}")
 
 
-@composite("coef:*K:f32 base:RW:f32")
+@composite("coef:*K:f32 base:QW:f32")
 def basis_combine(coef, base, seed, method, distribution, tensor, R, widths, counts, scales):
     parts = segments(widths, counts, scales)
     of_last("coef", coef, sum(counts))
@@ -80,7 +80,7 @@ def basis_combine(coef, base, seed, method, distribution, tensor, R, widths, cou
     return out if base is None else out + base
 
 
-@composite("g:*RW:f32")
+@composite("g:*QW:f32")
 def basis_dot(g, seed, method, distribution, tensor, widths, counts, scales):
     parts, R = segments(widths, counts, scales), g.shape[-2]
     of_last("g", g, R, sum(widths))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...limits import DTYPES
+from ...limits import DTYPES, MAX_RANK
 
 TYPES = {"": DTYPES, "f32": (torch.float32,), "i32": (torch.int32,), "i64": (torch.int64,), "u8": (torch.uint8,)}
 FINITE = ("scale", "gain", "alpha")
@@ -18,8 +18,9 @@ FINITE = ("scale", "gain", "alpha")
 def composite(takes: str = "", again: Callable[..., Tensor] | None = None) -> Callable:
     """Of a function of an op's arguments in order, which gives what X_fwd gives, or X where there is none.
 
-    takes: its tensors as "name:shape:dtype", a letter a dimension, * any leading ones, a digit a size, none any; the dtype one of ``TYPES``, =x that
-    of x, ~x that of x or float32. again: the result as a function of the arguments by name and of what stands for an x that X_bwd lacks.
+    takes: its tensors as "name:shape:dtype": a letter for each dimension, R a rank, * any leading ones, a digit a size, nothing any shape;
+    the dtype one of ``TYPES``, =x that of x, ~x that of x or float32. again: the result as a function of the arguments by name and of h,
+    which X_fwd kept in place of an x that X_bwd then lacks.
     """
     wanted = [(*each.split(":"), "")[:3] for each in takes.split()]
 
@@ -39,7 +40,7 @@ def composite(takes: str = "", again: Callable[..., Tensor] | None = None) -> Ca
 
 def check(wanted: list[tuple[str, str, str]], given: dict[str, Any]) -> None:
     """Refuses what ATen would broadcast or cast without a word."""
-    sizes: dict[str, tuple[int, ...]] = {}
+    sizes: dict[str, Any] = {}
     for name, letters, kind in wanted:
         if (t := given[name]) is None:
             continue
@@ -53,8 +54,8 @@ def check(wanted: list[tuple[str, str, str]], given: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be a dense strided tensor, got {t.layout}")
         if letters:
             match(name, t, letters, sizes)
-    if sizes.get("R", (0,))[0] > 512:
-        raise ValueError(f"the rank must be at most 512, got {sizes['R'][0]}")
+    if (rank := sizes.get("R", 0)) > MAX_RANK:
+        raise ValueError(f"the rank must be at most {MAX_RANK}, got {rank}")
     for name in FINITE:
         if name in given and not abs(given[name]) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{name} must be finite in float32, got {given[name]}")
@@ -70,21 +71,20 @@ def said(dtypes: Sequence[torch.dtype]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def match(name: str, t: Tensor, letters: str, sizes: dict[str, tuple[int, ...]]) -> None:
+def match(name: str, t: Tensor, letters: str, sizes: dict[str, Any]) -> None:
     """Its shape against the sizes that are known, which gain its own."""
     fixed = letters.removeprefix("*")
-    lead, shape = t.dim() - len(fixed), tuple(t.shape)
-    fits = lead == 0 or (lead > 0 and fixed != letters)
-    parts = (
-        [("*", shape[:lead])] * (fixed != letters) + [(c, (n,)) for c, n in zip(fixed, shape[lead:], strict=fits)]
-        if fits
-        else []
+    lead = t.dim() - len(fixed)
+    if lead == 0 or (lead > 0 and fixed != letters):
+        parts = [*zip(fixed, t.shape[lead:], strict=True)] + [("*", t.shape[:lead])] * (fixed != letters)
+        if all(sizes.setdefault(c, int(c) if c.isdigit() else n) == n for c, n in parts):
+            return
+    known = ", ".join(str(sizes.get(c, "*")) for c in fixed)
+    if fixed != letters:
+        known = ", ".join([*map(str, sizes.get("*", ["..."])), known])
+    raise ValueError(
+        f"{name} must have shape [{', '.join(letters).replace('*', '...')}] = [{known}], got {list(t.shape)}"
     )
-    if fits and all(sizes.setdefault(c, (int(c),) if c.isdigit() else n) == n for c, n in parts):
-        return
-    known = [n for c in letters for n in sizes.get(c, (int(c) if c.isdigit() else "*",))]
-    spelt = ", ".join("..." if c == "*" else c for c in letters)
-    raise ValueError(f"{name} must have shape [{spelt}] = {known}, got {list(shape)}".replace("'*'", "*"))
 
 
 def lie(name: str, value: Any, low: int, end: float) -> None:
@@ -156,11 +156,10 @@ def threshold(p: Any) -> Any:
 
 
 def dropped(x: Tensor, below: Any, rows: Tensor, seed: Tensor) -> Tensor:
-    """D(x) of rows x [T, I] with such numbers; ``below``, of all or of each [T, 1], is ``threshold`` of its probability. A NaN that is
-    dropped is gone."""
+    """D(x) of rows x [T, I] with such numbers; ``below`` is ``threshold`` of its probability. A NaN that is dropped is gone."""
     keep = bits16(rows, x.shape[-1], 1, seed) >= below
-    by = 65536 / torch.as_tensor(65536 - below, dtype=torch.float64, device=x.device).clamp_min(1)
-    return torch.where(keep, x * by.to(x.dtype), 0.0)
+    kept = 65536 - below
+    return torch.where(keep, x * (65536 / (kept.clamp_min(1) if isinstance(kept, Tensor) else max(kept, 1))), 0.0)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:

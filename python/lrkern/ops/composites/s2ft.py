@@ -125,9 +125,9 @@ def gather_matmul_(y, x, d, index, ids, scales):
 
 
 def _again(x, weight, bias, slice, index, dim, h):
-    """weight has the slice in it; what is added is zero, but has the slice's gradient."""
+    """Another forward may have written to weight since. What is added is zero, but has the slice's gradient."""
     nothing, index = (slice - slice.detach()).to(x.dtype), index.long()
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, weight.index_copy(dim, index, slice.detach().to(weight.dtype)), bias)
     if dim == 0:
         return y.index_add(-1, index, F.linear(x, nothing))
     return y if h is None else y + F.linear(h, nothing).view(y.shape)
