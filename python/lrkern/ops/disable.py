@@ -67,40 +67,28 @@ def above_autograd() -> Iterator[None]:
         yield
 
 
-def vjp(y: Tensor, leaves: list[Tensor], dy: Tensor, **how: Any) -> tuple[Tensor, ...]:
-    """Zeros where nothing of a leaf is in y."""
-    if not leaves or not y.requires_grad:
-        return tuple(map(torch.zeros_like, leaves))
-    return torch.autograd.grad(y, leaves, dy, materialize_grads=True, **how)
-
-
 def gradients(op: Op, *args: Any) -> Any:
     """X_bwd. What it does not take is zeros: no gradient that is asked for then depends on it."""
     taken = [a.name for a in schema_of(op.bwd).arguments]
-    given = dict(zip(taken, args, strict=False))
+    given, dy = dict(zip(taken, args, strict=False)), args[0]
     flags = [given[n] for n in taken if n.startswith("need_")]
     names = [op.names[i] for i in op.gradients]
-    need = [n for n, wanted in zip(names, flags or [True] * len(names), strict=True) if wanted]
-    dy = args[0]
+    need = [n for n, wanted in zip(names, flags or [True], strict=True) if wanted]
     named = {n: given.get(n) for n in op.names}
-    kept = {} if named.get("x") is not None else {"h": given.get("h")}
-    bare = "x" in taken and named["x"] is None and named.get("weight") is None  # nothing of a base layer is asked for
-    for n in ("y", "weight", "x", "bias"):
-        if (
-            n in named
-            and named[n] is None
-            and (n == "y" or n in need or (bare if n == "bias" else not bare and n == "x"))
-        ):
+    base = "x" not in taken or given["x"] is not None or given.get("weight") is not None  # is a base layer there?
+    for n, zeros in {"y": True, "weight": base, "x": base, "bias": "bias" in need or not base}.items():
+        if n in named and named[n] is None and zeros:
             named[n] = dy.new_zeros(size_of(n, dy, given))
+    h = given.get("h") if given.get("x") is None else None
     with words_of(op.bwd), above_autograd():
         named = {n: t.detach() if isinstance(t, Tensor) else t for n, t in named.items()}
         leaves = [named[n].requires_grad_() for n in need]
-        again = op.composite.again
-        y = again(**named, h=kept.get("h")) if again else op.composed(*named.values())
+        y = op.composite.again(**named, h=h) if op.composite.again else op.composed(*named.values())
         if (y.shape, y.dtype) != (dy.shape, dy.dtype):
-            raise ValueError(
-                f"{taken[0]} must be {y.dtype} of shape {list(y.shape)}, got {dy.dtype} of {list(dy.shape)}"
-            )
-        made = vjp(y, leaves, dy)
+            must = f"{y.dtype} of shape {list(y.shape)}"
+            raise ValueError(f"{taken[0]} must be {must}, got {dy.dtype} of {list(dy.shape)}")
+        made = map(torch.zeros_like, leaves)  # where no row has an adapter
+        if leaves and y.requires_grad:
+            made = torch.autograd.grad(y, leaves, dy, materialize_grads=True)
     of = dict(zip(need, made, strict=True))
-    return tuple(of.get(n) for n in names) if flags else made[0]
+    return tuple(of.get(n) for n in names) if flags else of[names[0]]
