@@ -27,11 +27,13 @@ def _columns(T, N, index, ids, scales):
     if index.dim() != want:
         raise ValueError(f"index must have {want} dimensions, got {list(index.shape)}")
     index = index.long()
-    ends = F.pad(index, (0, 1), value=-1)
-    ascends = (ends[..., 1:] > index) | (ends[..., 1:] == -1)
-    fits = (index < N) & (index >= (-1 if want == 2 else 0)) & ascends
+    before = F.pad(index, (1, 0), value=-1)[..., :-1]
+    first = torch.arange(index.shape[-1], device=index.device) == 0
+    fits = (index > before) & (index < N) & (first | (before >= 0)) | (index == -1) & (want == 2)
     if not read("index", fits.all()):
-        raise ValueError(f"index must ascend in [0, {N}), with -1 behind the end")
+        *a, j = read("index", (~fits).nonzero()[0])
+        got = f"{read('index', index[(*a, j)])} at {j}" + (f" of adapter {a[0]}" if a else "")
+        raise ValueError(f"index must ascend in [0, {N}), with -1 behind the end, got {got}")
     if ids is None:
         if scales is not None:
             raise ValueError("scales must be None without ids, got a tensor")
@@ -146,5 +148,7 @@ def slice_linear(x, weight, bias, slice, index, dim):
     if torch._C._are_functorch_transforms_active():
         weight = weight.index_copy(dim, at[0], slice.to(weight.dtype))
     else:
-        weight.index_copy_(dim, at[0], slice.to(weight.dtype))
+        weight.data.index_copy_(
+            dim, at[0], slice.to(weight.dtype)
+        )  # its version stays: backward is of this W in any case
     return F.linear(x, weight, bias), _rows(x)[:, at[0]] if dim == 1 else None
