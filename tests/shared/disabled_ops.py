@@ -31,23 +31,32 @@ def values(op):
                     check_gradient(op, s, dtype)
 
 
+def must_refuse(name, call, text):
+    try:
+        call()
+    except RuntimeError as error:
+        assert str(error).startswith(f"lrkern::{name}"), error
+    else:
+        raise AssertionError(f"accepted: {text}")
+
+
 def refusals(op):
+    """But of strides, at any of which a composite reads and writes."""
+    from test_multi_lora import REFUSED, batch_of
     from test_refusals import CASES, good
 
     for name, change, text in CASES:
-        if name != op.name or "one pitch" in text:  # a composite writes at any strides
-            continue
-        kwargs = good(name) | change
-        before = kwargs["y"].clone() if "y" in kwargs else None
-        if not op.mutates:
-            want_gradients(op, kwargs)
-        try:
-            getattr(lrkern.ops, name)(**kwargs)
-        except RuntimeError as error:
-            assert str(error).startswith(f"lrkern::{name}: "), error
+        if name == op.name and "one pitch" not in text:
+            kwargs = good(name) | change
+            before = kwargs["y"].clone() if "y" in kwargs else None
+            if not op.mutates:
+                want_gradients(op, kwargs)
+            must_refuse(f"{name}: ", lambda name=name, kwargs=kwargs: getattr(lrkern.ops, name)(**kwargs), text)
             assert before is None or torch.equal(before, kwargs["y"]), "a refused call must not write"
-        else:
-            raise AssertionError(f"accepted: {text}")
+    if op.name == "multi_lora_linear":  # and of its family
+        for _, call, text in REFUSED:
+            if "contiguous" not in text:
+                must_refuse("multi_lora", lambda call=call: call(batch_of("cpu", torch.float32)), text)
 
 
 def compiled(op):

@@ -150,20 +150,19 @@ def bits16(rows: Tensor, columns: int, method: int, seed: Tensor) -> Tensor:
     return torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-3)[..., :columns]
 
 
-def threshold(p: Any) -> Any:
+def threshold(p: float) -> int:
     """Bits below it are dropped."""
-    return (p.double() * 65536 + 0.5).long() if isinstance(p, Tensor) else int(p * 65536 + 0.5)
+    return int(p * 65536 + 0.5)
 
 
-def dropped(x: Tensor, below: Any, rows: Tensor, seed: Tensor) -> Tensor:
-    """D(x) of rows x [T, I] with such numbers; ``below`` is ``threshold`` of its probability. A NaN that is dropped is gone."""
-    keep = bits16(rows, x.shape[-1], 1, seed) >= below
-    kept = 65536 - below
-    return torch.where(keep, x * (65536 / (kept.clamp_min(1) if isinstance(kept, Tensor) else max(kept, 1))), 0.0)
+def dropped(x: Tensor, p: float, rows: Tensor, seed: Tensor) -> Tensor:
+    """D(x) of rows x [T, I] with such numbers. A NaN that is dropped is gone."""
+    keep = bits16(rows, x.shape[-1], 1, seed) >= threshold(p)
+    return torch.where(keep, x * (65536 / max(65536 - threshold(p), 1)), 0.0)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if not threshold(p):
         return x
     rows = torch.arange(math.prod(x.shape[:-1]), device=x.device)
-    return dropped(x.reshape(len(rows), x.shape[-1]), threshold(p), rows, seed).view(x.shape)
+    return dropped(x.reshape(len(rows), x.shape[-1]), p, rows, seed).view(x.shape)

@@ -70,8 +70,8 @@ def _shrunk(lead, T, pool, pages, ranks, plan, scales, product):
     K, (A, L, M), dtype = len(plan), pages.shape, wide(pool.dtype)
     groups = list(_groups(plan, T, A))
     factors, at, parts = _factors(pool, pages, ranks, sorted({a for _, a, _ in groups}), dtype), [], []
-    if scales is not None and scales.numel() != T * K:
-        raise ValueError(f"scales must have shape {[T, K]}, got {list(scales.shape)}")
+    if scales is not None and tuple(scales.shape) not in ((T, K), (T,) * (K == 1)):
+        raise ValueError(f"scales must have shape [T, K] = {[T, K]}, got {list(scales.shape)}")
     for i, (k, a, rows) in enumerate(groups):
         scale = 1.0 if scales is None else scales.reshape(T, K)[rows, k].unsqueeze(1)
         for l in range(L):
@@ -87,11 +87,12 @@ def _s(x, a_pool, pages, ranks, plan, scales, dropout_p, seed):
     T, dtype = math.prod(x.shape[:-1]), wide(a_pool.dtype)
     flat = x.reshape(T, x.shape[-1]).to(dtype)
     taken = _of(flat, list(_groups(plan, T, len(pages))))
+    drop = [0.0] * len(pages) if dropout_p is None else read("dropout_p", dropout_p)
+    if not all(0.0 <= p <= 1.0 for p in drop):
+        raise ValueError(f"dropout_p must lie in [0, 1], got {drop}")
 
     def product(i, a, k, rows, f):
-        xs = taken[i]
-        if dropout_p is not None:
-            xs = dropped(xs, threshold(dropout_p[a]), rows * len(plan) + k, seed)
+        xs = dropped(taken[i], drop[a], rows * len(plan) + k, seed) if threshold(drop[a]) else taken[i]
         return xs @ f.mT
 
     return _shrunk(x.shape[:-1], T, a_pool, pages, ranks, plan, scales, product)
