@@ -155,6 +155,7 @@ def slice_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slice: Tensor, 
     x [..., I]; weight [O, I]; slice [O, s], or of rows [s, I], of x's dtype or float32. slice is first written into weight, in
     place and rounded to its dtype: one W holds what was trained, no second copy is made. Differentiable in x, bias and slice:
     dx = dy W; dslice = dyᵀ x[:, index], for which x[:, index] [T, s] is saved, or of rows dy[:, index]ᵀ x, for which x is.
-    It is computed in x's dtype. Double backward is refused. S2FT's partial backpropagation.
+    It is computed in x's dtype. Double backward is refused. Under torch.func's transforms weight is not written: each sample may have a
+    slice of its own. S2FT's partial backpropagation.
     """
     return _linear(x, weight, bias, slice, index, dim)
