@@ -115,7 +115,8 @@ def test_no_shared_file_names_a_family():
 def test_a_family_has_all_its_files(family):
     """Sources that csrc/sources.cmake does not know are told there; these are the rest."""
     own = [f"csrc/{family}.h", f"tests/emulator/{family}_params.cpp", f"tools/families/{family}.py"]
-    own += [f"{room}/{family}.py" for room in ("python/lrkern/ops", "python/lrkern/reference", "tests/families")]
+    rooms = "python/lrkern/ops", "python/lrkern/ops/composites", "python/lrkern/reference", "tests/families"
+    own += [f"{room}/{family}.py" for room in rooms]
     assert not [path for path in own if not (ROOT / path).exists()]
     assert {op for op in OPS if OPS[op].family.name == family} == set(gpu_status.ops_of(family))
     assert families.load(family).KERNELS.keys() == {k.name for k in gpu_status.kernels() if k.source.family == family}

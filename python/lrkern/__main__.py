@@ -17,6 +17,7 @@ from lrkern.reference import OPS
 # Every variable lrkern reads, and who reads it.
 VARIABLES = {
     "LRKERN_CPU_ISA": "the highest instruction set CPU kernels may use: baseline, avx2 or avx512",
+    "LRKERN_DISABLE": "ops, or all, that run as ATen's calls in place of their kernels",
     "LRK_CUDA": "build: AUTO, ON or OFF",
     "LRK_CUDA_ARCHS": "build: CUDA architectures",
     "LRK_HOST": "build: ON or OFF, the module _host",
@@ -103,7 +104,10 @@ def collect() -> dict[str, Any]:
         "gpu": gpu,
         "cpu_isa": build["cpu_isa"],
         "threads": torch.get_num_threads(),
-        "ops": {name: {"formula": op.formula, "cpu": cpu, "cuda": cuda} for name, op in OPS.items()},
+        "ops": {
+            name: {"formula": op.formula, "cpu": cpu, "cuda": cuda, "disabled": name in lrkern.ops.disabled()}
+            for name, op in OPS.items()
+        },
         "choices": choices,
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
@@ -139,7 +143,7 @@ def show(info: dict[str, Any]) -> None:
             print(f"  on {where}: {one[kind]['implementation']} ({one[kind]['why']})")
     width = 2 + max(map(len, info["ops"]))
     for name, op in info["ops"].items():
-        print(f"  {name:<{width}}{op['formula']}")
+        print(f"  {name:<{width}}{op['formula']}" + "  (disabled: ATen's calls)" * op["disabled"])
     print(f"\nchoices, each for a shape: lrkern._host.explain(name, T=..., ...); _host is {info['host_module']}")
     for name, choice in info["choices"].items():
         arguments = ", ".join(k if v is None else f"{k}={v}" for k, v in choice["arguments"].items())

@@ -8,8 +8,9 @@ import pytest
 import torch
 from layer_kinds import KINDS, shake
 from torch import nn
+from torch.func import functional_call, grad, jacrev, vmap
 
-from lrkern.nn import S2FTLinear
+from lrkern.nn import QuartetLinear, S2FTLinear
 
 EVERY = KINDS | {
     "s2ft_in": (S2FTLinear, {"index": "0-3,6"}),
@@ -36,11 +37,6 @@ def layers(kind):
             yield shake(cls.from_linear(base(I, O), **settings)), FORMS.get(kind, ("mora_compress",) * 2)[i]
 
 
-def writes(layer):
-    """Does it write W by ATen, which torch.func refuses before anything else does?"""
-    return isinstance(layer, S2FTLinear) and type(layer.base_layer) is Hidden
-
-
 def refused(name, what):
     return pytest.raises(RuntimeError, match=re.escape(f"lrkern::{name}: {what}"))
 
@@ -54,8 +50,6 @@ def test_forward_mode_is_refused(kind):
                 dual = torch.autograd.forward_ad.make_dual(leaf, torch.ones_like(leaf))
                 with refused(name, "forward-mode differentiation is not supported"):
                     layer(dual)
-        if writes(layer):
-            continue
         with refused(name, "forward-mode differentiation is not supported"):
             torch.func.jvp(layer, (x,), (torch.ones_like(x),))
 
@@ -68,9 +62,9 @@ def test_double_backward_is_refused(kind):
         x = torch.randn(3, layer.in_features, requires_grad=True)
         leaves = [x, *(p for p in layer.coefficients().values() if p.requires_grad)]
         grads = torch.autograd.grad(layer(x).square().sum(), leaves, create_graph=True)
-        for grad in grads:
+        for g in grads:
             with refused(name, "double backward is not supported"):
-                torch.autograd.grad(grad.sum(), x, retain_graph=True)
+                torch.autograd.grad(g.sum(), x, retain_graph=True)
 
 
 def plain_miss(layer):
@@ -92,33 +86,78 @@ def test_double_backward_where_there_is_one(kind):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
-def per_sample(loss):
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0))
-    return lambda params, x: {name: g.sum(0) for name, g in each(params, x[:, None]).items()}
-
-
-def loss_of(layer):
-    return lambda params, x: torch.func.functional_call(layer, params, (x,)).square().sum()
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_transforms_of_torch_func_are_right_or_refused(kind):
-    """functional_call is no transform. Of the others each is equal to autograd's result or refused with a name."""
+def test_transforms_of_torch_func(kind):
+    """Gradients of all samples, of each, of each of several layers: what autograd and the kernels give one at a time."""
     for layer, _ in layers(kind):
-        if writes(layer):
-            continue
-        x, trained = (
-            torch.randn(3, layer.in_features),
-            {n: p for n, p in layer.coefficients().items() if p.requires_grad},
-        )
-        params = {name: p.detach().clone() for name, p in layer.coefficients().items()}
-        assert torch.equal(torch.func.functional_call(layer, params, (x,)), layer(x))
-        want = torch.autograd.grad(layer(x).square().sum(), trained.values())
-        for way in (torch.func.grad, per_sample):
-            try:
-                grads = way(loss_of(layer))(params, x)
-            except RuntimeError as error:
-                assert re.match(r"lrkern::\w+: torch.func's transforms", str(error)), error
-            else:
-                assert kind in TWICE
-                torch.testing.assert_close([grads[name] for name in trained], [*want], rtol=1e-4, atol=1e-4)
+        x = torch.randn(3, layer.in_features)
+        trained = {n: p for n, p in layer.coefficients().items() if p.requires_grad}
+        params = {n: p.detach().clone() for n, p in trained.items()}
+        call = lambda params, x, layer=layer: functional_call(layer, params, (x,))
+        loss = lambda params, x, call=call: call(params, x).square().sum()
+        assert torch.equal(call(params, x), layer(x))
+        written = layer.base_layer.weight.clone()
+
+        def by_autograd(x, layer=layer, trained=trained):
+            leaf = x.clone().requires_grad_()
+            return torch.autograd.grad(layer(leaf).square().sum(), (*trained.values(), leaf))
+
+        dparams, dx = grad(loss, (0, 1))(params, x)
+        close([*dparams.values(), dx], [*by_autograd(x)])
+        dparams, dx = vmap(grad(loss, (0, 1)), (None, 0))(params, x)
+        for b in range(3):
+            close([*(d[b] for d in dparams.values()), dx[b]], [*by_autograd(x[b])])
+        for recorded in (True, False):
+            with torch.set_grad_enabled(recorded):
+                close(vmap(layer)(x), layer(x))
+        several = {n: torch.stack([p, 2 * p]) for n, p in params.items()}
+        for b, y in enumerate(vmap(call, (0, None))(several, x)):
+            close(y, call({n: p[b] for n, p in several.items()}, x))
+        J = torch.autograd.functional.jacobian(layer, x[0])
+        close(jacrev(layer)(x[0]), J)
+        second = jacrev(grad(lambda x, layer=layer: layer(x).cos().sum()))(x[0])  # of what is affine in x
+        close(second, J.T @ (-layer(x[0]).cos()[:, None] * J))
+        assert torch.equal(layer.base_layer.weight, written), "W is the layer's own, not a sample's"
+
+
+@pytest.mark.parametrize("kind", sorted(EVERY.keys() - {"miss_bat", "s2ft_in", "s2ft_out"}))
+def test_dropout_under_vmap_draws_as_randomness_says(kind):
+    cls, settings = EVERY[kind]
+    layer = shake(cls.from_linear(nn.Linear(64, 8), dropout=0.5, **settings)).train()
+    x = torch.randn(64).expand(4, 64)
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(layer)(x)
+    same, other = (vmap(layer, randomness=how)(x) for how in ("same", "different"))
+    close(same, same[:1].expand(4, -1))
+    assert len({tuple(row.tolist()) for row in other}) == 4
+    mean = torch.stack([vmap(layer, randomness="different")(x).mean(0) for _ in range(200)]).mean(0)
+    want = layer.eval()(x[0])
+    assert (mean - want).abs().max() < 0.1 * (want - layer.base_layer(x[0])).abs().max().clamp_min(1.0)
+
+
+def test_quartet_is_refused_under_transforms():
+    layer = QuartetLinear(32, 8)
+    for call in (
+        lambda: vmap(layer)(torch.randn(2, 3, 32)),
+        lambda: grad(lambda x: layer(x).sum())(torch.randn(3, 32)),
+    ):
+        with refused("quartet_linear", "torch.func's transforms (grad, vmap, jacrev, ...) are not supported"):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["vera", "randlora"])
+@pytest.mark.parametrize("base", [nn.Linear, Hidden])
+def test_a_vector_has_the_gradients_of_one_row(kind, base):
+    cls, settings = EVERY[kind]
+    layer = shake(cls.from_linear(base(16, 8), **settings))
+    x, found = torch.randn(16), []
+    for shape in ((16,), (1, 16)):
+        leaf = x.view(shape).clone().requires_grad_()
+        leaves = [p for p in layer.coefficients().values() if p.requires_grad]
+        dx, *rest = torch.autograd.grad(layer(leaf).square().sum(), [leaf, *leaves])
+        found.append([dx.view(-1), *rest])
+    close(*found)

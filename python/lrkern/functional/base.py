@@ -2,6 +2,7 @@
 """The frozen linear layer that an adapter stands beside: its product, its gradients, and what autocast does to it."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,23 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from ..ops.dispatch import is_compiling, once, refuse_tangents, refuse_transforms
+from ..ops.dispatch import is_compiling, once, refuse_tangents, under_transforms
 
 linear = F.linear  # bench/ puts its own here and in place of ``gradients`` to time an adapter alone
+
+
+def flat(x: Tensor) -> Tensor:
+    """[T, N], of a vector too."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def gradients(need: Sequence[bool], dy: Tensor, x: Tensor | None, weight: Tensor | None) -> list[Tensor | None]:
     """dx, dW, dbias of x Wᵀ + bias, those that ``need`` asks for; none where the base layer gave y."""
     if weight is None:
         return [None, None, None]
-    flat = dy.flatten(0, -2)
-    dw = flat.mT @ x.flatten(0, -2) if need[1] else None
-    return [dy @ weight if need[0] else None, dw, flat.sum(0) if need[2] else None]
+    dw = flat(dy).mT @ flat(x) if need[1] else None
+    return [dy @ weight if need[0] else None, dw, flat(dy).sum(0) if need[2] else None]
 
 
 def output(y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias, or a copy of the y that a base layer gave: contiguous, for an adapter to add to in place."""
     return linear(x, weight, bias).contiguous() if y is None else y.clone(memory_format=torch.contiguous_format)
+
+
+def added(y: Tensor, delta: Tensor) -> Tensor:
+    """y + delta, rounded once to y's dtype."""
+    return (y.float() + delta.float()).to(y.dtype)
 
 
 def dtype_of(x: Tensor) -> torch.dtype:
@@ -75,8 +85,9 @@ def once_differentiable(backward: Callable) -> Callable:
 def beside(
     form: str, function: type[Function], y, x: Tensor, weight, bias, dropout_p: float, training: bool, *args: Any
 ) -> Tensor:
-    """function(form, y, x, weight, bias, *args), form the name that errors say, its ctx None where no backward follows, out of autocast: an adapter beside x Wᵀ + bias, or beside a base layer of any
-    kind that gave y, with dropout on the adapter's x alone."""
+    """function(form, y, x, weight, bias, *args), form the name that errors say, its ctx None where no backward follows, out of autocast:
+    an adapter beside x Wᵀ + bias, or beside a base layer of any kind that gave y, with dropout on the adapter's x alone. Under torch.func's
+    transforms function.composite(y, x, weight, bias, *args), whose calls have all derivatives."""
     if torch.is_autocast_enabled(x.device.type):  # entering a context costs as much as the products of few tokens
         x, weight, bias = cast(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
@@ -85,10 +96,11 @@ def beside(
         if weight is not None:
             y, weight, bias = linear(x, weight, bias), None, None
         x = torch.dropout(x, dropout_p, True)
-    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0 and not under_transforms():
         return function.forward(
             None, form, y, x, weight, bias, *args
         )  # applying it costs as much as the products of few tokens
     refuse_tangents(form, (y, x, weight, bias, *args))
-    refuse_transforms(form)
+    if under_transforms():
+        return function.composite(y, x, weight, bias, *args)
     return function.apply(form, y, x, weight, bias, *args)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """MiSS (Kang et al., arXiv 2409.15371, Bone before) as PEFT's ``init_weights`` names its kinds: shards of W that share an update."""
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import ops
-from ..ops.dispatch import refuse_tangents, refuse_transforms
+from ..ops.dispatch import refuse_tangents, under_transforms
 from . import base
 
 __all__ = ["bone_add", "bone_delta", "bone_linear", "miss_add", "miss_delta", "miss_factors", "miss_linear"]
@@ -37,7 +36,7 @@ def miss_linear(
         and block.shape[1] == y.shape[-1]
         and not torch.is_autocast_enabled(x.device.type)
     ):
-        return torch.addmm(_rows(y), _rows(h), block).view(y.shape)
+        return torch.addmm(base.flat(y), base.flat(h), block).view(y.shape)
     return _added(y, h, block)
 
 
@@ -48,10 +47,6 @@ def miss_add(y: Tensor, x: Tensor, block: Tensor, dropout_p: float = 0.0, traini
         raise RuntimeError(f"lrkern::miss_add: y {must}, got {list(y.shape)}")
     _check("miss_add", block, y.shape[-1])
     return _added(y, _folded("miss_add", x, block, dropout_p, training), block)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _folded(form: str, x: Tensor, block: Tensor, dropout_p: float, training: bool) -> Tensor:
@@ -146,6 +141,14 @@ class _Bone(Function):
         dstart = (dy.sum(0) if ctx.whole else dy) if need_start else None
         return None, dx, None, dstart, d
 
+    @staticmethod
+    def composite(x, weight, start, blocks):
+        """For torch.func's transforms, by all of whose derivatives."""
+        weight = _dense(weight, x, blocks) if callable(weight) else weight
+        whole = start is None or start.dim() == 1
+        y = torch.cat([x @ _panel(weight[rows], blocks[of], whole).mT for rows, of in _panels(blocks)], -1)
+        return y if start is None else start + y
+
 
 def _dense(weight: Callable[[], Tensor], x: Tensor, blocks: Tensor) -> Tensor:
     with torch.no_grad():
@@ -174,11 +177,9 @@ def _bone(form: str, x: Tensor, weight: Weight, start: Tensor | None, blocks: Te
     to = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else blocks.dtype
     with torch.autocast(x.device.type, enabled=False):
         start = None if start is None else start.to(to)
-        args = _rows(x).to(to), weight, start, blocks.to(to)
+        args = base.flat(x).to(to), weight, start, blocks.to(to)
         refuse_tangents(form, args)
-        if torch.is_grad_enabled():
-            refuse_transforms(form)
-        y = _Bone.apply(form, *args)
+        y = _Bone.composite(*args) if under_transforms() else _Bone.apply(form, *args)
     return y.view(*x.shape[:-1], O)
 
 
@@ -202,7 +203,7 @@ def bone_add(y: Tensor, x: Tensor, weight: Tensor, blocks: Tensor) -> Tensor:
     if y.shape != (*x.shape[:-1], weight.shape[0]):
         must = f"must have shape {[*x.shape[:-1], weight.shape[0]]} beside x {list(x.shape)}"
         raise RuntimeError(f"lrkern::bone_add: y {must}, got {list(y.shape)}")
-    return _bone("bone_add", x, weight, _rows(y), blocks).to(y.dtype)
+    return _bone("bone_add", x, weight, base.flat(y), blocks).to(y.dtype)
 
 
 def bone_delta(weight: Tensor, blocks: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch.autograd import Function
 
 from .. import ops
 from ..limits import DTYPES
-from ..ops.dispatch import once
+from ..ops.dispatch import once, under_transforms
 from ..ops.mx import BLOCK
 from .base import cast, of_shape
 
@@ -87,6 +87,10 @@ def quartet_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, rule: 
     rule: "quest" as published, or "quest_nearest", of less error (``ops.mx_quantize``).
     """
     who, sizes = "lrkern::quartet_linear", f"{list(x.shape)} and {list(weight.shape)}"
+    if under_transforms():
+        raise RuntimeError(
+            f"{who}: torch.func's transforms (grad, vmap, jacrev, ...) are not supported, its gradients are drawn at random"
+        )
     if rule not in RULES:
         raise RuntimeError(f"{who}: rule must be one of {list(RULES)}, got {rule!r}")
     if x.dtype not in DTYPES or weight.dtype not in DTYPES:

@@ -96,7 +96,7 @@ class _Factors:
     @classmethod
     def forward(cls, update: _Update, y, x, weight, bias, kept: list[Tensor] | None) -> Tensor:
         out = base.output(y, x, weight, bias)
-        cls.add(update, out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]).float(), kept)
+        cls.add(update, out.view(-1, out.shape[-1]), base.flat(x).float(), kept)
         return out
 
     @staticmethod
@@ -115,7 +115,7 @@ class _Factors:
         """dx, dW and dbias, those that are needed; with ``need_coef`` dlam and dgam, which are zeros, are filled. ``kept``:
         the forward's, or empty."""
         grads = base.gradients(need, dy, x, weight)
-        rows, g = x.reshape(-1, x.shape[-1]).float(), dy.reshape(-1, dy.shape[-1]).float()
+        rows, g = base.flat(x).float(), base.flat(dy).float()
         if need[0]:
             dx = torch.zeros_like(rows) if grads[0] is None else grads[0].reshape(rows.shape).float()
         at_b, at_u = (g, rows) if update.narrow_in else (rows, g)
@@ -172,7 +172,7 @@ class _Merged:
     def backward(update: _Update, need, need_coef: bool, dy, x, weight, dlam, dgam, kept) -> list[Tensor | None]:
         grads = base.gradients(need, dy, x, update.delta().add_(weight) if need[0] else weight)
         if need_coef:
-            delta = dy.flatten(0, -2).mT @ x.flatten(0, -2)  # dL/dΔW [O, I]
+            delta = base.flat(dy).mT @ base.flat(x)  # dL/dΔW [O, I]
             for span, b in update.panels():
                 update.gradients(b @ (delta if update.narrow_in else delta.mT), span, dlam, dgam)
         return grads
@@ -208,6 +208,17 @@ class _RandLora(Function):
             grads = _WAYS[ctx.way].backward(update, need, need_lam or need_gam, dy, x, weight, dlam, dgam, kept)
         dlam, dgam = dlam.to(lam.dtype) if need_lam else None, dgam.to(gam.dtype) if need_gam else None
         return None, dy if need_y else None, *grads, dlam, dgam, None, None, None, None, None
+
+    @staticmethod
+    def composite(y, x, weight, bias, lam, gam, A, B, scale, paper, save_output):
+        y = base.linear(x, weight, bias) if y is None else y
+        update, delta = _Update.of(lam, gam, A, B, scale, paper, x.shape[-1] <= y.shape[-1]), 0.0
+        lam, gam, a = update.lam, update.gam, update.a
+        for span, b in update.panels():
+            u = gam[span, None] * a * lam.mT[span, :, None] if paper else a[span, None] * gam * lam[span, :, None]
+            inner, outer = (u.flatten(0, 1), b) if update.narrow_in else (b, u.flatten(0, 1))
+            delta = delta + x.float() @ inner.mT @ outer
+        return base.added(y, scale * delta)
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ class _Vera(Function):
             if need[0] or need_d:
                 dv = matmul(dy, B, True, in_scale=b.float(), wide=wide)  # [..., r]
             if need_d:
-                dd = (ctx.c * (dv.float() * u.float()).flatten(0, -2).sum(0)).to(d.dtype)
+                dd = (ctx.c * base.flat(dv.float() * u.float()).sum(0)).to(d.dtype)
             if need[0]:
                 dx = dy.new_zeros(ctx.x[0], dtype=ctx.x[1]) if dx is None else dx.contiguous()
                 matmul(dv, A, False, in_scale=v, into=dx)
@@ -53,14 +53,21 @@ class _Vera(Function):
                 db = _db(dy, u, v, B, w).to(b.dtype)
         return None, dy if need_y else None, dx, dw, dbias, dd, db, None, None, None
 
+    @staticmethod
+    def composite(y, x, weight, bias, d, b, A, B, save_output):
+        wide, c = _wide(d), scale_of(A) * scale_of(B)
+        v = c * d.float() * matmul(x, A, True, wide=wide).float()
+        w = b.float() * matmul(v, B, False, wide=True)
+        return base.added(base.linear(x, weight, bias) if y is None else y, w)
+
 
 def _db(dy: Tensor, u: Tensor, v: Tensor, B: Projection, w: Tensor | None) -> Tensor:
     """Σ_t dy[t] ⊙ w[t], w = (v ⊙ u) B, or without a [T, O] temporary Σ_k B[k] ⊙ ((v ⊙ u)ᵀ dy)[k]."""
-    dy, u = dy.flatten(0, -2), u.flatten(0, -2)
+    dy, u = base.flat(dy), base.flat(u)
     if w is None and len(dy) < len(v):
         w = matmul(u, B, False, in_scale=v, wide=True)
     if w is not None:
-        return (dy.float() * w.flatten(0, -2).float()).sum(0)
+        return (dy.float() * base.flat(w).float()).sum(0)
     p = (u.float() * v).mT @ dy.float()  # [r, O]
     return p.mul_(B._replace(scale=1.0).fill(p) if isinstance(B, Basis) else B).sum(0)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.dispatch import refuse_tangents, under_transforms
 from .linear import AdapterLinear
 from .plain import PLAIN, plain_linear, watched
 
@@ -136,8 +137,14 @@ class S2FTLinear(AdapterLinear):
         weight, bias = plain_linear(base)
         if weight is not None and not watched():
             return ops.slice_linear(x, weight, bias, now, self.columns, self._dim)
-        self.sync()
-        y = base(x)
+        refuse_tangents("gather_matmul" if self._dim == 1 else "scatter_add", (x, now))
+        if under_transforms():  # nothing is written: there may be a slice for each sample
+            w = self._weight("forward")
+            w = w.index_copy(self._dim, self.columns.long(), now.detach().to(w.dtype))
+            y = torch.func.functional_call(base, {"weight": w}, (x,))
+        else:
+            self.sync()
+            y = base(x)
         if not (torch.is_grad_enabled() and now.requires_grad):
             return y
         nothing = (now - now.detach()).to(x.dtype)  # but its gradient is the slice's

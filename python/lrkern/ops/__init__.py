@@ -9,7 +9,11 @@ divided by the keep probability. The mask is recomputed wherever it is needed an
 Bad arguments raise RuntimeError as ``lrkern::op: argument must ..., got ...``.
 """
 
+import os
+
 from .basis import basis_combine, basis_dot, basis_fill, basis_matmul, basis_matmul_
+from .disable import disable as _disable
+from .disable import disabled
 from .dispatch import LIBRARY, build_info
 from .lora import linear_expand, lora_add, lora_expand_, lora_linear, lora_shrink
 from .mora import mora_add, mora_compress, mora_decompress, mora_decompress_, mora_linear
@@ -23,3 +27,5 @@ from .multi_lora import (
 )
 from .mx import mx_dequantize, mx_linear, mx_linear_expand, mx_matmul, mx_quantize, nvfp4_dequantize, nvfp4_quantize
 from .s2ft import gather_matmul, gather_matmul_, scatter_add, scatter_add_, slice_gather, slice_linear
+
+_disable(os.environ.get("LRKERN_DISABLE", ""))

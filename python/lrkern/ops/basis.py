@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .composites import basis as composites
 from .dispatch import Op, below_autograd, library
 
 METHODS = {"nola": 2, "vera": 3, "randlora": 4}
@@ -34,7 +35,7 @@ def _filled(like, Q, C, **_):
     return like.new_empty((Q, C))
 
 
-_fill = Op("basis_fill", results=_filled, refuses="row_scale col_scale", refusal=REFUSAL)
+_fill = Op("basis_fill", composites.basis_fill, results=_filled, refuses="row_scale col_scale", refusal=REFUSAL)
 
 
 def basis_fill(
@@ -82,7 +83,14 @@ def _combined(coef, R, widths, **_):
     return coef.new_empty((*coef.shape[:-1], R, sum(widths)))
 
 
-_combine = Op("basis_combine", results=_combined, trains="coef base", function=_Combine)
+_combine = Op(
+    "basis_combine",
+    composites.basis_combine,
+    results=_combined,
+    trains="coef base",
+    function=_Combine,
+    gradient="basis_dot",
+)
 
 
 def basis_combine(
@@ -125,7 +133,7 @@ def _dotted(g, counts, **_):
     return g.new_empty((*g.shape[:-2], sum(counts)))
 
 
-_dot = Op("basis_dot", results=_dotted, trains="g", function=_Dot)
+_dot = Op("basis_dot", composites.basis_dot, results=_dotted, trains="g", function=_Dot, gradient="basis_combine")
 
 
 def basis_dot(
@@ -167,7 +175,13 @@ def _product(x, Q, C, transposed, fp32, **_):
 
 
 _matmul = Op(
-    "basis_matmul", results=_product, trains="x", function=_Matmul, refuses="in_scale out_scale", refusal=REFUSAL
+    "basis_matmul",
+    composites.basis_matmul,
+    results=_product,
+    trains="x",
+    function=_Matmul,
+    refuses="in_scale out_scale",
+    refusal=REFUSAL,
 )
 
 
@@ -196,7 +210,7 @@ def basis_matmul(
     return _matmul(x, in_scale, out_scale, seed, method, distribution, tensor, first, R, Q, C, transposed, fp32)
 
 
-_matmul_into = Op("basis_matmul_", instead="basis_matmul")
+_matmul_into = Op("basis_matmul_", composites.basis_matmul_, instead="basis_matmul")
 
 
 def basis_matmul_(

@@ -33,6 +33,7 @@ is_compiling, any_autocast, grad_enabled = (
     torch._C._is_any_autocast_enabled,
     torch.is_grad_enabled,
 )
+under_transforms = torch._C._are_functorch_transforms_active
 
 
 def library() -> Any:
@@ -66,10 +67,12 @@ Casts = Callable[..., Sequence[torch.dtype | None]]
 class Op:
     """An op, called with all of its arguments in order.
 
+    composite: the same in ATen's calls (composites/), which torch.func's transforms take, and LRKERN_DISABLE.
     results: of X's arguments by name, what X_fwd returns, or X where there is none: shapes and dtypes only.
     trains: the arguments that X_bwd gives gradients of, in its order. passes: one whose gradient is that of the result.
     saved_for: what is saved only where another argument takes a gradient, and which. saved_if: where it is saved all the same,
-    as a function of X's arguments by name; saved_only: where it is saved at all, likewise. function: in place of X_bwd.
+    as a function of X's arguments by name; saved_only: where it is saved at all, likewise. function: in place of X_bwd; gradient: the
+    other ops that it calls.
     weigh: an argument, and the gradient that X_bwd takes as a function of the result's and that argument.
     refuses: arguments without a gradient beside others with one; refusal: how that is said. instead: of an op in place, the
     one to use for gradients. casts: what autocast casts to its dtype, or a function of that dtype and the arguments to the
@@ -80,6 +83,7 @@ class Op:
     def __init__(
         self,
         name: str,
+        composite: Callable[..., Any],
         *,
         results: Callable[..., Any] = lambda **_: None,
         trains: str = "",
@@ -89,6 +93,7 @@ class Op:
         saved_only: dict[str, Callable[..., bool]] | None = None,
         weigh: tuple[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
         function: type[Function] | None = None,
+        gradient: str = "",
         refuses: str = "",
         refusal: str = "got one that requires it",
         instead: str = "",
@@ -98,9 +103,10 @@ class Op:
     ):
         OPS[name] = self
         arguments = schema_of(name).arguments
-        self.name, self.names = name, [a.name for a in arguments]
+        self.name, self.names, self.composite = name, [a.name for a in arguments], composite
         self.defaults = tuple(a.default_value for a in arguments)
         self.saved_for, self.saved_if, self.saved_only = saved_for or {}, saved_if or {}, saved_only or {}
+        self.gradient = gradient.split()
         self.weigh, self.shards = weigh, shards or {}
         self.gradients, self.passed = (tuple(map(self.names.index, text.split())) for text in (trains, passes))
         self.trained = self.passed + self.gradients
@@ -114,6 +120,7 @@ class Op:
             refuse(name, f"writes in place and has no gradient, but an argument requires one; use {instead}")
         else:
             refuse(name, "has no gradient, but an argument requires one")
+        _registrations.impl(name, self.composed, "FuncTorchBatched")  # vmap
         fake(name, (lambda **given: results(**given)[0]) if self.fwd else results)
         if self.fwd:
             refuse(self.fwd, f"has no gradient, but an argument requires one; use {name}")
@@ -152,12 +159,22 @@ class Op:
             for name, i in self.refused:
                 if args[i] is not None and args[i].requires_grad:
                     raise RuntimeError(f"lrkern::{self.name}: {name} has no gradient, {self.refusal}")
+            if under_transforms():
+                return self.composed(*args)
             for i in self.trained:
                 if args[i] is not None and args[i].requires_grad:
-                    refuse_transforms(self.name)
                     return self.function.apply(*args)
         with below_autograd():
             return getattr(_library, self.name).default(*args)
+
+    def composed(self, *args: Any) -> Any:
+        """The op in ATen's calls, which have derivatives and batching of any order."""
+        out = self.composed_fwd(*args)
+        return out[0] if self.fwd else out
+
+    def composed_fwd(self, *args: Any) -> Any:
+        with words_of(self.name):
+            return self.composite(*args, *self.defaults[len(args) :])
 
     def make_function(self) -> type[Function]:
         """Its tuples of arguments are picked by indices that are found here, once."""
@@ -215,16 +232,20 @@ class Op:
         """Of X_bwd: a gradient is like its argument. That of a base layer's may not be among what X_bwd takes; x without a
         weight or a number of columns is like the result. Codes of experts have a bias for each."""
         dy, needed = next(iter(given.values())), [v for n, v in given.items() if n.startswith("need_")]
-        columns = lambda: given["weight"].shape[1] if "weight" in given else given.get("columns", dy.shape[-1])
-        sizes = {
-            "x": lambda: (*dy.shape[:-1], columns()),
-            "weight": lambda: (dy.shape[-1], given["x"].shape[-1]),
-            "bias": lambda: (*(given["codes"].shape[:-2] if "codes" in given else ()), dy.shape[-1]),
-        }
-        like = lambda n: dy.new_empty(sizes[n]()) if given.get(n) is None else like_contiguous(given[n])
+        like = lambda n: dy.new_empty(size_of(n, dy, given)) if given.get(n) is None else like_contiguous(given[n])
         wanted = zip(self.gradients, needed or [True], strict=True)
         grads = tuple(like(self.names[i]) if need else None for i, need in wanted)
         return grads if needed else grads[0]
+
+
+def size_of(name: str, dy: Tensor, given: dict[str, Any]) -> tuple[int, ...]:
+    """Of an argument that X_bwd does not take, or not this time."""
+    if name == "weight":
+        return dy.shape[-1], given["x"].shape[-1]
+    if name == "bias":
+        return *(given["codes"].shape[:-2] if "codes" in given else ()), dy.shape[-1]
+    columns = given["weight"].shape[1] if given.get("weight") is not None else given.get("columns", dy.shape[-1])
+    return *dy.shape[:-1], columns
 
 
 def schema_of(name: str) -> Any:
@@ -249,6 +270,16 @@ def s_dtype(factor: torch.dtype) -> torch.dtype:
 def spoken(name: str) -> str:
     """X, or of X_bwd that it is X's backward: how errors call what the user called X."""
     return f"{name.removesuffix('_bwd')} (backward)" if name.endswith("_bwd") else name.removesuffix("_fwd")
+
+
+@contextmanager
+def words_of(name: str) -> Iterator[None]:
+    """Errors of a composite, and of ATen inside it, name the op."""
+    try:
+        yield
+    except (ValueError, IndexError, RuntimeError) as error:
+        said = f"lrkern::{spoken(name)}: "
+        raise RuntimeError(said + str(error).removeprefix(said)) from error
 
 
 def like_contiguous(t: Tensor) -> Tensor:
@@ -301,15 +332,6 @@ def refuse_tangents(name: str, args: Sequence[Any]) -> None:
     for arg in args:
         if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
             raise RuntimeError(f"lrkern::{name}: forward-mode differentiation is not supported, got a dual tensor")
-
-
-def refuse_transforms(name: str) -> None:
-    """torch.func's, which classic autograd.Functions do not take: torch would say so in words of autograd's insides."""
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            f"lrkern::{name}: torch.func's transforms (grad, vmap, jacrev, ...) are not supported where a gradient is wanted; layers "
-            "of PEFT, patched ones too, run PEFT's own code under them"
-        )
 
 
 def refuse(name: str, why: str) -> None:

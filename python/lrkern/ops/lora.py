@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from .composites import lora as composites
 from .dispatch import Op, like_contiguous, s_dtype
 
 
@@ -13,6 +14,7 @@ def _shrunk(x, a, **_):
 
 _shrink = Op(
     "lora_shrink",
+    composites.lora_shrink,
     results=_shrunk,
     trains="x a",
     casts="x a",
@@ -41,6 +43,7 @@ def _casts_beside_s(low, *_):
 
 _expand = Op(
     "linear_expand",
+    composites.linear_expand,
     results=_expanded,
     trains="x weight bias s b",
     saved_for={"x": "weight", "weight": "x"},
@@ -68,6 +71,7 @@ def _layer_results(x, weight, a, base_scale, **_):
 
 _linear = Op(
     "lora_linear",
+    composites.lora_linear,
     results=_layer_results,
     trains="x weight bias a b base_scale",
     saved_for={"base": "base_scale"},
@@ -113,6 +117,7 @@ def _casts_beside_y(low, y, *_):
 
 _add = Op(
     "lora_add",
+    composites.lora_add,
     results=_sum_results,
     trains="x a b",
     passes="y",
@@ -136,7 +141,7 @@ def lora_add(
     return _add(y, x, a, b, scale, dropout_p, seed)
 
 
-_expand_into = Op("lora_expand_", instead="lora_add")
+_expand_into = Op("lora_expand_", composites.lora_expand_, instead="lora_add")
 
 
 def lora_expand_(y: Tensor, s: Tensor, b: Tensor, scale: float = 1.0) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .composites import mora as composites
 from .dispatch import Op, below_autograd, library, like_contiguous, s_dtype
 
 
@@ -39,7 +40,15 @@ def _compressed(x, rank, type, chunks, **_):
     return x.new_empty((*x.shape[:-1], *side), dtype=s_dtype(x.dtype))
 
 
-_compress = Op("mora_compress", results=_compressed, trains="x", function=_Compress, shards={"": {"tokens": "T>T"}})
+_compress = Op(
+    "mora_compress",
+    composites.mora_compress,
+    results=_compressed,
+    trains="x",
+    function=_Compress,
+    gradient="mora_decompress",
+    shards={"": {"tokens": "T>T"}},
+)
 
 
 def mora_compress(
@@ -76,9 +85,11 @@ def _decompressed(h, out_features, type, **_):
 
 _decompress = Op(
     "mora_decompress",
+    composites.mora_decompress,
     results=_decompressed,
     trains="h",
     function=_Decompress,
+    gradient="mora_compress",
     shards={"": {"tokens": "T>T"}},
     leading=lambda h, type=1, **_: h.ndim - (2 if type == 6 else 1),
 )
@@ -96,7 +107,7 @@ def mora_decompress(
     return _decompress(h, out_features, type, circular, adjoint)
 
 
-_decompress_into = Op("mora_decompress_", instead="mora_add")
+_decompress_into = Op("mora_decompress_", composites.mora_decompress_, instead="mora_add")
 
 
 def mora_decompress_(y: Tensor, h: Tensor, type: int = 1, circular: bool = True, adjoint: bool = False) -> None:
@@ -114,6 +125,7 @@ def _linear_results(x, weight, m, type, **_):
 
 _linear = Op(
     "mora_linear",
+    composites.mora_linear,
     results=_linear_results,
     trains="x weight bias m",
     saved_for={"x": "weight"},
@@ -146,6 +158,7 @@ def _casts_beside_y(low, y, *_):
 
 _add = Op(
     "mora_add",
+    composites.mora_add,
     results=lambda y, **_: like_contiguous(y),
     trains="x m",
     passes="y",

@@ -17,6 +17,7 @@ The adapter part is batch-invariant: a row alone and the row in any batch give t
 from torch import Tensor
 
 from ..limits import PAGE, plan_length
+from .composites import multi_lora as composites
 from .dispatch import Op, like_contiguous, s_dtype
 
 
@@ -27,7 +28,7 @@ def _plans(index, adapters):
     return index.new_empty((slots, plan_length(index.shape[0], adapters)))
 
 
-_plan = Op("multi_lora_plan", results=_plans)
+_plan = Op("multi_lora_plan", composites.multi_lora_plan, results=_plans)
 
 
 def multi_lora_plan(index: Tensor, adapters: int) -> Tensor:
@@ -50,7 +51,13 @@ def _weigh(ds, scales):
 # Autocast casts no pool: to cast thousands of adapters at every call would cost more than it saves. A float32 pool serves
 # any activations.
 _shrink = Op(
-    "multi_lora_shrink", results=_s, trains="x a_pool", weigh=("scales", _weigh), refuses="scales dropout_p", casts="x"
+    "multi_lora_shrink",
+    composites.multi_lora_shrink,
+    results=_s,
+    trains="x a_pool",
+    weigh=("scales", _weigh),
+    refuses="scales dropout_p",
+    casts="x",
 )
 
 
@@ -71,7 +78,13 @@ def multi_lora_shrink(
     return _shrink(x, a_pool, pages, ranks, plan, scales, dropout_p, seed)
 
 
-_expand = Op("multi_lora_expand", results=lambda y, **_: like_contiguous(y), trains="s b_pool", passes="y")
+_expand = Op(
+    "multi_lora_expand",
+    composites.multi_lora_expand,
+    results=lambda y, **_: like_contiguous(y),
+    trains="s b_pool",
+    passes="y",
+)
 
 
 def multi_lora_expand(
@@ -84,7 +97,7 @@ def multi_lora_expand(
     return _expand(y, s, b_pool, pages, ranks, plan, slice)
 
 
-_expand_into = Op("multi_lora_expand_", instead="multi_lora_expand")
+_expand_into = Op("multi_lora_expand_", composites.multi_lora_expand_, instead="multi_lora_expand")
 
 
 def multi_lora_expand_(
@@ -96,6 +109,7 @@ def multi_lora_expand_(
 
 _embedding = Op(
     "multi_lora_embedding",
+    composites.multi_lora_embedding,
     results=lambda ids, **given: _s(ids.unsqueeze(-1), **given),
     trains="a_pool",
     weigh=("scales", _weigh),
@@ -120,6 +134,7 @@ def _layer_results(x, weight, **given):
 
 _linear = Op(
     "multi_lora_linear",
+    composites.multi_lora_linear,
     results=_layer_results,
     trains="x weight bias a_pool b_pool",
     refuses="scales dropout_p",

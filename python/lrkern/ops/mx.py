@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .composites import mx as composites
 from .dispatch import Op, below_autograd, library, once
 
 BLOCK = 32
@@ -22,7 +23,7 @@ def _packed(x, mask, **_):
     return bytes_of(16 * G, torch.uint8), bytes_of(G, torch.uint8), bytes_of(G, torch.int32) if mask else None
 
 
-_quantize = Op("mx_quantize", results=_packed)
+_quantize = Op("mx_quantize", composites.mx_quantize, results=_packed)
 
 
 def mx_quantize(
@@ -52,6 +53,7 @@ def mx_quantize(
 
 _dequantize = Op(
     "mx_dequantize",
+    composites.mx_dequantize,
     results=lambda codes, columns, dtype, **_: codes.new_empty((*codes.shape[:-1], columns), dtype=dtype),
 )
 
@@ -67,6 +69,7 @@ def mx_dequantize(codes: Tensor, scales: Tensor, columns: int, dtype: torch.dtyp
 
 _matmul = Op(
     "mx_matmul",
+    composites.mx_matmul,
     results=lambda a_codes, b_codes, dtype, **_: a_codes.new_empty(
         (*a_codes.shape[:-1], b_codes.shape[0]), dtype=dtype
     ),
@@ -121,7 +124,7 @@ def _y(x, codes, **_):
     return x.new_empty((*x.shape[:-1], *codes.shape[-2:-1]))
 
 
-_linear = Op("mx_linear", results=_y, trains="x bias", function=_Linear, casts="x bias")
+_linear = Op("mx_linear", composites.mx_linear, results=_y, trains="x bias", function=_Linear, casts="x bias")
 
 
 def mx_linear(
@@ -172,7 +175,15 @@ class _LinearExpand(Function):
         return dx, None, None, dbias, ds, db, None
 
 
-_linear_expand = Op("mx_linear_expand", results=_y, trains="x bias s b", function=_LinearExpand, casts="x bias s b")
+_linear_expand = Op(
+    "mx_linear_expand",
+    composites.mx_linear_expand,
+    results=_y,
+    trains="x bias s b",
+    function=_LinearExpand,
+    gradient="mx_linear linear_expand",
+    casts="x bias s b",
+)
 
 
 def mx_linear_expand(
@@ -204,7 +215,7 @@ def _nv_packed(x, **_):
     return bytes_of(8 * G), bytes_of(G), x.new_empty(1, dtype=torch.float32)
 
 
-_nv_quantize = Op("nvfp4_quantize", results=_nv_packed)
+_nv_quantize = Op("nvfp4_quantize", composites.nvfp4_quantize, results=_nv_packed)
 
 
 def nvfp4_quantize(x: Tensor, amax: Tensor | None = None, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,6 +236,7 @@ def nvfp4_quantize(x: Tensor, amax: Tensor | None = None, seed: Tensor | None = 
 
 _nv_dequantize = Op(
     "nvfp4_dequantize",
+    composites.nvfp4_dequantize,
     results=lambda codes, columns, dtype, **_: codes.new_empty((*codes.shape[:-1], columns), dtype=dtype),
 )
 

@@ -12,6 +12,7 @@ import math
 from torch import Tensor
 from torch.autograd import Function
 
+from .composites import s2ft as composites
 from .dispatch import Op, below_autograd, library, like_contiguous
 
 
@@ -34,7 +35,15 @@ class _Gather(Function):
         return scatter_add(dh.new_zeros(ctx.shape), dh, *ctx.saved_tensors), None, None, None
 
 
-_gather = Op("slice_gather", results=_sliced, trains="x", refuses="scales", function=_Gather)
+_gather = Op(
+    "slice_gather",
+    composites.slice_gather,
+    results=_sliced,
+    trains="x",
+    refuses="scales",
+    function=_Gather,
+    gradient="scatter_add",
+)
 
 
 def slice_gather(x: Tensor, index: Tensor, ids: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
@@ -62,11 +71,13 @@ class _Scatter(Function):
 
 _scatter = Op(
     "scatter_add",
+    composites.scatter_add,
     results=lambda y, **_: like_contiguous(y),
     trains="h",
     passes="y",
     refuses="scales",
     function=_Scatter,
+    gradient="slice_gather",
 )
 
 
@@ -79,7 +90,7 @@ def scatter_add(y: Tensor, h: Tensor, index: Tensor, ids: Tensor | None = None, 
     return _scatter(y, h, index, ids, scales)
 
 
-_scatter_into = Op("scatter_add_", instead="scatter_add")
+_scatter_into = Op("scatter_add_", composites.scatter_add_, instead="scatter_add")
 
 
 def scatter_add_(y: Tensor, h: Tensor, index: Tensor, ids: Tensor | None = None, scales: Tensor | None = None) -> None:
@@ -89,6 +100,7 @@ def scatter_add_(y: Tensor, h: Tensor, index: Tensor, ids: Tensor | None = None,
 
 _matmul = Op(
     "gather_matmul",
+    composites.gather_matmul,
     results=lambda y, **_: like_contiguous(y),
     trains="x d",
     passes="y",
@@ -109,7 +121,7 @@ def gather_matmul(
     return _matmul(y, x, d, index, ids, scales)
 
 
-_matmul_into = Op("gather_matmul_", instead="gather_matmul")
+_matmul_into = Op("gather_matmul_", composites.gather_matmul_, instead="gather_matmul")
 
 
 def gather_matmul_(
@@ -126,6 +138,7 @@ def _linear_results(x, weight, index, dim, **_):
 
 _linear = Op(
     "slice_linear",
+    composites.slice_linear,
     results=_linear_results,
     trains="x bias slice",
     refuses="weight",
@@ -142,6 +155,7 @@ def slice_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slice: Tensor, 
     x [..., I]; weight [O, I]; slice [O, s], or of rows [s, I], of x's dtype or float32. slice is first written into weight, in
     place and rounded to its dtype: one W holds what was trained, no second copy is made. Differentiable in x, bias and slice:
     dx = dy W; dslice = dyᵀ x[:, index], for which x[:, index] [T, s] is saved, or of rows dy[:, index]ᵀ x, for which x is.
-    It is computed in x's dtype. Double backward is refused. S2FT's partial backpropagation.
+    It is computed in x's dtype. Double backward is refused. Under torch.func's transforms weight is not written: each sample may have a
+    slice of its own. S2FT's partial backpropagation.
     """
     return _linear(x, weight, bias, slice, index, dim)

@@ -3,9 +3,12 @@
 
 from torch import Tensor
 
+from .composites import throwaway as composites
 from .dispatch import Op, like_contiguous
 
-_gained = Op("throwaway", results=lambda x, **_: like_contiguous(x), trains="x", refuses="gain", casts="x")
+_gained = Op(
+    "throwaway", composites.throwaway, results=lambda x, **_: like_contiguous(x), trains="x", refuses="gain", casts="x"
+)
 
 
 def throwaway(x: Tensor, gain: Tensor) -> Tensor:
