@@ -15,11 +15,13 @@ import torch
 
 import lrkern
 from lrkern import selftest
+from lrkern.ops import first_use
 from lrkern.reference import OPS
 
 # Every variable lrkern reads, and who reads it.
 VARIABLES = {
     "LRKERN_CPU_ISA": "the highest instruction set CPU kernels may use: baseline, avx2 or avx512",
+    first_use.QUIET: "1: nothing is said of a GPU model that has no run on record",
     "LRK_CUDA": "build: AUTO, ON or OFF",
     "LRK_CUDA_ARCHS": "build: CUDA architectures",
     "LRK_HOST": "build: ON or OFF, the module _host",
@@ -75,6 +77,7 @@ def device() -> dict[str, Any]:
         "capability": f"{properties.major}.{properties.minor}",
         "driver": read("/sys/module/nvidia/version") or "(its version is not known)",
         "driver_cuda": f"{version // 1000}.{version % 1000 // 10}",
+        "on_record": properties.name in first_use.GPUS,
         "memory_gib": round(properties.total_memory / 2**30, 1),
     }
 
@@ -133,7 +136,12 @@ def heading(info: dict[str, Any]) -> None:
     gpu = info["gpu"]
     seen = (
         f"{gpu['count']} x {gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['capability']}, "
-        f"driver {gpu['driver']} for CUDA {gpu['driver_cuda']}"
+        f"driver {gpu['driver']} for CUDA {gpu['driver_cuda']}, "
+        + (
+            "a run of this model is on record"
+            if gpu["on_record"]
+            else "no run of this model is on record: python -m lrkern selftest"
+        )
         if gpu["seen"]
         else f"none: {gpu['why']}"
     )
