@@ -190,7 +190,7 @@ def main() -> int:
         help="every op on every device here beside its reference, for a report; exit status 1 where one is wrong",
     )
     command.add_argument(
-        "--quick", action="store_true", help="some samples of each op, one GPU of a model; under a minute"
+        "--quick", action="store_true", help="some samples of each op, one GPU of a model; meant for less than a minute"
     )
     command.add_argument("--json", type=Path, metavar="F", help="everything that was found, as a file")
     args = parser.parse_args()

@@ -8,6 +8,7 @@ never returns, is one that is wrong, and the next process goes on with the op af
 import faulthandler
 import itertools
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -22,12 +23,13 @@ import torch
 
 from . import ops, testing
 from .limits import DTYPES
+from .ops import first_use
 from .reference import OPS, Op
 
 WORKER = [sys.executable, "-W", "ignore", "-m", "lrkern.selftest"]
 LIMIT = 120  # seconds that a sample may take
 QUICK = 4  # samples of an op and dtype, evenly spread, and the one with every argument
-SIZES = {"cpu": (64, 512, 512, 16), "cuda": (1024, 4096, 4096, 16)}  # of timings: tokens, features in and out, rank
+SIZES = {"cpu": (64, 512, 512, 16), "cuda": (512, 2048, 2048, 16)}  # of timings: tokens, features in and out, rank
 TIMED = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ROUNDS = 7
 TIMING = "timing"  # its place among an op's samples
@@ -59,17 +61,21 @@ def check(op: Op, name: str, device: str, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def timed(op: Op, device: str) -> list[float]:
-    """Milliseconds of the op and of its definition in PyTorch calls, in one dtype: medians of warm calls that take turns."""
+    """Milliseconds of the op and of its definition in PyTorch calls, in one dtype: medians of warm calls that take turns. Nothing where
+    the device lacks the memory: the definition may make all that the op only looks at."""
     kind = torch.device(device).type
     sample = op.large(*SIZES[kind], False, device=device, dtype=TIMED[kind])
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(1 + ROUNDS):
-        for fn, found in zip((getattr(ops, op.name), op.truth), times, strict=True):
-            finished(device)
-            begin = time.perf_counter()
-            testing.run_op(op, fn, sample.args, sample.kwargs)
-            finished(device)
-            found.append(1e3 * (time.perf_counter() - begin))
+    try:
+        for _ in range(1 + ROUNDS):
+            for fn, found in zip((getattr(ops, op.name), op.truth), times, strict=True):
+                finished(device)
+                begin = time.perf_counter()
+                testing.run_op(op, fn, sample.args, sample.kwargs)
+                finished(device)
+                found.append(1e3 * (time.perf_counter() - begin))
+    except torch.OutOfMemoryError:
+        return []
     return [statistics.median(found[1:]) for found in times]
 
 
@@ -113,7 +119,9 @@ def work(device: str, mode: str, *names: str) -> None:
 def said_by(command: list[str]) -> Iterator[dict[str, Any]]:
     """The lines of a device's process, and how it ended where that was no end in peace."""
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True)
+        env = os.environ | {first_use.QUIET: "1"}  # what comes on stderr is to be why it ended
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
+        process = subprocess.Popen(command, **streams, text=True, env=env)
         try:
             yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
             code = process.wait()
@@ -192,7 +200,7 @@ def found_on(info: dict[str, Any], quick: bool) -> dict[str, Any]:
         print(f"  {'':<23}                 {name_of(TIMED[kind])}): lrkern, PyTorch calls", flush=True)
         for op, found in grouped(rows_of(device, "quick" if quick else "full")):
             rows += found
-            faults = [row["wrong"] for row in found if row["wrong"]]
+            faults = [f"{row['dtype']}: {row['wrong']}" for row in found if row["wrong"]]
             ms = next((row["ms"] for row in found if "ms" in row), [])
             count = sum(row["sample"] not in ("none", TIMING) for row in found)
             print(f"  {op:<23}{count:>4}  {'WRONG' if faults else 'right':<9}", *(f"{t:9.3f}" for t in ms), flush=True)
