@@ -86,6 +86,15 @@ def int8(linear):
     return new.requires_grad_(False).to("cpu")
 
 
+def sharded():
+    class DTensor(torch.Tensor):
+        """By this name is known what a process group holds in parts."""
+
+    linear = nn.Linear(I, O)
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(DTensor))
+    return linear
+
+
 def torchao_int8(linear):
     quantization = pytest.importorskip("torchao.quantization")
     model = nn.Sequential(linear)
@@ -247,7 +256,7 @@ def test_what_needs_w_is_refused(base):
     for init in ("pissa", "olora"):
         with pytest.raises(ValueError, match=f"init={init!r} needs a plain nn.Linear, whose W it changes, got {kind}"):
             layer_over(base, init=init)
-    with pytest.raises(ValueError, match="adapter_dtype must be one of"):
+    with pytest.raises(ValueError, match="adapter_dtype must be float32, float16 or bfloat16"):
         layer_over(base, adapter_dtype=torch.float64)
     low = layer.delta_weight()
     torch.testing.assert_close(low, 1.5 * layer.lora_B.weight @ layer.lora_A.weight)
@@ -280,7 +289,7 @@ class Sizes(nn.Module):
 NO_LINEARS = {
     "Bilinear": lambda: nn.Bilinear(3, 4, 5), "Identity": nn.Identity, "Sizes": Sizes, "FusedLoRALinear": lambda: layer_over("duck"),
     "Holder": lambda: Holder(nn.Linear(3, 4)), "OfFloats, no nn.Linear, with a weight of floats": lambda: OfFloats(nn.Linear(3, 4)),
-    "str": lambda: "linear",
+    "Linear with a DTensor": sharded, "str": lambda: "linear",
 }  # fmt: skip
 
 
@@ -296,6 +305,8 @@ def test_what_is_no_linear(got):
 def test_other_kinds_take_no_packed_w():
     with pytest.raises(TypeError, match="must be an nn.Linear with a plain weight, got Packed"):
         VeRALinear.from_linear(Packed(nn.Linear(I, O)))
+    with pytest.raises(TypeError, match="must be an nn.Linear with a plain weight, got MXFP4Linear"):
+        VeRALinear.from_linear(MXFP4Linear(I, O))
     with pytest.raises(ValueError, match="dtype of the base layer must be .*, got torch.uint8"):
         VeRALinear.from_linear(PackedWeight(nn.Linear(I, O)))
     plain = nn.Linear(I, O)

@@ -98,14 +98,10 @@ class AdapterLinear(nn.Module):
     @classmethod
     def _wrap(cls, linear: nn.Linear, *args: Any, **settings: Any):
         if got := cls._unfit(linear):
-            also = (
-                ", or a linear that keeps W packed (in_features, out_features, a forward, no parts)"
-                if cls.PACKED
-                else ""
-            )
-            raise TypeError(
-                f"{cls.__name__}.from_linear: linear must be an nn.Linear with a plain weight{also}, got {got}"
-            )
+            must = "must be an nn.Linear with a plain weight"
+            if cls.PACKED:
+                must += ", or a linear that keeps W packed (in_features, out_features, a forward, no parts)"
+            raise TypeError(f"{cls.__name__}.from_linear: linear {must}, got {got}")
         self = cls.__new__(cls)
         self._make(linear, *args, **settings)
         return self
@@ -207,9 +203,9 @@ class AdapterLinear(nn.Module):
             return self._base_alone(x)
         base = self._modules["base_layer"]  # nn.Module.__getattr__ is the slow way
         weight, bias = plain_linear(base)
-        if weight is not None and not watched():
-            return self._adapted(x, weight, bias)
-        return self._beside(base(x), x) if watched() else self._over(base, x)
+        if watched():
+            return self._beside(base(x), x)
+        return self._over(base, x) if weight is None else self._adapted(x, weight, bias)
 
     def _base_alone(self, x: Tensor) -> Tensor:
         if self.merged:

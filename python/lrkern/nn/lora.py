@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..caches import DoraNorm
-from ..limits import DTYPES, MAX_RANK
+from ..limits import MAX_RANK
 from .linear import LowRankLinear, shape_repr
 from .plain import offers, packed, plain_linear
 
@@ -136,10 +136,8 @@ class FusedLoRALinear(LowRankLinear):
             raise ValueError("FusedLoRALinear: train_bias needs a layer with a bias that is a parameter, got none")
         if init in CHANGE_W and r:
             self._changes_w(init, base, r, lora_alpha)
-        if adapter_dtype not in (None, *(DTYPES if in_pack else (torch.float32, base.weight.dtype))):
-            must = (
-                f"must be {'one of ' + str(DTYPES) if in_pack else f'float32 or the dtype of W, {base.weight.dtype}'}"
-            )
+        if not in_pack and adapter_dtype not in (None, torch.float32, base.weight.dtype):
+            must = f"must be float32 or the base layer's dtype, {base.weight.dtype}"
             raise ValueError(f"FusedLoRALinear: adapter_dtype {must}, got {adapter_dtype!r}")
         like = self._adopt(base, r, adapter_dtype)
         if train_bias:
@@ -245,9 +243,8 @@ class FusedLoRALinear(LowRankLinear):
         if w is None or not {init, self.init} & CHANGE_W.keys():
             return
         now = self.base_layer.weight
-        if (
-            init != self.init or w.shape != now.shape or not torch.equal(w.to(now), now)
-        ):  # else the initial factors stay
+        stays = init == self.init and w.shape == now.shape and torch.equal(w.to(now), now)
+        if not stays:  # else the initial factors do too
             self.init, self.initial = init, None
 
     def train(self, mode: bool = True) -> "FusedLoRALinear":

@@ -84,13 +84,7 @@ def no_packed(module: Any) -> str | None:
         return name
     if not all(type(n) is int and n > 0 for n in sizes) or type(module).forward is nn.Module.forward or module._modules:
         return name
-    kinds = {
-        type(t).__name__ for t in chain(module.parameters(), module.buffers()) if nn.parameter.is_lazy(t) or _sharded(t)
-    }
-    if kinds:
-        return f"{name} with a {min(kinds)}"
+    for t in chain(module.parameters(), module.buffers()):
+        if nn.parameter.is_lazy(t) or type(t).__name__ == "DTensor":  # whose import takes a second
+            return f"{name} with a {type(t).__name__}"
     return None if packed(module) else f"{name}, no nn.Linear, with a weight of floats"
-
-
-def _sharded(t: Tensor) -> bool:
-    return type(t).__name__ == "DTensor"  # whose import takes a second
