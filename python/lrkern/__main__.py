@@ -133,18 +133,15 @@ def collect() -> dict[str, Any]:
 
 
 def heading(info: dict[str, Any]) -> None:
+    """What a report begins with: versions and devices."""
     gpu = info["gpu"]
-    seen = (
-        f"{gpu['count']} x {gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['capability']}, "
-        f"driver {gpu['driver']} for CUDA {gpu['driver_cuda']}, "
-        + (
-            "a run of this model is on record"
-            if gpu["on_record"]
-            else "no run of this model is on record: python -m lrkern selftest"
-        )
-        if gpu["seen"]
-        else f"none: {gpu['why']}"
-    )
+    if gpu["seen"]:
+        seen = f"{gpu['count']} x {gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['capability']}, "
+        seen += f"driver {gpu['driver']} for CUDA {gpu['driver_cuda']}, "
+        seen += "a" if gpu["on_record"] else "no"
+        seen += " run of this model is on record" + ("" if gpu["on_record"] else ": python -m lrkern selftest")
+    else:
+        seen = f"none: {gpu['why']}"
     rows = {
         "lrkern": f"{info['lrkern']}, stable ABI of torch {info['torch_abi_target']}, gcc {info['compiler']}",
         "library": info["library"],

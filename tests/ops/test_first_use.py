@@ -4,12 +4,14 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lrkern.ops
+from lrkern.__main__ import collect, heading
 from lrkern.ops import first_use
 from lrkern.ops.dispatch import Op
 
@@ -127,3 +129,21 @@ def test_without_logging_set_up_it_is_one_line_on_stderr():
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1), done.stderr
     assert done.stderr.startswith("lrkern: its CUDA kernels have no run on record on NVIDIA L4")
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_info_says_whether_the_gpu_is_on_record(known, monkeypatch, capsys):
+    properties = SimpleNamespace(name="NVIDIA L4", major=8, minor=9, total_memory=24 << 30)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(first_use, "GPUS", ("NVIDIA L4",) if known else ())
+    heading(collect())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GPU")]
+    assert "1 x NVIDIA L4, 24.0 GiB, compute capability 8.9, driver " in line and "for CUDA 13.0" in line
+    end = (
+        "a run of this model is on record" if known else "no run of this model is on record: python -m lrkern selftest"
+    )
+    assert line.endswith(end)
