@@ -107,31 +107,34 @@ def work(device: str, mode: str, *names: str) -> None:
                 found = {"wrong": str(error)}
             except Exception as error:  # whatever an op does, the others have their turn
                 found = {"wrong": f"{op.name}[{name}]: {type(error).__name__}: {error}"}
-            if "wrong" in found and not answers(device):
-                return say(**found, gone=True)
             say(**found)
+            if "wrong" in found and not answers(device):
+                return say(end=True, gone=True)
         faulthandler.cancel_dump_traceback_later()
+    say(end=True, gone=False)
 
 
 # ---------------------------------------------------------------------------------------------------- around it
 
 
 def said_by(command: list[str]) -> Iterator[dict[str, Any]]:
-    """The lines of a device's process, and how it ended where that was no end in peace."""
+    """The lines of a device's process, and how it ended where it had not come to its end."""
     with tempfile.TemporaryFile("w+") as errors:
         env = os.environ | {first_use.QUIET: "1"}  # what comes on stderr is to be why it ended
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
         process = subprocess.Popen(command, **streams, text=True, env=env)
         try:
-            yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+            said: dict[str, Any] = {}
+            for said in (json.loads(line) for line in process.stdout if line.startswith("{")):
+                yield said
             code = process.wait()
         finally:
             process.kill()
             process.wait()
         errors.seek(0)
         first = next((line.strip() for line in errors if line.strip()), "")
-    if code:
-        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    if code or not said.get("end"):
+        how = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit status {code}"
         yield {"died": f"its process ended with {how} {first}".strip()}
 
 
@@ -143,11 +146,12 @@ def rows_of(device: str, mode: str) -> Iterator[dict[str, Any]]:
         for said in said_by([*WORKER, device, mode, *left]):
             if "op" in said:
                 row, gone = said, False
-                continue
-            gone |= said.pop("gone", False)
-            if "died" in said:
-                said = {"wrong": f"{row['op']}[{row['sample']}]: {said['died']}"}
-            yield {"device": device, **row, "wrong": None, **said}
+            elif "end" in said:
+                gone |= said["gone"]
+            else:
+                if "died" in said:
+                    said = {"wrong": f"{row['op']}[{row['sample']}]: {said['died']}"}
+                yield {"device": device, **row, "wrong": None, **said}
         left = left[left.index(row["op"]) + 1 :]
         if gone:
             for op in left:
