@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of docs/gpu.md: every kernel, and what a GPU has shown of it. Generated from bench/evidence/.
+"""The table of docs/gpu.md: every kernel, and what a GPU has shown of it; and the GPU models that the package takes for tried.
+Generated from bench/evidence/.
 
-python tools/gpu_status.py              rewrites the table
-python tools/gpu_status.py --check      exit status 1 if it is not current
+python tools/gpu_status.py              rewrites both
+python tools/gpu_status.py --check      exit status 1 if one is not current
 python tools/gpu_status.py --keep DIR   copies what tools/gpu.py wrote to DIR into bench/evidence/, then rewrites
 
 Kernels are read from csrc/cuda: each __global__ function under the name its launcher gives it.
@@ -23,6 +24,7 @@ from tools.static_checks import ARCHS
 
 EVIDENCE = ROOT / "bench" / "evidence"
 PAGE = ROOT / "docs" / "gpu.md"
+MODELS = ROOT / "python" / "lrkern" / "ops" / "first_use.py"
 BEGIN, END = "<!-- status: python tools/gpu_status.py -->\n", "<!-- end of status -->\n"
 FILES = ("env.txt", "tests.txt", "sanitizer.txt", "bench.jsonl", "summary.md", "parts.json")
 
@@ -126,6 +128,17 @@ def page_with(table: str, page: str) -> str:
     return head + BEGIN + "\n" + table + "\n" + END + tail
 
 
+def models_with(everything: list[Evidence], module: str) -> str:
+    """The module with the names of GPUs on which all tests passed that ran, of a whole run or a family's."""
+    passed = [e.env for e in everything if e.verdict("tests").startswith("passed")]
+    names = sorted({env["gpu"] for env in passed if env.get("rehearsal") != "True"} - {"none"})
+    listed = "".join(f"\n    {json.dumps(name)}," for name in names) + "\n" * bool(names)
+    text, found = re.subn(r"^(GPUS: .*?= )\((?:\n.*?^)?\)$", lambda m: f"{m[1]}({listed})", module, flags=re.M | re.S)
+    if found != 1:
+        raise ValueError(f"{MODELS.name} has no GPUS = (...)")
+    return text
+
+
 def keep(out: Path) -> Path:
     env = Evidence.read(out).env
     gpu = re.sub(r"[^A-Za-z0-9]+", "-", env["gpu"].removeprefix("NVIDIA ")).strip("-")
@@ -144,13 +157,19 @@ def main() -> int:
     args = parser.parse_args()
     if args.keep:
         print(f"kept in {keep(args.keep).relative_to(ROOT)}")
-    before = PAGE.read_text()
-    after = page_with(status(), before)
-    if args.check:
-        print(f"{PAGE.relative_to(ROOT)}: {'current' if after == before else 'run python tools/gpu_status.py'}")
-        return after != before
-    PAGE.write_text(after)
-    return 0
+    stale = 0
+    for path, current in (
+        (PAGE, lambda text: page_with(status(), text)),
+        (MODELS, lambda text: models_with(all_evidence(), text)),
+    ):
+        before = path.read_text()
+        after = current(before)
+        stale |= after != before
+        if args.check:
+            print(f"{path.relative_to(ROOT)}: {'current' if after == before else 'run python tools/gpu_status.py'}")
+        else:
+            path.write_text(after)
+    return stale if args.check else 0
 
 
 if __name__ == "__main__":

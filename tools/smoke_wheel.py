@@ -10,6 +10,7 @@ line names the Pythons that did not run and why; that is a failure where --requi
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -30,18 +31,9 @@ if spec and tuple(map(int, m.version("torch").split(".")[:2])) >= (2, 11):
 """
 
 SMOKE = """
-import json, sysconfig, torch, lrkern
-from lrkern.reference import OPS
+import sysconfig, torch, lrkern
 assert lrkern.__file__.startswith(sysconfig.get_path("purelib")), lrkern.__file__
-info = json.loads(torch.ops.lrkern.build_info())
-for op in filter(lambda op: op.differentiable, OPS.values()):
-    sample = next(op.samples("cpu", torch.float32))
-    args = op.leaves(sample)
-    wanted = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
-    y, truth = (f(*args, **sample.kwargs) for f in (getattr(torch.ops.lrkern, op.name), op.truth))
-    pairs = zip((y, *torch.autograd.grad(y.sum(), wanted)), (truth, *torch.autograd.grad(truth.sum(), wanted)))
-    assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-3) for pair in pairs), op.name
-print(f"torch {torch.__version__}, CUDA architectures [{info['cuda_archs']}], CPU {info['cpu_isa']}: forward and gradients agree")
+print(f"torch {torch.__version__}")
 """
 
 
@@ -100,8 +92,10 @@ def try_wheel(wheel: Path, version: str, pythons: list[str], download: bool) -> 
                 return f"skipped, {TORCH[version]} could not be installed: {str(error).splitlines()[-1]}"
         run(fresh, "-m", "pip", "install", "-q", "--no-deps", wheel)
         said = run(fresh, "-W", "ignore", "-c", SMOKE, cwd=folder)
-        run(fresh, "-W", "ignore", "-m", "lrkern", "info", "--json", cwd=folder)
-        return f"OK, {said}"
+        info = json.loads(run(fresh, "-W", "ignore", "-m", "lrkern", "info", "--json", cwd=folder))
+        run(fresh, "-W", "ignore", "-m", "lrkern", "selftest", "--quick", cwd=folder)
+        archs = " ".join(info["cuda_architectures"])
+        return f"OK, {said}, CUDA architectures [{archs}], CPU {info['cpu_isa']}: selftest passed"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m lrkern [info [--json]]`: what is installed, what this machine has, which kernel each op takes here and by what."""
+"""`python -m lrkern [info [--json]]`: what is installed, what this machine has, which kernel each op takes here and by what.
+`python -m lrkern selftest`: whether these kernels compute here what they should."""
 
 import argparse
 import importlib.metadata
@@ -7,17 +8,21 @@ import json
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import lrkern
+from lrkern import selftest
+from lrkern.ops import first_use
 from lrkern.reference import OPS
 
 # Every variable lrkern reads, and who reads it.
 VARIABLES = {
     "LRKERN_CPU_ISA": "the highest instruction set CPU kernels may use: baseline, avx2 or avx512",
     "LRKERN_DISABLE": "ops, or all, that run as ATen's calls in place of their kernels",
+    first_use.QUIET: "1: nothing is said of a GPU model that has no run on record",
     "LRK_CUDA": "build: AUTO, ON or OFF",
     "LRK_CUDA_ARCHS": "build: CUDA architectures",
     "LRK_HOST": "build: ON or OFF, the module _host",
@@ -43,6 +48,21 @@ def host() -> tuple[str, dict[str, Any]]:
     return f"built for {sys.implementation.cache_tag}, {_host.build_info()['version']}", _host.choices()
 
 
+def read(path: str) -> str:
+    """A file of the system, or nothing where it has none."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def cpu_name() -> str:
+    names = (
+        line.partition(":")[2].strip() for line in read("/proc/cpuinfo").splitlines() if line.startswith("model name")
+    )
+    return next(names, platform.processor() or platform.machine())
+
+
 def device() -> dict[str, Any]:
     """The GPU torch sees and its driver, or why there is none."""
     if not torch.backends.cuda.is_built():
@@ -56,7 +76,9 @@ def device() -> dict[str, Any]:
         "name": properties.name,
         "count": torch.cuda.device_count(),
         "capability": f"{properties.major}.{properties.minor}",
+        "driver": read("/sys/module/nvidia/version") or "(its version is not known)",
         "driver_cuda": f"{version // 1000}.{version % 1000 // 10}",
+        "on_record": properties.name in first_use.GPUS,
         "memory_gib": round(properties.total_memory / 2**30, 1),
     }
 
@@ -102,6 +124,7 @@ def collect() -> dict[str, Any]:
         "host_module": host_module,
         "cuda_architectures": build["cuda_archs"].split(),
         "gpu": gpu,
+        "cpu": cpu_name(),
         "cpu_isa": build["cpu_isa"],
         "threads": torch.get_num_threads(),
         "ops": {
@@ -113,14 +136,16 @@ def collect() -> dict[str, Any]:
     }
 
 
-def show(info: dict[str, Any]) -> None:
+def heading(info: dict[str, Any]) -> None:
+    """What a report begins with: versions and devices."""
     gpu = info["gpu"]
-    seen = (
-        f"{gpu['count']} x {gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['capability']}, "
-        f"driver for CUDA {gpu['driver_cuda']}"
-        if gpu["seen"]
-        else f"none: {gpu['why']}"
-    )
+    if gpu["seen"]:
+        seen = f"{gpu['count']} x {gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['capability']}, "
+        seen += f"driver {gpu['driver']} for CUDA {gpu['driver_cuda']}, "
+        seen += "a" if gpu["on_record"] else "no"
+        seen += " run of this model is on record" + ("" if gpu["on_record"] else ": python -m lrkern selftest")
+    else:
+        seen = f"none: {gpu['why']}"
     rows = {
         "lrkern": f"{info['lrkern']}, stable ABI of torch {info['torch_abi_target']}, gcc {info['compiler']}",
         "library": info["library"],
@@ -131,11 +156,16 @@ def show(info: dict[str, Any]) -> None:
         "transformers": info["transformers"] or "not installed",
         "CUDA built": " ".join(info["cuda_architectures"]) or "no (CPU-only build)",
         "GPU": seen,
-        "CPU": f"{info['cpu_isa']}, {info['threads']} threads",
+        "CPU": f"{info['cpu']}, {info['cpu_isa']}, {info['threads']} threads",
         "environment": " ".join(f"{k}={v}" for k, v in info["environment"].items()) or f"none of {' '.join(VARIABLES)}",
     }
     for name, text in rows.items():
         print(f"{name:<14}{text}")
+
+
+def show(info: dict[str, Any]) -> None:
+    heading(info)
+    gpu = info["gpu"]
     print("\nops")
     one = next(iter(info["ops"].values()))  # all go one way
     for where, kind in (("the CPU", "cpu"), ("this GPU", "cuda")):
@@ -150,23 +180,37 @@ def show(info: dict[str, Any]) -> None:
         print(f"  {name}({arguments})", f"    {choice['rule']}", f"    {choice['numbers']}", sep="\n")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lrkern", description="lrkern " + lrkern.__version__)
     parser.add_argument("--version", action="version", version=f"lrkern {lrkern.__version__}")
     commands = parser.add_subparsers(dest="command")
     command = commands.add_parser("info", help="versions, devices, and which kernel each op takes here (the default)")
     command.add_argument("--json", action="store_true", help="for programs and bug reports")
+    command = commands.add_parser(
+        "selftest",
+        help="every op on every device here beside its reference, for a report; exit status 1 where one is wrong",
+    )
+    command.add_argument(
+        "--quick", action="store_true", help="some samples of each op, one GPU of a model; meant for less than a minute"
+    )
+    command.add_argument("--json", type=Path, metavar="F", help="everything that was found, as a file")
     args = parser.parse_args()
     info = collect()
     try:
-        if args.command and args.json:
+        status = 0
+        if args.command == "selftest":
+            heading(info)
+            status = selftest.run(info, args.quick, args.json)
+        elif args.command and args.json:
             print(json.dumps(info, indent=2))
         else:
             show(info)
         sys.stdout.flush()
+        return status
     except BrokenPipeError:  # who reads has read enough; Python would flush once more at its end, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(args.command == "selftest")  # which has not come to its end
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tolerance policy and its reports, used by tests/ and bench/.
+"""The tolerance policy and its reports, and how a sample of the registry is run beside its reference: for tests/, bench/ and selftest.
 
 A result is compared with the truth (the reference in float64) by the yardstick: the larger of the error of the same-dtype
 PyTorch expression and of the truth rounded once to the result's dtype.
@@ -20,10 +20,15 @@ error <= FP32_FACTOR_ERROR, where two bf16 terms of an fp32 operand give 3.5e-6.
 are equal.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import ops
+from .reference import Op, Sample
 
 MAX_ERROR_FACTOR = 2.0
 FROBENIUS_FACTOR = {torch.float32: 1.5, torch.bfloat16: 1.25, torch.float16: 1.25}
@@ -97,3 +102,91 @@ def to64(t: Any) -> Any:
     if isinstance(t, torch.dtype) and t.is_floating_point:
         return torch.float64
     return t.detach().double() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+
+# ---------------------------------------------------------------------------------------------------- samples of the registry
+
+
+def is_float(a: Any) -> bool:
+    return isinstance(a, Tensor) and a.is_floating_point()
+
+
+def has_fp32_factor(args: Any, dtype: torch.dtype) -> bool:
+    return dtype != torch.float32 and any(is_float(a) and a.dtype == torch.float32 for a in args)
+
+
+def as64(sample: Sample) -> Sample:
+    return Sample(sample.name, tuple(map(to64, sample.args)), sample.kwargs)
+
+
+def run_op(op: Op, fn: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """The result, or for a mutating op what it wrote."""
+    if op.mutates is None:
+        return fn(*args, **kwargs)
+    target = args[0].clone() if args[0].is_contiguous() else copy_rows(args[0])
+    assert fn(target, *args[1:], **kwargs) is None
+    return target
+
+
+def copy_rows(t: Tensor) -> Tensor:
+    """A copy with the strides of t; what lies between the rows stays NaN."""
+    n = t.untyped_storage().nbytes() // t.element_size()
+    storage = torch.full((n,), float("nan"), dtype=t.dtype, device=t.device)
+    return storage.as_strided(t.shape, t.stride(), t.storage_offset()).copy_(t)
+
+
+def gradients(op: Op, fn: Callable[..., Any], sample: Sample, cotangent: Tensor | None = None) -> dict[str, Tensor]:
+    """Gradients of every differentiable argument present, by name."""
+    names, args = op.parameters, op.leaves(sample)
+    y = fn(*args, **sample.kwargs)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) if cotangent is None else cotangent
+    wanted = {n: a for n, a in zip(names, args, strict=False) if n in op.differentiable and a is not None}
+    truth = fn is op.truth  # may leave out what has no part in the sample; the op may not
+    if truth and not y.requires_grad:
+        return {n: torch.zeros_like(a) for n, a in wanted.items()}
+    grads = torch.autograd.grad(y, list(wanted.values()), g.to(y.device, y.dtype), materialize_grads=truth)
+    return dict(zip(wanted, grads, strict=True))
+
+
+def results(op: Op, sample: Sample) -> dict[str, Tensor]:
+    """By name, what the op returns or writes, and its gradients."""
+    fn = getattr(ops, op.name)
+    y = run_op(op, fn, sample.args, sample.kwargs)
+    out = {f"[{i}]": t for i, t in enumerate(y) if t is not None} if isinstance(y, tuple) else {"": y}
+    return out | ({f" / d {n}": g for n, g in gradients(op, fn, sample).items()} if op.differentiable else {})
+
+
+def check_forward(op: Op, s: Sample, dtype: torch.dtype, ulps: float = 1.0) -> None:
+    """Against the reference. dtype: of the sample's activations."""
+    got = run_op(op, getattr(ops, op.name), s.args, s.kwargs)
+    truth, yardstick = (run_op(op, op.truth, each.args, s.kwargs) for each in (as64(s), s))
+    widened = isinstance(got, Tensor) and got.dtype == torch.float32 != dtype  # S of float16 factors
+    check(got, truth, yardstick, f"{op.name}[{s.name}]", has_fp32_factor(s.args, dtype) or widened, ulps)
+
+
+def check_gradient(op: Op, s: Sample, dtype: torch.dtype, ulps: float = 1.0) -> None:
+    got = gradients(op, getattr(ops, op.name), s)
+    truth, yardstick = (gradients(op, op.truth, each) for each in (as64(s), s))
+    for name in truth:
+        what = f"d {op.name}[{s.name}] / d {name}"
+        check(got[name], truth[name], yardstick[name], what, has_fp32_factor(s.args, dtype), ulps)
+
+
+def check_equal(op: Op, s: Sample, one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Of two runs' ``results``: every bit, where NaN is NaN."""
+    for name in one:
+        same = torch.equal(one[name].nan_to_num(7), other[name].nan_to_num(7))
+        assert same, f"{op.name}[{s.name}]{name}: two runs differ"
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, memory that torch hands out uninitialised is NaN, in integers the largest value: results and scratch memory that ops ask
+    torch for. It is not what a kernel keeps in registers and shared memory, nor what cuBLAS takes for itself."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,49 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What poisoned memory leaves on every device kind (cpu, cuda, emulated), and what sees that a device was used."""
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
-from op_checks import gradients, run_op
+from op_checks import gradients
 from recorder import Recorder
 from test_ops import every_sample, get_sample
 
 import lrkern.ops
+from lrkern import testing
 from lrkern.ops.dispatch import library, use_library
 from lrkern.reference import OPS
 from tests.conftest import pytest_pyfunc_call
-
-
-@contextmanager
-def poisoned():
-    """Inside, memory that torch hands out uninitialised is NaN, in integers the largest value."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def results(op, sample):
-    fn = getattr(lrkern.ops, op.name)
-    y = run_op(op, fn, sample.args, sample.kwargs)
-    out = {str(i): t for i, t in enumerate(y) if t is not None} if isinstance(y, tuple) else {"y": y}
-    return out | gradients(op, fn, sample) if op.differentiable else out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @every_sample
 def test_no_output_or_scratch_is_left_unwritten(op, sample_name, device, dtype):
     sample = get_sample(op, sample_name, device, dtype)
-    clean = results(op, sample)
-    with poisoned():
-        dirty = results(op, sample)
-    for name in clean:
-        assert torch.equal(clean[name].nan_to_num(7), dirty[name].nan_to_num(7)), name
+    clean = testing.results(op, sample)
+    with testing.poisoned():
+        testing.check_equal(op, sample, clean, testing.results(op, sample))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

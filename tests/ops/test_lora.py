@@ -7,12 +7,11 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
-from test_devices import poisoned
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lrkern.functional as F
 import lrkern.ops
-from lrkern import reference
+from lrkern import reference, testing
 from lrkern.nn import FusedLoRALinear
 from lrkern.ops.dispatch import library
 from lrkern.reference import Draw
@@ -416,11 +415,11 @@ def test_threads_do_not_change_bits(dtype):
 
 def test_poison_reaches_the_allocations_of_ops(device):
     x, a = torch.randn(8, 600, device=device), torch.randn(4, 600, device=device)
-    with poisoned(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with testing.poisoned(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         library().lora_shrink(x, a)
     count = {event.key: event.count for event in profile.key_averages()}
     assert count["aten::fill_"] == count["aten::empty"] >= 1
-    with poisoned():
+    with testing.poisoned():
         assert torch.empty(1000, device=device).isnan().all()
         assert torch.empty(1000, device=device, dtype=torch.uint8).min() == 255  # scratch is bytes: NaN again
 

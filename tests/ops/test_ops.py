@@ -44,14 +44,7 @@ def test_gradient(op, sample_name, device, dtype):
 @every_sample
 def test_two_runs_are_bit_equal(op, sample_name, device, dtype):
     s = get_sample(op, sample_name, device, dtype)
-    fn = getattr(lrkern.ops, op.name)
-    first, second = (run_op(op, fn, s.args, s.kwargs) for _ in range(2))
-    for a, b in zip(results_of(first), results_of(second), strict=True):
-        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
-    if op.differentiable:
-        first, second = (gradients(op, fn, s) for _ in range(2))
-        for name in first:
-            assert torch.equal(first[name].nan_to_num(7), second[name].nan_to_num(7)), name
+    testing.check_equal(op, s, testing.results(op, s), testing.results(op, s))
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)

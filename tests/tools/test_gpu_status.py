@@ -15,6 +15,8 @@ from tools.sources import ROOT, Source
 def test_docs_are_current():
     page = gpu_status.PAGE.read_text()
     assert page == gpu_status.page_with(gpu_status.status(), page), "run python tools/gpu_status.py"
+    module = gpu_status.MODELS.read_text()
+    assert module == gpu_status.models_with(gpu_status.all_evidence(), module), "run python tools/gpu_status.py"
 
 
 def test_kernels_cannot_be_forgotten(tmp_path):
@@ -86,6 +88,19 @@ def test_the_last_evidence_counts(evidence):
 def test_evidence_for_an_older_source_says_so(evidence):
     evidence(source="0" * 12)
     assert "the source has changed since" in row_of("lora_shrink")
+
+
+def test_a_model_is_on_record_where_its_tests_passed(evidence):
+    module = "before = ()\nGPUS: tuple[str, ...] = ()\nafter = ()\n"
+    listed = lambda: gpu_status.models_with(gpu_status.all_evidence(), module)
+    evidence(tests="failed")
+    assert listed() == module
+    evidence(date="2026-12-03T10:00+00:00")
+    want = 'before = ()\nGPUS: tuple[str, ...] = (\n    "NVIDIA H100 80GB HBM3",\n)\nafter = ()\n'
+    assert listed() == want == gpu_status.models_with(gpu_status.all_evidence(), want)
+    assert gpu_status.models_with([], want) == module
+    with pytest.raises(ValueError, match="GPUS"):
+        gpu_status.models_with([], "")
 
 
 def test_a_page_without_markers_is_refused():

@@ -48,8 +48,12 @@ def _key(name: str, key: str) -> str:
 def _in_file(modules: Layers) -> dict[str, nn.Parameter]:
     """What trains, by the keys that PEFT's files give it. Of rank 0 they have nothing."""
     found = {_key(name, k): p for name, m in modules.items() if m.r for k, p in m.coefficients().items()}
-    biases = {_bias_key(name): m.base_layer.bias for name, m in modules.items() if m.train_bias}
+    biases = {_bias_key(name): _bias(m) for name, m in modules.items() if m.train_bias}
     return found | biases
+
+
+def _bias(m: FusedLoRALinear) -> Tensor | None:
+    return getattr(m.base_layer, "bias", None)
 
 
 def _bias_key(name: str) -> str:
@@ -108,7 +112,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
             tensors |= {_key(name, k): t for k, t in factors.items()}
             ranks[name] = r, _alpha(m, r)
         if bias := any(m.train_bias for m in layers.values()):
-            with_bias = {name: m.base_layer.bias for name, m in layers.items() if m.base_layer.bias is not None}
+            with_bias = {name: b for name, m in layers.items() if (b := _bias(m)) is not None}
             tensors |= {_bias_key(name): b for name, b in with_bias.items()}
         for key, t in tensors.items():
             check_finite(key, t)
@@ -167,7 +171,7 @@ def _check(config: Config, tensors: Tensors, modules: Layers) -> list[tuple[Tens
         require(not config.get(key), f"{key} must be off, got {shown(config.get(key))}")
     layers = {name: m for name, m in modules.items() if m.r}
     parameters = _in_file(modules)
-    frozen = {_bias_key(name): m.base_layer.bias for name, m in modules.items() if not m.train_bias}
+    frozen = {_bias_key(name): _bias(m) for name, m in modules.items() if not m.train_bias}
     there = frozen.keys() & tensors.keys()
     if missing := sorted(parameters.keys() - tensors.keys()):
         raise ValueError(f"lacks {missing[0]} and {len(missing) - 1} more")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..limits import DTYPES
-from .plain import no_linear, plain_linear, watched
+from .plain import device_of, no_linear, no_packed, packed, plain_linear, watched
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -56,6 +56,7 @@ class AdapterLinear(nn.Module):
     PEFT_TYPE: ClassVar[str | None] = None
     PEFT_SHARES: ClassVar[tuple[str, ...]] = ()
 
+    PACKED: ClassVar[bool] = False  # whether the base layer may keep W packed, see ``nn.plain.no_packed``
     QUANTIZES: ClassVar[bool] = True  # whether a file may keep the coefficients in 8 or 4 bits
 
     low_rank = False  # whether a LoRA of lower rank than W equals it: that of ``factors``
@@ -96,11 +97,22 @@ class AdapterLinear(nn.Module):
 
     @classmethod
     def _wrap(cls, linear: nn.Linear, *args: Any, **settings: Any):
-        if got := no_linear(linear):
-            raise TypeError(f"{cls.__name__}.from_linear: linear must be an nn.Linear with a plain weight, got {got}")
+        if got := cls._unfit(linear):
+            must = "must be an nn.Linear with a plain weight"
+            if cls.PACKED:
+                must += ", or a linear that keeps W packed (in_features, out_features, a forward, no parts)"
+            raise TypeError(f"{cls.__name__}.from_linear: linear {must}, got {got}")
         self = cls.__new__(cls)
         self._make(linear, *args, **settings)
         return self
+
+    @classmethod
+    def _unfit(cls, linear: nn.Module) -> str | None:
+        got = no_linear(linear)
+        if not got or not cls.PACKED:
+            return got
+        why = no_packed(linear)
+        return why and (got if isinstance(linear, nn.Linear) else why)
 
     def _make(self, base: nn.Linear, *args: Any, **settings: Any) -> None:
         if unknown := [name for name in settings if name not in (*self.SETTINGS, "adapter_dtype")]:
@@ -120,15 +132,15 @@ class AdapterLinear(nn.Module):
 
     def _adopt(self, base: nn.Linear, r: int, adapter_dtype: torch.dtype | None) -> dict[str, Any]:
         """Takes and freezes the base layer; returns dtype and device of coefficients beside it."""
-        for what, dtype in (("dtype of the base layer", base.weight.dtype), ("adapter_dtype", adapter_dtype)):
-            if not (dtype in DTYPES or (dtype is None and what == "adapter_dtype")):
+        of_base = None if self.PACKED and packed(base) else base.weight.dtype
+        for what, dtype in (("dtype of the base layer", of_base), ("adapter_dtype", adapter_dtype)):
+            if dtype not in (None, *DTYPES):
                 must = "must be float32, float16 or bfloat16"
                 raise ValueError(f"{type(self).__name__}: {what} {must}, got {dtype!r}")
         self.in_features, self.out_features, self.r = base.in_features, base.out_features, r
         self.base_layer = base.requires_grad_(False)
         self.enabled, self.merged = True, False
-        low = base.weight.dtype in (torch.float16, torch.bfloat16)
-        return {"dtype": adapter_dtype or (torch.float32 if low else base.weight.dtype), "device": base.weight.device}
+        return {"dtype": adapter_dtype or torch.float32, "device": device_of(base)}
 
     def _whole(self, name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
         if type(value) is not int or not low <= value <= high:
@@ -191,9 +203,9 @@ class AdapterLinear(nn.Module):
             return self._base_alone(x)
         base = self._modules["base_layer"]  # nn.Module.__getattr__ is the slow way
         weight, bias = plain_linear(base)
-        if weight is None or watched():
+        if watched():
             return self._beside(base(x), x)
-        return self._adapted(x, weight, bias)
+        return self._over(base, x) if weight is None else self._adapted(x, weight, bias)
 
     def _base_alone(self, x: Tensor) -> Tensor:
         if self.merged:
@@ -214,6 +226,10 @@ class AdapterLinear(nn.Module):
     def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Over a plain base layer."""
         raise NotImplementedError
+
+    def _over(self, base: nn.Module, x: Tensor) -> Tensor:
+        """Over a base layer of any other kind."""
+        return self._beside(base(x), x)
 
     def _beside(self, y: Tensor, x: Tensor) -> Tensor:
         """Beside a base layer of any other kind, which gave y."""
@@ -239,6 +255,11 @@ class AdapterLinear(nn.Module):
         self._refuse_if(not self.enabled, "merge", "be enabled; enable_adapter() first")
         kind, plain = type(self.base_layer).__name__, plain_linear(self.base_layer)[0] is not None
         must = f"have a plain nn.Linear without hooks as base_layer, W is not all that {kind} computes"
+        if packed(self.base_layer):
+            must = (
+                f"have a plain nn.Linear as base_layer, {kind} keeps W packed; load its coefficients into a layer over the dequantised "
+                "nn.Linear and merge that"
+            )
         self._refuse_if(not plain, "merge", must)
 
     @torch.no_grad()

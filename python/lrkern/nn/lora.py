@@ -12,7 +12,7 @@ from .. import functional as F
 from ..caches import DoraNorm
 from ..limits import MAX_RANK
 from .linear import LowRankLinear, shape_repr
-from .plain import plain_linear
+from .plain import offers, packed, plain_linear
 
 Init = Callable[["FusedLoRALinear"], None]
 
@@ -54,6 +54,11 @@ class FusedLoRALinear(LowRankLinear):
     W stays frozen; the rest trains. Keys of the state_dict: base_layer.weight, base_layer.bias, lora_A.weight,
     lora_B.weight, lora_magnitude_vector.weight.
 
+    A base layer may keep W packed: bitsandbytes' Linear4bit and Linear8bitLt, torchao's weights, MXFP4Linear, and any module with
+    in_features, out_features and a forward of its own that has no ``weight`` of floats, as GPTQ, AWQ and HQQ have them. Its own forward
+    and backward run, and the adapter adds to y (``functional.lora_add``; MXFP4Linear does both in one accumulator).
+    Not there: use_dora, the inits that change W, and ``merge``.
+
     The inits "pissa" and "olora" change W. A PEFT folder of such a layer holds a plain LoRA over the W that was there before,
     for which the layer keeps the factors it started with (in ``initial``, on the CPU, not in the state_dict; copies and
     pickles have them). A state_dict with another W makes them useless: the layer then computes as ever, and a folder of it
@@ -67,11 +72,12 @@ class FusedLoRALinear(LowRankLinear):
         train_bias: the base bias trains too (PEFT's bias="lora_only").
         init: "kaiming" (PEFT's default: A uniform, B zero), "gaussian" (A normal / r, B zero), "pissa" (arXiv
             2404.02948) or "olora" (arXiv 2406.01775); the last two take their factors out of W, of a plain nn.Linear.
-        adapter_dtype: of A and B; None means float32 over a 16-bit base as PEFT does, else the base's dtype.
+        adapter_dtype: of A and B, float32, or the dtype of W; any of the three over a packed W. None means float32, as in PEFT.
     """
 
     SETTINGS = ("r", "lora_alpha", "dropout", "use_rslora", "use_dora", "train_bias")
     PEFT_TYPE = "LORA"
+    PACKED = True
     _SUM = "W + scaling B A"
     # Of layers in pickles of 0.1, which did not have these.
     train_bias, init, initial = False, "kaiming", None
@@ -98,7 +104,7 @@ class FusedLoRALinear(LowRankLinear):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         r: int = 16,
         lora_alpha: float = 32.0,
         dropout: float = 0.0,
@@ -108,7 +114,7 @@ class FusedLoRALinear(LowRankLinear):
         init: str = "kaiming",
         adapter_dtype: torch.dtype | None = None,
     ) -> "FusedLoRALinear":
-        """Wraps an existing layer: its weight and bias are used as they are, not copied, and frozen."""
+        """Wraps an existing layer: its weight and bias are used as they are, not copied, and frozen. TypeError for what is no linear."""
         settings = r, lora_alpha, dropout, use_rslora, use_dora, train_bias, init, adapter_dtype
         return cls._wrap(linear, *settings)
 
@@ -121,11 +127,16 @@ class FusedLoRALinear(LowRankLinear):
         self._one_of("init", init, INITS)
         if use_dora and not r:
             raise ValueError("FusedLoRALinear: use_dora needs r >= 1, got r=0")
+        in_pack = packed(base)
+        if use_dora and in_pack:
+            raise ValueError(
+                f"FusedLoRALinear: use_dora needs a W of floats, got {type(base).__name__}; lrkern.peft runs PEFT's DoRA over such layers"
+            )
         if train_bias and base._parameters.get("bias") is None:
-            raise ValueError("FusedLoRALinear: train_bias needs a layer with a bias, got bias=None")
+            raise ValueError("FusedLoRALinear: train_bias needs a layer with a bias that is a parameter, got none")
         if init in CHANGE_W and r:
             self._changes_w(init, base, r, lora_alpha)
-        if adapter_dtype not in (None, torch.float32, base.weight.dtype):
+        if not in_pack and adapter_dtype not in (None, torch.float32, base.weight.dtype):
             must = f"must be float32 or the base layer's dtype, {base.weight.dtype}"
             raise ValueError(f"FusedLoRALinear: adapter_dtype {must}, got {adapter_dtype!r}")
         like = self._adopt(base, r, adapter_dtype)
@@ -177,6 +188,12 @@ class FusedLoRALinear(LowRankLinear):
         norm, magnitude = self._cached_norm(weight, a, b, scale, self.training), self.lora_magnitude_vector.weight
         return F.dora_linear(x, weight, bias, a, b, magnitude, scale, p, self.training, norm)
 
+    def _over(self, base: nn.Module, x: Tensor) -> Tensor:
+        together, (a, b, scale) = offers(base, "with_low_rank"), self.factors()
+        if together is None or a.dtype not in (x.dtype, torch.float32):
+            return super()._over(base, x)
+        return F.lora_into(together, x, a, b, scale, self.dropout, self.training)
+
     def _beside(self, y: Tensor, x: Tensor) -> Tensor:
         if not self.use_dora:
             return super()._beside(y, x)
@@ -192,9 +209,10 @@ class FusedLoRALinear(LowRankLinear):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """What ``merge`` adds to W [out, in], in float32: scaling · B A, or for DoRA g ⊙ (W + scaling · B A) - W."""
-        w, low_rank = self.base_layer.weight.float(), super().delta_weight()
+        low_rank = super().delta_weight()
         if not self.use_dora:
             return low_rank
+        w = self.base_layer.weight.float()
         if self.merged:
             return w - (self._as_merged or self)._unmerged_weight(w)
         return self._gain() * (w + low_rank) - w
@@ -221,13 +239,12 @@ class FusedLoRALinear(LowRankLinear):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        w, now = state_dict.get(prefix + "base_layer.weight"), self.base_layer.weight
-        init = local_metadata.get("init", self.init)
-        if w is None or (
-            init in CHANGE_W and init == self.init and w.shape == now.shape and torch.equal(w.to(now), now)
-        ):
-            return  # W stays, and the initial factors with it
-        if init in CHANGE_W or self.init in CHANGE_W:
+        w, init = state_dict.get(prefix + "base_layer.weight"), local_metadata.get("init", self.init)
+        if w is None or not {init, self.init} & CHANGE_W.keys():
+            return
+        now = self.base_layer.weight
+        stays = init == self.init and w.shape == now.shape and torch.equal(w.to(now), now)
+        if not stays:  # else the initial factors do too
             self.init, self.initial = init, None
 
     def train(self, mode: bool = True) -> "FusedLoRALinear":

@@ -6,8 +6,10 @@ adds to what that gives. Hooks, pruning and parametrizations come and go, so not
 """
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -37,6 +39,19 @@ def plain_linear(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return None, None
 
 
+def packed(base: nn.Module) -> bool:
+    """Whether W is no tensor of floats in base.weight: quantised, in a tensor of its own kind, or elsewhere."""
+    stored = base._parameters | base._buffers  # a property ``weight`` of a class that is no nn.Linear unpacks one
+    weight = base.weight if isinstance(base, nn.Linear) else stored.get("weight")
+    if type(weight) not in PLAIN:
+        return True
+    return type(base) is not nn.Linear and not (weight.is_floating_point() and weight.itemsize > 1)
+
+
+def device_of(base: nn.Module) -> torch.device:
+    return next((t.device for t in chain(base.parameters(), base.buffers())), torch.device("cpu"))
+
+
 def offers(base: nn.Module, name: str) -> Callable[..., Tensor] | None:
     """A method by which a base layer of another kind computes what an adapter wants, or None:
 
@@ -58,3 +73,18 @@ def no_linear(module: Any) -> str | None:
     kinds = {type(t if nn.parameter.is_lazy(t) else t.detach()) for t in tensors}
     others = sorted(kind.__name__ for kind in kinds - {*PLAIN})
     return f"{type(module).__name__} with a {others[0]}" if others else None
+
+
+def no_packed(module: Any) -> str | None:
+    """What is in the way of an adapter beside a linear that keeps W packed, or None: of a subclass of nn.Linear or with a weight of
+    another kind, or any module with the sizes of a linear and a forward of its own, which keeps W in no ``weight`` of floats. One with
+    modules in it may be an adapter already."""
+    name, sizes = type(module).__name__, [getattr(module, f"{way}_features", None) for way in ("in", "out")]
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or not isinstance(module, nn.Module):
+        return name
+    if not all(type(n) is int and n > 0 for n in sizes) or type(module).forward is nn.Module.forward or module._modules:
+        return name
+    for t in chain(module.parameters(), module.buffers()):
+        if nn.parameter.is_lazy(t) or type(t).__name__ == "DTensor":  # whose import takes a second
+            return f"{name} with a {type(t).__name__}"
+    return None if packed(module) else f"{name}, no nn.Linear, with a weight of floats"

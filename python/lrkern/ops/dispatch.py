@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from . import first_use
+
 LIBRARY = Path(__file__).parents[1] / "_C.so"
 if not LIBRARY.exists():
     raise ImportError(f"lrkern: {LIBRARY} is not built; run `pip install .` (or `make build`) in the checkout")
@@ -238,6 +240,9 @@ class Op:
         return grads if needed else grads[0]
 
 
+first_use.watch(Op, "__call__", "eager")  # eager: what the dispatcher calls comes through it
+
+
 def size_of(name: str, dy: Tensor, given: dict[str, Any]) -> tuple[int, ...]:
     """Of an argument that X_bwd does not take, or not this time."""
     if name == "weight":
@@ -393,6 +398,7 @@ def fake(name: str, results: Callable[..., Any]) -> None:
         if len(devices) > 1:
             where = " and ".join(devices)
             raise RuntimeError(f"lrkern::{spoken(name)}: all tensors must be on one device, got {where}")
+        first_use.look(args)
         defaults = (a.default_value for a in arguments[len(args) :])
         return results(**dict(zip((a.name for a in arguments), (*args, *defaults), strict=True)))
 
