@@ -2,13 +2,16 @@
 """Suite `serving`: a whole model of random weights, a batch whose requests have adapters of their own.
 
     base      the model alone
-    peft      stock PEFT with adapter_names=
+    peft      stock PEFT with adapter_names=; of one adapter its own way
+    patched   PEFT's model after lrkern.peft.patch, of one adapter
+    merged    PEFT's merge_and_unload, of one adapter
     followed  lrkern.serving where every forward is followed to see whose rows are whose, as a model with code of its own is
     lrkern    lrkern.serving, which knows the rows of forwards of these shapes from the first one
 
 method: encoder, MiniLM's shape on T tokens as A requests; decode, a step of a small Llama: one token each of A requests.
 """
 
+import copy
 from typing import Any
 
 import peft
@@ -17,6 +20,7 @@ import torch
 import transformers
 from suite import Call, Case
 
+import lrkern.peft
 from lrkern import reference
 from lrkern.serving import AdapterPool, MultiLoraModel
 
@@ -51,6 +55,9 @@ class Data(suite.Data):
         for name in self.names:
             pool.add(name, config, peft.get_peft_model_state_dict(self.stock, adapter_name=name))
         self.served = MultiLoraModel(self.model, pool)
+        if case.A == 1:
+            self.patched, self.merged = copy.deepcopy(self.stock), copy.deepcopy(self.stock).merge_and_unload()
+            lrkern.peft.patch(self.patched)
         x = draw(case.A, case.T // case.A, self.model.config.hidden_size)
         super().__init__({"x": x})
         self.kwargs: dict[str, Any] = (
@@ -66,7 +73,7 @@ class Suite(suite.Suite):
     def cases(self, quick: bool) -> list[Case]:
         case = lambda method, T, A: Case(method=method, A=A, T=T, passes="no_grad", dtype=torch.float32)
         cases = [case("encoder", 512, 16), case("decode", 8, 8)]
-        return cases if quick else [*cases, case("encoder", 64, 4), case("decode", 2, 2)]
+        return cases if quick else [*cases, case("encoder", 64, 4), case("decode", 2, 2), case("decode", 1, 1)]
 
     def base(self, d: Data) -> Call:
         def run():
@@ -76,7 +83,14 @@ class Suite(suite.Suite):
         return Call(run)
 
     def peft(self, d: Data) -> Call:
-        return Call(lambda: d.stock(**d.kwargs, adapter_names=d.names).last_hidden_state)
+        names = {"adapter_names": d.names} if len(d.names) > 1 else {}
+        return Call(lambda: d.stock(**d.kwargs, **names).last_hidden_state)
+
+    def patched(self, d: Data) -> Call | None:
+        return Call(lambda: d.patched(**d.kwargs).last_hidden_state) if len(d.names) == 1 else None
+
+    def merged(self, d: Data) -> Call | None:
+        return Call(lambda: d.merged(**d.kwargs).last_hidden_state) if len(d.names) == 1 else None
 
     def followed(self, d: Data) -> Call:
         def run():
