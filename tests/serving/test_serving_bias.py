@@ -186,7 +186,7 @@ def first(tensors, end):
     ("of_b", lambda c, t: t.pop(first(t, "lora_B.bias")), "lacks .*lora_B.bias"),
     ("of_b", lambda c, t: t.update({first(t, "query.lora_B.bias"): torch.ones(3)}), r"query.lora_B.bias must have shape \[384\], got \[3\]"),
     ("of_b", lambda c, t: c.update(lora_bias=False), "must hold lora_A.weight and lora_B.weight of linears, got .*lora_B.bias"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_what_is_refused(name, damage, message):
     pool = full_pool(bert(1), ["lora"])
     config, tensors = files(stock(name))

@@ -310,7 +310,7 @@ def spoil(**change):
     (lambda c, t: c.update(use_dora=False), "must hold lora_A.weight and lora_B.weight of linears, got .*magnitude"),
     (lambda c, t: c.update(lora_bias=True), "lora_bias must be off with use_dora"),
     (lambda c, t: [t[k].zero_() for k in t if "lora_B" in k], "up must have finite magnitudes, .* got 1 that"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_what_is_refused(damage, message):
     model = Packs().eval()
     model.up.weight.data[7] = 0  # such a row has no norm where B's is zero too
