@@ -13,10 +13,15 @@ import peft
 import pytest
 import torch
 import transformers
+from test_memory import X, random_adapter
+from test_serving import Echo
+from test_serving_vera import vera
 from tiny_models import V, tiny
 
 from minilm import one_thread  # isort: skip  # noqa: F401
 
+import lrkern.files
+from lrkern.nn import RandLoRALinear
 from lrkern.serving import AdapterPool, MultiLoraModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not:UserWarning")
@@ -213,6 +218,28 @@ def test_every_kind_in_a_forward_while_the_pool_changes():
     assert taken(pool) == 0
 
 
+def test_shrinking_brings_together_what_shares_pages():
+    """Of a pair's adapters one a page is left, before an adapter of factors."""
+    model = Echo().eval()
+    pool = AdapterPool(model, pages=8)
+    served = MultiLoraModel(model, pool)
+    for value in range(1, 5):
+        pool.add(f"v{value}", *vera(128, 2, value))
+    pool.add("lora", *random_adapter(0, 5))
+    who = [f"v{value}" for value in range(1, 5)]
+    want = {name: served(X, adapters=[name, None]) for name in [*who, "lora"]}
+    assert next(iter(pool._resident)).kind.per_page == 2 and pool._adapters["lora"].pages == [2]
+    for name in ("v2", "v4"):
+        pool.remove(name)
+    pool.shrink(2)
+    assert taken(pool) == 2 and {*pool.resident} == {"v1", "v3", "lora"} and not pool.statistics().evictions
+    uploads = pool.statistics().uploads
+    pool.shrink()
+    assert pool.statistics().uploads == uploads, "nothing has to move"
+    for name in ("v1", "v3", "lora"):
+        assert torch.equal(served(X, adapters=[name, None]), want[name])
+
+
 def test_statistics_of_every_kind():
     model = small()
     pool = filled(model)
@@ -238,6 +265,17 @@ def test_statistics_of_every_kind():
         assert sum(of("uploads").values()) == s.uploads and sum(of("hits").values()) == s.hits == 3
         pool.add("vera", *parts("vera"), replace=True)
         assert pool.statistics().adapters["vera"].uploads == 0 and pool.statistics().uploads == s.uploads
+
+
+def test_the_rank_of_bases_of_several_ranks(tmp_path):
+    model = Echo().eval()
+    for name, r in (("one", 6), ("two", 3)):
+        layer = RandLoRALinear.from_linear(getattr(model, name), r=r, randlora_alpha=4.0)
+        setattr(model, name, layer)
+    lrkern.files.save(model, tmp_path / "x.safetensors", kind="own")
+    pool = AdapterPool(Echo().eval(), pages=2, max_rank=2)
+    pool.load("x", tmp_path / "x.safetensors")
+    assert pool.statistics().adapters["x"].rank == 6
 
 
 # ---- limits and scales

@@ -218,7 +218,12 @@ class AdapterPool:
                 if need() > most and not adapter.users and adapter not in self._reserved:
                     cells[adapter.kind] -= adapter.size
                     self._evict(adapter)
-            moving = [a for a in order if a.cells is not None and not a.users and max(a.pages) >= need()]
+            used = Counter(kind for kind, _ in {(a.kind, page) for a in self._resident for page in a.pages})
+            loose = {
+                kind for kind, n in used.items() if n > math.ceil(cells[kind] / kind.per_page)
+            }  # of those that share
+            idle = [a for a in order if a.cells is not None and not a.users]
+            moving = [a for a in idle if a.kind in loose or max(a.pages) >= need()]
             for adapter in moving:
                 self._leave(adapter)
             for adapter in moving:
