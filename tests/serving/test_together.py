@@ -382,8 +382,8 @@ def test_every_kind_over_compiled_models(fresh_compiler, way, keys):
     with MultiLoraModel(call, pool) as served:
         for _ in range(2):
             assert_rows(served(x, adapters=who).logits, who, x)
-        left = [call, copy.deepcopy(call)] if way is children_in_place else [call]
-    for each in left:
+        other = copy.deepcopy(call)
+    for each in (call, other):
         with torch.no_grad():
             torch.testing.assert_close(each(x).logits, alone(None, x), rtol=1e-5, atol=1e-5)
 
