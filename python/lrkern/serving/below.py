@@ -16,8 +16,8 @@ from .layer import must
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """What torch.compile wraps."""
-    while isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+    """What torch.compile wraps: all that its wrapper has."""
+    while model._modules.keys() == {"_orig_mod"} and isinstance(inner := model._modules["_orig_mod"], nn.Module):
         model = inner
     return model
 
