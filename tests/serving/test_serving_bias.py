@@ -181,7 +181,7 @@ def first(tensors, end):
     ("only", lambda c, t: t.update({"base_model.model.pooler.dense.bias": torch.ones(384)}), "must hold one bias of pooler.dense, got two"),
     ("only", lambda c, t: t.update({first(t, "query.base_layer.bias"): torch.ones(3)}), r"query.bias must have shape \[384\], got \[3\]"),
     ("only", lambda c, t: t[first(t, "query.base_layer.bias")].fill_(torch.nan), "query must have finite factors"),
-    ("only", lambda c, t: c.update(bias="none"), "must hold lora_A.weight and lora_B.weight of linears, got .*bias"),
+    ("only", lambda c, t: c.update(bias="none"), "query.base_layer.bias is a weight of the base and must be this model's, got other values"),
     ("only", lambda c, t: c.update(bias="vera_only"), "bias must be 'none', 'all' or 'lora_only', got 'vera_only'"),
     ("of_b", lambda c, t: t.pop(first(t, "lora_B.bias")), "lacks .*lora_B.bias"),
     ("of_b", lambda c, t: t.update({first(t, "query.lora_B.bias"): torch.ones(3)}), r"query.lora_B.bias must have shape \[384\], got \[3\]"),

@@ -40,9 +40,16 @@ def as_peft(config: Config, tensors: Tensors, model: nn.Module) -> tuple[Config,
     if METADATA in config:
         config, tensors = diffusers.component(config, tensors, model)
     names, saved, found, came, adapters = _Names(model), saved_modules(config, model), {}, {}, {}
-    for key, tensor in tensors.items():
-        new, adapter = names.key(key)
+    # With bias="all" PEFT writes the biases of copies twice more, maybe with the adapter's name.
+    again = lambda key: config.get("bias") == "all" and key.endswith(".bias") and _SAVED.fullmatch(key) is not None
+    for key in sorted(tensors, key=again):
+        tensor, (new, adapter) = tensors[key], names.key(key)
         if adapter is None and names.is_base(new, tensor, config, saved):
+            continue
+        if again(key) and new in found:
+            require(
+                torch.equal(tensor, tensors[came[new]]), f"{named(key)} must be the copy's bias once more, got another"
+            )
             continue
         adapters[adapter] = key
         if (first := came.setdefault(new, key)) != key:

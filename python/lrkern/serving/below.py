@@ -16,10 +16,23 @@ from .layer import must
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """What torch.compile wraps."""
-    while isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+    """What torch.compile wraps: all that its wrapper has."""
+    while model._modules.keys() == {"_orig_mod"} and isinstance(inner := model._modules["_orig_mod"], nn.Module):
         model = inner
     return model
+
+
+def unwrapped(model: nn.Module, _made: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """The model to be read: itself, or where parts of it are wrapped one of the same modules without the wrappers, whose names
+    and state_dict are as where nothing is compiled."""
+    made, model = {} if _made is None else _made, plain(model)
+    if model not in made:
+        each = {k: m if m is None else unwrapped(m, made) for k, m in model._modules.items()}
+        made[model] = model
+        if any(m is not each[k] for k, m in model._modules.items()):
+            made[model] = twin(model)
+            vars(made[model])["_modules"] = each
+    return made[model]
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -41,6 +54,15 @@ class Eager:
 
 
 _LOCK = threading.Lock()
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A module with all that this one has, of which nothing is compiled: what was is this one's, bound to it."""
+    new = type(module).__new__(type(module))
+    eager = lambda v: isinstance(v, Eager) and getattr(v.eager, "__self__", None) is module
+    own = {k: types.MethodType(v.eager.__func__, new) if eager(v) else v for k, v in vars(module).items()}
+    new.__dict__ = own | {"_compiled_call_impl": None}
+    return new
 
 
 def keep_eager(modules: Iterable[nn.Module], when: Callable[[], bool]) -> None:

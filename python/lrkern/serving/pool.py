@@ -19,7 +19,7 @@ from ..files.check import is_whole, named, refusal, require, shown
 from ..files.folder import Config, Tensors, as_path, inside, read_adapter
 from ..files.own import read_layers
 from ..limits import DTYPES, MAX_RANK, PAGE
-from .below import modules_of, only_device, plain
+from .below import modules_of, only_device, plain, unwrapped
 from .kinds.kind import KINDS, Adapter, Kind
 from .kinds.read import of_folder, of_layers
 from .layer import Layer, must, sizes_of
@@ -94,10 +94,10 @@ class AdapterPool:
         if parallel:
             self._rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
         every = {name: m for name, m in modules_of(model).items() if sizes_of(m)}
         embeds = lambda m: isinstance(m, nn.Embedding)
-        modules = {n: m for n, m in every.items() if _targeted(chosen, n, m is (head and plain(head)) or embeds(m))}
+        modules = {n: m for n, m in every.items() if _targeted(chosen, n, m is head or embeds(m))}
         must(modules, "targets", "name linears of the model, or embeddings", shown(targets))
         splits = {name: next((v for k, v in parallel.items() if _ends(name, k)), None) for name in every}
         layers = {n: Layer(-1, n, sizes_of(m), splits[n], world) for n, m in every.items()}
@@ -218,7 +218,12 @@ class AdapterPool:
                 if need() > most and not adapter.users and adapter not in self._reserved:
                     cells[adapter.kind] -= adapter.size
                     self._evict(adapter)
-            moving = [a for a in order if a.cells is not None and not a.users and max(a.pages) >= need()]
+            used = Counter(kind for kind, _ in {(a.kind, page) for a in self._resident for page in a.pages})
+            loose = {
+                kind for kind, n in used.items() if n > math.ceil(cells[kind] / kind.per_page)
+            }  # of those that share
+            idle = [a for a in order if a.cells is not None and not a.users]
+            moving = [a for a in idle if a.kind in loose or max(a.pages) >= need()]
             for adapter in moving:
                 self._leave(adapter)
             for adapter in moving:
@@ -292,7 +297,7 @@ class AdapterPool:
         self._put(name, lambda: self._parts(config, tensors), replace)
 
     def _parts(self, config: Config, tensors: Tensors) -> Any:
-        return of_folder(config, tensors, self._linears, reversed(self._kinds), self._model)
+        return of_folder(config, tensors, self._linears, reversed(self._kinds), unwrapped(self._model))
 
     def remove(self, name: str) -> None:
         """Forwards under way end with it; its pages are free after them."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..files.check import check_shape, named, require, shown
 from ..files.folder import PREFIX, Config, Tensors, inside
-from .below import ours
+from .below import ours, plain, twin
 from .layer import must
 from .rows import Follow, Lost, tensors_in
 
@@ -80,19 +80,16 @@ def copies(rows: "Rows", layers: Sequence[str]) -> dict[str, list[tuple[State, l
 def over(module: nn.Module, state: State, before: int, prefix: str = "") -> nn.Module:
     """A module like this one with these tensors, for one call from the forward hook of this id: what it calls before that one,
     it calls too. The module's own tensors, which other threads use, stay where they are."""
-    plain = "forward" not in vars(module)
-    must(
-        plain, "model", f"have no forward of its own in {type(module).__name__}, of modules_to_save", "one (offloaded?)"
-    )
-    new = type(module).__new__(type(module))
-    new.__dict__ = dict(vars(module))
+    new = twin(module)
+    own, what = vars(new).get("forward"), f"have no forward of its own in {type(module).__name__}, of modules_to_save"
+    must(own is None or getattr(own, "__self__", None) is new, "model", what, "one (offloaded, or compiled by itself?)")
     for kind in ("_parameters", "_buffers"):
         new.__dict__[kind] = {k: state.get(prefix + k, t) for k, t in vars(module)[kind].items()}
     for kind in ("_forward_hooks", "_forward_pre_hooks"):
         kept = lambda k, h, kind=kind: not ours(h) and (prefix or (k < before and kind == "_forward_hooks"))
         new.__dict__[kind] = {k: h for k, h in vars(module)[kind].items() if kept(k, h)}
     each = module._modules.items()
-    new.__dict__["_modules"] = {k: m if m is None else over(m, state, before, f"{prefix}{k}.") for k, m in each}
+    new.__dict__["_modules"] = {k: m if m is None else over(plain(m), state, before, f"{prefix}{k}.") for k, m in each}
     return new
 
 

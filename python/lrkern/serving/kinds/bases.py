@@ -102,7 +102,7 @@ class OverBases(Kind):
             require(enough, f"{name} must have bases of at least {least}, got {got}")
             facts[pool._layers[name].index] = Part(r, n, units[name], paper, stored[pair])
         adapter = Adapter(self, host, size, facts)
-        adapter.rank = r
+        adapter.rank = max(part.r for part in facts.values())
         return adapter
 
     def agree(self, adapter: Adapter) -> None:

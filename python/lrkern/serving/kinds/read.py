@@ -41,8 +41,9 @@ def of_folder(
         require(held, f"{named(key)} must hold all its values, got {got}")
     config, tensors = as_peft(config, tensors, model)
     modules = saved_modules(config, model)
-    if modules and config.get("bias") == "all":
-        tensors = _once(tensors, modules)
+    if modules and config.get("bias") == "all":  # PEFT writes those of the modules that the copies stand for too
+        original = [f"{PREFIX}{name}.original_module" for name in modules]
+        tensors = {key: t for key, t in tensors.items() if not inside(key, original)}
     saved = read_saved(config, tensors, modules, model)
     if modules:  # PEFT adapts nothing inside of them
         tensors = {k: t for k, t in tensors.items() if not inside(k.removeprefix(PREFIX), modules)}
@@ -59,23 +60,6 @@ def of_folder(
     if factors:
         parts.update(factors)
     return parts, saved
-
-
-def _once(tensors: Tensors, modules: Iterable[str]) -> Tensors:
-    """With bias="all" PEFT writes the biases of copies twice more: those of the modules that they stand for, which nobody computes
-    with, and their own."""
-    result = {}
-    for key, t in tensors.items():
-        at = next((at for name in modules if key.startswith(at := f"{PREFIX}{name}.")), "")
-        which, _, rest = key[len(at) :].partition(".")
-        if at and which == "modules_to_save":  # maybe with the adapter's name
-            own = next((tensors[at + end] for end in (rest, rest.partition(".")[2]) if at + end in tensors), None)
-            require(
-                own is not None and torch.equal(t, own), f"{named(key)} must be the copy's bias once more, got another"
-            )
-        elif not at or which != "original_module":
-            result[key] = t
-    return result
 
 
 def of_layers(layers: Mapping[str, AdapterLinear], linears: Sizes, kinds: Iterable["Kind"]) -> Any:
