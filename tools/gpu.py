@@ -452,7 +452,7 @@ def parts_of(session: Session) -> list[Part]:
 
 def tuning(session: Session) -> list[Part]:
     """Correctness first, and for a build."""
-    first = [part for part in parts_of(session) if part[0] in ("env", "build", "ptx", "ptx_sm90", "tests:registry")]
+    first = [part for part in parts_of(session) if part[0] in ("env", "build", "ptx", "tests:registry")]
     return [
         (name, min(seconds, 70) if name.startswith("tests") else seconds, run) for name, seconds, run in first
     ] + tune.PARTS

@@ -30,7 +30,7 @@ PEERS = {"torchao": 0.0, "gnf4": 0.0, "bnb": 0.2, "int4pack": 0.15}  # of fp4 an
 
 def small(**changes):
     suite = mxfp4.Suite([])
-    return suite, replace(suite.cases(True)[0], I=128, O=48, **changes)
+    return suite, replace(suite.cases(True)[0], I=128, O=64, **changes)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,9 +65,11 @@ def test_providers_compute_the_layer(method, passes, dtype, T):
         if call is None:
             assert provider == "int4pack" and "bwd" in passes
             continue
-        assert call.exact == (off == 0) and call.reads < 0.7 * 128 * 48
+        assert call.exact == (off == 0) and call.reads < 0.7 * 128 * 64
         for got, exact in zip(outputs(call), want, strict=True):
-            if exact is not None:
+            if got is None:  # where a CPU has the instructions bitsandbytes multiplies without autograd
+                assert provider == "bnb" and passes == "fwd+bwd"
+            elif exact is not None:
                 assert got.dtype == dtype and (got - exact).norm() <= (off + 2 * tolerance) * exact.norm(), provider
 
 
@@ -95,7 +97,7 @@ def test_one_token_reads_beyond_512_mib(monkeypatch):
     each = sum(t.nbytes for t in run.tensors(copies.copies[0]))
     assert len(copies.copies) == of["lrkern"] == -(-40_000 // each)
     assert (
-        of["bf16"] == -(-40_000 // (128 * 48 * 2)) and of["fp32"] == -(-40_000 // (128 * 48 * 4)) and of["eager"] == 2
+        of["bf16"] == -(-40_000 // (128 * 64 * 2)) and of["fp32"] == -(-40_000 // (128 * 64 * 4)) and of["eager"] == 2
     )
     assert len({data.inputs["codes"].data_ptr() for data in copies.copies}) == of["lrkern"]
     assert len(run.line_up(suite, replace(case, T=20), "cpu", True).copies) == 1
@@ -114,7 +116,7 @@ def test_the_table_says_the_share_of_a_read_and_the_pairs(monkeypatch):
     suite, case = small(method="lora", R=4)
     rows, _ = run.measure(suite, case, "cpu", 0.01, "command", limit=1.0)
     ours = next(row for row in rows if row["provider"] == "lrkern")
-    assert ours["reads"] == 48 * (64 + 4) and ours["of_read"] == pytest.approx(ours["reads"] / ours["p50_ms"] / 1e6)
+    assert ours["reads"] == 64 * (64 + 4) and ours["of_read"] == pytest.approx(ours["reads"] / ours["p50_ms"] / 1e6)
     assert ours["beside"] == "mx_linear" and ours["pairs"] == 3 and ours["paired"] > 0.1
     text = report.table(rows, suite.against)
     assert "of read" in text and f"lrkern takes {ours['paired']:.3f}x of mx_linear, the median of 3 pairs" in text

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """FP4 times FP4 beyond the registry: exact where sums are, every pair of extreme scales, alpha, what lies past the columns, memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from lrkern import ops
 from lrkern.limits import DTYPES
 from lrkern.reference import mx as reference
+
+CPUINFO = Path("/proc/cpuinfo")
+AMX = CPUINFO.exists() and " amx_bf16" in CPUINFO.read_text()
 
 
 def packed(rows, K, device, scales=(126, 129), seed=0):
@@ -70,9 +75,11 @@ BYTES = torch.tensor([0, 1, 2, 64, 126, 190, 252, 253, 254, 255])
 
 @pytest.mark.parametrize("code", [2, 4, 7])
 @pytest.mark.parametrize("T", [1, 3])
-def test_every_pair_of_extreme_scales(device, dtype, code, T):
+def test_every_pair_of_extreme_scales(request, device, dtype, code, T):
     """All codes 1, 2 or 6, rows of one scale each: elements are those of float32, and their products IEEE's. Beyond its range infinite
     (2^127 times 2, 2^126 times 6), nothing flushed on the way in: 2^-127 times 2^127 is 1."""
+    if AMX and dtype == torch.bfloat16 and request.node.callspec.params["device"] == "emulated":
+        pytest.skip("ATen's product on the CPU stands here for the GPU's, and AMX takes subnormal bf16 for zero")
     n, K = len(BYTES), 64
     codes = torch.full((n, 32), code | code << 4).to(torch.uint8).to(device)
     scales = BYTES[:, None].repeat(1, 2).to(torch.uint8).to(device)

@@ -163,7 +163,7 @@ def rescale(folder):
 A = "base_model.model.up.lora_A.weight"
 BROKEN = [
     (truncate, "cannot be read"),
-    (pickle_only, r"must hold adapter_model.safetensors \(pickle"),
+    (pickle_only, r"must hold adapter_model.safetensors, or shards .* \(pickle"),
     (rewrite(lambda t: t.pop(A)), "lacks base_model.model.up.lora_A.weight"),
     (rewrite(lambda t: t.update({"base_model.model.x.lora_A.weight": torch.zeros(1)})), "has base_model.model.x"),
     (rewrite(lambda t: t.update({A: torch.zeros(4, 17)})), r"must have shape \[4, 16\], got \[4, 17\]"),

@@ -255,8 +255,9 @@ def test_adapters_of_a_quantised_model_come_and_go(base):
     names = ["other", "__base__", "default"]
     with torch.no_grad():
         got, want = (forward(model, adapter_names=names) for model in (ours, stock))
-    # In eval bitsandbytes rounds x to bf16, which makes 2.3e-4 of a last bit (seen in 4 of 12672 elements).
-    torch.testing.assert_close(got, want, atol=1e-3 if base == "bnb.Linear4bit" else 1e-5, rtol=0)
+    # In eval bitsandbytes rounds x to bf16, which makes more of a last bit: seen are 2.3e-4 in 4 of 12672 elements, and 4.0e-3 with 57
+    # beyond 1e-3 on a CPU with AMX.
+    torch.testing.assert_close(got, want, atol=1e-2 if base == "bnb.Linear4bit" else 1e-5, rtol=0)
 
 
 def test_merging_into_nf4_stays_peft_s():

@@ -106,7 +106,7 @@ def test_rehearsal_of_a_familys_own_tests(tmp_path, family):
 def test_a_limit_leaves_the_rest_for_a_resume(tmp_path):
     done = run("--out", tmp_path, "--limit", 14)
     assert done.returncode == 0
-    assert "left for --resume: env, build, ptx, tests:registry" in done.stdout
+    assert "left for --resume: env, build, ptx, ptx_sm90, tests:registry" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------- commands
