@@ -27,9 +27,8 @@ struct Mark {
   uint16_t in_flight : 1 = 0;  // a copy that no wait has covered
 };
 struct Byte {
-  Mark write, read[2];
-  Mark engines[8];  // that read it: the warps of two warpgroups
-  Mark atomic[2];   // atomics need no order among themselves, only with plain loads and stores
+  Mark write, read[2], atomic[2];  // atomics need no order among themselves, only with plain loads and stores
+  Mark engines[8];                 // that read it: the warps of two warpgroups
 };
 struct Region {
   const unsigned char* base;
@@ -237,13 +236,20 @@ void check_access(const void* p, size_t bytes, Access access, const Mark& me, ui
       continue;
     }
     for (const Mark& m : b->read) require_order(m, "reads", "written before the readers' barrier");
-    for (const Mark& m : b->engines) require_order(m, "reads", "written before the readers' barrier");
+    for (const Mark& m : b->engines) {
+      if (!m.serial) break;
+      require_order(m, "reads", "written before the readers' barrier");
+    }
     if (access == Access::kAtomic) {
       note(b->atomic, me);
       continue;
     }
-    *b = {};
     b->write = me;
+    b->read[0] = b->read[1] = b->atomic[0] = b->atomic[1] = Mark{};
+    for (Mark& m : b->engines) {
+      if (!m.serial) break;
+      m = Mark{};
+    }
   }
 }
 
