@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from alone import Alone, files
 
 from minilm import batch, bert, lora_config, one_thread, peft, with_magnitudes  # isort: skip  # noqa: F401
 from test_serving import hidden, snapshot
@@ -45,26 +46,8 @@ def stock(name):
     return model if name == "plain" else trained(model)
 
 
-def files(model):
-    return model.peft_config["default"], peft.get_peft_model_state_dict(model)
-
-
-def full_pool(model, names=CONFIGS, **options):
-    pool = AdapterPool(model, **{"pages": 16} | options)
-    for name in names:
-        pool.add(name, *files(stock(name)))
-    return pool
-
-
-@functools.cache
-@torch.no_grad()
-def alone(name):
-    return hidden((bert(1) if name is None else stock(name))(**batch(8)))
-
-
-def assert_rows(got, who, atol):
-    for row, name in enumerate(who):
-        torch.testing.assert_close(got[row], alone(name)[row], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+ALONE = Alone(stock, CONFIGS)
+full_pool, assert_rows = ALONE.pool, ALONE.check_rows
 
 
 def test_a_mixed_batch_is_stock_peft_one_adapter_at_a_time(tmp_path):
@@ -87,7 +70,7 @@ def test_a_mixed_batch_is_stock_peft_one_adapter_at_a_time(tmp_path):
     bare.add("x", files(stock("only"))[0], weights)
     with MultiLoraModel(model, bare) as served:
         without = hidden(served(**batch(8), adapters=["x"] * 8))
-    assert (without - alone("only")).abs().max() > 0.1, "biases act"
+    assert (without - ALONE.hidden("only")).abs().max() > 0.1, "biases act"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -96,7 +79,7 @@ def test_sixteen_bit_models(dtype):
     inputs = batch(8) | {"inputs_embeds": batch(8)["inputs_embeds"].to(dtype)}
     with MultiLoraModel(model, full_pool(model)) as served, torch.no_grad():
         got, base = hidden(served(**inputs, adapters=WHO)).float(), hidden(model(**inputs)).float()
-    assert_rows(got, WHO, 2 * (base - alone(None)).abs().max().item())
+    assert_rows(got, WHO, 2 * (base - ALONE.hidden(None)).abs().max().item())
 
 
 def test_several_of_a_request_and_scales():
@@ -162,8 +145,8 @@ def test_biases_of_what_an_adapter_has_copies_of(tmp_path, options):
     with MultiLoraModel(model, pool) as served, torch.no_grad():
         got, want = hidden(served(**batch(8), adapters=["x", None, "of_b", "x"] * 2)), hidden(one(**batch(8)))
     torch.testing.assert_close(got[::4], want[::4], atol=1e-5, rtol=0)
-    torch.testing.assert_close(got[2::4], alone("of_b")[2::4], atol=1e-5, rtol=0)
-    assert torch.equal(got[1::4], alone(None)[1::4])
+    torch.testing.assert_close(got[2::4], ALONE.hidden("of_b")[2::4], atol=1e-5, rtol=0)
+    assert torch.equal(got[1::4], ALONE.hidden(None)[1::4])
     config, tensors = files(one)
     key = "base_model.model.embeddings.LayerNorm.modules_to_save.bias"
     with pytest.raises(ValueError, match=f"{key} must be the copy's bias once more, got another"):

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from alone import Alone, check_beams, files
 
 from minilm import batch, bert, lora_config, one_thread, peft, with_magnitudes  # isort: skip  # noqa: F401
 from test_serving import Doubling, hidden, snapshot, tiny
@@ -37,26 +38,8 @@ def stock(name):
     return model.eval()
 
 
-def files(model):
-    return model.peft_config["default"], peft.get_peft_model_state_dict(model)
-
-
-def full_pool(model, names=CONFIGS, **options):
-    pool = AdapterPool(model, **{"pages": 16} | options)
-    for name in names:
-        pool.add(name, *files(stock(name)))
-    return pool
-
-
-@functools.cache
-@torch.no_grad()
-def alone(name):
-    return hidden((bert(1) if name is None else stock(name))(**batch(8)))
-
-
-def assert_rows(got, who, atol):
-    for row, name in enumerate(who):
-        torch.testing.assert_close(got[row], alone(name)[row], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+ALONE = Alone(stock, CONFIGS)
+full_pool, assert_rows = ALONE.pool, ALONE.check_rows
 
 
 def test_a_batch_of_dora_and_others_is_stock_peft_one_adapter_at_a_time(tmp_path):
@@ -71,16 +54,16 @@ def test_a_batch_of_dora_and_others_is_stock_peft_one_adapter_at_a_time(tmp_path
         without = hidden(served(**batch(8), adapters=others))
         every = hidden(served(**batch(8), adapters=["mixed"] * 8))
     assert_rows(got, WHO, 1e-5)
-    torch.testing.assert_close(every, alone("mixed"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(every, ALONE.hidden("mixed"), atol=1e-5, rtol=0)
     for row, name in enumerate(WHO):
         assert torch.equal(got[row], without[row]) == (name == others[row]), "no row depends on its neighbours"
-        assert name is None or (got[row] - alone(None)[row]).abs().max() > 0.05, name
+        assert name is None or (got[row] - ALONE.hidden(None)[row]).abs().max() > 0.05, name
     with torch.no_grad():
         as_lora = AdapterPool(bert(1), pages=8)
         config, tensors = files(stock("dora"))
         as_lora.add("x", config.to_dict() | {"use_dora": False}, {k: t for k, t in tensors.items() if "magn" not in k})
         plain = hidden(MultiLoraModel(as_lora._model, as_lora)(**batch(8), adapters=["x"] * 8))
-    assert (plain - alone("dora")).abs().max() > 0.1, "magnitudes act"
+    assert (plain - ALONE.hidden("dora")).abs().max() > 0.1, "magnitudes act"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -90,7 +73,7 @@ def test_sixteen_bit_models(dtype, pool_dtype):
     inputs = batch(8) | {"inputs_embeds": batch(8)["inputs_embeds"].to(dtype)}
     with MultiLoraModel(model, full_pool(model, dtype=pool_dtype)) as served, torch.no_grad():
         got, base = hidden(served(**inputs, adapters=WHO)).float(), hidden(model(**inputs)).float()
-    assert_rows(got, WHO, 2 * (base - alone(None)).abs().max().item())
+    assert_rows(got, WHO, 2 * (base - ALONE.hidden(None)).abs().max().item())
 
 
 def test_autocast():
@@ -243,21 +226,8 @@ def test_generate_over_conv1d_with_beams():
         config = lora_config(r=4 * seed, lora_alpha=8, use_dora=True, fan_in_fan_out=True)
         return with_magnitudes(peft.get_peft_model(tiny("gpt2"), config).eval())
 
-    stocks, model = {None: tiny("gpt2"), "a": adapter(1), "b": adapter(5)}, tiny("gpt2")
-    pool = AdapterPool(model, pages=4)
-    for name in "ab":
-        pool.add(name, *files(stocks[name]))
-    who = ["b", None, "a", "b"]
-    ids = torch.randint(3, 97, (4, 5), generator=torch.Generator().manual_seed(1))
-    options = dict(
-        attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=3
-    )
-    with MultiLoraModel(model, pool) as served:
-        got = served.generate(input_ids=ids, adapters=who, **options).unflatten(0, (4, -1))
-    each = {name: m.generate(input_ids=ids, **options).unflatten(0, (4, -1)) for name, m in stocks.items()}
-    assert not torch.equal(each["a"], each["b"]) and not torch.equal(each["a"], each[None])
-    for row, name in enumerate(who):
-        assert torch.equal(got[row], each[name][row]), (row, name)
+    stocks = {None: tiny("gpt2"), "a": adapter(1), "b": adapter(5)}
+    check_beams(stocks, tiny("gpt2"), pages=4)
 
 
 def test_adapters_come_and_go_and_take_two_rows_more():

@@ -7,6 +7,7 @@ import gc
 
 import pytest
 import torch
+from alone import Alone, check_beams, files
 
 from minilm import batch, bert, lora_config, one_thread, peft  # isort: skip  # noqa: F401
 from test_serving import hidden, snapshot, tiny
@@ -35,6 +36,10 @@ def stock(name):
     return acts(peft.get_peft_model(bert(1), peft.RandLoraConfig(**defaults | CONFIGS[name])).eval())
 
 
+ALONE = Alone(stock, CONFIGS)
+full_pool, assert_rows = ALONE.pool, ALONE.check_rows
+
+
 def acts(model, by=1.0):
     with torch.no_grad():
         for key, p in model.named_parameters():
@@ -45,31 +50,9 @@ def acts(model, by=1.0):
     return model
 
 
-def files(model):
-    return model.peft_config["default"], peft.get_peft_model_state_dict(model)
-
-
-def full_pool(model, names=CONFIGS, **options):
-    pool = AdapterPool(model, **{"pages": 16} | options)
-    for name in names:
-        pool.add(name, *files(stock(name)))
-    return pool
-
-
 def stored(pool):
     gc.collect()
     return [s for kind in pool._kinds if isinstance(kind, bases.OverBases) for s in kind.stored]
-
-
-@functools.cache
-@torch.no_grad()
-def alone(name):
-    return hidden((bert(1) if name is None else stock(name))(**batch(8)))
-
-
-def assert_rows(got, who, atol):
-    for row, name in enumerate(who):
-        torch.testing.assert_close(got[row], alone(name)[row], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_mixed_batch_is_stock_peft_one_adapter_at_a_time(tmp_path):
@@ -86,10 +69,10 @@ def test_a_mixed_batch_is_stock_peft_one_adapter_at_a_time(tmp_path):
         every = hidden(served(**batch(8), adapters=["r2"] * 8))
     assert_rows(got, WHO, 2e-5)
     assert_rows(more, who, 2e-5)
-    torch.testing.assert_close(every, alone("r2"), atol=2e-5, rtol=0)
+    torch.testing.assert_close(every, ALONE.hidden("r2"), atol=2e-5, rtol=0)
     for row, name in enumerate(WHO):
         assert torch.equal(got[row], others[row]) == (name in ("lora", None)), "others' rows are as without it"
-        assert name is None or (got[row] - alone(None)[row]).abs().max() > 0.02, name
+        assert name is None or (got[row] - ALONE.hidden(None)[row]).abs().max() > 0.02, name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -99,7 +82,7 @@ def test_sixteen_bit_models(dtype, pool_dtype):
     inputs = batch(8) | {"inputs_embeds": batch(8)["inputs_embeds"].to(dtype)}
     with MultiLoraModel(model, full_pool(model, dtype=pool_dtype)) as served, torch.no_grad():
         got, base = hidden(served(**inputs, adapters=WHO)).float(), hidden(model(**inputs)).float()
-    assert_rows(got, WHO, 2 * (base - alone(None)).abs().max().item())
+    assert_rows(got, WHO, 2 * (base - ALONE.hidden(None)).abs().max().item())
 
 
 def test_small_numbers_keep_their_digits_in_float16():
@@ -111,7 +94,7 @@ def test_small_numbers_keep_their_digits_in_float16():
     pool.add("small", config, small)
     with MultiLoraModel(model, pool) as served:
         got = hidden(served(**batch(8), adapters=["small"] * 8))
-    torch.testing.assert_close(got, alone("r1"), atol=5e-3, rtol=0)
+    torch.testing.assert_close(got, ALONE.hidden("r1"), atol=5e-3, rtol=0)
 
 
 def test_several_of_a_request_and_scales():
@@ -155,21 +138,8 @@ def test_generate_over_conv1d_with_beams():
         config = peft.RandLoraConfig(r=8, target_modules=["c_attn", "c_proj"], randlora_alpha=200, fan_in_fan_out=True)
         return acts(peft.get_peft_model(tiny("gpt2"), config).eval(), 8.0)
 
-    stocks, model = {None: tiny("gpt2"), "a": adapter(1), "b": adapter(2)}, tiny("gpt2")
-    pool = AdapterPool(model, pages=2)
-    for name in "ab":
-        pool.add(name, *files(stocks[name]))
-    who = ["b", None, "a", "b"]
-    ids = torch.randint(3, 97, (4, 5), generator=torch.Generator().manual_seed(1))
-    options = dict(
-        attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=3
-    )
-    with MultiLoraModel(model, pool) as served:
-        got = served.generate(input_ids=ids, adapters=who, **options).unflatten(0, (4, -1))
-    each = {name: m.generate(input_ids=ids, **options).unflatten(0, (4, -1)) for name, m in stocks.items()}
-    assert not torch.equal(each["a"], each["b"]) and not torch.equal(each["a"], each[None])
-    for row, name in enumerate(who):
-        assert torch.equal(got[row], each[name][row]), (row, name)
+    stocks = {None: tiny("gpt2"), "a": adapter(1), "b": adapter(2)}
+    check_beams(stocks, tiny("gpt2"), pages=2)
 
 
 def test_adapters_come_and_go_and_a_pair_leaves_with_the_last():
