@@ -57,7 +57,8 @@ def check(wanted: list[tuple[str, str, str]], given: dict[str, Any]) -> None:
     if (rank := sizes.get("R", 0)) > MAX_RANK:
         raise ValueError(f"the rank must be at most {MAX_RANK}, got {rank}")
     for name in FINITE:
-        if name in given and not abs(given[name]) <= torch.finfo(torch.float32).max:
+        number = isinstance(given.get(name), float | int)
+        if number and not abs(given[name]) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{name} must be finite in float32, got {given[name]}")
     p = given.get("dropout_p")
     if isinstance(p, float | int) and not 0.0 <= p <= 1.0:
