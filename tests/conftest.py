@@ -21,6 +21,10 @@ sys.path.append(str(Path(sys.prefix) / "peers"))  # requirements/peers.txt
 import build as emulator
 
 FULL = bool(os.environ.get("LRK_TEST_FULL"))
+CPUINFO = Path("/proc/cpuinfo")
+AMX = (
+    CPUINFO.exists() and " amx_bf16" in CPUINFO.read_text()
+)  # ATen's and bitsandbytes' bf16 products round and flush otherwise
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 torch.set_num_threads(1)  # several pytest workers share the cores, and most tensors here are tiny

@@ -271,7 +271,8 @@ def test_products_and_their_gradients(device, T, O, K):
             results.append((y, *(t.grad for t in leaves)))
         for what, *parts in zip(["y", *names.split()], *results, strict=True):
             # Seen beyond 2 x: 11.3 ulps of dx, sums of 504 terms of 58 in all that come to 8 (MKL, AVX-512).
-            testing.check(*parts, f"{op.__name__} {what}", fp32_factor=dtype != torch.float32, ulps=16)
+            ulps = 12 if (T, O, what) == (1, 504, "x") else 4
+            testing.check(*parts, f"{op.__name__} {what}", fp32_factor=dtype != torch.float32, ulps=ulps)
 
 
 @pytest.mark.parametrize("T", [1, 5, 8, 9, 16, 40])

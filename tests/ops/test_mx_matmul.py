@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """FP4 times FP4 beyond the registry: exact where sums are, every pair of extreme scales, alpha, what lies past the columns, memory."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from lrkern import ops
 from lrkern.limits import DTYPES
 from lrkern.reference import mx as reference
-
-CPUINFO = Path("/proc/cpuinfo")
-AMX = CPUINFO.exists() and " amx_bf16" in CPUINFO.read_text()
+from tests.conftest import AMX
 
 
 def packed(rows, K, device, scales=(126, 129), seed=0):

@@ -241,7 +241,8 @@ def test_every_plain_configuration_is_fused(config, make):  # row 6
     with fused_calls() as calls:
         got = step(ours)
     assert calls == {"lora_linear": report.fused}
-    assert_same(got, step(stock), y_tol=2e-5)  # seen: 1.03e-5 in 1 of 12672 elements, of a model with layers twice
+    twice = "layer_replication" in config  # seen of such a model: 1.03e-5 in 1 of 12672 elements
+    assert_same(got, step(stock), y_tol=1.1e-5 if twice else 1e-5)
 
 
 def test_trained_tokens_and_modules_beside_the_adapter():

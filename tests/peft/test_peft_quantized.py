@@ -16,6 +16,7 @@ from minilm import (  # isort: skip
 from torch import nn
 
 import lrkern.peft
+from tests.conftest import AMX
 
 I = 384
 
@@ -257,7 +258,7 @@ def test_adapters_of_a_quantised_model_come_and_go(base):
         got, want = (forward(model, adapter_names=names) for model in (ours, stock))
     # In eval bitsandbytes rounds x to bf16, which makes more of a last bit: seen are 2.3e-4 in 4 of 12672 elements, and 4.0e-3 with 57
     # beyond 1e-3 on a CPU with AMX.
-    torch.testing.assert_close(got, want, atol=1e-2 if base == "bnb.Linear4bit" else 1e-5, rtol=0)
+    torch.testing.assert_close(got, want, atol=(5e-3 if AMX else 1e-3) if base == "bnb.Linear4bit" else 1e-5, rtol=0)
 
 
 def test_merging_into_nf4_stays_peft_s():

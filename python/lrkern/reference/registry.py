@@ -37,12 +37,14 @@ class Draw:
 
 @dataclass
 class Sample:
-    """reads_back: what reads numbers back from a GPU, so that no CUDA graph holds it: "backward", "always", or ""."""
+    """reads_back: what reads numbers back from a GPU, so that no CUDA graph holds it: "backward", "always", or "". ulps: the
+    least that the tolerance of its gradients has (testing.py), where more was seen."""
 
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     reads_back: str = ""
+    ulps: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
