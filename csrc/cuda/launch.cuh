@@ -49,8 +49,9 @@ LRK_HD constexpr size_t smem_bytes(size_t count) {
 
 #if defined(LRK_EMULATE)
 
-inline int current_device() { return 0; }
-inline int32_t arch_of(int) { return 80; }
+inline int current_device() { return -1; }  // of which nothing is remembered: its architecture is a setting
+inline int32_t arch_of(int) { return static_cast<int32_t>(lrk_emulator_get("arch")); }
+inline int multiprocessors() { return 4; }  // few, so that small problems keep blocks busy for more than one tile
 
 struct Smem {
   template <class T>
@@ -83,6 +84,10 @@ inline int32_t arch_of(int device) {  // 0 where the runtime does not say
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   return 10 * major + minor;
+}
+inline int multiprocessors() {
+  int count = 0;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()) == cudaSuccess ? count : 1;
 }
 
 struct Smem {
