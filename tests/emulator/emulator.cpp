@@ -232,8 +232,10 @@ void Worker::run(Launch& l) {
   current = nullptr;
 }
 
-int launch(const char* kernel, const void* function, dim3 grid, dim3 block, size_t smem, Body body, void* context) {
-  if (static_cast<int64_t>(smem) > g_settings.max_shared) return refuse(kernel, grid, block, smem, kInvalidValue);
+int launch(const char* kernel, const void* function, dim3 grid, dim3 block, size_t smem, int cluster, bool, Body body,
+           void* context) {
+  if (static_cast<int64_t>(smem) > g_settings.max_shared || cluster > 1)
+    return refuse(kernel, grid, block, smem, kInvalidValue);
   ++g_settings.launches;
   Launch l;
   l.kernel = kernel;
