@@ -53,6 +53,7 @@ import lrkern
 
 SUITES = {path.stem: path for path in sorted(Path(__file__).parent.glob("suites/*.py"))}
 SECONDS = {True: 3.0, False: 12.0}  # of timing per case and attempt at most, by --quick
+ON_CUDA = 2.0  # the same there, where a round is milliseconds and cases are hundreds
 QUICK = 100.0  # seconds after which no case begins
 ROUNDS = {True: (3, 2000), False: (5, 2000)}  # by --quick
 ATTEMPTS = 3
@@ -350,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not args.suite:
         parser.error("the following arguments are required: suite")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not (args.list or torch.cuda.is_available()):
         parser.error("--device cuda: torch sees no GPU")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
@@ -381,6 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict] = []
     missing: dict[str, str] = {}
     code, begin = 0, timing.clock()
+    seconds = min(SECONDS[args.quick], ON_CUDA if args.device == "cuda" else math.inf)
     bar = tqdm(total=len(chosen), leave=False, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
     try:
         for i, case in enumerate(chosen):
@@ -390,7 +392,7 @@ def main(argv: list[str] | None = None) -> int:
                 break
             limit = left / (len(chosen) - i) if args.quick else None
             bar.set_description(f"{case} {SHORT[case.dtype]}")
-            now, reasons = measure(suite, case, args.device, SECONDS[args.quick], command, progress(bar, i), limit)
+            now, reasons = measure(suite, case, args.device, seconds, command, progress(bar, i), limit)
             bar.write(report.table(now, suite.against, suite.headline))
             progress(bar, i + 1)(0)
             rows += now

@@ -17,10 +17,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-import lora_cuda
 import report
 import run
 import timing
+from on_cuda import lora as lora_cuda
 from suite import Call, by_path
 from suites import lora, multi_lora, mxfp4
 
