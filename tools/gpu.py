@@ -497,7 +497,8 @@ def summary(session: Session, parts: dict[str, dict]) -> str:
             shapes.append([r["kernel"], r["case"], *share, r.get("bound_by", "")])
         elif "provider" in r:
             name = r["provider"] + " (noisy)" * bool(r.get("noisy"))
-            timed.append([r["suite"], r["case"], r["dtype"], name, *figures, number(r, "adapter_ms", ".4g")])
+            beside = number(r, "extra_over_base", "+.1%"), number(r, "adapter_ms", ".4g")
+            timed.append([r["suite"], r["case"], r["dtype"], name, *figures, *beside])
     return "\n".join(
         [
             "# One run on a GPU\n\n```",
@@ -505,7 +506,9 @@ def summary(session: Session, parts: dict[str, dict]) -> str:
             *markdown("| part | outcome | seconds | note |", outcomes),
             *markdown("| kernel | case | dtype | ms | roof ms | share of roofline |", kernels),
             *markdown("| call | case (bf16) | ms | predicted ms | bound by, predicted |", shapes),
-            *markdown("| suite | case | dtype | provider | ms | roof ms | share of roofline | adapter ms |", timed),
+            *markdown(
+                "| suite | case | dtype | provider | ms | roof ms | share of roofline | over base | adapter ms |", timed
+            ),
             "",
         ]
     )

@@ -209,6 +209,22 @@ def test_kernels_of_one_architecture_are_timed_on_it_by_their_path(own_kernels, 
     assert found("cuda") == found("cpu") == [("lora_shrink", "0")]
 
 
+def test_the_summary_says_what_is_beyond_the_base(session, tmp_path):
+    (tmp_path / "env.txt").write_text("gpu: one\n")
+    row = {
+        "suite": "lora",
+        "case": "T=1",
+        "dtype": "bfloat16",
+        "provider": "fused",
+        "p50_ms": 0.5,
+        "extra_over_base": 0.041,
+    }
+    session.rows([row])
+    head, row = gpu.summary(session, {}).strip().splitlines()[-3::2]
+    cells = dict(zip(*([c.strip() for c in line.strip("|").split("|")] for line in (head, row)), strict=True))
+    assert cells["over base"] == "+4.1%" and cells["ms"] == "0.5" and cells["provider"] == "fused"
+
+
 def test_the_layers_tests_are_there():
     assert all((ROOT / file).exists() for file in gpu.LAYERS)
 
