@@ -12,8 +12,8 @@ On CUDA graphs are timed, with another buffer in the L2 before each. A provider 
 time included, and the run says so. `fused` is lrkern with LRKERN_FUSED=1, where that launches other kernels; `kernels` in rows
 of lrkern's are the names of those that ran.
 
-Each provider's result, and after a backward its gradients, are held against float64 before it is timed. One that need not be there
-and is off by more than a tenth is listed as missing; any other ends the run.
+Each provider's result, and after a backward its gradients, are held against float64 before it is timed. Off by more than a tenth,
+other people's code is listed as missing, and any other ends the run.
 
 --quick aims at under two minutes a suite on two idle cores, the emulator's first build left out. The time that is left is
 shared among the cases that are left, all of a case counted: its data, its figures for which calls run once, its timing. Cases

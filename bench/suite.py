@@ -25,8 +25,8 @@ PROVIDERS = ("base", "eager", "compile", "peft", "published", "full", "stored", 
              "followed", "vllm",
              "torchao", "bnb", "int4pack", "gnf4", "bf16", "fp32", "copy", "marlin", "humming", "concat", "addmm", "lrkern",
              "fused")  # fmt: skip
-# What need not be there: other people's code, and kernels of one architecture. Any failure lists these as missing, with the reason.
-OPTIONAL = ("compile", "published", "vllm", "torchao", "bnb", "int4pack", "gnf4", "marlin", "humming", "fused")
+# Other people's code that need not be there: any failure of these lists them as missing, with the reason.
+OPTIONAL = ("compile", "published", "vllm", "torchao", "bnb", "int4pack", "gnf4", "marlin", "humming")
 SLOW = ("compile",)  # many seconds a case before the first result: not with --quick
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -127,8 +127,8 @@ def roofline_cell(kernel: str, found: list[Evidence]) -> str:
 
 def may_be_default(family: str, arch: str, everything: list[Evidence]) -> tuple[bool, str]:
     """Whether the last evidence of this architecture shows a family's fused path right and faster than its portable one, and why: all
-    tests passed, of the source as it is, no sanitizer failed, results no further off than twice the portable ones, no case slower and
-    one faster by more than the noise."""
+    tests passed, of the source as it is, no sanitizer failed, and the benchmarks ran through, with results no further off than twice the
+    portable ones, no case slower and one faster by more than the noise."""
     found = [e for e in evidence_of(family, arch, everything) if e.env.get("rehearsal") != "True"]
     if not found:
         return False, f"no run on sm_{arch}"
@@ -139,6 +139,9 @@ def may_be_default(family: str, arch: str, everything: list[Evidence]) -> tuple[
         return False, f"tests {tests}"
     if last.verdict("fused:sanitizer").startswith("failed"):
         return False, "sanitizers failed"
+    failed = [s for s in suites_of(family) if last.verdict(f"bench:{s}") != "passed"]
+    if failed:  # as it does where a result is wrong
+        return False, f"bench:{failed[0]} {last.verdict(f'bench:{failed[0]}')}"
     timed: dict[tuple, dict[str, dict]] = {}
     for row in last.rows:
         if row.get("suite") in suites_of(family) and row.get("provider") in ("lrkern", "fused"):

@@ -113,7 +113,12 @@ OLD, NEW = (
     ROW | {"provider": "lrkern", "p50_ms": 1.0, "error": 2e-3},
     ROW | {"provider": "fused", "p50_ms": 0.8, "error": 2e-3},
 )
-PASSED = {"tests:registry": "failed", "fused:tests:registry": "passed", "fused:sanitizer:memcheck": "refused"}
+PASSED = {
+    "tests:registry": "failed",
+    "fused:tests:registry": "passed",
+    "fused:sanitizer:memcheck": "refused",
+    "bench:lora": "passed",
+}
 
 
 def shown(folder="a", env=None, parts=PASSED, rows=(OLD, NEW)):
@@ -139,6 +144,8 @@ def shown(folder="a", env=None, parts=PASSED, rows=(OLD, NEW)):
         ([shown(parts=PASSED | {"fused:tests:layers": "skipped"})], "tests passed (1 of 2 ran)"),
         ([shown(parts={"tests:registry": "passed"})], "tests not run"),
         ([shown(parts=PASSED | {"fused:sanitizer:racecheck": "failed"})], "sanitizers failed"),
+        ([shown(parts=PASSED | {"bench:lora": "failed"})], "bench:lora failed"),
+        ([shown(parts=PASSED | {"bench:lora": "skipped"})], "bench:lora not run"),
         ([shown(rows=[OLD])], "not timed beside the portable path"),
         ([shown(rows=[OLD, NEW | {"case": "another"}])], "not timed beside the portable path"),
         ([shown(rows=[OLD | {"suite": "op"}, NEW | {"suite": "op"}])], "not timed beside the portable path"),
