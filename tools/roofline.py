@@ -127,6 +127,7 @@ class Counter:
         self.callback = kind(lambda at, threads, shared: resident(self.function(at), threads, shared))
         numbers = (ctypes.c_int64(n) for n in (chip.sms, chip.l1, chip.l2))
         self.lib.lrk_traffic_chip(*numbers, self.callback)
+        self.lib.lrk_emulator_set(b"arch", ctypes.c_int64(int(chip.arch.rstrip("a"))))
 
     @cache  # noqa: B019 (one or two of these live, to the end)
     def function(self, at: int) -> str:
@@ -398,7 +399,7 @@ def predict(counted: Counted, chip: Chip, code: sass.Code | None, least: float, 
         wavefronts_over_ideal=counted.wavefronts_over_ideal,
         in_flight_bytes_per_sm=flight,
         issue_slots=issue,
-        tensor_slots=counted.products,
+        tensor_slots=counted.products + counted.multiplied / (16 * 8 * 16),
         launches=1,
         predicted_us=parts[bound],
         roof_us=max(least / chip.reached, flop / (2e-9 * chip.tensor * chip.sms * chip.clock * 1e9)) / 1e3,

@@ -541,6 +541,7 @@ void forget_global() {}
 // an SM holds.
 extern "C" void lrk_traffic_chip(int64_t sms, int64_t l1, int64_t l2, int64_t (*resident)(int64_t, int64_t, int64_t)) {
   lrk::emu::g_chip = {sms, l1, l2, resident};
+  lrk::emu::g_settings.multiprocessors = sms;
 }
 // Forgets what was counted and declared, and empties the caches.
 extern "C" void lrk_traffic_begin() {

@@ -21,6 +21,7 @@ using Known = std::shared_ptr<const std::vector<uint32_t>>;  // by thread and en
 
 struct Settings {
   std::atomic<int64_t> schedule{0}, threads{1}, max_shared{227 * 1024}, arch{80};
+  std::atomic<int64_t> multiprocessors{4};  // few, so that small problems keep blocks busy for more than one tile
   std::atomic<int64_t> switches{0}, blocks{0}, launches{0};
 };
 extern Settings g_settings;
