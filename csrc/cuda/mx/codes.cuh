@@ -29,18 +29,30 @@ struct CodesRow {
 constexpr uint32_t kOneProduct = 128;
 struct Scale {
   uint32_t first, second;  // each twice
-  explicit __device__ __forceinline__ Scale(uint32_t byte) {
-    const uint32_t small = byte < kOneProduct ? byte : kOneProduct;
-    first = small * 0x00800080u + 0x3f003f00u;
-    second = byte == 255u ? 0x7fc07fc0u : (byte - small) * 0x00800080u + 0x3f803f80u;
-  }
+  explicit __device__ __forceinline__ Scale(uint32_t byte) : Scale(byte < kOneProduct ? byte : kOneProduct, byte) {}
+  static __device__ __forceinline__ Scale small(uint32_t byte) { return {byte, byte}; }  // of at most kOneProduct
+
+ private:
+  __device__ __forceinline__ Scale(uint32_t small, uint32_t byte)
+      : first(small * 0x00800080u + 0x3f003f00u),
+        second(byte == 255u ? 0x7fc07fc0u : (byte - small) * 0x00800080u + 0x3f803f80u) {}
 };
+template <bool kLarge>
+__device__ __forceinline__ uint32_t times(uint32_t pair, const Scale& scale) {
+  pair = mul_bf16x2(pair, scale.first);
+  return kLarge ? mul_bf16x2(pair, scale.second) : pair;
+}
 // Codes i and i + 4 of a word times their scale.
 template <bool kLarge>
 __device__ __forceinline__ uint32_t pair_of(uint32_t word, int i, const Scale& scale) {
   const uint32_t moved = word >> (4 * i);
-  const uint32_t pair = mul_bf16x2((moved << 12 & 0x80008000u) | (moved << 6 & 0x01c001c0u), scale.first);
-  return kLarge ? mul_bf16x2(pair, scale.second) : pair;
+  return times<kLarge>((moved << 12 & 0x80008000u) | (moved << 6 & 0x01c001c0u), scale);
+}
+// Codes 2 t and 2 t + 1: a byte, of which one product makes two.
+template <bool kLarge>
+__device__ __forceinline__ uint32_t neighbours_of(uint32_t word, int t, const Scale& scale) {
+  const uint32_t moved = byte_perm(word, 0u, 0x4440u | static_cast<uint32_t>(t)) * 0x00040040u;
+  return times<kLarge>((moved << 6 & 0x80008000u) | (moved & 0x01c001c0u), scale);
 }
 
 // What a bf16 term leaves of a number; beside inf and nan the others are 0.
