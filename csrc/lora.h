@@ -186,6 +186,7 @@ inline bool whole_vectors(const Factor& w) { return whole_vectors(w.data, w.stri
 constexpr int64_t lora_tail_columns(int64_t R, DType factor) {
   return ceil_div(factor == DType::kBF16 ? R : 3 * R, int64_t{8}) * 8;
 }
+size_t lora_tail_bytes(const LoraGemmParams& p);  // of those that are written; none where factors are read as they are
 
 LRK_KERNEL(lora_shrink, LoraShrinkParams)
 LRK_KERNEL(lora_expand, LoraExpandParams)

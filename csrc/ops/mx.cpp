@@ -195,7 +195,7 @@ void multiply(const Arg& x, const Rows& rows, const Packed& w, int64_t expert, c
   const int64_t T = rows.T, K = rows.N, O = w.O, blocks = w.G * kMxBlock;
   if (on_cuda(x.op, x.tensor)) {
     const MxLinearParams p = linear_params(rows, w.weight(expert, K), bias, low, y);
-    if (takes_fused(choose_mx_fused(fused_shape_of(p), DeviceScope(x.op, x.tensor).target)))
+    if (takes_fused(choose_mx_fused(shape_of(p), DeviceScope(x.op, x.tensor).target)))
       return run(x.op, y, p, LRK_RUN_CUDA(mx_fused));
   }
   const MxWay way = way_of(x, T, w, K);

@@ -44,7 +44,14 @@ MxFused choose_mx_fused(const MxFusedShape& s, Target target) {
   if (target.device != Device::kCUDA || target.arch != 90) return no("kernels of their own are of sm_90a");
   if (s.dtype != DType::kBF16) return no("codes become bf16, and x of another type several products of it");
   if (!s.T || !s.O || !s.K || s.O > kMaxGemmSide || s.K > kMaxGemmSide) return no("sizes lie in 1..2^30");
-  if (s.T > kMxFewCuda) return no("more rows are panels of W for ATen's GEMM");
+  if (s.T > kMxFewCuda) {
+    if (s.O % 8) return no("rows of y are not whole vectors of 16 bytes");
+    const auto whole = [](int64_t n) { return ceil_div(n, int64_t{8}) * 8; };
+    const GemmConfig c = choose_gemm({s.O, whole(s.T), whole(s.K), s.R, s.dtype, s.b_dtype, s.aligned}, target);
+    return {
+        c.fits, c.pays,   false,     0,
+        0,      c.tile_n, c.cluster, c.pays ? "W is not written decoded, x and y go through memory once less" : c.why};
+  }
   // Rounds of blocks, two on an SM, each as long as its steps, and one to begin and end.
   const int64_t tiles = ceil_div(s.O, int64_t{kMxTile}), steps = ceil_div(s.K, int64_t{kMxStep});
   const int64_t places = 2 * tuned(target.arch).sms;
@@ -62,10 +69,21 @@ MxFused choose_mx_fused(const MxFusedShape& s, Target target) {
           true,
           static_cast<int32_t>(parts),
           each,
+          0,
+          0,
           pays ? "codes are decoded for 8 or 16 rows at once, with fewer instructions a weight"
                : "blocks are too few for the GPU"};
 }
-MxFusedShape fused_shape_of(const MxLinearParams& p) { return {p.T, p.w.O, p.w.K, p.s ? p.R : 0, p.dtype, p.b_dtype}; }
+MxFusedShape shape_of(const MxLinearParams& p) {
+  return {
+      p.T, p.w.O, p.w.K, p.s ? p.R : 0, p.dtype, p.b_dtype, whole_vectors(p.x, p.x_pitch) && whole_vectors(p.y, p.w.O)};
+}
+LoraGemmParams tail_of(const MxLinearParams& p) {
+  LoraGemmParams tail{};
+  tail.w.stride_r = 1, tail.s = p.s, tail.u = {p.b, 1, p.R};
+  tail.T = p.T, tail.N = p.w.O, tail.R = p.R, tail.factor_dtype = p.b_dtype;
+  return tail;
+}
 
 size_t mx_quantize_workspace(const MxQuantizeParams&, Target) { return 0; }
 size_t mx_dequantize_workspace(const MxDequantizeParams&, Target) { return 0; }
@@ -80,9 +98,9 @@ size_t mx_linear_experts_workspace(const MxExpertsParams& p, Target target) {
   return mx_linear_workspace(p.of, target);
 }
 size_t mx_linear_dx_workspace(const MxLinearDxParams&, Target) { return 0; }
-// The parts of K.
 size_t mx_fused_workspace(const MxLinearParams& p, Target target) {
-  return choose_mx_fused(fused_shape_of(p), target).parts * p.T * p.w.O * sizeof(float);
+  const MxFused c = choose_mx_fused(shape_of(p), target);
+  return c.few ? c.parts * p.T * p.w.O * sizeof(float) : p.s ? lora_tail_bytes(tail_of(p)) : 0;
 }
 
 namespace {
@@ -104,7 +122,7 @@ Answer explain_experts(const Question& q) {
 }
 
 Answer explain_fused(const Question& q) {
-  const MxFusedShape shape{q["T"], q["O"], q["K"], static_cast<int32_t>(q["R"]), q.dtype(), q.dtype("b_dtype")};
+  const MxFusedShape shape{q["T"], q["O"], q["K"], static_cast<int32_t>(q["R"]), q.dtype(), q.dtype("b_dtype"), true};
   const MxFused c = choose_mx_fused(shape, q.target());
   return {
       {{"fits", c.fits}, {"pays", c.pays}, {"few", c.few}, {"parts", int64_t{c.parts}}, {"steps", int64_t{c.steps}}},
@@ -123,8 +141,8 @@ const Registered registered[] = {
       .answer = explain_way}},
     {"mx_fused",
      {.rule =
-          "sm_90a and bf16 x of up to 16 rows: 128 rows of W a block, K in parts of up to 4 steps of 512 features, as many as take the "
-          "least rounds of blocks; the parts are added in order, and T has no part in it",
+          "sm_90a and bf16 x. Up to 16 rows: 128 rows of W a block, K in parts of up to 4 steps of 512 features, as many as take "
+          "the least rounds of blocks; the parts are added in order, and T has no part in it. More: lora_gemm's tiles, W's rows for x's",
       .numbers =
           "counts: 132 SMs of an H100 hold two blocks each, a step's time goes by to begin and end; not measured",
       .arguments = {{"T", {}}, {"O", {}}, {"K", {}}, {"R", int64_t{0}}, {"dtype", "bfloat16"}, {"b_dtype", "bfloat16"}},

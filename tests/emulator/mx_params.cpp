@@ -19,7 +19,8 @@ struct Case {
   MxRule rule;
   bool hadamard, random, across, mask, bias, low_rank, any_scale;
   float gain;
-  int32_t steps;  // of few
+  int32_t steps;            // of few
+  int32_t tile_n, cluster;  // of many
 
   int64_t G() const { return ceil_div(K, int64_t{kMxBlock}); }
   std::string text() const {
@@ -27,17 +28,17 @@ struct Case {
                  " E=", E, " pad=", pad, " shift=", shift, " rule=", static_cast<int>(rule),
                  hadamard ? " hadamard" : "", random ? " random" : "", across ? " across" : "", mask ? " mask" : "",
                  bias ? " bias" : "", low_rank ? " low rank" : "", any_scale ? " any scale" : "", " gain=", gain,
-                 steps ? words(" steps=", steps) : "");
+                 steps ? words(" steps=", steps) : "", tile_n ? words(" tiles of ", cluster, " x 128 x ", tile_n) : "");
   }
 };
 
 Case draw_case() {
   Case c{};
-  const int64_t op = pick({0, 0, 1, 2, 2, 2, 3, 3, 4, 5, 5, 5});
-  const char* ops[] = {"quantize", "dequantize", "linear", "experts", "nvfp4", "few"};
+  const int64_t op = pick({0, 0, 1, 2, 2, 2, 3, 3, 4, 5, 5, 5, 6, 6, 6});
+  const char* ops[] = {"quantize", "dequantize", "linear", "experts", "nvfp4", "few", "many"};
   c.op = ops[op];
   std::tie(c.dtype, c.b_dtype) = draw_types();
-  if (op == 5) c.dtype = DType::kBF16, c.b_dtype = draw() % 2 ? DType::kBF16 : DType::kF32;
+  if (op >= 5) c.dtype = DType::kBF16, c.b_dtype = draw() % 2 ? DType::kBF16 : DType::kF32;
   c.T = op == 2 || op == 5 ? 1 + static_cast<int64_t>(draw() % kMxFewCuda) : pick({1, 3, 16, 33, 130});
   c.K = pick({1, 31, 32, 33, 64, 100, 256, 544, 1088, 2112});
   c.O = pick({1, 7, 16, 17, 40, 64});
@@ -52,6 +53,11 @@ Case draw_case() {
   if (op == 5) {
     c.O = pick({1, 64, 100, 128, 130, 300}), c.R = pick({1, 8, 16, 33, 136});
     c.steps = 1 + static_cast<int32_t>(draw() % kMxMostSteps);
+  }
+  if (op == 6) {
+    c.T = pick({1, 17, 130, 300}), c.K = pick({32, 64, 96, 200, 544}), c.O = pick({8, 136, 128, 264});
+    c.R = pick({1, 8, 16, 33, 136}), c.pad = pick({0, 8}), c.shift = pick({0, 8});
+    c.tile_n = static_cast<int32_t>(pick({128, 256})), c.cluster = 1;
   }
   return c;
 }
@@ -283,16 +289,20 @@ std::string judge_linear(const Case& c, const std::vector<int>& schedules) {
   const std::vector<int32_t> plan = plan_of(experts, c.E);
   emu::track_global(plan.data(), plan.size() * sizeof(int32_t), true);
   const MxExpertsParams of_experts{p, plan.data(), c.E};
+  const bool own = c.steps || c.tile_n;  // kernels that take fp32 factors apart
   MxFused parts{.why = ""};
   if (c.steps) parts.steps = c.steps, parts.parts = static_cast<int32_t>(ceil_div(c.K, int64_t{kMxStep} * c.steps));
-  const size_t bytes = by_expert ? mx_linear_experts_workspace(of_experts, kTarget)
-                       : c.steps ? static_cast<size_t>(parts.parts * c.T * c.O) * 4
-                                 : mx_linear_workspace(p, kTarget);
+  const size_t bytes = by_expert  ? mx_linear_experts_workspace(of_experts, kTarget)
+                       : c.steps  ? static_cast<size_t>(parts.parts * c.T * c.O) * 4
+                       : c.tile_n ? (c.low_rank ? lora_tail_bytes(tail_of(p)) : 0)
+                                  : mx_linear_workspace(p, kTarget);
   Matrix scratch(DType::kF32, 1, static_cast<int64_t>(bytes / 4), 0, 0, false);
   const std::string wrong = run_schedules(schedules, {&y, &scratch}, {y}, [&] {
     return by_expert ? mx_linear_experts_cuda(of_experts, scratch.data(), nullptr)
            : c.steps ? mx_few_sm90(p, parts, scratch.data(), nullptr)
-                     : mx_linear_cuda(p, scratch.data(), nullptr);
+           : c.tile_n
+               ? mx_gemm_tiled(p, bytes ? scratch.data() : nullptr, gemm_tiles(c.O, c.T, c.tile_n, c.cluster), nullptr)
+               : mx_linear_cuda(p, scratch.data(), nullptr);
   });
   if (!wrong.empty()) return wrong;
   Error error;
@@ -316,7 +326,7 @@ std::string judge_linear(const Case& c, const std::vector<int>& schedules) {
       if (!number) {
         if (!std::isnan(got)) return words("row ", t, " column ", o, " has a NaN block, and is ", got);
       } else if (magnitude < (c.dtype == DType::kF16 ? 6e4 : 1e37)) {  // beyond them an overflow may come first
-        error.add(got, want, magnitude, c.dtype, false);
+        error.add(got, want, magnitude, c.dtype, own && c.low_rank && c.b_dtype == DType::kF32);
       }
     }
   if (x.bytes != x.fresh) return "wrote where it should only read";

@@ -101,7 +101,7 @@ struct MxGemm : Gemm<bf16, Major::kK, Tail::kColumns, false, kTileN> {
       for (int i = 0; i < kSums; ++i) sum[i] = 0.f;
       const int64_t o = tile.row + consumer() * 64 + own_row(), G = w.G(), last = w.O - 1;
       Scales scales{{w.scales + (o < last ? o : last) * G, w.scales + (o + 8 < last ? o + 8 : last) * G},
-                    static_cast<int>(G - 1),
+                    static_cast<int>(G),
                     {}};
       scales.load();
       const auto step = [&](uint32_t (&codes)[kProducts][4]) {
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 1) mx_gemm_kernel(const __grid_const
 
 }  // namespace
 
-int mx_gemm_sm90(const MxLinearParams& p, const MxTail& tail, const GemmTiles& tiles, Stream stream) {
+int mx_gemm_sm90(const MxLinearParams& p, const LoraTail& tail, const GemmTiles& tiles, Stream stream) {
   MxGemmParams m{.g = {.M = static_cast<int32_t>(p.w.O),
                        .N = static_cast<int32_t>(p.T),
                        .steps = static_cast<int32_t>(ceil_div(p.w.K, int64_t{kTileK})),
@@ -221,8 +221,8 @@ int mx_gemm_sm90(const MxLinearParams& p, const MxTail& tail, const GemmTiles& t
   if (!error)
     error = make_tensor_map(&g.a, {p.w.codes, 1, 2, {pitch, p.w.O}, {pitch}, {kCodesRow, kTileM}, Swizzle::k32});
   if (!error && tail.columns)
-    error = map_operands(&g.s, &g.u, {tail.b, p.w.O, tail.columns, tail.columns},
-                         {tail.s, tail.columns, p.T, tail.columns}, false, tiles.tile_n);
+    error = map_operands(&g.s, &g.u, {tail.u, p.w.O, tail.columns, tail.u_pitch},
+                         {tail.s, tail.columns, p.T, tail.s_pitch}, false, tiles.tile_n);
   if (!error) error = map_result(&g.y, p.y, p.T, p.w.O);
   if (error) return error;
   return with_bool(tiles.tile_n == 256, [&](auto wide) {
