@@ -321,8 +321,7 @@ struct FusedLinear {
   }
   bool taken() const {
     if (!weight || !on_cuda(x.op, x.tensor) || weight->stride(1) != 1) return false;
-    return takes_fused(
-        choose_gemm(shape_of(params(nullptr, nullptr, nullptr)), DeviceScope(x.op, x.tensor).target));
+    return takes_fused(choose_gemm(shape_of(params(nullptr, nullptr, nullptr)), DeviceScope(x.op, x.tensor).target));
   }
   void run_into(const Tensor& y, const Tensor& base, const Tensor& s) const {
     void* kept = base.defined() ? base.mutable_data_ptr() : nullptr;
