@@ -57,7 +57,7 @@ Case draw_case() {
   if (op == 6) {
     c.T = pick({1, 17, 130, 300}), c.K = pick({32, 64, 96, 200, 544}), c.O = pick({8, 136, 128, 264});
     c.R = pick({1, 8, 16, 33, 136}), c.pad = pick({0, 8}), c.shift = pick({0, 8});
-    c.tile_n = static_cast<int32_t>(pick({128, 256})), c.cluster = 1;
+    c.tile_n = static_cast<int32_t>(pick({128, 256})), c.cluster = 1 + static_cast<int32_t>(draw() % 2);
   }
   return c;
 }

@@ -74,9 +74,7 @@ template <class B, int kTokens>
 __global__ void __launch_bounds__(kFewThreads, 2)
     mx_few_kernel(MxLinearParams p, float* planes, int steps, bool vectors) {
   Smem smem;
-  const int rank_chunks = p.s ? ceil_div(p.R, kChunk) : 0, of_tail = rank_chunks * kFactorTerms<B>;
-  auto* x = smem.take<unsigned char>((steps * kChunks + of_tail) * kChunkBytes<kTokens>);
-  auto* s = x + steps * kChunks * kChunkBytes<kTokens>;
+  auto* x = smem.take<unsigned char>(kMxMostSteps * kChunks * kChunkBytes<kTokens>);  // later S
   auto* codes = smem.take<unsigned char>(kCodesBytes);
   const int lane = lane_id(), g = lane / 4, t = lane % 4;
   const int64_t o = (int64_t{blockIdx.x} * kFewWarps + warp_id()) * 16 + g, G = p.w.G(), K = p.w.K;
@@ -103,15 +101,6 @@ __global__ void __launch_bounds__(kFewThreads, 2)
 
   stage<kTokens, bf16>(x, steps * kChunks, {static_cast<const bf16*>(p.x) + first, p.x_pitch, p.T, K - first, vectors},
                        [](const Words8<bf16>& v, int i) { return pair_of(v, i); });
-  const bool tail = of_tail && blockIdx.y + 1 == gridDim.y;
-  if (tail) {
-    using S = TypeOfS<B>;
-    const Source from{p.s, p.R, p.T, p.R, p.R % 8 == 0 && reinterpret_cast<uintptr_t>(p.s) % 16 == 0};
-#pragma unroll 1
-    for (int term = 0; term < kFactorTerms<B>; ++term)
-      stage<kTokens, S>(s + term * rank_chunks * kChunkBytes<kTokens>, rank_chunks, from,
-                        [&](const Words8<S>& v, int i) { return factor_pair<true>(v, term, i); });
-  }
   fence_async();
   sync_threads();
 
@@ -146,15 +135,26 @@ __global__ void __launch_bounds__(kFewThreads, 2)
                  [&](int below, int w, int j) { return pair_of<true>(words[below][w], j, scales[below]); });
     }
   }
-  if (tail) {
-    const bool whole = p.R % 8 == 0 && reinterpret_cast<uintptr_t>(p.b) % 16 == 0;
+  if (p.s && blockIdx.y + 1 == gridDim.y) {
+    using S = TypeOfS<B>;
+    const auto whole = [&](const void* data) { return p.R % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+    const int of_term = ceil_div(p.R, kChunk), chunks = of_term * kFactorTerms<B>;
+    static_assert(kMaxRank / kChunk * 3 <= kMxMostSteps * kChunks);
+    wgmma_wait<0>(sum);
+    sync_threads();
+#pragma unroll 1
+    for (int term = 0; term < kFactorTerms<B>; ++term)
+      stage<kTokens, S>(x + term * of_term * kChunkBytes<kTokens>, of_term, {p.s, p.R, p.T, p.R, whole(p.s)},
+                        [&](const Words8<S>& v, int i) { return factor_pair<true>(v, term, i); });
+    fence_async();
+    sync_threads();
     const B* from[2];
 #pragma unroll
     for (int below = 0; below < 2; ++below)
       from[below] = static_cast<const B*>(p.b) + (o + 8 * below < p.w.O ? o + 8 * below : p.w.O - 1) * p.R;
 #pragma unroll 1
-    for (int c = 0; c < of_tail; ++c) {
-      const int term = c / rank_chunks, r = c % rank_chunks * kChunk + 32 * t;
+    for (int c = 0; c < chunks; ++c) {
+      const int term = c / of_term, r = c % of_term * kChunk + 32 * t;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Words8<B> v[2][2];
@@ -163,9 +163,9 @@ __global__ void __launch_bounds__(kFewThreads, 2)
 #pragma unroll
           for (int w = 0; w < 2; ++w) {
             const int at = r + 8 * (2 * half + w);
-            v[below][w] = load_row<false>(from[below] + at, p.R - at, whole);
+            v[below][w] = load_row<false>(from[below] + at, p.R - at, whole(p.b));
           }
-        multiply(s + c * kChunkBytes<kTokens>, half,
+        multiply(x + c * kChunkBytes<kTokens>, half,
                  [&](int below, int w, int j) { return factor_pair<false>(v[below][w % 2], term, j); });
       }
     }
@@ -200,11 +200,10 @@ int mx_few_sm90(const MxLinearParams& p, const MxFused& config, void* workspace,
     using B = std::conditional_t<wide.value, float, bf16>;
     return with_bool(p.T > 8, [&](auto more) {
       constexpr int kTokens = more.value ? 16 : 8;
-      const int64_t chunks = config.steps * kChunks + (p.s ? ceil_div(p.R, kChunk) * kFactorTerms<B> : 0);
+      constexpr size_t kSmem = smem_bytes<unsigned char>(kMxMostSteps * kChunks * kChunkBytes<kTokens>) +
+                               smem_bytes<unsigned char>(kCodesBytes);
       return launch("mx_few", mx_few_kernel<B, kTokens>, grid_of(ceil_div(p.w.O, int64_t{kMxTile}), config.parts),
-                    dim3(kFewThreads),
-                    smem_bytes<unsigned char>(chunks * kChunkBytes<kTokens>) + smem_bytes<unsigned char>(kCodesBytes),
-                    stream, p, planes, config.steps, vectors);
+                    dim3(kFewThreads), kSmem, stream, p, planes, config.steps, vectors);
     });
   });
   if (error) return error;

@@ -14,8 +14,7 @@ using namespace sm90;
 constexpr int kCodesRow = kTileK / 2;  // bytes of a row of a box, swizzled, so that 8 rows' halves meet all banks
 static_assert(kCodesRow == span_of(Swizzle::k32) && kTileK == 2 * kMxBlock);
 
-struct MxGemmParams {
-  GemmParams g;
+struct MxGemmParams : GemmParams {
   MxWeight w;
 };
 
@@ -28,7 +27,7 @@ struct MxGemm : Gemm<bf16, Major::kK, Tail::kColumns, false, kTileN> {
 
   const MxWeight& w;
 
-  __device__ __forceinline__ MxGemm(Smem& smem, const MxGemmParams& params) : Base(smem, params.g), w(params.w) {}
+  __device__ __forceinline__ MxGemm(Smem& smem, const MxGemmParams& params) : Base(smem, params), w(params.w) {}
 
   __device__ __forceinline__ void produce() {
     bool waited = false;
@@ -199,21 +198,20 @@ __global__ void __launch_bounds__(kThreads, 1) mx_gemm_kernel(const __grid_const
     more_registers<kConsumerRegisters>();
     gemm.consume();
   }
-  if (p.g.tiles.cluster > 1) sync_cluster();
+  if (p.tiles.cluster > 1) sync_cluster();
 }
 
 }  // namespace
 
 int mx_gemm_sm90(const MxLinearParams& p, const LoraTail& tail, const GemmTiles& tiles, Stream stream) {
-  MxGemmParams m{.g = {.M = static_cast<int32_t>(p.w.O),
-                       .N = static_cast<int32_t>(p.T),
-                       .steps = static_cast<int32_t>(ceil_div(p.w.K, int64_t{kTileK})),
-                       .tail_steps = ceil_div(tail.columns, kTileK),
-                       .tail_products = ceil_div((tail.columns + kTileK - 1) % kTileK + 1, 16),
-                       .tiles = tiles,
-                       .bias = p.bias},
-                 .w = p.w};
-  GemmParams& g = m.g;
+  MxGemmParams g{{.M = static_cast<int32_t>(p.w.O),
+                  .N = static_cast<int32_t>(p.T),
+                  .steps = static_cast<int32_t>(ceil_div(p.w.K, int64_t{kTileK})),
+                  .tail_steps = ceil_div(tail.columns, kTileK),
+                  .tail_products = ceil_div((tail.columns + kTileK - 1) % kTileK + 1, 16),
+                  .tiles = tiles,
+                  .bias = p.bias},
+                 p.w};
   const int64_t pitch = p.w.G() * kMxBytes;
   TensorMap none;
   int error =
@@ -225,11 +223,11 @@ int mx_gemm_sm90(const MxLinearParams& p, const LoraTail& tail, const GemmTiles&
                          {tail.s, tail.columns, p.T, tail.s_pitch}, false, tiles.tile_n);
   if (!error) error = map_result(&g.y, p.y, p.T, p.w.O);
   if (error) return error;
+  const bool made = tail.columns && tail.s != p.s;  // by the launch before, which x and the codes are older than
   return with_bool(tiles.tile_n == 256, [&](auto wide) {
     constexpr int kTileN = decltype(wide)::value ? 256 : 128;
     return launch("mx_gemm", mx_gemm_kernel<kTileN>, dim3(static_cast<unsigned>(blocks_of(tiles))), dim3(kThreads),
-                  MxGemm<kTileN>::kSmem, stream,
-                  LaunchOptions{.cluster = tiles.cluster, .after_predecessor = g.tail_steps > 0}, m);
+                  MxGemm<kTileN>::kSmem, stream, LaunchOptions{.cluster = tiles.cluster, .after_predecessor = made}, g);
   });
 }
 
