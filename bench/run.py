@@ -9,7 +9,7 @@ most three times in all; if it stays so it is marked noisy, not to be cited. Com
 times it, else what a provider adds to the base, else its whole time.
 
 On CUDA graphs are timed, with another buffer in the L2 before each. A provider that cannot be captured is timed as it is called, host
-time included, and the run says so. `fused` is lrkern with LRKERN_FUSED=1, where that launches other kernels; `kernels` in rows
+time included, and the run says so. `fused` is lrkern with LRKERN_FUSED=all, where that launches other kernels; `kernels` in rows
 of lrkern's are the names of those that ran.
 
 Each provider's result, and after a backward its gradients, are held against float64 before it is timed. Off by more than a tenth,
@@ -144,9 +144,9 @@ class Field:
         """The kernels of lrkern's two paths, on CUDA; `fused` leaves where it has none of its own."""
         found = {p: timing.kernels_of(self.steps[p, "whole"][0]) for p in ("lrkern", "fused") if p in self.calls}
         if "fused" in found and not found["fused"]:
-            self.leave("fused", "torch's profiler sees no kernels: which ones LRKERN_FUSED=1 launches is not known")
+            self.leave("fused", "torch's profiler sees no kernels: which ones LRKERN_FUSED=all launches is not known")
         elif "fused" in found and found["fused"] <= found.get("lrkern", set()):
-            self.leave("fused", "LRKERN_FUSED=1 launches no other kernels here")
+            self.leave("fused", "LRKERN_FUSED=all launches no other kernels here")
         return {provider: sorted({name[:120] for name in names}) for provider, names in found.items()}
 
 

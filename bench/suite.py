@@ -69,7 +69,7 @@ class Call:
 
 
 def by_path(call: Call, fused: bool) -> Call:
-    """A call of lrkern with LRKERN_FUSED=1, or without, whatever it was said to be before. A graph keeps what its capture saw."""
+    """A call of lrkern with LRKERN_FUSED=all, or without, whatever it was said to be before. A graph keeps what its capture saw."""
 
     @contextmanager
     def around():

@@ -156,4 +156,4 @@ def test_devices_are_those_that_the_build_has_code_for(monkeypatch):
     both = [f"cuda:{i}{path}" for i in (0, 1) for path in ("", " fused")]
     assert [*selftest.devices(info, False)] == ["cpu", *both, "cuda:2"]
     assert [*selftest.devices(info, True)] == ["cpu", *both[:2], "cuda:2"]
-    assert selftest.devices(info, True)["cuda:0 fused"] == "H, LRKERN_FUSED=1"
+    assert selftest.devices(info, True)["cuda:0 fused"] == "H, LRKERN_FUSED=all"

@@ -4,7 +4,7 @@
 Needs Python, torch >= 2.11 and pytest; nvcc where there is no build yet, compute-sanitizer where it is to check. Parts, in
 this order: env, build, ptx (every wrapper of ptx.cuh against its definition), tests, sanitizer, ceilings, kernels (each
 one's share of its roof), bench. Each is a process with a time limit; one that fails is reported and the rest goes on.
-Parts run with LRKERN_FUSED=0. Those of families with kernels of this GPU's architecture alone run again with 1, as fused:tests... and
+Parts run with LRKERN_FUSED=0. Those of families with kernels of this GPU's architecture alone run again with all, as fused:tests... and
 fused:sanitizer...; kernels and bench time both.
 
     --only FAMILY   one family, within 5 minutes (not counting a build)
@@ -99,7 +99,7 @@ class Session:
             process = subprocess.Popen(
                 words, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
                 env={**os.environ, "PYTHONPATH": str(ROOT / "python"), "PYTHONUNBUFFERED": "1",
-                     "LRKERN_FUSED": str(int(self.fused)), **env},
+                     "LRKERN_FUSED": "all" if self.fused else "0", **env},
             )  # fmt: skip
             try:
                 code = process.wait(max(LEAST, self.deadline - time.monotonic()))

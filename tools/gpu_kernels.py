@@ -104,7 +104,7 @@ def time_kernels(families: list[str], device: str) -> Iterator[dict]:
 
 
 def calls(family: str, shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> Iterator[Timed]:
-    """Of each kernel that the device runs, those of its architecture alone with LRKERN_FUSED=1."""
+    """Of each kernel that the device runs, those of its architecture alone with LRKERN_FUSED=all."""
     archs = {k.name: k.source.arch for k in gpu_status.kernels()}
     here = "{}{}".format(*torch.cuda.get_device_capability()) if device == "cuda" else ""
     for timed in load(family).timed(library(), device, dtype, shape):

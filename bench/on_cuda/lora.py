@@ -8,7 +8,7 @@
                 where no kernel is written. Fp32 factors are rounded beforehand; with dropout torch's own passes are beside it
     addmm       y += S Bᵀ and dX += dS A by cuBLAS in place, as unsloth does it; fp32 factors are rounded in every call
     lrkern      the patched layer, its portable kernels beside cuBLAS
-    fused       the same with LRKERN_FUSED=1
+    fused       the same with LRKERN_FUSED=all
 
 ab=fp32 is PEFT's default over a 16-bit base; without it the factors are in bfloat16. pass=no_grad decodes.
 """

@@ -7,7 +7,7 @@
     gather    one copy of A and B per row, two batched products
     vllm      vLLM's own ops (make peers), ranks padded to the highest: torch_ops on the CPU, its Triton pair on CUDA
     lrkern    multi_lora_plan (in a model made once for all layers, here timed at every call) and multi_lora_linear
-    fused     on CUDA the same with LRKERN_FUSED=1
+    fused     on CUDA the same with LRKERN_FUSED=all
 
 type is who has which adapter: distinct (in turn), identical, skewed (adapter 0 has one row, adapter 1 the rest) or zipf.
 R=mixed: ranks 8, 16, 32, 64 and 0 in turn. method=train: A adapters with T / A consecutive rows each. The adapter alone has

@@ -15,7 +15,7 @@ On CUDA, at the sizes of larger layers, also
                 against those
     marlin      vLLM's Marlin kernel (pip install vllm), from the same bytes, forward alone
     humming     humming's (pip install humming-kernels), likewise
-    fused       lrkern with LRKERN_FUSED=1
+    fused       lrkern with LRKERN_FUSED=all
 
 torchao, bnb and gnf4 are there after `make peers`. x is in the case's dtype but for fp32 and bf16, and what int4pack and gnf4 turn it
 into. With one token what each reads of W rotates over 512 MiB; "of read" is its W against the bandwidth of a plain read in this run.

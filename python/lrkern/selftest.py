@@ -4,7 +4,7 @@
 A device has a process of its own (``work``) that says which sample it begins and what it found. So an op that ends the process, or that
 never returns, is one that is wrong, and the next process goes on with the op after it.
 
-A GPU of an architecture that has kernels of its own has a second pass with them, LRKERN_FUSED=1, named "cuda:0 fused".
+A GPU of an architecture that has kernels of its own has a second pass with them, LRKERN_FUSED=all, named "cuda:0 fused".
 """
 
 import faulthandler

@@ -57,13 +57,13 @@ class Asked:
 def kernels_of(step):
     with use_library(asked := Asked()):
         step.run(step.ready())
-    return {{"0": "portable_kernel", "1": "sm90_kernel"}[said] for said in asked.said}
+    return {{"0": "portable_kernel", "all": "sm90_kernel"}[said] for said in asked.said}
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU in name: its tensors are on the CPU, graphs are stood in for, a call waits where it says so by torch's own words, and
-    LRKERN_FUSED=1 launches another kernel."""
+    LRKERN_FUSED=all launches another kernel."""
     seen = SimpleNamespace(mode="default", captured=[])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -212,13 +212,13 @@ def test_the_last_word_on_the_path_counts():
     call = by_path(by_path(Call(said, Call(said)), False), True)
     for way in (call, call.alone):
         with way.around():
-            assert way.forward() == "1"
+            assert way.forward() == "all"
     assert said() is None
 
 
 @pytest.mark.parametrize(("found", "reason"), [
-    ({"0": {"gemm", "expand"}, "1": {"gemm"}}, "LRKERN_FUSED=1 launches no other kernels here"),
-    ({"0": set(), "1": set()}, "torch's profiler sees no kernels"),
+    ({"0": {"gemm", "expand"}, "all": {"gemm"}}, "LRKERN_FUSED=all launches no other kernels here"),
+    ({"0": set(), "all": set()}, "torch's profiler sees no kernels"),
 ])  # fmt: skip
 def test_fused_is_missing_where_it_is_not(gpu, monkeypatch, found, reason):
     def kernels_of(step):

@@ -193,7 +193,7 @@ def test_a_part_knows_which_path_it_runs(own_kernels, session, tmp_path, monkeyp
     for name in ("tests:registry", "fused:tests:registry", "tests:families", "fused:tests:families"):
         parts[name](session, {"gpus": [["a GPU", "90", 0, 0]]})
     said = [line for line in (tmp_path / "tests.txt").read_text().splitlines() if line.startswith("path ")]
-    assert [line[:7] for line in said] == ["path 0:", "path 1:"] * 2
+    assert [line.split(":")[0] + ":" for line in said] == ["path 0:", "path all:"] * 2
     assert said[0].endswith("-k cuda") and "lora_linear" in said[1] and "mora" not in said[1]
     assert "test_mora.py" in said[2] and "test_lora.py" in said[3] and "test_mora.py" not in said[3]
 
@@ -204,7 +204,7 @@ def test_kernels_of_one_architecture_are_timed_on_it_by_their_path(own_kernels, 
     monkeypatch.setattr(gpu_kernels, "load", lambda family: there)
     found = lambda device: [(t.kernel, t.call()) for t in gpu_kernels.calls("lora", gpu_kernels.SMALL, device)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert found("cuda") == [("lora_expand", "1"), ("lora_shrink", "0")]
+    assert found("cuda") == [("lora_expand", "all"), ("lora_shrink", "0")]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     assert found("cuda") == found("cpu") == [("lora_shrink", "0")]
 
@@ -379,13 +379,14 @@ def emulator(stack):
 
 @FAMILIES
 def test_the_sanitizers_cases_reach_every_kernel(family, emulator):
-    for arch in ("", "90"):  # what the emulator has
-        wanted = {k.name for k in gpu_status.kernels() if k.source.family == family and k.source.arch == arch}
-        emulator.launched()
-        with testing.fused(bool(arch)):
-            for _, call in gpu_kernels.samples([family], "cpu", gpu_kernels.DTYPES[:2]) if wanted else ():
+    archs = {k.source.arch for k in gpu_status.kernels() if k.source.family == family} & {"", "90"}  # what the emulator has
+    wanted = {k.name for k in gpu_status.kernels() if k.source.family == family and k.source.arch in archs}
+    emulator.launched()
+    for arch in sorted(archs):
+        with testing.fused(bool(arch)), emulator.setting("arch", int(arch or 80)):
+            for _, call in gpu_kernels.samples([family], "cpu", gpu_kernels.DTYPES[:2]):
                 call()
-        assert {name for name, _, _ in emulator.launched()} >= wanted
+    assert {name for name, _, _ in emulator.launched()} >= wanted
 
 
 @FAMILIES
@@ -396,7 +397,8 @@ def test_each_timed_call_launches_its_kernel(family, emulator):
         emulator.launched()
         if archs[timed.kernel] not in ("", "90"):
             continue
-        with testing.fused(bool(archs[timed.kernel])):
+        arch = archs[timed.kernel]
+        with testing.fused(bool(arch)), emulator.setting("arch", int(arch or 80)):
             timed.call()
         seen = {name for name, _, _ in emulator.launched()}
         known = {timed.kernel, *timed.also} | parts
