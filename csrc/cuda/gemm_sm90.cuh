@@ -503,8 +503,8 @@ struct Gemm {
 };
 
 // What a block does. Kernels are named for their families and pass on their parameters.
-template <class Gemm>
-__device__ __forceinline__ void run_block(const GemmParams& p) {
+template <class Gemm, class Params>
+__device__ __forceinline__ void run_block(const Params& p) {
   Smem smem;
   Gemm gemm(smem, p);
   if (threadIdx.x < kGroup) {

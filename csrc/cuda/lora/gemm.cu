@@ -1,9 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // Base product and low-rank product in one GEMM, by an architecture that has a kernel for it.
-#include "cuda/launch.cuh"
-#include "lora/tail.cuh"
+#include "lora/terms.cuh"
 
 namespace lrk {
+namespace {
+
+template <class S, class U, bool kThree>
+__global__ void __launch_bounds__(kBlockThreads)
+    lora_terms_kernel(TermsOf s, TermsOf u, int R, int columns, bool along_n) {
+  write_terms<S, U, kThree>(s, u, R, columns, along_n);
+}
+
+}  // namespace
+
+int lora_tail(const LoraGemmParams& p, void* workspace, Stream stream, LoraTail* tail) {
+  return make_tail(p, workspace, tail, [&]<class S, class U>(S, U, auto three, dim3 grid, const auto&... args) {
+    return launch("lora_terms", lora_terms_kernel<S, U, three.value>, grid, dim3(kBlockThreads), 0, stream, args...);
+  });
+}
 
 int lora_gemm_cuda(const LoraGemmParams& p, void* workspace, Stream stream) {
   const GemmConfig config = choose_gemm(shape_of(p), cuda_target());

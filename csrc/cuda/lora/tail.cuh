@@ -11,8 +11,8 @@ struct LoraTail {
   int64_t s_pitch, u_pitch;
   int32_t columns;
 };
-// S and U themselves where they are bf16 and lie so; else S' and U' are written to the workspace (lora_tail_bytes). It looks at how W lies, S, U
-// and their sizes.
+// S and U themselves where they are bf16 and lie so; else S' and U' are written to the workspace (lora_tail_bytes). Of p it
+// looks at S, U, their sizes and how W lies.
 int lora_tail(const LoraGemmParams& p, void* workspace, Stream stream, LoraTail* tail);
 
 // Architectures that have a kernel for it. A cudaError_t value.

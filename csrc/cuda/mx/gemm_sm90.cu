@@ -189,16 +189,7 @@ struct MxGemm : Gemm<bf16, Major::kK, Tail::kColumns, false, kTileN> {
 
 template <int kTileN>
 __global__ void __launch_bounds__(kThreads, 1) mx_gemm_kernel(const __grid_constant__ MxGemmParams p) {
-  Smem smem;
-  MxGemm<kTileN> gemm(smem, p);
-  if (threadIdx.x < kGroup) {
-    fewer_registers<kProducerRegisters>();
-    if (threadIdx.x < 32) gemm.produce();
-  } else {
-    more_registers<kConsumerRegisters>();
-    gemm.consume();
-  }
-  if (p.tiles.cluster > 1) sync_cluster();
+  run_block<MxGemm<kTileN>>(p);
 }
 
 }  // namespace

@@ -2,11 +2,12 @@
 // The low-rank product of a GEMM as bf16 operands. A factor that is not bf16 is taken apart: v = hi + lo in bf16, and
 //   S U = [S_hi, S_hi, S_lo] [U_hi, U_lo, U_hi]^T
 // leaves out lo lo, 2^-16 of the result. What is not finite goes into the first product alone, so that it meets no zero.
+#pragma once
+
 #include "lora/tail.cuh"
 #include "place.cuh"
 
 namespace lrk {
-namespace {
 
 struct TermsOf {
   const void* from;  // [rows, R] elements at row * stride_row + r * stride_r
@@ -30,8 +31,7 @@ __device__ __forceinline__ bf16 term(const TermsOf& t, int64_t row, int c, int R
 
 // A thread writes 8 elements next to each other: of a row of S', of a row of U' [N, columns] or of a column of U' [columns, N].
 template <class S, class U, bool kThree>
-__global__ void __launch_bounds__(kBlockThreads)
-    lora_terms_kernel(TermsOf s, TermsOf u, int R, int columns, bool along_n) {
+__device__ __forceinline__ void write_terms(const TermsOf& s, const TermsOf& u, int R, int columns, bool along_n) {
   const int64_t vectors = columns / 8, of_s = s.rows * vectors;
   int64_t at = int64_t{blockIdx.x} * kBlockThreads + threadIdx.x;
   Vec8<bf16> v;
@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(kBlockThreads)
   store_16(u.to + line * u.pitch + first, bit_cast<Words8<bf16>>(v).w[0]);
 }
 
-}  // namespace
-
-int lora_tail(const LoraGemmParams& p, void* workspace, Stream stream, LoraTail* tail) {
+// lora_tail by a family's kernel: run(tags of S, of U, of three terms, grid, and what write_terms takes).
+template <class Run>
+int make_tail(const LoraGemmParams& p, void* workspace, LoraTail* tail, const Run& run) {
   const bool along_n = p.w.stride_n == 1;
   if (!workspace) {
     *tail = {static_cast<const bf16*>(p.s), static_cast<const bf16*>(p.u.data), p.R,
@@ -70,17 +70,12 @@ int lora_tail(const LoraGemmParams& p, void* workspace, Stream stream, LoraTail*
   const TermsOf s{p.s, p.R, 1, p.T, to, columns};
   const TermsOf u{p.u.data, p.u.stride_n, p.u.stride_r, p.N, to + p.T * columns, tail->u_pitch};
   const dim3 grid = grid_of(ceil_div((p.T + p.N) * (columns / 8), int64_t{kBlockThreads}), 1);
-  return with_float(p.factor_dtype, [&](auto of) {
-    using F = decltype(of);
-    if (!three) {
-      return launch("lora_terms", lora_terms_kernel<bf16, bf16, false>, grid, dim3(kBlockThreads), 0, stream, s, u, p.R,
-                    columns, along_n);
-    }
+  return with_float(p.factor_dtype, [&]<class F>(F of) {
+    if (!three) return run(bf16{}, bf16{}, std::false_type{}, grid, s, u, p.R, columns, along_n);
     if constexpr (std::is_same_v<F, bf16>) {
       return kInvalidConfiguration;
     } else {
-      return launch("lora_terms", lora_terms_kernel<float, F, true>, grid, dim3(kBlockThreads), 0, stream, s, u, p.R,
-                    columns, along_n);
+      return run(float{}, of, std::true_type{}, grid, s, u, p.R, columns, along_n);
     }
   });
 }
