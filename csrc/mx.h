@@ -273,7 +273,7 @@ struct MxFused {
 };
 MxFused choose_mx_fused(const MxFusedShape& shape, Target target);
 MxFusedShape shape_of(const MxLinearParams& p);
-LoraGemmParams tail_of(const MxLinearParams& p);  // S B^T alone
+LowRankProduct low_rank_of(const MxLinearParams& p);
 
 LRK_KERNEL(mx_quantize, MxQuantizeParams)
 LRK_KERNEL(mx_dequantize, MxDequantizeParams)

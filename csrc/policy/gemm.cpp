@@ -3,7 +3,6 @@
 #include "gemm.h"
 
 #include "choice.h"
-#include "lora.h"
 #include "tuned.h"
 
 namespace lrk {
@@ -21,12 +20,11 @@ Answer explain(const GemmConfig& c, const GemmShape& s) {
 }
 
 // bf16 factors that lie as W does, in whole vectors, are read as they are.
-size_t lora_tail_bytes(const LoraGemmParams& p) {
-  const bool along_n = p.w.stride_n == 1, alike = (along_n ? p.u.stride_n : p.u.stride_r) == 1;
-  const int64_t pitch = along_n ? p.u.stride_r : p.u.stride_n;
-  const bool direct = p.factor_dtype == DType::kBF16 && alike && p.R % 8 == 0 && pitch % 8 == 0 &&
-                      reinterpret_cast<uintptr_t>(p.u.data) % 16 == 0 && reinterpret_cast<uintptr_t>(p.s) % 16 == 0;
-  return direct ? 0 : (p.T + p.N) * lora_tail_columns(p.R, p.factor_dtype) * sizeof(bf16);
+size_t tail_bytes(const LowRankProduct& p) {
+  const bool alike = (p.along_n ? p.stride_n : p.stride_r) == 1;
+  const bool direct = p.factor_dtype == DType::kBF16 && alike && whole_vectors(p.s, p.R) &&
+                      whole_vectors(p.u, p.along_n ? p.stride_r : p.stride_n);
+  return direct ? 0 : (p.T + p.N) * tail_columns(p.R, p.factor_dtype) * sizeof(bf16);
 }
 
 GemmConfig choose_gemm(const GemmShape& s, Target target) {

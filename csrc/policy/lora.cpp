@@ -89,7 +89,7 @@ GemmShape shape_of(const LoraGemmParams& p) {
           whole_vectors(p.x, p.x_pitch) && whole_vectors(p.w) && whole_vectors(p.y, p.N) && whole_vectors(p.base, p.N)};
 }
 
-size_t lora_gemm_workspace(const LoraGemmParams& p, Target) { return lora_tail_bytes(p); }
+size_t lora_gemm_workspace(const LoraGemmParams& p, Target) { return tail_bytes(low_rank_of(p)); }
 
 // Partial sums of dc, one [N] row per kRescaleRows tokens, on both devices.
 size_t lora_rescale_workspace(const LoraRescaleParams& p, Target) {

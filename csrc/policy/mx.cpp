@@ -78,12 +78,7 @@ MxFusedShape shape_of(const MxLinearParams& p) {
   return {
       p.T, p.w.O, p.w.K, p.s ? p.R : 0, p.dtype, p.b_dtype, whole_vectors(p.x, p.x_pitch) && whole_vectors(p.y, p.w.O)};
 }
-LoraGemmParams tail_of(const MxLinearParams& p) {
-  LoraGemmParams tail{};
-  tail.w.stride_r = 1, tail.s = p.s, tail.u = {p.b, 1, p.R};
-  tail.T = p.T, tail.N = p.w.O, tail.R = p.R, tail.factor_dtype = p.b_dtype;
-  return tail;
-}
+LowRankProduct low_rank_of(const MxLinearParams& p) { return {p.s, p.b, 1, p.R, p.T, p.w.O, p.R, p.b_dtype, false}; }
 
 size_t mx_quantize_workspace(const MxQuantizeParams&, Target) { return 0; }
 size_t mx_dequantize_workspace(const MxDequantizeParams&, Target) { return 0; }
@@ -100,7 +95,7 @@ size_t mx_linear_experts_workspace(const MxExpertsParams& p, Target target) {
 size_t mx_linear_dx_workspace(const MxLinearDxParams&, Target) { return 0; }
 size_t mx_fused_workspace(const MxLinearParams& p, Target target) {
   const MxFused c = choose_mx_fused(shape_of(p), target);
-  return c.few ? c.parts * p.T * p.w.O * sizeof(float) : p.s ? lora_tail_bytes(tail_of(p)) : 0;
+  return c.few ? c.parts * p.T * p.w.O * sizeof(float) : p.s ? tail_bytes(low_rank_of(p)) : 0;
 }
 
 namespace {

@@ -294,7 +294,7 @@ std::string judge_linear(const Case& c, const std::vector<int>& schedules) {
   if (c.steps) parts.steps = c.steps, parts.parts = static_cast<int32_t>(ceil_div(c.K, int64_t{kMxStep} * c.steps));
   const size_t bytes = by_expert  ? mx_linear_experts_workspace(of_experts, kTarget)
                        : c.steps  ? static_cast<size_t>(parts.parts * c.T * c.O) * 4
-                       : c.tile_n ? (c.low_rank ? lora_tail_bytes(tail_of(p)) : 0)
+                       : c.tile_n ? (c.low_rank ? tail_bytes(low_rank_of(p)) : 0)
                                   : mx_linear_workspace(p, kTarget);
   Matrix scratch(DType::kF32, 1, static_cast<int64_t>(bytes / 4), 0, 0, false);
   const std::string wrong = run_schedules(schedules, {&y, &scratch}, {y}, [&] {

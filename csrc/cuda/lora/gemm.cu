@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Base product and low-rank product in one GEMM, by an architecture that has a kernel for it.
-#include "lora/terms.cuh"
+#include "lora/tail.cuh"
 
 namespace lrk {
 namespace {
@@ -13,16 +13,18 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 }  // namespace
 
-int lora_tail(const LoraGemmParams& p, void* workspace, Stream stream, LoraTail* tail) {
-  return make_tail(p, workspace, tail, [&]<class S, class U>(S, U, auto three, dim3 grid, const auto&... args) {
-    return launch("lora_terms", lora_terms_kernel<S, U, three.value>, grid, dim3(kBlockThreads), 0, stream, args...);
-  });
+int lora_tail(const LoraGemmParams& p, void* workspace, Stream stream, GemmTail* tail) {
+  return make_tail(low_rank_of(p), workspace, tail,
+                   [&]<class S, class U>(S, U, auto three, dim3 grid, const auto&... args) {
+                     return launch("lora_terms", lora_terms_kernel<S, U, three.value>, grid, dim3(kBlockThreads), 0,
+                                   stream, args...);
+                   });
 }
 
 int lora_gemm_cuda(const LoraGemmParams& p, void* workspace, Stream stream) {
   const GemmConfig config = choose_gemm(shape_of(p), cuda_target());
   if (!config.fits) return kInvalidConfiguration;
-  LoraTail tail{};
+  GemmTail tail{};
   if (p.R) {
     if (const int error = lora_tail(p, workspace, stream, &tail)) return error;
   }

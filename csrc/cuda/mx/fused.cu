@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A packed weight's product with the low-rank one inside, by an architecture that has kernels for it.
 #include "linear.cuh"
-#include "lora/terms.cuh"
 
 namespace lrk {
 namespace {
@@ -22,12 +21,12 @@ int mx_fused_cuda(const MxLinearParams& p, void* workspace, Stream stream) {
 }
 
 int mx_gemm_tiled(const MxLinearParams& p, void* workspace, const GemmTiles& tiles, Stream stream) {
-  LoraTail tail{};
+  GemmTail tail{};
   if (p.s) {
     const auto run = [&]<class S, class U>(S, U, auto three, dim3 grid, const auto&... args) {
       return launch("mx_tail", mx_tail_kernel<S, U, three.value>, grid, dim3(kBlockThreads), 0, stream, args...);
     };
-    if (const int error = make_tail(tail_of(p), workspace, &tail, run)) return error;
+    if (const int error = make_tail(low_rank_of(p), workspace, &tail, run)) return error;
   }
   return mx_gemm_sm90(p, tail, tiles, stream);
 }

@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1) mx_gemm_kernel(const __grid_const
 
 }  // namespace
 
-int mx_gemm_sm90(const MxLinearParams& p, const LoraTail& tail, const GemmTiles& tiles, Stream stream) {
+int mx_gemm_sm90(const MxLinearParams& p, const GemmTail& tail, const GemmTiles& tiles, Stream stream) {
   MxGemmParams g{{.M = static_cast<int32_t>(p.w.O),
                   .N = static_cast<int32_t>(p.T),
                   .steps = static_cast<int32_t>(ceil_div(p.w.K, int64_t{kTileK})),

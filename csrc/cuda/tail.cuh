@@ -1,13 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The low-rank product of a GEMM as bf16 operands. A factor that is not bf16 is taken apart: v = hi + lo in bf16, and
+// The low-rank product as more columns of a bf16 GEMM: Y += S' [T, columns] U' [columns, N]. A factor that is
+// not bf16 is taken apart: v = hi + lo in bf16, and
 //   S U = [S_hi, S_hi, S_lo] [U_hi, U_lo, U_hi]^T
 // leaves out lo lo, 2^-16 of the result. What is not finite goes into the first product alone, so that it meets no zero.
 #pragma once
 
-#include "lora/tail.cuh"
+#include "gemm.h"
 #include "place.cuh"
 
 namespace lrk {
+
+struct GemmTail {
+  const bf16 *s, *u;  // [T, columns]; of U' the layout of W
+  int64_t s_pitch, u_pitch;
+  int32_t columns;
+};
 
 struct TermsOf {
   const void* from;  // [rows, R] elements at row * stride_row + r * stride_r
@@ -54,28 +61,28 @@ __device__ __forceinline__ void write_terms(const TermsOf& s, const TermsOf& u, 
   store_16(u.to + line * u.pitch + first, bit_cast<Words8<bf16>>(v).w[0]);
 }
 
-// lora_tail by a family's kernel: run(tags of S, of U, of three terms, grid, and what write_terms takes).
+// S and U themselves where they are bf16 and lie so; else S' and U' are written to the workspace (tail_bytes) by a kernel of the
+// family: run(tags of S, of U, whether of three terms, the grid, what write_terms takes).
 template <class Run>
-int make_tail(const LoraGemmParams& p, void* workspace, LoraTail* tail, const Run& run) {
-  const bool along_n = p.w.stride_n == 1;
+int make_tail(const LowRankProduct& p, void* workspace, GemmTail* tail, const Run& run) {
   if (!workspace) {
-    *tail = {static_cast<const bf16*>(p.s), static_cast<const bf16*>(p.u.data), p.R,
-             along_n ? p.u.stride_r : p.u.stride_n, p.R};
+    *tail = {static_cast<const bf16*>(p.s), static_cast<const bf16*>(p.u), p.R, p.along_n ? p.stride_r : p.stride_n,
+             p.R};
     return 0;
   }
   const bool three = p.factor_dtype != DType::kBF16;
-  const auto columns = static_cast<int32_t>(lora_tail_columns(p.R, p.factor_dtype));
+  const auto columns = static_cast<int32_t>(tail_columns(p.R, p.factor_dtype));
   auto* to = static_cast<bf16*>(workspace);
-  *tail = {to, to + p.T * columns, columns, along_n ? p.N : columns, columns};
+  *tail = {to, to + p.T * columns, columns, p.along_n ? p.N : columns, columns};
   const TermsOf s{p.s, p.R, 1, p.T, to, columns};
-  const TermsOf u{p.u.data, p.u.stride_n, p.u.stride_r, p.N, to + p.T * columns, tail->u_pitch};
+  const TermsOf u{p.u, p.stride_n, p.stride_r, p.N, to + p.T * columns, tail->u_pitch};
   const dim3 grid = grid_of(ceil_div((p.T + p.N) * (columns / 8), int64_t{kBlockThreads}), 1);
   return with_float(p.factor_dtype, [&]<class F>(F of) {
-    if (!three) return run(bf16{}, bf16{}, std::false_type{}, grid, s, u, p.R, columns, along_n);
+    if (!three) return run(bf16{}, bf16{}, std::false_type{}, grid, s, u, p.R, columns, p.along_n);
     if constexpr (std::is_same_v<F, bf16>) {
       return kInvalidConfiguration;
     } else {
-      return run(float{}, of, std::true_type{}, grid, s, u, p.R, columns, along_n);
+      return run(float{}, of, std::true_type{}, grid, s, u, p.R, columns, p.along_n);
     }
   });
 }
