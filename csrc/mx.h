@@ -231,6 +231,20 @@ struct MxLinearDxParams {
   DType dtype;
 };
 
+// Y[T, O] = alpha (A B^T + S U^T) + bias of two packed operands, one accumulator, rounded once to bf16: for units that multiply
+// blocks by their scales. B is MXFP4; so is A, or where it is wide MXFP8.
+struct MxProductParams {
+  const uint8_t *a, *a_scales;  // [T, G, 16] e2m1, or [T, G, 32] e4m3; [T, G]
+  const uint8_t *b, *b_scales;  // [O, G, 16]; [O, G]
+  void* y;                      // [T, O] bf16
+  const void* bias;             // [O] bf16, or null
+  const void *s, *u;            // [T, R] and [O, R] bf16, contiguous
+  int64_t T, O, K;              // K is 32 G
+  int32_t R;
+  bool wide;
+  float alpha;
+};
+
 // Numbers of a type as sums of so many bf16, exactly: what CUDA multiplies codes with.
 LRK_HD constexpr int mx_terms(DType dtype) { return dtype == DType::kBF16 ? 1 : dtype == DType::kF16 ? 2 : 3; }
 
