@@ -31,11 +31,12 @@ struct Question {
 
   int64_t operator[](const char* name) const { return std::get<int64_t>(values.at(name)); }
   bool flag(const char* name) const { return std::get<bool>(values.at(name)); }
-  DType dtype() const {
-    const std::string& name = std::get<std::string>(values.at("dtype"));
+  DType dtype(const char* of = "dtype") const {
+    const std::string& name = std::get<std::string>(values.at(of));
     for (DType t : {DType::kF32, DType::kF16, DType::kBF16})
       if (name == name_of(t)) return t;
-    throw std::invalid_argument("lrkern._host.explain: dtype must be float32, float16 or bfloat16, got " + name);
+    throw std::invalid_argument(
+        text("lrkern._host.explain: ", of, " must be float32, float16 or bfloat16, got ", name));
   }
   Target target() const {
     const std::string& name = std::get<std::string>(values.at("device"));

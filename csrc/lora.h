@@ -8,12 +8,17 @@
 //   shrink_wgrad       dS and dB in one pass over dY
 //   rescale  dZ[T, N]  = c * dY,  dc[N] = sum over T of dY * base                 backward of c * base
 //
+// and of the two together, on architectures that have a kernel for it:
+//
+//   gemm     Y[T, N]   = c * X[T, K] W[K, N] + bias + D(S[T, R] U[R, N])          y = x W^T + S B^T, dx = dz W + D(dS A)
+//
 // D multiplies by the dropout mask of (row, column) times keep_scale, or is the identity. Everything accumulates in fp32
 // and rounds once. N is reduced in chunks of a fixed length, added in order: one row's bits do not depend on T.
 #pragma once
 
 #include <type_traits>
 
+#include "gemm_tiles.h"
 #include "rng.h"
 
 namespace lrk {
@@ -107,6 +112,23 @@ struct LoraRescaleParams {
 };
 constexpr int kRescaleRows = 64;  // tokens of a split of dc
 
+// On CUDA the kernel may begin while the launch before it is not over: that one may write s or u, but neither x nor w.
+struct LoraGemmParams {
+  void* y;                  // [T, N] dtype, contiguous
+  void* base;               // [T, N] dtype, contiguous: where X W goes by itself, or null
+  const float* base_scale;  // c [N]; null for ones
+  const void* bias;         // [N] dtype; null for zeros
+  const void* x;            // [T, K] dtype
+  Factor w;                 // W[k, n] of dtype at data[k * stride_r + n * stride_n]
+  const void* s;            // [T, R] s_dtype(factor_dtype), contiguous
+  Factor u;                 // [R, N] factor_dtype
+  int64_t T, N, K, x_pitch;
+  int32_t R;
+  DType dtype, factor_dtype;
+  Dropout dropout;  // of the low-rank product alone
+  const int64_t* seed;
+};
+
 // dS and dB: one pass over dY or two. The fused pass saves one read of dY [T, O] and pays a write and a read of partial
 // sums of dS, [T, R] fp32 for each chunk of O.
 struct BackwardShape {
@@ -156,10 +178,32 @@ struct ShrinkWgradLayout {
 };
 ShrinkWgradLayout shrink_wgrad_layout(const LoraShrinkWgradParams& p);
 
+// gemm: whether an architecture has a kernel for the problem, and its tiles. Nothing of it was measured on a GPU yet, so that
+// it is taken where LRKERN_FUSED asks for it alone: `pays` is what a count of steps says.
+struct GemmShape {
+  int64_t T, N, K;
+  int32_t R;
+  DType dtype, factor_dtype;
+  bool aligned;  // operands begin at multiples of 16 bytes, and so do their rows
+};
+struct GemmConfig {
+  bool fits, pays;
+  int32_t tile_n, cluster;
+  const char* why;
+};
+GemmConfig choose_lora_gemm(const GemmShape& shape, Target target);
+GemmShape shape_of(const LoraGemmParams& p);
+
+// Columns that S and U take as bf16 operands: three terms of a factor of another type, whole vectors of 8.
+constexpr int64_t lora_tail_columns(int64_t R, DType factor) {
+  return ceil_div(factor == DType::kBF16 ? R : 3 * R, int64_t{8}) * 8;
+}
+
 LRK_KERNEL(lora_shrink, LoraShrinkParams)
 LRK_KERNEL(lora_expand, LoraExpandParams)
 LRK_KERNEL(lora_wgrad, LoraWgradParams)
 LRK_KERNEL(lora_shrink_wgrad, LoraShrinkWgradParams)
 LRK_KERNEL(lora_rescale, LoraRescaleParams)
+LRK_KERNEL(lora_gemm, LoraGemmParams)  // not of the CPU
 
 }  // namespace lrk

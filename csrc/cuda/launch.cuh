@@ -19,13 +19,23 @@ constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
 constexpr unsigned kMaxThreads = 1024, kMaxThreadsZ = 64;
 constexpr int kInvalidConfiguration = 9;  // cudaErrorInvalidConfiguration
 
-inline int launch_error(dim3 grid, dim3 block) {
+// Of kernels for sm_90a (ptx_sm90.cuh). cluster: blocks along x that run together, 8 at most. after_predecessor: the launch
+// may begin before the one before it in its stream is over; what that one writes is there after wait_predecessor.
+struct LaunchOptions {
+  int cluster = 1;
+  bool after_predecessor = false;
+};
+constexpr int kMaxCluster = 8;
+
+inline int launch_error(dim3 grid, dim3 block, LaunchOptions options) {
   const bool grid_ok =
       grid.x >= 1 && grid.x <= kMaxGridX && grid.y >= 1 && grid.y <= kMaxGridYZ && grid.z >= 1 && grid.z <= kMaxGridYZ;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   const bool block_ok = threads >= 1 && threads <= kMaxThreads && block.x <= kMaxThreads && block.y <= kMaxThreads &&
                         block.z <= kMaxThreadsZ;
-  return grid_ok && block_ok ? 0 : kInvalidConfiguration;
+  const bool cluster_ok =
+      options.cluster >= 1 && options.cluster <= kMaxCluster && grid.x % static_cast<unsigned>(options.cluster) == 0;
+  return grid_ok && block_ok && cluster_ok ? 0 : kInvalidConfiguration;
 }
 
 // Shared memory. A kernel carves its arrays out of the launch's dynamic bytes in the order of its calls, the same in every
@@ -39,8 +49,9 @@ LRK_HD constexpr size_t smem_bytes(size_t count) {
 
 #if defined(LRK_EMULATE)
 
-inline int current_device() { return 0; }
-inline int32_t arch_of(int) { return 80; }
+inline int current_device() { return -1; }  // of which nothing is remembered: its architecture is a setting
+inline int32_t arch_of(int) { return static_cast<int32_t>(lrk_emulator_get("arch")); }
+inline int multiprocessors() { return 4; }  // few, so that small problems keep blocks busy for more than one tile
 
 struct Smem {
   template <class T>
@@ -53,11 +64,12 @@ struct Smem {
 };
 
 template <class Kernel, class... Args>
-int launch(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t smem, Stream, const Args&... args) {
-  if (const int error = launch_error(grid, block)) return emu::refuse(name, grid, block, smem, error);
+int launch(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t smem, Stream, LaunchOptions options,
+           const Args&... args) {
+  if (const int error = launch_error(grid, block, options)) return emu::refuse(name, grid, block, smem, error);
   auto body = [&] { kernel(args...); };
   return emu::launch(
-      name, reinterpret_cast<const void*>(kernel), grid, block, smem,
+      name, reinterpret_cast<const void*>(kernel), grid, block, smem, options.cluster, options.after_predecessor,
       [](void* b) { (*static_cast<decltype(body)*>(b))(); }, &body);
 }
 
@@ -72,6 +84,10 @@ inline int32_t arch_of(int device) {  // 0 where the runtime does not say
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   return 10 * major + minor;
+}
+inline int multiprocessors() {
+  int count = 0;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()) == cudaSuccess ? count : 1;
 }
 
 struct Smem {
@@ -90,8 +106,8 @@ struct Smem {
 // Returns a cudaError_t value. A failed launch leaves no error behind that a later, innocent check would find.
 template <class Kernel, class... Args>
 int launch(const char* /*name*/, Kernel kernel, dim3 grid, dim3 block, size_t smem, Stream stream,
-           const Args&... args) {
-  if (const int error = launch_error(grid, block)) return error;
+           LaunchOptions options, const Args&... args) {
+  if (const int error = launch_error(grid, block, options)) return error;
   // More than this needs an opt-in per kernel; the call is cheap beside a launch.
   constexpr size_t kDefaultSharedLimit = 48 * 1024;
   cudaError_t error = cudaSuccess;
@@ -103,6 +119,18 @@ int launch(const char* /*name*/, Kernel kernel, dim3 grid, dim3 block, size_t sm
     config.blockDim = block;
     config.dynamicSmemBytes = smem;
     config.stream = stream;
+    cudaLaunchAttribute asked[2] = {};
+    config.attrs = asked;
+    if (options.cluster > 1) {
+      cudaLaunchAttribute& a = asked[config.numAttrs++];
+      a.id = cudaLaunchAttributeClusterDimension;
+      a.val.clusterDim = {static_cast<unsigned>(options.cluster), 1, 1};
+    }
+    if (options.after_predecessor) {
+      cudaLaunchAttribute& a = asked[config.numAttrs++];
+      a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      a.val.programmaticStreamSerializationAllowed = 1;
+    }
     error = cudaLaunchKernelEx(&config, kernel, args...);
   }
   if (error != cudaSuccess) cudaGetLastError();
@@ -110,6 +138,11 @@ int launch(const char* /*name*/, Kernel kernel, dim3 grid, dim3 block, size_t sm
 }
 
 #endif
+
+template <class Kernel, class... Args>
+int launch(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t smem, Stream stream, const Args&... args) {
+  return launch(name, kernel, grid, block, smem, stream, LaunchOptions{}, args...);
+}
 
 inline Target cuda_target() { return {Device::kCUDA, cuda_arch()}; }
 inline dim3 grid_of(int64_t x, int64_t y, int64_t z = 1) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Wrappers of what sm_90a adds, as ptx.cuh has those of sm_80: mbarriers, the tensor memory accelerator, wgmma. For files
-// that are compiled for sm_90a alone. Under LRK_EMULATE they are functions of tests/emulator/hopper.cpp.
+// Wrappers of what sm_90a adds, as ptx.cuh has those of sm_80: mbarriers, the tensor memory accelerator, wgmma, clusters. For
+// files that are compiled for sm_90a alone. Under LRK_EMULATE they are functions of tests/emulator/hopper.cpp.
 #pragma once
 
 #include <type_traits>
@@ -91,6 +91,47 @@ template <int N>
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
+
+// ---- clusters: blocks that run together, launch.cuh says how many; a block alone is a cluster of one. Before a block sends
+// anything to another, that one has made its mbarriers, and it ends no sooner than what is sent to it has come: sync_cluster,
+// or a wait for it.
+
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+// By all threads of all blocks; those that have returned are not waited for.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// At the mbarrier that lies at the same place in block `rank` of the cluster. It tells of reads of shared memory that are over;
+// for writes it would have to be .release.cluster, which waits for all of the thread's memory (MEMBAR.GPU) at each arrival.
+__device__ __forceinline__ void mbarrier_arrive_at(Mbarrier* b, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(shared_address(b)),
+      "r"(rank)
+      : "memory");
+}
+// The box lands at the same place, and its bytes on the same mbarrier, of each block whose bit is set in `blocks`.
+__device__ __forceinline__ void bulk_load_multicast(void* smem, const TensorMap& map, Mbarrier* b, int x, int y,
+                                                    uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(smem)),
+      "l"(&map), "r"(shared_address(b)), "r"(x), "r"(y), "h"(blocks)
+      : "memory");
+}
+
+// ---- launches that overlap, see LaunchOptions::after_predecessor. What the launch before has written is there after the
+// wait, which returns once all of it is over; launch_dependents says no more than that the next may begin.
+
+__device__ __forceinline__ void wait_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- warpgroups: four warps, the first a multiple of four
 

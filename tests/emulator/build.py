@@ -162,8 +162,8 @@ def counted(name: str, sources: list[str | Path]) -> Path:
 
 
 def portable(*kinds: str) -> list[Source]:
-    """The sources, of these kinds alone where any are given, that run anywhere; others have instructions of one GPU."""
-    return [s for s in sources() if not s.arch and s.kind in (kinds or s.kind)]
+    """The sources, of these kinds alone where any are given, that the emulator runs: those of any GPU, and of sm_90a."""
+    return [s for s in sources() if s.arch in ("", "90") and s.kind in (kinds or s.kind)]
 
 
 def families() -> list[str]:

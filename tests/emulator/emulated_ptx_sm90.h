@@ -37,6 +37,16 @@ LRK_INLINE void bulk_wait_read(LRK_AT) {
   emu::bulk_wait(N, true, at);
 }
 
+LRK_INLINE int cluster_rank() { return emu::cluster_rank(); }
+LRK_INLINE void sync_cluster(LRK_AT) { emu::sync_cluster(at); }
+LRK_INLINE void mbarrier_arrive_at(Mbarrier* b, int rank, LRK_AT) { emu::mbarrier_arrive_at(b, rank, at); }
+LRK_INLINE void bulk_load_multicast(void* smem, const TensorMap& map, Mbarrier* b, int x, int y, uint16_t blocks,
+                                    LRK_AT) {
+  emu::bulk_load_multicast(smem, map, b, {{x, y, 0}}, blocks, at);
+}
+LRK_INLINE void wait_predecessor(LRK_AT) { emu::wait_predecessor(at); }
+LRK_INLINE void launch_dependents() {}
+
 template <int N>
 LRK_INLINE void fewer_registers(LRK_AT) {
   emu::set_registers(N, false, at);

@@ -47,9 +47,9 @@ void report(const std::string& text) {
 
 std::atomic<int64_t>* setting(const std::string& name) {
   Settings& s = g_settings;
-  const std::map<std::string, std::atomic<int64_t>*> all = {{"schedule", &s.schedule},     {"threads", &s.threads},
-                                                            {"max_shared", &s.max_shared}, {"switches", &s.switches},
-                                                            {"blocks", &s.blocks},         {"launches", &s.launches}};
+  const std::map<std::string, std::atomic<int64_t>*> all = {
+      {"schedule", &s.schedule}, {"threads", &s.threads}, {"max_shared", &s.max_shared}, {"arch", &s.arch},
+      {"switches", &s.switches}, {"blocks", &s.blocks},   {"launches", &s.launches}};
   const auto it = all.find(name);
   return it == all.end() ? nullptr : it->second;
 }
@@ -232,8 +232,10 @@ void Worker::run(Launch& l) {
   current = nullptr;
 }
 
-int launch(const char* kernel, const void* function, dim3 grid, dim3 block, size_t smem, Body body, void* context) {
-  if (static_cast<int64_t>(smem) > g_settings.max_shared) return refuse(kernel, grid, block, smem, kInvalidValue);
+int launch(const char* kernel, const void* function, dim3 grid, dim3 block, size_t smem, int cluster, bool, Body body,
+           void* context) {
+  if (static_cast<int64_t>(smem) > g_settings.max_shared || cluster > 1)
+    return refuse(kernel, grid, block, smem, kInvalidValue);
   ++g_settings.launches;
   Launch l;
   l.kernel = kernel;

@@ -98,7 +98,8 @@ struct Where {
 
 // ---- launch (emulator.cpp) -------------------------------------------------------------------------------------------
 using Body = void (*)(void*);
-int launch(const char* kernel, const void* function, dim3 grid, dim3 block, size_t smem, Body body, void* context);
+int launch(const char* kernel, const void* function, dim3 grid, dim3 block, size_t smem, int cluster,
+           bool after_predecessor, Body body, void* context);
 int refuse(const char* kernel, dim3 grid, dim3 block, size_t smem, int error);  // reports a launch over the limits
 
 // Ends the launch with a report; called on a fiber.

@@ -39,6 +39,12 @@ void bulk_store(const TensorMap& map, const void* smem, int rank, BoxAt to, Wher
 void bulk_commit(Where at);
 void bulk_wait(int groups_left, bool read_only, Where at);
 
+int cluster_rank();
+void sync_cluster(Where at);
+void mbarrier_arrive_at(Mbarrier* b, int rank, Where at);
+void bulk_load_multicast(void* smem, const TensorMap& map, Mbarrier* b, BoxAt from, uint16_t blocks, Where at);
+void wait_predecessor(Where at);
+
 uint32_t shared_window(const void* p);  // an address in the block's shared memory, as descriptors have it
 // a: registers of an A fragment, or null for a descriptor.
 struct WgmmaCall {

@@ -3,7 +3,7 @@
 // compares with sums in double; results must have equal bits under every schedule tried.
 #include <tuple>
 
-#include "lora.h"
+#include "cuda/lora/tail.cuh"
 #include "params.h"
 
 namespace {
@@ -19,19 +19,22 @@ struct Case {
   int64_t pad, shift;
   double p;
   float scale;
-  bool in_place, base, base_scale, bias;  // expand: what the product is added to; rescale: base is for dc
+  bool in_place, base, base_scale, bias;  // expand: what the product is added to; rescale, gemm: base is for dc
+  int64_t K;                              // gemm
+  int32_t tile_n, cluster;
 
   std::string text() const {
     return words(op, in_place ? " in place" : "", base ? " base" : "", base_scale ? " scaled" : "", bias ? " bias" : "",
                  " ", lrk::name_of(dtype), "/", lrk::name_of(factor_dtype), " T=", T, " N=", N, " R=", R,
-                 n_contig ? " U[R,N]" : " U[N,R]", " pad=", pad, " shift=", shift, " dropout=", p);
+                 n_contig ? " U[R,N]" : " U[N,R]", " pad=", pad, " shift=", shift, " dropout=", p,
+                 op == "gemm" ? words(" K=", K, " tiles of ", cluster, " x 128 x ", tile_n) : "");
   }
 };
 
 Case draw_case() {
-  const char* ops[] = {"shrink", "expand", "expand", "wgrad", "shrink_wgrad", "rescale"};
+  const char* ops[] = {"shrink", "expand", "expand", "wgrad", "shrink_wgrad", "rescale", "gemm"};
   Case c{};
-  c.op = ops[draw() % 6];
+  c.op = ops[draw() % 7];
   std::tie(c.dtype, c.factor_dtype) = draw_types();
   c.T = pick({1, 3, 16, 64, 65, 100, 130});
   c.N = pick({1, 8, 24, 64, 100, 130, 256, 257, 520});
@@ -51,10 +54,85 @@ Case draw_case() {
     c.base_scale = c.base && draw() % 2;
     c.bias = draw() % 2;
   }
+  if (c.op == "gemm") {
+    while (c.dtype == DType::kF32) std::tie(c.dtype, c.factor_dtype) = draw_types();
+    c.T = pick({1, 64, 100, 130, 300});
+    c.N = pick({8, 64, 200, 264});
+    c.K = pick({8, 64, 72, 200, 320});
+    c.R = c.R == 1 && draw() % 2 ? 0 : c.R;
+    c.pad = pick({0, 8});
+    c.shift = 0;
+    c.p = c.n_contig && c.p > 0 ? c.p : 0;
+    c.base = c.p == 0 && draw() % 4 == 0;
+    c.base_scale = c.p == 0 && draw() % 4 == 0;
+    c.bias = draw() % 2;
+    c.tile_n = static_cast<int32_t>(pick({128, 256}));
+    c.cluster = 1;
+  }
   return c;
 }
 
+// Y = c X W + bias + D(S U), and X W by itself. n_contig: W and U run along N, as in backward.
+std::string judge_gemm(const Case& c, const std::vector<int>& schedules) {
+  const bool two_terms = c.factor_dtype != DType::kBF16;
+  Matrix x(c.dtype, c.T, c.K, c.pad, 0, true),
+      w(c.dtype, c.n_contig ? c.K : c.N, c.n_contig ? c.N : c.K, c.pad, 0, true);
+  Matrix s(s_dtype(c.factor_dtype), c.T, c.R, 0, 0, true);
+  Matrix u(c.factor_dtype, c.n_contig ? c.R : c.N, c.n_contig ? c.N : c.R, 0, 0, true);
+  Matrix y(c.dtype, c.T, c.N, 0, 0, false), base(c.dtype, c.T, c.N, 0, 0, false), bias(c.dtype, 1, c.N, 0, 0, true);
+  Matrix scale(DType::kF32, 1, c.N, 0, 0, true);
+  const int64_t seed = 0x1234567890abcdef;
+  emu::track_global(&seed, sizeof seed, true);
+  LoraGemmParams p{.y = y.data(),
+                   .base = c.base ? base.data() : nullptr,
+                   .base_scale = c.base_scale ? scale.floats() : nullptr,
+                   .bias = c.bias ? bias.data() : nullptr,
+                   .x = x.data(),
+                   .w = {w.data(), c.n_contig ? w.pitch : 1, c.n_contig ? 1 : w.pitch},
+                   .s = s.data(),
+                   .u = {u.data(), c.n_contig ? c.N : 1, c.n_contig ? 1 : c.R},
+                   .T = c.T,
+                   .N = c.N,
+                   .K = c.K,
+                   .x_pitch = x.pitch,
+                   .R = c.R,
+                   .dtype = c.dtype,
+                   .factor_dtype = c.factor_dtype,
+                   .dropout = make_dropout(c.p),
+                   .seed = &seed};
+  const size_t bytes = lora_gemm_workspace(p, {Device::kCUDA, 90});
+  Matrix scratch(DType::kBF16, 1, static_cast<int64_t>(bytes / 2), 0, 0, false);
+  const std::string wrong = run_schedules(schedules, {&y, &base, &scratch}, {y, base}, [&] {
+    LoraTail tail{};
+    int code = c.R ? lora_tail(p, bytes ? scratch.data() : nullptr, nullptr, &tail) : 0;
+    return code ? code : lora_gemm_sm90(p, tail, gemm_tiles(c.T, c.N, c.tile_n, c.cluster), nullptr);
+  });
+  if (!wrong.empty()) return wrong;
+  Error error;
+  for (int64_t t = 0; t < c.T; ++t)
+    for (int64_t n = 0; n < c.N; ++n) {
+      double product = 0, low = 0, magnitude = 0;
+      for (int64_t k = 0; k < c.K; ++k) {
+        const double v = x.at(t, k) * (c.n_contig ? w.at(k, n) : w.at(n, k));
+        product += v, magnitude += std::fabs(v);
+      }
+      if (c.base) error.add(base.at(t, n), product, magnitude, c.dtype, false);
+      const double factor = c.base_scale ? scale.at(0, n) : 1.0;
+      magnitude *= std::fabs(factor);
+      const Philox block = dropout_block(static_cast<uint64_t>(seed), t, n / kDropoutBlock);
+      const bool keep = bits16(block, static_cast<int>(n % kDropoutBlock)) >= p.dropout.threshold;
+      for (int64_t r = 0; keep && r < c.R; ++r) {
+        const double v = s.at(t, r) * (c.n_contig ? u.at(r, n) : u.at(n, r)) * p.dropout.keep_scale;
+        low += v, magnitude += std::fabs(v);
+      }
+      const double add = c.bias ? bias.at(0, n) : 0.0;
+      error.add(y.at(t, n), factor * product + low + add, magnitude + std::fabs(add), c.dtype, two_terms);
+    }
+  return error.verdict();
+}
+
 std::string judge(const Case& c, const std::vector<int>& schedules) {
+  if (c.op == "gemm") return judge_gemm(c, schedules);
   const DType s_type = s_dtype(c.factor_dtype);
   const bool exact = c.dtype == c.factor_dtype, mixed = !exact || c.factor_dtype != s_type;  // mixed: two bf16 terms
   Matrix x(c.dtype, c.T, c.N, c.pad, c.shift, true);

@@ -20,7 +20,7 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 using Known = std::shared_ptr<const std::vector<uint32_t>>;  // by thread and engine: the last epoch that is over
 
 struct Settings {
-  std::atomic<int64_t> schedule{0}, threads{1}, max_shared{227 * 1024};
+  std::atomic<int64_t> schedule{0}, threads{1}, max_shared{227 * 1024}, arch{80};
   std::atomic<int64_t> switches{0}, blocks{0}, launches{0};
 };
 extern Settings g_settings;

@@ -79,6 +79,39 @@ __global__ void __launch_bounds__(32) boxes(const __grid_constant__ Boxes p) {
   }
 }
 
+// Each block of a cluster loads its box, one below the other, for all of them, and signals the next one.
+template <int kBlocks>
+__global__ void __launch_bounds__(32) cluster(const __grid_constant__ Boxes p) {
+  Smem smem;
+  uint16_t* tile = smem.take<uint16_t>(kBlocks * 512);
+  Mbarrier *landed = smem.take<Mbarrier>(1), *signalled = smem.take<Mbarrier>(1);
+  const int t = static_cast<int>(threadIdx.x), rank = cluster_rank();
+  if (t == 0) {
+    mbarrier_init(landed, 1);
+    mbarrier_init(signalled, 1);
+    fence_mbarrier_init();
+  }
+  sync_cluster();
+  if (t == 0) {
+    mbarrier_arrive_expect(landed, kBlocks * 1024);
+    bulk_load_multicast(tile + rank * 512, p.from, landed, p.x, p.y + 8 * rank, (1 << kBlocks) - 1);
+    mbarrier_arrive_at(signalled, (rank + 1) % kBlocks);
+  }
+  mbarrier_wait(landed, 0);
+  mbarrier_wait(signalled, 0);
+  for (int i = t; i < kBlocks * 512; i += 32) p.seen[rank * kBlocks * 512 + i] = tile[i];
+}
+
+// What the launch before has written is there after the wait.
+__global__ void __launch_bounds__(32) earlier(int* p) {
+  launch_dependents();
+  p[threadIdx.x] = static_cast<int>(threadIdx.x);
+}
+__global__ void __launch_bounds__(32) later(const int* p, int* out) {
+  wait_predecessor();
+  out[threadIdx.x] = p[threadIdx.x] + 1;
+}
+
 namespace {
 
 int g_faults = 0;
@@ -163,6 +196,30 @@ void try_boxes() {
   }
 }
 
+template <int kBlocks>
+void try_cluster() {
+  constexpr int kRows = 8 * kBlocks - 3, kCols = 64, kEach = kBlocks * 512;
+  auto *from = visible<uint16_t>(kRows * kCols), *seen = visible<uint16_t>(kBlocks * kEach);
+  for (int i = 0; i < kRows * kCols; ++i) from[i] = static_cast<uint16_t>(i + 1);
+  Boxes p{{}, {}, seen, 0, 0};
+  int code = make_tensor_map(&p.from, {from, 2, 2, {kCols, kRows}, {kCols * 2}, {64, 8}, Swizzle::kNone});
+  if (!code)
+    code = finished(launch("cluster", cluster<kBlocks>, dim3(kBlocks), dim3(32),
+                           smem_bytes<uint16_t>(kEach) + 2 * smem_bytes<Mbarrier>(1), nullptr, {kBlocks}, p));
+  int wrong = 0;
+  for (int i = 0; i < kBlocks * kEach; ++i) wrong += seen[i] != (i % kEach < kRows * kCols ? from[i % kEach] : 0);
+  said("cluster of " + std::to_string(kBlocks), code, wrong);
+}
+
+void try_overlap() {
+  int *p = visible<int>(32), *out = visible<int>(32);
+  int code = launch("earlier", earlier, dim3(1), dim3(32), 0, nullptr, p);
+  if (!code) code = finished(launch("later", later, dim3(1), dim3(32), 0, nullptr, {1, true}, p, out));
+  int wrong = 0;
+  for (int i = 0; i < 32; ++i) wrong += out[i] != i + 1;
+  said("overlapping launches", code, wrong);
+}
+
 }  // namespace
 }  // namespace lrk
 
@@ -182,5 +239,7 @@ int main() {
   try_boxes<Swizzle::k32>();
   try_boxes<Swizzle::k64>();
   try_boxes<Swizzle::k128>();
+  try_cluster<1>();
+  try_overlap();
   return g_faults != 0;
 }
