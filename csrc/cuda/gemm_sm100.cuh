@@ -3,8 +3,8 @@
 // files that are compiled for sm_100a alone; CUTLASS reaches the hardware by itself, so that nothing here is emulated.
 #pragma once
 
-#include <cutlass/cutlass.h>
-// CUTLASS first
+#include <cute/tensor.hpp>
+// before the rest, which calls its algorithms by their full names
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
@@ -21,7 +21,7 @@ struct Segments : Main {
   using Cluster = typename Main::DispatchPolicy::ClusterShape;
   using Stored = typename Main::TensorStorage;
   using StoredTail = typename Tail::TensorStorage;  // A's stages, then B's, as in Stored
-  static constexpr bool kScaled = !cute::is_same_v<Main, Tail>;
+  static constexpr bool kScaled = requires { Main::SFVecSize; };
   static constexpr int kStep = cute::size<2>(typename Main::TileShape{});
   static constexpr int kTailStep = cute::size<2>(typename Tail::TileShape{});
   static_assert(sizeof(StoredTail::smem_A) == sizeof(Stored::smem_A));
@@ -58,7 +58,8 @@ struct Segments : Main {
   template <class Shape>
   static Params to_underlying_arguments(Shape const& shape, Arguments const& a, void* workspace,
                                         cutlass::KernelHardwareInfo const& hardware = {}) {
-    Params p{Main::to_underlying_arguments(of_k(shape, a.K), a.main, workspace, hardware), {}, cute::ceil_div(a.K, kStep)};
+    Params p{
+        Main::to_underlying_arguments(of_k(shape, a.K), a.main, workspace, hardware), {}, cute::ceil_div(a.K, kStep)};
     if (a.R) p.tail = Tail::to_underlying_arguments(of_k(shape, a.R), a.tail, workspace, hardware);
     return p;
   }

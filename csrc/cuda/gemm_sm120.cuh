@@ -3,8 +3,8 @@
 // Main's stages, come by ldmatrix and are multiplied into the same registers. For files that are compiled for sm_120a alone.
 #pragma once
 
-#include <cutlass/cutlass.h>
-// CUTLASS first
+#include <cute/tensor.hpp>
+// before the rest, which calls its algorithms by their full names
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
@@ -16,7 +16,8 @@ template <class>
 struct Bf16Product;
 template <class Atom, class Threads, class M, class N, class K>
 struct Bf16Product<cute::TiledMMA<Atom, Threads, cute::Tile<M, N, K>>> {
-  using type = cute::TiledMMA<cute::MMA_Atom<cute::SM80_16x8x16_F32BF16BF16F32_TN>, Threads, cute::Tile<M, N, cute::_16>>;
+  using type =
+      cute::TiledMMA<cute::MMA_Atom<cute::SM80_16x8x16_F32BF16BF16F32_TN>, Threads, cute::Tile<M, N, cute::_16>>;
 };
 
 template <class Main>
@@ -28,7 +29,8 @@ struct ScaledSegments : Main {
   using Tile = typename Main::TileShape;
   using Product = typename Bf16Product<typename Main::TiledMma>::type;
   static constexpr int kStages = Main::DispatchPolicy::Stages, kStep = cute::size<2>(Tile{});
-  static constexpr int kRow = kStep * cute::sizeof_bits_v<typename Main::SmemAllocTypeA> / 8;  // bytes of a step, in A as in B
+  static constexpr int kRow =
+      kStep * cute::sizeof_bits_v<typename Main::SmemAllocTypeA> / 8;  // bytes of a step, in A as in B
   static constexpr int kTailStep = kRow / static_cast<int>(sizeof(Element));
   static_assert(kRow == 64 || kRow == 128);
   using Atom = cute::conditional_t<kRow == 128, cute::GMMA::Layout_K_SW128_Atom<Element>,
@@ -38,8 +40,8 @@ struct ScaledSegments : Main {
       Atom{}, cute::make_shape(cute::shape<kMode>(Tile{}), cute::Int<kTailStep>{}, cute::Int<kStages>{})));
   static_assert(sizeof(Element) * cute::cosize_v<Stages<0>> == sizeof(Stored::smem_A));
   static_assert(sizeof(Element) * cute::cosize_v<Stages<1>> == sizeof(Stored::smem_B));
-  static_assert(cute::is_same_v<decltype(Product{}.get_layoutC_TV()),
-                                decltype(typename Main::TiledMma{}.get_layoutC_TV())>);
+  static_assert(
+      cute::is_same_v<decltype(Product{}.get_layoutC_TV()), decltype(typename Main::TiledMma{}.get_layoutC_TV())>);
   template <int kMode>
   static auto boxes(Element const* of, int rows, int R, int64_t pitch) {
     using namespace cute;
@@ -49,8 +51,10 @@ struct ScaledSegments : Main {
   }
   static constexpr uint32_t kMore =
       sizeof(Element) * (cute::cosize_v<Stages<0>> + cute::cosize_v<Stages<1>>) / kStages -
-      kStep * (cute::size<0>(Tile{}) * cute::sizeof_bits_v<typename Main::ElementA> +
-               cute::size<1>(Tile{}) * cute::sizeof_bits_v<typename Main::ElementB>) / 8;
+      kStep *
+          (cute::size<0>(Tile{}) * cute::sizeof_bits_v<typename Main::ElementA> +
+           cute::size<1>(Tile{}) * cute::sizeof_bits_v<typename Main::ElementB>) /
+          8;
 
   struct TailArguments {
     Element const *ptr_A, *ptr_B;  // s [M, R] and u [N, R]
@@ -76,12 +80,13 @@ struct ScaledSegments : Main {
   }
   template <class Shape>
   static bool can_implement(Shape const& shape, Arguments const& a) {
-    return cute::get<2>(shape) == whole(a.K, a.R) && Main::can_implement(of_k(shape, a.K), a.main) &&
-           a.R % 8 == 0 && cute::get<0>(a.tail.dA) % 8 == 0 && cute::get<0>(a.tail.dB) % 8 == 0;
+    return cute::get<2>(shape) == whole(a.K, a.R) && Main::can_implement(of_k(shape, a.K), a.main) && a.R % 8 == 0 &&
+           cute::get<0>(a.tail.dA) % 8 == 0 && cute::get<0>(a.tail.dB) % 8 == 0;
   }
   template <class Shape>
   static Params to_underlying_arguments(Shape const& shape, Arguments const& a, void* workspace) {
-    Params p{Main::to_underlying_arguments(of_k(shape, a.K), a.main, workspace), {}, {}, cute::ceil_div(a.K, kStep), a.R};
+    Params p{
+        Main::to_underlying_arguments(of_k(shape, a.K), a.main, workspace), {}, {}, cute::ceil_div(a.K, kStep), a.R};
     if (a.R) {
       p.load_s = boxes<0>(a.tail.ptr_A, cute::get<0>(shape), a.R, cute::get<0>(a.tail.dA));
       p.load_u = boxes<1>(a.tail.ptr_B, cute::get<1>(shape), a.R, cute::get<0>(a.tail.dB));
@@ -100,7 +105,8 @@ struct ScaledSegments : Main {
     using namespace cute;
     const auto main = Main::load_init(problem, p.main);
     const auto tiles = [&](auto const& boxes, int rows, auto tile) {  // [tile, kTailStep, tiles, steps]
-      return local_tile(boxes.get_tma_tensor(make_shape(rows, p.R)), make_shape(tile, Int<kTailStep>{}), make_coord(_, _));
+      return local_tile(boxes.get_tma_tensor(make_shape(rows, p.R)), make_shape(tile, Int<kTailStep>{}),
+                        make_coord(_, _));
     };
     return make_tuple(get<0>(main), get<1>(main), main, tiles(p.load_s, get<0>(problem), shape<0>(Tile{})),
                       tiles(p.load_u, get<1>(problem), shape<1>(Tile{})));
@@ -123,10 +129,9 @@ struct ScaledSegments : Main {
     if (elect_one_sync()) {
       const int m = get<0>(at), n = get<1>(at);
       const auto copier = [&](auto const& boxes, auto const& from, auto const& to) {
-        return [&boxes, s = boxes.get_slice(0).partition_S(from), d = boxes.get_slice(0).partition_D(to)](
-                   auto& barrier, int step, int stage) {
-          copy(boxes.with(barrier), s(_, _, _, step), d(_, _, _, stage));
-        };
+        return
+            [&boxes, s = boxes.get_slice(0).partition_S(from), d = boxes.get_slice(0).partition_D(to)](
+                auto& barrier, int step, int stage) { copy(boxes.with(barrier), s(_, _, _, step), d(_, _, _, stage)); };
       };
       const auto load_s = copier(p.load_s, get<3>(in)(_, _, m, _), stages<0>(stored));
       const auto load_u = copier(p.load_u, get<4>(in)(_, _, n, _), stages<1>(stored));

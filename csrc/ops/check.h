@@ -10,12 +10,14 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdlib>
 #include <iterator>
 #include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "common.h"
 
@@ -196,6 +198,18 @@ inline void* small_scratch() {
 
 // The functions of a kernel, as run() takes them.
 #define LRK_RUN(name) name##_workspace, name##_cpu, LRK_IF_CUDA(name##_cuda)
+
+// Of one that has no entry point for the CPU: its choice does not fit there.
+#define LRK_RUN_CUDA(name) name##_workspace, static_cast<decltype(&name##_cpu)>(nullptr), LRK_IF_CUDA(name##_cuda)
+
+// Kernels for one architecture that no GPU was seen to run yet are taken where LRKERN_FUSED asks for them: "1" where their
+// choice says that they pay, "all" wherever they fit. Read at each call, since selftest and tests turn it.
+template <class Config>
+bool takes_fused(const Config& config) {
+  const char* wanted = config.fits ? std::getenv("LRKERN_FUSED") : nullptr;
+  const std::string_view word = wanted ? wanted : "";
+  return word == "all" || (word == "1" && config.pays);
+}
 
 // Runs one kernel of a contract on the device of `t`, with its scratch memory from torch's allocator.
 template <class P>

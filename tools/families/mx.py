@@ -40,6 +40,20 @@ def linear(x: str, b: str, tiles: int, plain: bool) -> Plan:
     )
 
 
+def units(main: str, tail: str, shared: int, threads: int, **plan: int) -> Plan:
+    """By CUTLASS, a block on an SM: a loop of products by scales of blocks, one of bf16 for the low rank, and an epilogue."""
+    return Plan(1, shared, f"{main} {tail}", code=64 << 10, threads=threads, **plan)
+
+
+def product_sm100(wide: bool) -> Plan:
+    return units("UTCQMMA" if wide else "UTCOMMA", "UTCHMMA", 224 << 10, 256)
+
+
+def product_sm120(wide: bool) -> Plan:
+    """The warps that load have 40 registers, and keep a word beside them."""
+    return units("QMMA.SF" if wide else "OMMA.SF", "HMMA", 99 << 10, 384, spills=16)
+
+
 KERNELS = {
     "mx_quantize": Kernel(quantize, "x", list(product(BOOLS, BOOLS))),
     "mx_dequantize": Kernel(lambda x: Plan(8, stores=SIZE[x] // 2), "x"),
@@ -48,6 +62,9 @@ KERNELS = {
     "mx_terms": Mixed(lambda x: Plan(8, stores=TERMS[x]), rest=[("f16",), ("float",)], part=True),
     "mx_linear": Kernel(linear, "xf", list(product((1, 2), BOOLS))),
     "mx_linear_experts": Kernel(linear, "xf", list(product((1, 2), BOOLS))),
+    "mx_swizzle": Kernel(lambda: Plan(8), part=True, by_ops=False),
+    "mx_product_sm100": Kernel(product_sm100, rest=[(wide,) for wide in BOOLS], part=True, by_ops=False),
+    "mx_product_sm120": Kernel(product_sm120, rest=[(wide,) for wide in BOOLS], part=True, by_ops=False),
 }
 
 SHAPES = [

@@ -5,20 +5,25 @@
 namespace lrk {
 namespace {
 
-template <bool kWide, class Kernel = typename ProductSm120<kWide>::Kernel>
-__global__ __launch_bounds__(Kernel::MaxThreadsPerBlock) void mx_product_sm120_kernel(
-    const __grid_constant__ typename Kernel::Params p) {
-  Kernel{}(p, Smem{}.take<char>(Kernel::SharedStorageSize));
+template <bool kWide>
+using Kernel = typename ProductSm120<kWide>::Kernel;
+template <bool kWide>
+using Params = typename Kernel<kWide>::Params;
+template <bool kWide>
+constexpr int kThreads = Kernel<kWide>::MaxThreadsPerBlock;
+
+template <bool kWide>
+__global__ void __launch_bounds__(kThreads<kWide>, 1) mx_product_sm120_kernel(const __grid_constant__ Params<kWide> p) {
+  Kernel<kWide>{}(p, Smem{}.take<char>(Kernel<kWide>::SharedStorageSize));
 }
 
 template <bool kWide>
 int run(const MxProductParams& p, const SwizzledScales& scales, Stream stream) {
-  using Kernel = typename ProductSm120<kWide>::Kernel;
-  const auto arguments = product_arguments<Kernel>(p, scales);
-  if (!product_fits<Kernel>(arguments)) return cudaErrorInvalidValue;
-  const auto params = Kernel::to_underlying_arguments(arguments, nullptr);
-  return launch("mx_product_sm120", mx_product_sm120_kernel<kWide>, Kernel::get_grid_shape(params),
-                Kernel::get_block_shape(), Kernel::SharedStorageSize, stream, params);
+  const auto arguments = product_arguments<Kernel<kWide>>(p, scales);
+  if (!product_fits<Kernel<kWide>>(arguments)) return kInvalidConfiguration;
+  const auto params = Kernel<kWide>::to_underlying_arguments(arguments, nullptr);
+  return launch("mx_product_sm120", mx_product_sm120_kernel<kWide>, Kernel<kWide>::get_grid_shape(params),
+                Kernel<kWide>::get_block_shape(), Kernel<kWide>::SharedStorageSize, stream, params);
 }
 
 }  // namespace
