@@ -75,4 +75,8 @@ struct Registered {
   Registered(const char* limit, int64_t value) { limits()[limit] = value; }
 };
 
+struct GemmConfig;
+struct GemmShape;
+Answer explain(const GemmConfig& config, const GemmShape& shape);  // policy/gemm.cpp
+
 }  // namespace lrk

@@ -18,7 +18,7 @@
 
 #include <type_traits>
 
-#include "gemm_tiles.h"
+#include "gemm.h"
 #include "rng.h"
 
 namespace lrk {
@@ -178,21 +178,9 @@ struct ShrinkWgradLayout {
 };
 ShrinkWgradLayout shrink_wgrad_layout(const LoraShrinkWgradParams& p);
 
-// gemm: whether an architecture has a kernel for the problem, and its tiles. Nothing of it was measured on a GPU yet, so that
-// it is taken where LRKERN_FUSED asks for it alone: `pays` is what a count of steps says.
-struct GemmShape {
-  int64_t T, N, K;
-  int32_t R;
-  DType dtype, factor_dtype;
-  bool aligned;  // operands begin at multiples of 16 bytes, and so do their rows
-};
-struct GemmConfig {
-  bool fits, pays;
-  int32_t tile_n, cluster;
-  const char* why;
-};
-GemmConfig choose_lora_gemm(const GemmShape& shape, Target target);
 GemmShape shape_of(const LoraGemmParams& p);
+
+inline bool whole_vectors(const Factor& w) { return whole_vectors(w.data, w.stride_n == 1 ? w.stride_r : w.stride_n); }
 
 // Columns that S and U take as bf16 operands: three terms of a factor of another type, whole vectors of 8.
 constexpr int64_t lora_tail_columns(int64_t R, DType factor) {

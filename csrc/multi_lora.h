@@ -10,6 +10,7 @@
 //   wgrad    G[P, N] = S^T D(X)                            dA = dS^T D(x)      dB^T = S^T dY
 //   gather   S[T, K, L, R] = scale * pool[:, ids[t]]       an embedding: x is one-hot, N the vocabulary
 //   scatter  G[P, N] += S into columns ids                 its dA
+//   gemm     Y[T, N] = X[T, K] W + bias + sum over slots of D(S pool)    the base product with it, where there is a kernel
 //
 // R = kPageRanks M. Ranks an adapter lacks, and slots without an adapter, are zeros in S. D multiplies by the dropout mask
 // of (t K + k, column) with the adapter's own probability. Sums run in fp32 and are rounded once; N is summed in an order of
@@ -18,6 +19,7 @@
 #pragma once
 
 #include "lora.h"
+#include "page_tail.h"
 
 namespace lrk {
 
@@ -145,11 +147,40 @@ struct ShrinkConfig {
 };
 ShrinkConfig choose_multi_lora_shrink(int64_t T, int64_t K, int64_t N, int64_t ranks, Target target);
 
+// gemm: of one slice. What LoraGemmParams says of the launch before holds here too.
+struct MultiLoraGemmParams {
+  Adapters adapters;  // dropout: with one slot alone
+  void* y;            // [T, N] dtype, contiguous
+  const void* bias;   // [N] dtype; null for zeros
+  const void* x;      // [T, K] dtype
+  Factor w;           // W[k, n] of dtype, as LoraGemmParams has it
+  const void* s;      // [T, slots, R] s_dtype(factor_dtype), contiguous
+  const void* pool;   // [P, N] factor_dtype, contiguous
+  int64_t N, K, x_pitch;
+  DType dtype, factor_dtype;
+};
+struct MultiLoraGemmShape {
+  GemmShape gemm;
+  int64_t slots, adapters;
+  bool dropout;
+};
+// Entries of a tile's list at most, and bytes of all lists.
+constexpr int64_t page_capacity(const Adapters& d, const GemmTiles& tiles) {
+  const int64_t rows = int64_t{kTileM} * tiles.cluster;
+  return d.K * (d.A < rows ? d.A : rows) * d.M;
+}
+constexpr size_t page_lists_bytes(const Adapters& d, const GemmTiles& tiles) {
+  return tiles.m * (page_capacity(d, tiles) * sizeof(PageEntry) + sizeof(int32_t)) + d.K * d.T * sizeof(int32_t);
+}
+GemmConfig choose_multi_lora_gemm(const MultiLoraGemmShape& shape, Target target);
+MultiLoraGemmShape shape_of(const MultiLoraGemmParams& p);
+
 LRK_KERNEL(multi_lora_plan, MultiLoraPlanParams)
 LRK_KERNEL(multi_lora_shrink, MultiLoraShrinkParams)
 LRK_KERNEL(multi_lora_expand, MultiLoraExpandParams)
 LRK_KERNEL(multi_lora_wgrad, MultiLoraWgradParams)
 LRK_KERNEL(multi_lora_gather, MultiLoraGatherParams)
 LRK_KERNEL(multi_lora_scatter, MultiLoraScatterParams)
+LRK_KERNEL(multi_lora_gemm, MultiLoraGemmParams)  // not of the CPU
 
 }  // namespace lrk

@@ -15,34 +15,20 @@
 #pragma once
 
 #include "cuda/launch_sm90.cuh"
-#include "gemm_tiles.h"
+#include "page_tail.h"
 #include "place.cuh"
 
 namespace lrk::sm90 {
 
 constexpr int kGroup = 128, kConsumers = 2, kThreads = (1 + kConsumers) * kGroup;
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 48, kConsumerRegisters = 232;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 512);
 constexpr int kProducts = kTileK / 16;                              // of a step
-constexpr int kPageK = 16;                                          // rows of U in a page: one product
 constexpr uint32_t kRowBytes = 2 * kTileK, kBrick = 8 * kRowBytes;  // rows of a swizzled box
 constexpr uint32_t kHalfColumns = 128;                              // of a tile that leave at once
 static_assert(kRowBytes == span_of(Swizzle::k128));
 
 enum class Tail { kColumns, kPages };
-
-struct PageEntry {
-  int32_t page, adapter, slot, m;  // page m of the adapter, as rows of that slot have it
-};
-struct PageTail {
-  const PageEntry* entries;  // [tiles of M, capacity]
-  const int32_t* counts;     // [tiles of M]
-  const int32_t* owners;     // [slots, M]: a row's adapter, or kAbsent, or kUnknown: all of the row is NaN
-  const void* s;             // [M, slots, R] bf16
-  int32_t capacity, slots, R;
-  const float* dropout_p;  // of each adapter, or null
-};
-constexpr int32_t kNobody = -1, kNobodyKnows = -2;  // of owners
 
 struct GemmParams {
   TensorMap a{}, b{};     // boxes of kTileK x kTileM; of B see Gemm::kBoxes
@@ -87,7 +73,7 @@ struct Gemm {
   const GemmParams& p;
   T *a, *b, *out;           // [stage], [stage], [consumer]
   Mbarrier *full, *empty;   // [stage]
-  uint32_t* odd = nullptr;  // [2][consumer][warp]
+  uint32_t* odd = nullptr;  // [2][warp of the consumers]
   int rank;                 // in the cluster
   Ring<kStages> ring;
 
@@ -124,7 +110,7 @@ struct Gemm {
     for (int i = static_cast<int>(blockIdx.x) / cluster; i < p.tiles.count; i += blocks / cluster)
       f(tile_at(p.tiles, i, rank));
   }
-  __device__ __forceinline__ int page_count(const GemmTile& tile) const { return p.pages.counts[tile.m]; }
+  __device__ __forceinline__ int page_count(const GemmTile& tile) const { return shfl(p.pages.counts[tile.m], 0); }
   __device__ __forceinline__ const PageEntry* page_entries(const GemmTile& tile) const {
     return p.pages.entries + int64_t{tile.m} * p.pages.capacity;
   }
@@ -201,7 +187,7 @@ struct Gemm {
   }
   __device__ __forceinline__ void copy_s(T* to, const GemmTile& tile, const PageEntry& entry, int j) const {
     const PageTail& g = p.pages;
-    const T* from = static_cast<const T*>(g.s) + entry.slot * g.R + entry.m * kPageK;
+    const T* from = static_cast<const T*>(g.s) + entry.s_at;
     const int32_t* owners = g.owners + int64_t{entry.slot} * p.M;
 #pragma unroll 2
     for (int row = lane_id(); row < kTileM; row += 32) {
@@ -236,9 +222,9 @@ struct Gemm {
     if constexpr (kOf == Major::kK) return packed({at + k * 32, 16, kBrick, Swizzle::k128});
     return packed({at + k * 2 * kBrick, kTileK * kRowBytes, kBrick, Swizzle::k128});
   }
-  __device__ __forceinline__ MatrixDescriptor page_tile(int s, int j) const {
-    return {shared_address(b + s * kB) + static_cast<uint32_t>(j) * kPageBytes, kPageK * kRowBytes, kBrick,
-            Swizzle::k128};
+  __device__ __forceinline__ uint64_t page_word(int s, int j) const {
+    return packed({shared_address(b + s * kB) + static_cast<uint32_t>(j) * kPageBytes, kPageK * kRowBytes, kBrick,
+                   Swizzle::k128});
   }
 
   __device__ __forceinline__ void consume() {
@@ -290,7 +276,7 @@ struct Gemm {
             wgmma<T, kTileN, Major::kK, kMajor>(sum, a_word(s, k), b_word<kMajor>(s, k), true);
         });
       if constexpr (!kDropout) {
-        if (p.column_scale || p.keeps_base) {
+        if (kTail == Tail::kColumns && (p.column_scale || p.keeps_base)) {
           drain();
           if (p.keeps_base) store(p.base, sum, tile);
           if (p.column_scale) scale_columns(sum, tile);
@@ -315,70 +301,103 @@ struct Gemm {
   __device__ __forceinline__ void add_pages(float (&sum)[kSums], const GemmTile& tile, const Step& step,
                                             const Drain& drain) {
     const int count = page_count(tile);
-    const PageEntry* entries = page_entries(tile);
     for (int first = 0; first < count; first += kProducts) {
-      const int s = ring.stage, pages = count - first < kProducts ? count - first : kProducts;
-      mbarrier_wait(full + s, ring.turn);
-      const uint32_t not_finite = not_finite_pages(s, pages, first / kProducts % 2);
-      step([&](int at) {
+      const int pages = count - first < kProducts ? count - first : kProducts;
+      mbarrier_wait(full + ring.stage, ring.turn);
+      if (const uint32_t not_finite = not_finite_pages(ring.stage, pages, first / kProducts % 2)) {
+        drain();
 #pragma unroll 1
         for (int j = 0; j < pages; ++j)
-          if (!(not_finite >> j & 1))
-            wgmma<bf16, kTileN, Major::kK, Major::kMN>(sum, a_word(at, j), packed(page_tile(at, j)), true);
+          if (not_finite >> j & 1) add_to_owners(sum, tile, page_entries(tile)[first + j], ring.stage, j);
+        sync_consumers();
+#pragma unroll 1
+        for (int j = 0; j < pages; ++j)
+          if (not_finite >> j & 1) clear_page(ring.stage, j);
+        fence_async();
+        sync_consumers();
+      }
+      step([&](int s) {
+#pragma unroll 1
+        for (int j = 0; j < pages; ++j)
+          wgmma<bf16, kTileN, Major::kK, Major::kMN>(sum, a_word(s, j), page_word(s, j), true);
       });
-      if (!not_finite) continue;
-      wgmma_wait<0>(sum);
-      for (int j = 0; j < pages; ++j)
-        if (not_finite >> j & 1) add_to_owners(sum, tile, entries[first + j], s, j);
-      drain();
     }
+  }
+  static __device__ __forceinline__ void sync_consumers() { sync_named(1 + kConsumers, kConsumers * kGroup); }
+  // f(16 bytes of page j): all of it, by the consumers together.
+  template <class F>
+  __device__ __forceinline__ void each_vector(int s, int j, const F& f) const {
+    constexpr int kAtOnce = kConsumers * kGroup;
+#pragma unroll
+    for (int i = 0; i < kTileN * kPageK / 8 / kAtOnce; ++i)
+      f(b + s * kB + j * kTileN * kPageK + (i * kAtOnce + static_cast<int>(threadIdx.x) - kGroup) * 8);
   }
   // A bit for each page of the stage that has an element which is not finite, in these columns. `turn` alternates.
   __device__ __forceinline__ uint32_t not_finite_pages(int s, int pages, int turn) const {
-    const int t = static_cast<int>(threadIdx.x) % kGroup;
     uint32_t found = 0;
+#pragma unroll 1
     for (int j = 0; j < pages; ++j) {
-      bool here = false;
-#pragma unroll
-      for (int i = 0; i < kTileN * kPageK / 8 / kGroup; ++i) {
+      uint32_t here = 0;
+      each_vector(s, j, [&](const T* at) {
         uint32_t w[4];
-        load_16(w, b + s * kB + j * kTileN * kPageK + (i * kGroup + t) * 8);
+        load_16(w, at);
 #pragma unroll
-        for (int q = 0; q < 4; ++q) here |= (((w[q] & 0x7fff7fffu) + 0x00800080u) & 0x80008000u) != 0;
-      }
-      if (any_lane(here)) found |= 1u << j;
+        for (int q = 0; q < 4; ++q) here |= ((w[q] & 0x7fff7fffu) + 0x00800080u) & 0x80008000u;  // exponents of ones
+      });
+      if (any_lane(here != 0)) found |= 1u << j;
     }
-    uint32_t* mine = odd + (turn * kConsumers + consumer()) * 4;
-    if (lane_id() == 0) mine[warp_id() % 4] = found;
-    sync_named(1 + consumer(), kGroup);
-    return mine[0] | mine[1] | mine[2] | mine[3];
+    uint32_t* all = odd + turn * kConsumers * 4;
+    if (lane_id() == 0) all[warp_id() - kGroup / 32] = found;
+    sync_consumers();
+    found = 0;
+#pragma unroll
+    for (int w = 0; w < kConsumers * 4; ++w) found |= all[w];
+    return found;
   }
+  __device__ __forceinline__ void clear_page(int s, int j) const {
+    constexpr uint32_t kZeros[4] = {};
+    each_vector(s, j, [&](T* at) { store_shared_16(at, kZeros); });
+  }
+  // A product of warps, of which rows of other adapters take nothing; rows of the page past its ranks count as zeros.
   __device__ __forceinline__ void add_to_owners(float (&sum)[kSums], const GemmTile& tile, const PageEntry& entry,
                                                 int s, int j) const {
     const auto* rows = reinterpret_cast<const unsigned char*>(a + s * kA);
     const auto* page = reinterpret_cast<const unsigned char*>(b + s * kB) + static_cast<uint32_t>(j) * kPageBytes;
     const int32_t* owners = p.pages.owners + int64_t{entry.slot} * p.M;
-#pragma unroll 1
-    for (int below = 0; below < 2; ++below) {
-      const int row = consumer() * 64 + own_row() + 8 * below, t = tile.row + row;
-      if (t >= p.M || owners[t] != entry.adapter) continue;
-#pragma unroll 1
-      for (int r = 0; r < kPageK; ++r) {
-        const float v =
-            to_float_fast(*reinterpret_cast<const bf16*>(rows + swizzled_row(row, 2 * j + r / 8) + r % 8 * 2));
+    bool owns[2];
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) {
-          if (i / 2 % 2) continue;
-          const int n = i / 4 * 8 + lane_id() % 4 * 2 + i % 2;
-          const int at = n / 64 * kPageK * static_cast<int>(kRowBytes) + swizzled_row(r, n % 64 / 8) + n % 8 * 2;
-          const float product = v * to_float_fast(*reinterpret_cast<const bf16*>(page + at));
-          if (below) {
-            sum[i + 2] += product;
-          } else {
-            sum[i] += product;
-          }
-        }
+    for (int below = 0; below < 2; ++below) {
+      const int t = tile.row + consumer() * 64 + own_row() + 8 * below;
+      owns[below] = t < p.M && owners[t] == entry.adapter;
+    }
+    const auto keep = [&](int r) {  // ranks r and r + 1
+      return r + 1 < entry.ranks ? 0xffffffffu : r < entry.ranks ? 0xffffu : 0u;
+    };
+    const uint32_t keeps[2] = {keep(lane_id() % 4 * 2), keep(lane_id() % 4 * 2 + 8)};
+    const int lane_16 = lane_id() % 16;
+    uint32_t of_s[4];
+    ldmatrix_x4(of_s, rows + swizzled_row(consumer() * 64 + warp_id() % 4 * 16 + lane_16, 2 * j + lane_id() / 16));
+    // Each thread's results by way of memory of its own: a loop that is not unrolled cannot name registers of the sums.
+    constexpr int kAtOnce = kOut * 2 / 4 / kGroup;  // sums
+    auto* mine = reinterpret_cast<float*>(out + consumer() * kOut) + threadIdx.x % kGroup;
+    if (threadIdx.x % kGroup == 0) bulk_wait_read<0>();
+    sync_named(1 + consumer(), kGroup);
+#pragma unroll
+    for (int first = 0; first < kSums; first += kAtOnce) {
+#pragma unroll 1
+      for (int i = 0; i < kAtOnce; i += 4) {
+        const int n = (first + i) / 4;
+        uint32_t of_u[2];
+        ldmatrix_x2_trans(of_u, page + n / 8 * kPageK * static_cast<int>(kRowBytes) + swizzled_row(lane_16, n % 8));
+        of_u[0] &= keeps[0], of_u[1] &= keeps[1];
+        float d[4] = {};
+        mma_16816(d, of_s, of_u, bf16{});
+#pragma unroll
+        for (int q = 0; q < 4; ++q) mine[(i + q) * kGroup] = d[q];
       }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (owns[i / 2 % 2]) sum[first + i] += mine[i * kGroup];
     }
   }
   // Rows whose adapter or page nobody knows.
@@ -455,6 +474,7 @@ struct Gemm {
     T* mine = out + consumer() * kOut;
     auto* bytes = reinterpret_cast<unsigned char*>(mine);
     const bool elected = threadIdx.x % kGroup == 0;
+    const int row = opaque(own_row());
 #pragma unroll
     for (int half = 0; half < kTileN / static_cast<int>(kHalfColumns); ++half) {
       if (elected) bulk_wait_read<0>();
@@ -464,7 +484,7 @@ struct Gemm {
         const float* v = sum + 4 * (16 * half + j);
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
-          const int at = j / 8 * 64 * static_cast<int>(kRowBytes) + swizzled_row(own_row() + 8 * below, j % 8);
+          const int at = j / 8 * 64 * static_cast<int>(kRowBytes) + swizzled_row(row + 8 * below, j % 8);
           *reinterpret_cast<uint32_t*>(bytes + at + lane_id() % 4 * 4) = pack_fast<T>(v[2 * below], v[2 * below + 1]);
         }
       }

@@ -154,6 +154,11 @@ __device__ __forceinline__ void hold(float (&d)[N]) {  // the compiler moves no 
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+// v, of which the compiler knows nothing: what depends on it is not computed ahead of a loop and held in registers.
+__device__ __forceinline__ int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
 template <int N>
 __device__ __forceinline__ void wgmma_fence(float (&d)[N]) {
   hold(d);

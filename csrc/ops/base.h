@@ -43,6 +43,7 @@ struct BaseProduct {
   virtual Tensor forward(const Tensor& x, const OptTensor& bias) const = 0;  // x W^T + bias, contiguous
   virtual Tensor dx(const Rows& dy) const = 0;                               // dy W, contiguous
   virtual Tensor dw(const Rows& dy, const Rows& x) const = 0;                // dy^T x
+  virtual const Tensor* dense() const { return nullptr; }                    // W [O, I] of x's dtype, where it is one
 
   void check(const Arg& x, const OptTensor& bias) const {
     check_weight(x);
@@ -64,6 +65,7 @@ struct AtenLinear : BaseProduct {
     x.features_of(w.strided().on(x).typed_as(x).shape("[O, I]", {-1, -1}), "[O, I]", 1);
   }
   int64_t out_features() const override { return weight.size(0); }
+  const Tensor* dense() const override { return &weight; }
   // The bits of F.linear: its own way, which for rows and a bias is one addmm.
   Tensor forward(const Tensor& x, const OptTensor& bias) const override {
     const int64_t dims = x.dim(), O = out_features(), I = weight.size(1);

@@ -288,6 +288,48 @@ Five linear_expand_bwd(const Tensor& dy_, const OptTensor& x, const OptTensor& w
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
+// ---- base product and low-rank product in one kernel
+
+// Y = c X W + bias + D(S U), and X W by itself where `base` is given. W is read along N (dx = dz W + ...) or along K.
+struct FusedLinear {
+  const Rows& x;
+  const Tensor* weight;
+  bool along_n;
+  const SmallFactor& u;
+  const DropoutArgs& dropout;
+  OptTensor base_scale = {}, bias = {};
+
+  LoraGemmParams params(void* y, void* base, const void* s) const {
+    const int64_t pitch = weight->stride(0);
+    return {.y = y,
+            .base = base,
+            .base_scale = base_scale ? static_cast<const float*>(base_scale->const_data_ptr()) : nullptr,
+            .bias = bias ? bias->const_data_ptr() : nullptr,
+            .x = x.data(),
+            .w = {.data = weight->const_data_ptr(), .stride_r = along_n ? pitch : 1, .stride_n = along_n ? 1 : pitch},
+            .s = s,
+            .u = u.factor,
+            .T = x.T,
+            .N = weight->size(along_n ? 1 : 0),
+            .K = x.N,
+            .x_pitch = x.pitch,
+            .R = u.R,
+            .dtype = x.dtype,
+            .factor_dtype = u.dtype,
+            .dropout = dropout.dropout,
+            .seed = dropout.seed};
+  }
+  bool taken() const {
+    if (!weight || !on_cuda(x.op, x.tensor) || weight->stride(1) != 1) return false;
+    return takes_fused(
+        choose_gemm(shape_of(params(nullptr, nullptr, nullptr)), DeviceScope(x.op, x.tensor).target));
+  }
+  void run_into(const Tensor& y, const Tensor& base, const Tensor& s) const {
+    void* kept = base.defined() ? base.mutable_data_ptr() : nullptr;
+    run(x.op, x.tensor, params(y.mutable_data_ptr(), kept, s.const_data_ptr()), LRK_RUN_CUDA(lora_gemm));
+  }
+};
+
 // Whether an S that nobody keeps fits on the stack: a tensor costs as much as the products of few tokens.
 constexpr int64_t kBrief = 2048;
 bool is_brief(const Rows& x, const SmallFactor& a) {
@@ -312,6 +354,15 @@ Three lora_forward(const char* op, const Tensor& x_, const BaseProduct& product,
   const auto [a, b] = check_pair(x, a_, x, b_, O);
   const float k = finite(op, "scale", scale);
   const DropoutArgs d = check_dropout(x, dropout_p, seed);
+  const DropoutArgs undropped;
+  if (FusedLinear fused{rows, product.dense(), false, b, undropped}; fused.taken()) {
+    if (base_scale) fused.base_scale = check_base_scale(*base_scale, x, O);
+    if (bias) fused.bias = as_contiguous(*bias);
+    const Tensor s = shrink(rows, a, k, d), y = new_empty(x_, with_last(x_, O));
+    const Tensor base = base_scale && keeps_s ? new_like(y) : nothing();
+    fused.run_into(y, base, s);
+    return {y, s, base};
+  }
   if (!base_scale && !keeps_s && is_brief(rows, a)) {
     const Tensor y = product.forward(x_, bias);
     const Rows out = rows_of(op, y);
@@ -375,7 +426,10 @@ Six lora_linear_bwd(const Tensor& dy_, const Tensor& x_, const Tensor& weight, c
     if (need_dbase_scale) dc = torch::stable::to(g.dc, base_scale->scalar_type());
   }
   const ExpandGrads g = expand_grads(dy_rows, sc, b, k, 1.f, need_dx || need_da, need_db);
-  if (need_dx) {
+  if (const FusedLinear fused{dz, &weight, true, a, d}; need_dx && fused.taken()) {
+    dx = new_like(x_);
+    fused.run_into(dx, nothing(), g.ds);
+  } else if (need_dx) {
     dx = product.dx(dz);
     const Rows out = rows_of(op, dx);
     expand(out, {.base = out}, g.ds, a, 1.f, d);

@@ -80,30 +80,13 @@ size_t lora_shrink_wgrad_workspace(const LoraShrinkWgradParams& p, Target target
 }
 
 GemmShape shape_of(const LoraGemmParams& p) {
-  const auto whole = [](const void* data, int64_t pitch) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && pitch % 8 == 0;
-  };
-  const bool aligned = whole(p.x, p.x_pitch) && whole(p.w.data, p.w.stride_n == 1 ? p.w.stride_r : p.w.stride_n) &&
-                       whole(p.y, p.N) && whole(p.base, p.N);
-  return {p.T, p.N, p.K, p.R, p.dtype, p.factor_dtype, aligned};
-}
-
-GemmConfig choose_lora_gemm(const GemmShape& s, Target target) {
-  const auto no = [](const char* why) { return GemmConfig{false, false, 0, 0, why}; };
-  if (target.device != Device::kCUDA || target.arch != 90) return no("kernels of their own are of sm_90a");
-  if (s.dtype == DType::kF32) return no("its products are of 16 bits, x has 32");
-  if (!s.aligned || s.K % 8 || s.N % 8) return no("rows of x, W and y are not whole vectors of 16 bytes");
-  if (!s.T || !s.N || !s.K || s.T > kMaxGemmSide || s.N > kMaxGemmSide || s.K > kMaxGemmSide)
-    return no("sizes lie in 1..2^30");
-  const int32_t cluster = s.T > kTileM ? 2 : 1, sms = tuned(target.arch).sms;
-  // Rounds of tiles, each as long as its columns and a store of them.
-  const auto cost = [&](int32_t tile_n) {
-    return ceil_div(int64_t{gemm_tiles(s.T, s.N, tile_n, cluster).count} * cluster, int64_t{sms}) * (tile_n + 16);
-  };
-  const int32_t tile_n = cost(128) < cost(256) ? 128 : 256;
-  const int64_t tiles = int64_t{gemm_tiles(s.T, s.N, tile_n, cluster).count} * cluster;
-  if (2 * tiles < sms) return {true, false, tile_n, cluster, "tiles of 128 rows are too few for half of the GPU"};
-  return {true, true, tile_n, cluster, "x and y go through memory once less"};
+  return {p.T,
+          p.N,
+          p.K,
+          p.R,
+          p.dtype,
+          p.factor_dtype,
+          whole_vectors(p.x, p.x_pitch) && whole_vectors(p.w) && whole_vectors(p.y, p.N) && whole_vectors(p.base, p.N)};
 }
 
 // bf16 factors that lie as W does, in whole vectors, are read as they are.
@@ -155,16 +138,7 @@ Answer explain_shrink(const Question& q) {
 
 Answer explain_gemm(const Question& q) {
   const GemmShape shape{q["T"], q["N"], q["K"], static_cast<int32_t>(q["R"]), q.dtype(), q.dtype("factor_dtype"), true};
-  const GemmConfig c = choose_lora_gemm(shape, q.target());
-  const GemmTiles tiles = c.fits ? gemm_tiles(shape.T, shape.N, c.tile_n, c.cluster) : GemmTiles{};
-  return {{{"fits", c.fits},
-           {"pays", c.pays},
-           {"tile_n", int64_t{c.tile_n}},
-           {"cluster", int64_t{c.cluster}},
-           {"tiles", int64_t{tiles.count} * tiles.cluster}},
-          text(c.pays ? "base product and low-rank term in one kernel where LRKERN_FUSED=1: "
-                      : "the base product, then the low-rank term: ",
-               c.why)};
+  return explain(choose_gemm(shape, q.target()), shape);
 }
 
 Answer explain_wgrad(const Question& q) {

@@ -16,6 +16,32 @@ PageShrinkConfig choose_multi_lora_page_shrink(int64_t T, int64_t K, Target) {
   return {T * K <= 1024 ? kFewPageRows : kManyPageRows};
 }
 
+MultiLoraGemmShape shape_of(const MultiLoraGemmParams& p) {
+  const Adapters& d = p.adapters;
+  const bool aligned = whole_vectors(p.x, p.x_pitch) && whole_vectors(p.w) && whole_vectors(p.y, p.N) &&
+                       whole_vectors(p.pool, p.N) && whole_vectors(p.s, kPageRanks);
+  return {{d.T, p.N, p.K, static_cast<int32_t>(kPageRanks * d.M), p.dtype, p.factor_dtype, aligned},
+          d.K,
+          d.P ? d.A : 0,
+          d.dropout_p != nullptr};
+}
+
+GemmConfig choose_multi_lora_gemm(const MultiLoraGemmShape& s, Target target) {
+  const GemmConfig c = choose_gemm(s.gemm, target);
+  const auto no = [](const char* why) { return GemmConfig{false, false, 0, 0, why}; };
+  if (!c.fits) return c;
+  if (s.gemm.dtype != DType::kBF16 || s.gemm.factor_dtype != DType::kBF16) return no("x and pools are not bfloat16");
+  if (s.dropout && s.slots > 1) return no("slots have dropout masks of their own");
+  if (!s.adapters) return no("there is no adapter");
+  return c;
+}
+
+size_t multi_lora_gemm_workspace(const MultiLoraGemmParams& p, Target target) {
+  const Adapters& d = p.adapters;
+  const GemmConfig c = choose_multi_lora_gemm(shape_of(p), target);
+  return c.fits ? page_lists_bytes(d, gemm_tiles(d.T, p.N, c.tile_n, c.cluster)) : 0;
+}
+
 // Rows of each group.
 size_t multi_lora_plan_workspace(const MultiLoraPlanParams& p, Target target) {
   return target.device == Device::kCUDA ? p.K * (p.A + 3) * sizeof(int32_t) : 0;
@@ -71,6 +97,15 @@ Answer explain_wgrad(const Question& q) {
       text("up to ", splits, " sums over ", rows, " rows each", q.cpu() ? "" : " of every slot", ", added in order")};
 }
 
+Answer explain_gemm(const Question& q) {
+  const MultiLoraGemmShape shape{
+      {q["T"], q["N"], q["K"], static_cast<int32_t>(q["R"]), q.dtype(), q.dtype("factor_dtype"), true},
+      q["slots"],
+      q["adapters"],
+      q.flag("dropout")};
+  return explain(choose_multi_lora_gemm(shape, q.target()), shape.gemm);
+}
+
 const Registered registered[] = {
     {"page", kPageRanks},
     {"plan_rows", kPlanRows},
@@ -91,6 +126,19 @@ const Registered registered[] = {
       .numbers = "counts: 128 blocks of 8 rows are one on each of an H100's SMs; not measured",
       .arguments = {{"T", {}}, {"K", int64_t{1}}},
       .answer = explain_page_shrink}},
+    {"multi_lora_gemm",
+     {.rule = "lora_gemm's, bfloat16 alone, and no dropout where rows have several slots",
+      .numbers = "lora_gemm's",
+      .arguments = {{"T", {}},
+                    {"N", {}},
+                    {"K", {}},
+                    {"R", int64_t{16}},
+                    {"dtype", "bfloat16"},
+                    {"factor_dtype", "bfloat16"},
+                    {"slots", int64_t{1}},
+                    {"adapters", int64_t{1}},
+                    {"dropout", false}},
+      .answer = explain_gemm}},
     {"multi_lora_wgrad",
      {.rule =
           "splits of an adapter's rows: 240 on the CPU; on CUDA 512 of every slot, more where there would be over 16",

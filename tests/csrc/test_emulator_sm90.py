@@ -13,6 +13,7 @@ from tests.csrc.test_emulator import VARIANTS, needs
 from tools import sass
 
 CASES, WRAPPERS = "tests/emulator/cases_sm90.cu", "tests/emulator/wrappers_sm90.cu"
+HEALTHY_KERNELS = ("none", "pair")  # blocks alone, and in clusters of two
 HEALTHY = [[str(schedule), "0", "0", "0"] for schedule in range(8)]
 
 
@@ -28,8 +29,9 @@ def run_case(bug, variant, schedules=8, **env):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_healthy_kernel_passes_under_every_schedule(variant):
-    done, rows = run_case("none", variant)
+@pytest.mark.parametrize("kernel", HEALTHY_KERNELS)
+def test_healthy_kernel_passes_under_every_schedule(kernel, variant):
+    done, rows = run_case(kernel, variant)
     assert rows == HEALTHY and done.returncode == 0, done.stderr
 
 
@@ -47,6 +49,11 @@ CAUGHT = [
     ("beyond", "plain", "lies outside of shared memory"),
     ("nobody_waits", "plain", "a bulk load is under way when the block ends"),
     ("elected_wait", "tracked", "race in shared memory: no barrier between two accesses"),
+    ("no_first_sync", "plain", "of the cluster has not made this mbarrier"),
+    ("no_last_sync", "plain", "of the cluster has ended"),
+    ("own_release", "tracked", "race in shared memory: no barrier between two accesses"),
+    ("same_half", "tracked", "a bulk copy has not been waited for"),
+    ("third_block", "plain", "no block 2 in a cluster of 2"),
 ]
 
 
@@ -58,7 +65,14 @@ def test_caught_with_kernel_block_and_thread(bug, variant, message):
     assert "719" in {row[1] for row in rows}
 
 
-@pytest.mark.parametrize("bug", ["early_release", "read_early", "register_touched"])
+@pytest.mark.parametrize("bug", ["no_first_sync", "no_last_sync", "own_release"])
+def test_tracked_whatever_the_schedule(bug):
+    done, rows = run_case(bug, "tracked")
+    assert [row[1] for row in rows] == ["719"] * 8
+    assert bug != "no_last_sync" or "a block ends and knows not whether all that was sent to it has come" in done.stderr
+
+
+@pytest.mark.parametrize("bug", ["early_release", "read_early", "register_touched", "own_release"])
 def test_schedules_alone_disagree(bug):
     """The hardware acts as early or as late as it may: results are right under some schedule at most."""
     _, rows = run_case(bug, "plain")
@@ -78,12 +92,20 @@ def healthy_lines():
         yield number, text.split("//")[0]
 
 
+# What only the other of the two kernels does.
+NOT_IN = {
+    "none": re.compile(r"sync_cluster|mbarrier_arrive_at|bulk_load_multicast"),
+    "pair": re.compile(r"sync_threads|bulk_load\(bs|mbarrier_arrive\(empty"),
+}
+
+
 def waits():
     call = re.compile(r"\b(mbarrier_\w+|fence_\w+|sync_\w+|wgmma_\w+(<\d>)?|bulk_\w+(<\d>)?|fewer_registers<\d+>)\(")
     return [
-        pytest.param(f"{CASES}:{number}", id=f"{call.search(text)[1]}-{number}")
+        pytest.param(kernel, f"{CASES}:{number}", id=f"{call.search(text)[1]}-{number}-{kernel}")
         for number, text in healthy_lines()
-        if call.search(text)
+        for kernel in HEALTHY_KERNELS
+        if call.search(text) and not NOT_IN[kernel].search(text)
     ]
 
 
@@ -92,16 +114,56 @@ def test_the_kernel_has_every_kind_of_wait():
     assert kinds == {
         "mbarrier_init", "fence_mbarrier_init", "mbarrier_arrive", "mbarrier_arrive_expect", "mbarrier_wait", "bulk_load",
         "sync_threads", "sync_warp", "sync_named", "wgmma_fence", "wgmma_commit", "wgmma_wait", "fence_async", "bulk_store",
-        "bulk_commit", "bulk_wait_read", "fewer_registers",
+        "bulk_commit", "bulk_wait_read", "fewer_registers", "sync_cluster", "mbarrier_arrive_at", "bulk_load_multicast",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("place", waits())
-def test_every_wait_arrive_and_fence_is_missed(place):
-    done, rows = run_case("none", "tracked", 1, LRK_EMU_SKIP=place)
+@pytest.mark.parametrize(("kernel", "place"), waits())
+def test_every_wait_arrive_and_fence_is_missed(kernel, place):
+    done, rows = run_case(kernel, "tracked", 1, LRK_EMU_SKIP=place)
     assert done.returncode == 1
     (row,) = rows
     assert "emulator: " in done.stderr or row[2] != "0"  # of a copy: what it would have moved is not there
+
+
+# ---------------------------------------------------------------------------------------------- launches that overlap
+
+OVERLAP = "tests/emulator/overlap_sm90.cu"
+EARLY = "the launch before may not be over: no wait_predecessor"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["all_wait", "one_waits", "one_loads"])
+def test_what_the_launch_before_wrote_is_there_after_the_wait(name, variant):
+    done = emulator.execute(program(OVERLAP, variant), name)
+    assert done.stdout.split() == ["0", "0"] * 8 and done.returncode == 0, done.stderr
+
+
+# bug, what the launch before did there
+TOO_EARLY = [
+    ("late_wait", "wrote"),
+    ("no_barrier", "wrote"),
+    ("early_load", "wrote"),
+    ("two_before", "wrote"),
+    ("early_write", "reads"),
+    ("early_overwrite", "wrote"),
+]
+
+
+@pytest.mark.parametrize(("bug", "did"), TOO_EARLY)
+def test_access_before_the_wait_is_named(bug, did):
+    done = emulator.execute(program(OVERLAP, "tracked"), bug)
+    text = (emulator.ROOT / OVERLAP).read_text().splitlines()
+    (line,) = [i for i, code in enumerate(text, 1) if re.search(rf"// bug:.*\b{bug}\b", code)]
+    assert done.returncode == 1 and done.stdout.split()[::2] == ["719"] * 8
+    assert done.stderr.count(f"{EARLY}\n  access at {OVERLAP}:{line}\n  the launch before {did} it at {OVERLAP}:") == 8
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_launch_that_never_waits(variant):
+    done = emulator.execute(program(OVERLAP, variant), "no_wait")
+    assert ("calls no wait_predecessor" if variant != "tracked" else EARLY) in done.stderr
+    assert done.stdout.split()[::2] == ["719"] * 8
 
 
 # ---------------------------------------------------------------------------------------------- instructions
@@ -113,7 +175,7 @@ def test_every_form(variant):
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and all(line.endswith(" ok") for line in lines), done.stdout
     forms = [line for line in lines if line.startswith("wgmma")]
-    assert len(forms) == 56 and len(lines) == 78
+    assert len(forms) == 56 and len(lines) == 80
     assert {int(re.search(r" N (\d+)", line)[1]) for line in forms} == {8, 16, 32, 64, 128, 256}
     assert set(re.findall(r"swizzle (\d+)", done.stdout)) == {"16", "32", "64", "128"}
 

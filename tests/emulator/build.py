@@ -70,7 +70,7 @@ LINK = {
 
 def runtime_of(variant: str) -> list[Path]:
     follower = "traffic.cpp" if variant == "traffic" else "track.cpp"
-    return [HERE / name for name in ("emulator.cpp", "warp_ops.cpp", "hopper.cpp", "hooks.cpp", follower)]
+    return [HERE / name for name in ("emulator.cpp", "cluster.cpp", "warp_ops.cpp", "hopper.cpp", "hooks.cpp", follower)]
 
 
 @cache

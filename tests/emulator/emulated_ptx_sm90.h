@@ -56,6 +56,7 @@ LRK_INLINE void more_registers(LRK_AT) {
   emu::set_registers(N, true, at);
 }
 
+LRK_INLINE int opaque(int v) { return v; }
 template <int N>
 LRK_INLINE void wgmma_fence(float (&)[N], LRK_AT) {
   emu::wgmma_fence(at);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches, the schedule, barriers and shared memory. See emulator.h.
+// Launches, faults, barriers and shared memory. See emulator.h.
 #include <csignal>
 #include <cstdarg>
 #include <cstdlib>
@@ -12,14 +12,9 @@
 
 #include "worker.h"
 
-__thread uint3 threadIdx, blockIdx;
-__thread dim3 blockDim, gridDim;
-
 namespace lrk::emu {
 
 Settings g_settings;
-__thread Worker* t_worker = nullptr;
-
 namespace {
 
 constexpr int kLaunchFailure = 719, kInvalidValue = 1;  // cudaErrorLaunchFailure, cudaErrorInvalidValue
@@ -27,7 +22,7 @@ constexpr int kLaunchFailure = 719, kInvalidValue = 1;  // cudaErrorLaunchFailur
 std::mutex g_mutex;
 std::string g_report;
 std::set<std::string> g_launched;
-std::vector<std::unique_ptr<Worker>> g_idle_workers;
+std::vector<std::unique_ptr<Cluster>> g_idle;
 
 std::string format(const char* f, ...) {
   char text[1024];
@@ -55,7 +50,7 @@ std::atomic<int64_t>* setting(const std::string& name) {
 }
 
 const bool g_environment_read = [] {
-  for (const char* name : {"schedule", "threads", "max_shared"}) {
+  for (const char* name : {"schedule", "threads", "max_shared", "arch"}) {
     std::string variable = "LRK_EMU_";
     for (const char* c = name; *c; ++c) variable += static_cast<char>(*c >= 'a' && *c <= 'z' ? *c - 32 : *c);
     if (const char* value = std::getenv(variable.c_str())) setting(name)->store(std::atoll(value));
@@ -81,19 +76,6 @@ const bool g_death_note = [] {
 }();
 #endif
 
-// Every fiber lives here: it runs its thread of one block, then sleeps until the next block wakes it.
-void fiber_main() {
-  Worker& w = *t_worker;
-  Context::arrived(w.current->context);
-  for (;;) {
-    w.launch->body(w.launch->context);
-    w.finish_thread();
-    w.current->state = State::kDone;
-    ++w.done;
-    w.go_on();
-  }
-}
-
 std::string thread_list(const std::vector<uint32_t>& tids) {
   std::string text;
   for (size_t i = 0, j; i < tids.size(); i = j) {
@@ -106,136 +88,9 @@ std::string thread_list(const std::vector<uint32_t>& tids) {
 
 }  // namespace
 
-// ---- the schedule ------------------------------------------------------------------------------------------------------
-// A thread runs until it waits. The ascending and descending schedules stay in one warp as long as it can go on, so a warp
-// runs as far ahead of the others as barriers let it; random ones also change warps and order of lanes at every stop.
-
-Fiber* Worker::pick() {
-  if (!ready_warps) return nullptr;
-  int warp = current ? static_cast<int>(current->tid / 32) : descending ? 31 - __builtin_clz(ready_warps) : 0;
-  if (!(ready_warps >> warp & 1) || (random && (draw() & 3) == 0)) {
-    if (random) {
-      const int turn = static_cast<int>(draw() >> 11 & 31);
-      const uint32_t turned = ready_warps >> turn | (turn ? ready_warps << (32 - turn) : 0);
-      warp = (__builtin_ctz(turned) + turn) & 31;
-    } else {
-      warp = descending ? 31 - __builtin_clz(ready_warps) : __builtin_ctz(ready_warps);
-    }
-  }
-  uint32_t& ready = warps[warp].ready;
-  int lane;
-  if (random) {
-    const int turn = static_cast<int>(draw() >> 7 & 31);
-    lane = (__builtin_ctz(ready >> turn | (turn ? ready << (32 - turn) : 0)) + turn) & 31;
-  } else {
-    lane = descending ? 31 - __builtin_clz(ready) : __builtin_ctz(ready);
-  }
-  ready &= ~(1u << lane);
-  if (!ready) ready_warps &= ~(1u << warp);
-  return &fibers[warp * 32 + lane];
-}
-
-void Worker::go_on() {
-  Fiber* from = current;
-  if (random && (draw() & 7) == 0) land_one();
-  Fiber* to = pick();
-  while (!to && done < threads && land_one()) to = pick();
-  if (to == from) return;
-  ++switches;
-  if (!to) {
-    if (done < threads) report_deadlock();
-    from->context.switch_to(main);  // run_block resumes; this fiber wakes in the next block
-    return;
-  }
-  current = to;
-  threadIdx = to->index;
-  from->context.switch_to(to->context);
-}
-
-Worker::Worker() {
-  void* p = mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) {
-    std::perror("emulator: mmap of shared memory");
-    std::abort();
-  }
-  arena = static_cast<unsigned char*>(p);
-}
-Worker::~Worker() {
-  ASAN_UNPOISON_MEMORY_REGION(arena, kArenaBytes);
-  munmap(arena, kArenaBytes);
-}
-
-void Worker::run_block(uint64_t i) {
-  Launch& l = *launch;
-  blockIdx.x = static_cast<uint32_t>(i % l.grid.x);
-  blockIdx.y = static_cast<uint32_t>(i / l.grid.x % l.grid.y);
-  blockIdx.z = static_cast<uint32_t>(i / l.grid.x / l.grid.y);
-  rng = (static_cast<uint64_t>(l.schedule) + 1) * 0x9E3779B97F4A7C15u ^ (i + 1) * 0xD1B54A32D192ED03u;
-  done = 0;
-  ready_warps = 0;
-  for (int b = 0; b < kBarriers; ++b) barriers[b] = Barrier{};
-  ASAN_UNPOISON_MEMORY_REGION(arena, arena_used);
-  arena_used = 0;
-  piece_count = 0;
-  if (g_tracking) track_block_start(*this);
-  start_hopper();
-  for (int w = 0; w * 32 < threads; ++w) {
-    const int lanes = std::min(32, threads - w * 32);
-    warps[w].exist = lanes == 32 ? kAllLanes : (1u << lanes) - 1;
-    warps[w].arrived = warps[w].ready = 0;
-    make_ready(w, warps[w].exist);
-  }
-  for (int t = 0; t < threads; ++t) {
-    fibers[t].state = State::kRunning;
-    fibers[t].copies.clear();
-    fibers[t].copy_group = fibers[t].bulk_group = 0;
-    if (t >= started) fibers[t].context.start(stacks.low(t), Stacks::kSize, Stacks::color(t), fiber_main);
-  }
-  started = std::max(started, threads);
-  current = nullptr;
-  current = pick();
-  threadIdx = current->index;
-  main.switch_to(current->context);
-  if (!l.failed) finish_block();
-  if (!l.failed) check_redzones();
-}
-
-void Worker::run(Launch& l) {
-  launch = &l;
-  Worker* outer = t_worker;
-  t_worker = this;
-  main.mark_native();
-  threads = static_cast<int>(l.block.x * l.block.y * l.block.z);
-  for (int t = 0; t < threads; ++t) {
-    const uint32_t u = static_cast<uint32_t>(t);
-    fibers[t].tid = u;
-    fibers[t].index = {u % l.block.x, u / l.block.x % l.block.y, u / l.block.x / l.block.y};
-  }
-  blockDim = l.block;
-  gridDim = l.grid;
-  random = l.schedule > 1;
-  descending = l.schedule == 1;
-  copy_early = descending;
-  switches = 0;
-  int64_t blocks = 0;
-  const uint64_t count = l.chosen.empty() ? l.blocks : l.chosen.size();
-  for (uint64_t i; !l.failed && (i = l.next.fetch_add(1)) < count; ++blocks) {
-    const auto index = static_cast<unsigned __int128>(i) * l.block_factor + l.block_offset;
-    run_block(l.chosen.empty() ? static_cast<uint64_t>(index % l.blocks) : l.chosen[i]);
-  }
-  if (l.failed) started = 0;  // fibers were left in the middle of a kernel
-  ASAN_UNPOISON_MEMORY_REGION(arena, kArenaBytes);
-  g_settings.switches += switches;
-  g_settings.blocks += blocks;
-  t_worker = outer;
-  launch = nullptr;
-  current = nullptr;
-}
-
-int launch(const char* kernel, const void* function, dim3 grid, dim3 block, size_t smem, int cluster, bool, Body body,
-           void* context) {
-  if (static_cast<int64_t>(smem) > g_settings.max_shared || cluster > 1)
-    return refuse(kernel, grid, block, smem, kInvalidValue);
+int launch(const char* kernel, const void* function, dim3 grid, dim3 block, size_t smem, int cluster,
+           bool after_predecessor, Body body, void* context) {
+  if (static_cast<int64_t>(smem) > g_settings.max_shared) return refuse(kernel, grid, block, smem, kInvalidValue);
   ++g_settings.launches;
   Launch l;
   l.kernel = kernel;
@@ -246,37 +101,43 @@ int launch(const char* kernel, const void* function, dim3 grid, dim3 block, size
   l.body = body;
   l.context = context;
   l.schedule = g_settings.schedule;
-  l.blocks = uint64_t{grid.x} * grid.y * grid.z;
-  l.block_factor = 1;
-  l.block_offset = 0;
+  l.cluster = cluster;
+  l.after_predecessor = after_predecessor;
+  l.clusters = uint64_t{grid.x} * grid.y * grid.z / static_cast<uint64_t>(cluster);
+  l.factor = 1;
+  l.offset = 0;
   if (l.schedule == 1) {
-    l.block_factor = l.block_offset = l.blocks - 1;  // the last block first
+    l.factor = l.offset = l.clusters - 1;  // the last first
   } else if (l.schedule > 1) {
-    l.block_offset = static_cast<uint64_t>(l.schedule) * 7919 % l.blocks;
-    l.block_factor = std::max<uint64_t>(1, static_cast<uint64_t>(static_cast<double>(l.blocks) * 0.618));
-    while (std::gcd(l.block_factor, l.blocks) != 1) ++l.block_factor;
+    l.offset = static_cast<uint64_t>(l.schedule) * 7919 % l.clusters;
+    l.factor = std::max<uint64_t>(1, static_cast<uint64_t>(static_cast<double>(l.clusters) * 0.618));
+    while (std::gcd(l.factor, l.clusters) != 1) ++l.factor;
   }
   const int64_t wanted = std::min<int64_t>(g_tracking ? 1 : g_settings.threads.load(),
-                                           static_cast<int64_t>(std::min<uint64_t>(l.blocks, 256)));
-  std::vector<std::unique_ptr<Worker>> workers;
+                                           static_cast<int64_t>(std::min<uint64_t>(l.clusters, 256)));
+  std::vector<std::unique_ptr<Cluster>> workers;
   {
     std::lock_guard<std::mutex> lock(g_mutex);
     g_launched.insert(format("%s %u %zu", kernel, block.x * block.y * block.z, smem));
-    while (static_cast<int64_t>(workers.size()) < std::max<int64_t>(wanted, 1) && !g_idle_workers.empty()) {
-      workers.push_back(std::move(g_idle_workers.back()));
-      g_idle_workers.pop_back();
+    while (static_cast<int64_t>(workers.size()) < std::max<int64_t>(wanted, 1) && !g_idle.empty()) {
+      workers.push_back(std::move(g_idle.back()));
+      g_idle.pop_back();
     }
   }
   while (static_cast<int64_t>(workers.size()) < std::max<int64_t>(wanted, 1))
-    workers.push_back(std::make_unique<Worker>());
+    workers.push_back(std::make_unique<Cluster>());
   if (g_counting) l.chosen = track_launch(l);
   std::vector<std::thread> helpers;
   for (size_t i = 1; i < workers.size(); ++i) helpers.emplace_back([&, i] { workers[i]->run(l); });
   workers[0]->run(l);
   for (std::thread& t : helpers) t.join();
   if (g_counting) track_launch_end();
+  if (l.after_predecessor && !l.waited && !l.failed) {  // its end would say nothing of what came before it
+    l.failed = true;
+    report(format("emulator: kernel %s is launched after_predecessor and calls no wait_predecessor", kernel));
+  }
   std::lock_guard<std::mutex> lock(g_mutex);
-  for (auto& w : workers) g_idle_workers.push_back(std::move(w));
+  for (auto& w : workers) g_idle.push_back(std::move(w));
   return l.failed ? kLaunchFailure : 0;
 }
 
@@ -290,7 +151,7 @@ int refuse(const char* kernel, dim3 grid, dim3 block, size_t smem, int error) {
 // ---- faults ------------------------------------------------------------------------------------------------------------
 
 std::string Worker::place(const Fiber& f) const {
-  return format("kernel %s, block %s, thread %s", launch->kernel, text_of(blockIdx).c_str(), text_of(f.index).c_str());
+  return format("kernel %s, block %s, thread %s", launch->kernel, text_of(index).c_str(), text_of(f.index).c_str());
 }
 
 const char* current_place() {
@@ -310,35 +171,41 @@ void fault(Where at, const char* f, ...) {
   w.launch->failed = true;
   report(std::string("emulator: ") + text + "\n  " + w.place(*w.current) +
          (at.file ? format(", at %s:%d", at.file, at.line) : ""));
-  w.current->context.switch_to(w.main);
+  w.current->context.switch_to(w.cluster->main);
   std::abort();  // not reached: a failed launch wakes no fiber again
 }
 
 void Worker::report_deadlock() {
   launch->failed = true;
-  std::map<std::string, std::vector<uint32_t>> groups;
-  bool in_warp_op = false;
-  for (int t = 0; t < threads; ++t) {
-    const Fiber& f = fibers[t];
-    in_warp_op |= f.state == State::kInWarpOp;
-    groups[f.state == State::kDone ? "have returned" : format("wait in %s at %s:%d", f.waits_in, f.at.file, f.at.line)]
-        .push_back(static_cast<uint32_t>(t));
-  }
   const Fiber* first = nullptr;
-  for (int t = 0; t < threads && !first; ++t)
-    if (fibers[t].state == (in_warp_op ? State::kInWarpOp : State::kAtBarrier)) first = &fibers[t];
-  const bool in_phase = std::any_of(mbarriers.begin(), mbarriers.end(), [](auto& b) { return !b.waiting.empty(); });
+  bool in_phase = false, in_warp_op = false;
+  std::string who, phases;
+  for (const Worker* w : cluster->blocks) {
+    const std::string of = cluster->blocks.size() > 1 ? " of block " + text_of(w->index) : "";
+    std::map<std::string, std::vector<uint32_t>> groups;
+    for (int t = 0; t < threads; ++t) {
+      const Fiber& f = w->fibers[t];
+      if (f.state == State::kInWarpOp ? !in_warp_op : f.state == State::kAtBarrier && !first) first = &f;
+      in_warp_op |= f.state == State::kInWarpOp;
+      groups[f.state == State::kDone ? "have returned"
+                                     : format("wait in %s at %s:%d", f.waits_in, f.at.file, f.at.line)]
+          .push_back(static_cast<uint32_t>(t));
+    }
+    for (const auto& g : groups) who += "\n  threads " + thread_list(g.second) + of + " " + g.first;
+    for (const BarrierState& b : w->mbarriers) {
+      if (b.waiting.empty()) continue;
+      in_phase = true;
+      phases +=
+          format("\n  mbarrier %td%s: in phase %u %u of %u have arrived, %lld bytes are to come",
+                 &b - w->mbarriers.data(), of.c_str(), b.phase, b.arrived, b.expected, static_cast<long long>(b.bytes));
+    }
+  }
   std::string text = "emulator: deadlock: ";
   text += in_phase     ? "a phase of an mbarrier that is never over"
           : in_warp_op ? "a warp-wide call by an incomplete warp"
                        : "divergent barrier";
-  text += "\n  " + place(*first) + format(", at %s:%d", first->at.file, first->at.line);
-  for (const auto& g : groups) text += "\n  threads " + thread_list(g.second) + " " + g.first;
-  for (const BarrierState& b : mbarriers)
-    if (!b.waiting.empty())
-      text += format("\n  mbarrier %td: in phase %u %u of %u have arrived, %lld bytes are to come",
-                     &b - mbarriers.data(), b.phase, b.arrived, b.expected, static_cast<long long>(b.bytes));
-  report(text);
+  report(text + "\n  " + first->block->place(*first) + format(", at %s:%d", first->at.file, first->at.line) + who +
+         phases);
 }
 
 // ---- meeting points ------------------------------------------------------------------------------------------------------
@@ -483,7 +350,7 @@ void Worker::check_redzones() {
       launch->failed = true;
       report(format(
           "emulator: out of bounds write to shared memory, at byte offset %td of piece %u (%zu bytes)\n  kernel %s, block %s",
-          c - piece.data, i, piece.bytes, launch->kernel, text_of(blockIdx).c_str()));
+          c - piece.data, i, piece.bytes, launch->kernel, text_of(index).c_str()));
       return;
     }
   }

@@ -12,22 +12,37 @@ namespace {
 constexpr int64_t kMaxBytes = (1 << 20) - 1;  // of a phase
 constexpr int kRegisters = 65536;             // of a multiprocessor
 
-uint32_t new_engine(Worker& w) { return static_cast<uint32_t>(w.threads) + w.engines++; }
-
 // ---- mbarriers -------------------------------------------------------------------------------------------------------------
 
-BarrierState& state_of(Mbarrier* b, const char* what, Where at) {
-  require_shared(b, sizeof *b, 8, what, at);
-  for (BarrierState& s : t_worker->mbarriers) {
-    if (s.at != b) continue;
-    if (g_tracking) track_access(b, sizeof *b, Access::kAtomic, __builtin_return_address(0));
-    return s;
-  }
-  fault(at, "%s: nobody has made this mbarrier", what);
+// Blocks take the same pieces of shared memory, so that a place is the same in all.
+template <class T>
+T* place_in(const Worker& w, T* p) {
+  return reinterpret_cast<T*>(w.arena + (reinterpret_cast<unsigned char*>(p) - t_worker->arena));
 }
 
-void complete(BarrierState& s) {
-  Worker& w = *t_worker;
+// Of the mbarrier at b's place in block w of the cluster.
+BarrierState& state_in(Worker& w, Mbarrier* b, const char* what, Where at) {
+  require_shared(b, sizeof *b, 8, what, at);
+  Mbarrier* there = place_in(w, b);
+  if (w.done == w.threads) fault(at, "%s: block %d of the cluster has ended (sync_cluster is missing?)", what, w.rank);
+  for (BarrierState& s : w.mbarriers) {
+    if (s.at != there) continue;
+    if (g_tracking) track_access(there, sizeof *b, Access::kAtomic, __builtin_return_address(0));
+    return s;
+  }
+  if (&w == t_worker) fault(at, "%s: nobody has made this mbarrier", what);
+  fault(at, "%s: block %d of the cluster has not made this mbarrier (sync_cluster is missing?)", what, w.rank);
+}
+BarrierState& state_of(Mbarrier* b, const char* what, Where at) { return state_in(*t_worker, b, what, at); }
+
+Worker& block_of(int rank, const char* what, Where at) {
+  const std::vector<Worker*>& blocks = t_worker->cluster->blocks;
+  if (rank < 0 || rank >= static_cast<int>(blocks.size()))
+    fault(at, "%s: no block %d in a cluster of %zu", what, rank, blocks.size());
+  return *blocks[static_cast<size_t>(rank)];
+}
+
+void complete(Worker& w, BarrierState& s) {
   if (s.arrived < s.expected || s.bytes != 0) return;
   ++s.phase;
   s.arrived = 0;
@@ -46,19 +61,30 @@ void mbarrier_init(Mbarrier* b, int count, Where at) {
   for (const BarrierState& s : w.mbarriers)
     if (s.at == b) fault(at, "mbarrier_init: this mbarrier is in use");
   if (g_tracking) track_access(b, sizeof *b, Access::kWrite, __builtin_return_address(0));
-  w.mbarriers.push_back({b, static_cast<uint32_t>(count), 0, 0, 0, w.current->tid, false, new_engine(w), {}, {}, {}});
+  w.mbarriers.push_back(
+      {b, static_cast<uint32_t>(count), 0, 0, 0, w.current->tid, false, w.cluster->new_engine(), {}, {}, {}});
 }
 
 // The bytes are those that copies will land on it, of its present phase.
-void mbarrier_arrive(Mbarrier* b, uint32_t expected_bytes, Where at) {
-  if (skipped(at)) return;
-  BarrierState& s = state_of(b, "mbarrier_arrive", at);
+namespace {
+void arrive(Worker& w, Mbarrier* b, uint32_t expected_bytes, Where at) {
+  BarrierState& s = state_in(w, b, "mbarrier_arrive", at);
   if (s.arrived == s.expected) fault(at, "mbarrier_arrive: all %u of this phase have arrived", s.expected);
   s.bytes += expected_bytes;
   if (s.bytes > kMaxBytes) fault(at, "mbarrier_arrive: %lld bytes in one phase", static_cast<long long>(s.bytes));
-  if (g_tracking) track_release(&s.arriving);
+  if (g_tracking) {
+    const uint32_t epoch = track_release(&s.arriving);
+    if (&w != t_worker) w.sent.emplace_back(t_worker->current->id, epoch);
+  }
   ++s.arrived;
-  complete(s);
+  complete(w, s);
+}
+}  // namespace
+void mbarrier_arrive(Mbarrier* b, uint32_t expected_bytes, Where at) {
+  if (!skipped(at)) arrive(*t_worker, b, expected_bytes, at);
+}
+void mbarrier_arrive_at(Mbarrier* b, int rank, Where at) {
+  if (!skipped(at)) arrive(block_of(rank, "mbarrier_arrive_at", at), b, 0, at);
 }
 
 // Until the phase of this parity is over: that before the present one, if it is of the other parity.
@@ -133,17 +159,18 @@ void check_box(const TensorMap& map, const void* smem, int rank, const char* wha
     fault(at, "%s: the box begins %u bytes into the swizzle's pattern of %u", what, start % pattern, pattern);
 }
 
+uint32_t window_of(const BulkCopy& c) { return static_cast<uint32_t>(c.smem - c.block->arena); }
+
 void track_global_part(const BulkCopy& c, Access access, const void* pc) {
-  each_chunk(c.map.box, c.box, shared_window(c.smem), [&](uint32_t, const unsigned char* p, int64_t, int64_t n) {
+  each_chunk(c.map.box, c.box, window_of(c), [&](uint32_t, const unsigned char* p, int64_t, int64_t n) {
     if (n > 0) track_engine_access(c.engine, c.epoch, p, static_cast<size_t>(n), access, pc);
   });
 }
 
 void land(BulkCopy& c) {
-  Worker& w = *t_worker;
+  Worker& w = *c.block;
   const TensorBox& t = c.map.box;
-  const uint32_t start = shared_window(c.smem);
-  each_chunk(t, c.box, start, [&](uint32_t to, const unsigned char* from, int64_t skip, int64_t n) {
+  each_chunk(t, c.box, window_of(c), [&](uint32_t to, const unsigned char* from, int64_t skip, int64_t n) {
     unsigned char chunk[16] = {};
     if (n > 0) std::memcpy(chunk + skip, from, static_cast<size_t>(n));
     std::memcpy(c.smem + to, chunk, 16);
@@ -154,7 +181,7 @@ void land(BulkCopy& c) {
     track_engine_over(&s.arriving, c.engine, c.epoch);
   }
   s.bytes -= bytes_of(t);
-  complete(s);
+  complete(w, s);
 }
 
 void read_shared(BulkCopy& c) {
@@ -163,34 +190,47 @@ void read_shared(BulkCopy& c) {
 }
 void write_global(BulkCopy& c) {
   read_shared(c);
-  each_chunk(c.map.box, c.box, shared_window(c.smem),
-             [&](uint32_t from, const unsigned char* to, int64_t skip, int64_t n) {
-               if (n > 0)
-                 std::memcpy(const_cast<unsigned char*>(to), c.read.data() + from + skip, static_cast<size_t>(n));
-             });
+  each_chunk(c.map.box, c.box, window_of(c), [&](uint32_t from, const unsigned char* to, int64_t skip, int64_t n) {
+    if (n > 0) std::memcpy(const_cast<unsigned char*>(to), c.read.data() + from + skip, static_cast<size_t>(n));
+  });
 }
 
 }  // namespace
 
-void bulk_load(void* smem, const TensorMap& map, Mbarrier* b, int rank, BoxAt from, Where at) {
-  if (skipped(at)) return;
-  Worker& w = *t_worker;
-  check_box(map, smem, rank, "bulk_load", at);
-  BarrierState& s = state_of(b, "bulk_load", at);
+namespace {
+// Into one block: where a box goes to several, it lands in each when it likes.
+void load_into(Worker& w, void* smem, const TensorMap& map, Mbarrier* b, BoxAt from, const void* pc, Where at) {
+  BarrierState& s = state_in(w, b, "bulk_load", at);
   if (!s.fenced) fault(at, "bulk_load: no fence_mbarrier_init after the mbarrier's making, by its maker");
   const int index = static_cast<int>(&s - w.mbarriers.data());
-  BulkCopy c{map, from, static_cast<unsigned char*>(smem), w.current->tid, s.engine, 0, index, 0, {}};
+  auto* to = static_cast<unsigned char*>(place_in(w, static_cast<unsigned char*>(smem)));
+  BulkCopy c{map, from, &w, to, t_worker->current->tid, s.engine, 0, index, 0, {}};
   if (g_tracking) {
-    const void* pc = __builtin_return_address(0);
     c.epoch = track_engine_begin(s.engine);
     track_global_part(c, Access::kRead, pc);
-    track_engine_access(c.engine, c.epoch, smem, static_cast<size_t>(bytes_of(map.box)), Access::kWrite, pc);
+    track_engine_access(c.engine, c.epoch, to, static_cast<size_t>(bytes_of(map.box)), Access::kWrite, pc);
+    if (&w != t_worker) w.sent.emplace_back(c.engine, c.epoch);
   }
   if (w.acts_now()) {
     land(c);
   } else {
     w.loads.push_back(c);
   }
+}
+}  // namespace
+
+void bulk_load(void* smem, const TensorMap& map, Mbarrier* b, int rank, BoxAt from, Where at) {
+  if (skipped(at)) return;
+  check_box(map, smem, rank, "bulk_load", at);
+  load_into(*t_worker, smem, map, b, from, __builtin_return_address(0), at);
+}
+void bulk_load_multicast(void* smem, const TensorMap& map, Mbarrier* b, BoxAt from, uint16_t blocks, Where at) {
+  if (skipped(at)) return;
+  check_box(map, smem, 2, "bulk_load_multicast", at);
+  if (blocks == 0) fault(at, "bulk_load_multicast: to no block");
+  for (int rank = 0; rank < 16; ++rank)
+    if (blocks >> rank & 1)
+      load_into(block_of(rank, "bulk_load_multicast", at), smem, map, b, from, __builtin_return_address(0), at);
 }
 
 void bulk_store(const TensorMap& map, const void* smem, int rank, BoxAt to, Where at) {
@@ -199,9 +239,9 @@ void bulk_store(const TensorMap& map, const void* smem, int rank, BoxAt to, Wher
   Fiber& f = *w.current;
   check_box(map, smem, rank, "bulk_store", at);
   auto* from = static_cast<unsigned char*>(const_cast<void*>(smem));
-  BulkCopy c{map, to, from, f.tid, 0, 0, -1, f.bulk_group, {}};
+  BulkCopy c{map, to, &w, from, f.tid, 0, 0, -1, f.bulk_group, {}};
   const auto mine = std::find_if(w.stores.begin(), w.stores.end(), [&](const BulkCopy& s) { return s.tid == f.tid; });
-  c.engine = mine == w.stores.end() ? new_engine(w) : mine->engine;
+  c.engine = mine == w.stores.end() ? w.cluster->new_engine() : mine->engine;
   if (g_tracking) {
     const void* pc = __builtin_return_address(0);
     c.epoch = track_engine_begin(c.engine);
@@ -306,13 +346,13 @@ void check_operand(uint64_t bits, uint32_t rows, Major major, const char* which,
 
 // By the warp of the current thread: each of its lanes must know that the operand is there.
 void track_operand(const Products& mine, uint64_t bits, uint32_t first, uint32_t rows, Major major, const void* pc) {
-  const uint32_t lane_0 = t_worker->current->tid / 32 * 32;
-  for (uint32_t tid = lane_0; tid < lane_0 + 32; ++tid) {
+  const uint32_t lane_0 = t_worker->current->id / 32 * 32;
+  for (uint32_t id = lane_0; id < lane_0 + 32; ++id) {
     bool seen = false;
-    for (uint32_t t = lane_0; t < tid; ++t) seen |= track_knows_alike(t, tid);
+    for (uint32_t t = lane_0; t < id; ++t) seen |= track_knows_alike(t, id);
     for (uint32_t row = first; !seen && row < first + rows; ++row)
       for (uint32_t k = 0; k < 16; ++k)
-        track_engine_access_for(tid, mine.engine, mine.epoch, element(bits, row, k, major), 2, Access::kRead, pc);
+        track_engine_access_for(id, mine.engine, mine.epoch, element(bits, row, k, major), 2, Access::kRead, pc);
   }
 }
 
@@ -347,7 +387,7 @@ void wgmma(const WgmmaCall& call, Where at) {
         if (!first.a) check_operand(first.a_descriptor, 64, first.a_major, "A", at);
         check_operand(first.b_descriptor, static_cast<uint32_t>(first.n), first.b_major, "B", at);
         if (g_tracking) {
-          if (!all.engine) all.engine = new_engine(w);
+          if (!all.engine) all.engine = w.cluster->new_engine();
           all.epoch = track_engine_begin(all.engine);
           if (!first.a) track_operand(all, first.a_descriptor, warp % 4 * 16, 16, first.a_major, of(0).pc);
           track_operand(all, first.b_descriptor, 0, static_cast<uint32_t>(first.n), first.b_major, of(0).pc);
@@ -455,7 +495,8 @@ void Worker::start_hopper() {
   loads.clear();
   stores.clear();
   want_registers.clear();
-  engines = 0;
+  sent.clear();
+  leaving = nullptr;
   const int each = std::min(kRegisters / threads / 8 * 8, 248);
   free_registers = kRegisters - each * threads;
   for (int i = 0; i < kMaxWarps; ++i) {
@@ -481,6 +522,12 @@ void Worker::finish_thread() {
     fault(Where{}, "a bulk load is under way when the block ends: nobody waits for it");
   const Products& mine = products[current->tid / 32];
   if (!mine.under_way.empty()) fault(Where{}, "a wgmma is under way when its thread returns: wgmma_wait is missing");
+  if (!g_tracking || cluster->blocks.size() == 1) return;
+  track_release(&leaving);
+  for (const auto& [id, epoch] : sent)
+    if (done == threads - 1 && !track_covers(leaving, id, epoch))
+      fault(Where{},
+            "a block ends and knows not whether all that was sent to it has come: sync_cluster, or a wait, is missing");
 }
 
 void Worker::finish_block() {

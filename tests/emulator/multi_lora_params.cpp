@@ -3,7 +3,7 @@
 // and compares with sums in double; results must have equal bits under every schedule tried.
 #include <tuple>
 
-#include "multi_lora.h"
+#include "cuda/multi_lora/gemm.cuh"
 #include "params.h"
 
 namespace {
@@ -26,18 +26,24 @@ struct Case {
   int32_t first, slices;
   double p;
   bool in_place, scaled;
+  int64_t I;  // gemm
+  int32_t tile_n, cluster;
+  bool n_contig, poisoned;  // adapter 0 has a NaN and an infinity
 
   std::string text() const {
     return words(op, " ", lrk::name_of(dtype), "/", lrk::name_of(factor), " T=", T, " N=", N, " A=", A, " K=", K,
                  " L=", L, " (", first, ", ", slices, ") M=", M, " pad=", pad, " shift=", shift, " p=", p,
-                 in_place ? " in place" : "");
+                 in_place ? " in place" : "",
+                 op == "gemm" ? words(" I=", I, n_contig ? " W[I,N]" : " W[N,I]", poisoned ? " poisoned" : "",
+                                      " tiles of ", cluster, " x 128 x ", tile_n)
+                              : "");
   }
 };
 
 Case draw_case() {
-  const char* ops[] = {"shrink", "shrink", "expand", "expand", "wgrad", "wgrad", "gather", "scatter"};
+  const char* ops[] = {"shrink", "shrink", "expand", "expand", "wgrad", "wgrad", "gather", "scatter", "gemm"};
   Case c{};
-  c.op = ops[draw() % 8];
+  c.op = ops[draw() % 9];
   std::tie(c.dtype, c.factor) = draw_types();
   c.T = pick({1, 3, 16, 64, 65, 130, 300});
   c.N = pick({1, 8, 24, 64, 130, 257, 520});
@@ -51,10 +57,144 @@ Case draw_case() {
   c.pad = pick({0, 0, 8, 3}), c.shift = pick({0, 0, 1, 8});
   c.p = draw() % 3 == 0 && c.op != "gather" && c.op != "scatter" ? 0.3 : 0.0;
   c.in_place = draw() % 2, c.scaled = draw() % 2;
+  if (c.op == "gemm") {
+    c.dtype = c.factor = DType::kBF16;
+    c.N = pick({8, 64, 136, 264}), c.I = pick({8, 72, 200}), c.L = c.slices = 1, c.first = 0;
+    c.pad = pick({0, 8}), c.n_contig = draw() % 2, c.poisoned = draw() % 2;
+    if (!c.n_contig || c.K > 1) c.p = 0;
+    c.tile_n = static_cast<int32_t>(pick({128, 256})), c.cluster = 1;
+  }
   return c;
 }
 
+// Y = X W + bias + the sum over slots of D(S pool). What a page has past an adapter's ranks is NaN.
+std::string judge_gemm(const Case& c, const std::vector<int>& schedules) {
+  const int64_t R = kPageRanks * c.M, used = c.A * c.M, P = kPageRanks * (used + 1);
+  const PlanLayout at = plan_layout(c.T, c.A);
+  auto pages = tracked<int32_t>(used, true), ranks = tracked<int32_t>(c.A, true);
+  auto index = tracked<int32_t>(c.T * c.K, true), plan = tracked<int32_t>(c.K * at.length, false);
+  auto drop = tracked<float>(c.A, true);
+  for (int64_t i = 0; i < used; ++i) pages[i] = static_cast<int32_t>(i + 1);
+  for (int64_t i = used - 1; i > 0; --i) std::swap(pages[i], pages[draw() % (i + 1)]);
+  for (int32_t& r : ranks) r = static_cast<int32_t>(draw() % (R + 1));
+  for (int32_t& a : index) a = static_cast<int32_t>(draw() % (c.A + 1)) - 1;
+  for (float& p : drop) p = static_cast<float>(c.p * static_cast<double>(draw() % 3));  // 0, p, 2 p
+  const int64_t lost = c.A > 1 && draw() % 4 == 0 ? c.A - 1 : -1;  // an adapter whose page does not exist
+  if (lost >= 0) ranks[lost] = static_cast<int32_t>(R), pages[lost * c.M] = static_cast<int32_t>(P);
+  const int64_t seed = 0x1234567890abcdef;
+  emu::track_global(&seed, sizeof seed, true);
+
+  const DType b = DType::kBF16;
+  Matrix x(b, c.T, c.I, c.pad, 0, true), w(b, c.n_contig ? c.I : c.N, c.n_contig ? c.N : c.I, c.pad, 0, true);
+  Matrix pool(b, P, c.N, 0, 0, true), s(b, c.T * c.K, R, 0, 0, true), y(b, c.T, c.N, 0, 0, false),
+      bias(b, 1, c.N, 0, 0, true);
+  const auto row_of = [&](int64_t a, int64_t r) {
+    return int64_t{pages[a * c.M + r / kPageRanks]} * kPageRanks + r % kPageRanks;
+  };
+  for (int64_t a = 0; a < c.A; ++a)
+    for (int64_t r = ranks[a]; r < R && a != lost; ++r)
+      for (int64_t n = 0; n < c.N; ++n) store(b, pool.data(), row_of(a, r) * c.N + n, NAN);
+  for (int64_t i = 0; i < c.T * c.K; ++i)  // S has zeros where there is no rank
+    for (int64_t r = index[i] < 0 ? 0 : ranks[index[i]]; r < R; ++r) store(b, s.data(), i * R + r, 0);
+  pool.fresh = pool.bytes, s.fresh = s.bytes;
+
+  const Adapters d{.pages = pages.data(),
+                   .ranks = ranks.data(),
+                   .plan = plan.data(),
+                   .T = c.T,
+                   .K = c.K,
+                   .A = c.A,
+                   .L = 1,
+                   .M = c.M,
+                   .P = P,
+                   .first = 0,
+                   .slices = 1,
+                   .dropout_p = c.p > 0 ? drop.data() : nullptr,
+                   .seed = &seed};
+  const MultiLoraGemmParams p{.adapters = d,
+                              .y = y.data(),
+                              .bias = c.scaled ? bias.data() : nullptr,
+                              .x = x.data(),
+                              .w = {w.data(), c.n_contig ? w.pitch : 1, c.n_contig ? 1 : w.pitch},
+                              .s = s.data(),
+                              .pool = pool.data(),
+                              .N = c.N,
+                              .K = c.I,
+                              .x_pitch = x.pitch,
+                              .dtype = b,
+                              .factor_dtype = b};
+  const MultiLoraPlanParams planning{.index = index.data(), .plan = plan.data(), .T = c.T, .K = c.K, .A = c.A};
+  const GemmTiles tiles = gemm_tiles(c.T, c.N, c.tile_n, c.cluster);
+  const auto scratch_of = [](size_t bytes) {
+    return Matrix(DType::kF32, 1, static_cast<int64_t>(bytes / 4), 0, 0, false);
+  };
+  Matrix counts = scratch_of(multi_lora_plan_workspace(planning, kTarget)),
+         scratch = scratch_of(page_lists_bytes(d, tiles));
+  const auto run = [&](const std::vector<int>& under) {
+    return run_schedules(under, {&y, &scratch, &counts}, {y}, [&] {
+      const int code = multi_lora_plan_cuda(planning, counts.data(), nullptr);
+      return code ? code : multi_lora_gemm_tiled(p, scratch.data(), tiles, nullptr);
+    });
+  };
+  if (const std::string wrong = run(schedules); !wrong.empty()) return wrong;
+  const auto makes_nan = [&](int64_t t) {
+    for (int64_t k = 0; k < c.K; ++k)
+      if (lost >= 0 && index[t * c.K + k] == lost) return true;
+    return false;
+  };
+  Error error;
+  for (int64_t t = 0; t < c.T; ++t)
+    for (int64_t n = 0; n < c.N; ++n) {
+      double sum = c.scaled ? bias.at(0, n) : 0, magnitude = std::fabs(sum);
+      for (int64_t i = 0; i < c.I; ++i) {
+        const double v = x.at(t, i) * (c.n_contig ? w.at(i, n) : w.at(n, i));
+        sum += v, magnitude += std::fabs(v);
+      }
+      for (int64_t k = 0; k < c.K && !makes_nan(t); ++k) {
+        const int64_t a = index[t * c.K + k];
+        const Dropout dropout = a >= 0 && c.p > 0 ? make_dropout(drop[a]) : Dropout{};
+        const Philox block = dropout_block(static_cast<uint64_t>(seed), t, n / kDropoutBlock);
+        const bool keep = bits16(block, static_cast<int>(n % kDropoutBlock)) >= dropout.threshold;
+        for (int64_t r = 0; a >= 0 && keep && r < ranks[a]; ++r) {
+          const double v = s.at(t * c.K + k, r) * pool.at(row_of(a, r), n) * dropout.keep_scale;
+          sum += v, magnitude += std::fabs(v);
+        }
+      }
+      if (makes_nan(t)) {
+        if (!std::isnan(y.at(t, n))) return "a row of an adapter without its page is a number";
+      } else {
+        error.add(y.at(t, n), sum, magnitude, b, false);
+      }
+    }
+  if (!error.verdict().empty() || !c.poisoned || !ranks[0]) return error.verdict();
+
+  // An adapter that is not finite touches nobody: other rows keep their bits, its own are not finite where it is.
+  const std::vector<unsigned char> before = y.bytes;
+  const int64_t row = row_of(0, ranks[0] - 1), column = static_cast<int64_t>(draw() % c.N);
+  store(b, pool.data(), row * c.N + column, NAN);
+  store(b, pool.data(), row * c.N + (column + 1) % c.N, INFINITY);
+  pool.fresh = pool.bytes;
+  Matrix clean = y;
+  clean.bytes = before;
+  if (const std::string wrong = run({schedules[0]}); !wrong.empty()) return wrong + ", poisoned";
+  for (int64_t t = 0; t < c.T; ++t) {
+    bool owns = false;
+    for (int64_t k = 0; k < c.K; ++k) owns = owns || index[t * c.K + k] == 0;
+    for (int64_t n = 0; n < c.N; ++n) {
+      const double got = y.at(t, n), was = clean.at(t, n);
+      if (!owns && !(got == was || (std::isnan(got) && std::isnan(was))))
+        return words("row ", t, " met a NaN of another adapter");
+      if (owns && n == column && c.p == 0 && !std::isnan(got)) return words("row ", t, " lost its adapter's NaN");
+      if (owns && n != column && n != (column + 1) % c.N && !makes_nan(t) &&
+          !(std::fabs(got - was) <= 0.01 * std::fabs(was) + 0.02))
+        return words("row ", t, " is off where its adapter is finite");
+    }
+  }
+  return "";
+}
+
 std::string judge(const Case& c, const std::vector<int>& schedules) {
+  if (c.op == "gemm") return judge_gemm(c, schedules);
   const int64_t R = kPageRanks * c.M, used = c.A * c.L * c.M, P = kPageRanks * (used + 1);
   const PlanLayout at = plan_layout(c.T, c.A);
   auto pages = tracked<int32_t>(used, true), ranks = tracked<int32_t>(c.A * c.L, true);

@@ -465,16 +465,17 @@ void add(const void* p, size_t bytes, bool write, bool async, const void* pc) {
 std::vector<uint64_t> track_launch(const Launch& l) {
   if (!g_image_low) find_image();
   find_stack();
-  Record r{l.kernel, offset_of(l.function), l.grid, l.block, l.smem, 1, l.blocks, 0};
+  Record r{l.kernel, offset_of(l.function), l.grid, l.block, l.smem, 1, l.clusters * static_cast<uint64_t>(l.cluster),
+           0};
   const int64_t threads = int64_t{l.block.x} * l.block.y * l.block.z;
   if (g_chip.resident)
     r.resident = std::max<int64_t>(1, g_chip.resident(r.function, threads, static_cast<int64_t>(l.smem)));
   r.operands = g_operands;
-  const auto slots = static_cast<uint64_t>(g_chip.sms * r.resident), waves = (l.blocks + slots - 1) / slots;
+  const auto slots = static_cast<uint64_t>(g_chip.sms * r.resident), waves = (r.blocks + slots - 1) / slots;
   g_waves.clear();
   const auto wave = [&](uint64_t i, double stands_for) {
     const uint64_t first = i * slots;
-    g_waves.push_back({first, std::min(slots, l.blocks - first), stands_for});
+    g_waves.push_back({first, std::min(slots, r.blocks - first), stands_for});
   };
   wave(0, 1);
   if (waves > 2) wave(1, static_cast<double>(waves - 2));
@@ -508,7 +509,7 @@ std::vector<uint64_t> track_launch(const Launch& l) {
 }
 void track_launch_end() { end_block(); }
 
-void track_block_start(Worker&) {
+void track_block_start(Cluster&) {
   end_block();
   g_blocks.emplace_back();
   g_blocks.back().index = blockIdx.x + uint64_t{gridDim.x} * (blockIdx.y + uint64_t{gridDim.y} * blockIdx.z);
@@ -526,6 +527,8 @@ void track_barrier(const uint32_t* lanes_per_warp) {
     if (lanes_per_warp[w]) g_step[w] = last;
 }
 void track_meeting(uint32_t warp) { flush(static_cast<int>(warp)); }
+void track_sync_cluster(const std::vector<Fiber*>&) {}
+void track_wait_predecessor() {}
 void track_sync_warp(uint32_t) {}
 void track_product(uint32_t) { g_records.back().products += weight() / 32; }
 
@@ -539,7 +542,8 @@ void track_copy_wait(size_t bytes) {
   g_records.back().waits += weight();
 }
 void track_copy_landed(void*) {}
-void track_release(Known*) {}
+uint32_t track_release(Known*) { return 0; }
+bool track_covers(const Known&, uint32_t, uint32_t) { return true; }
 void track_acquire(const Known&) {}
 uint32_t track_engine_begin(uint32_t) { return 0; }
 void track_engine_over(Known*, uint32_t, uint32_t) {}

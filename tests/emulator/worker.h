@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The emulator's inner state: one Worker per host thread runs one block at a time. Shared by emulator.cpp, warp_ops.cpp
-// and those who follow accesses only.
+// The emulator's inner state: one Cluster per host thread runs the blocks of one cluster at a time, a Worker each. Shared by
+// emulator.cpp, cluster.cpp, warp_ops.cpp, hopper.cpp and those who follow accesses only.
 #pragma once
 
 #include <atomic>
@@ -34,9 +34,13 @@ struct PendingCopy {
 
 enum class State : uint8_t { kRunning, kAtBarrier, kInWarpOp, kDone };
 
+struct Cluster;
+struct Worker;
+
 struct Fiber {
   Context context;
-  uint32_t tid;
+  Worker* block;
+  uint32_t tid, id;  // in its block; in its cluster, where engines follow all threads
   uint3 index;
   State state;
   uint8_t barrier;       // where state is kAtBarrier
@@ -74,6 +78,7 @@ struct BarrierState {  // of an Mbarrier
 struct BulkCopy {  // a box under way
   TensorMap map;
   BoxAt box;
+  Worker* block;  // whose shared memory it is
   unsigned char* smem;
   uint32_t tid, engine, epoch;
   int barrier, group;               // a load's, a store's
@@ -104,15 +109,19 @@ struct Launch {
   Body body;
   void* context;
   int64_t schedule;
-  uint64_t blocks, block_factor, block_offset;  // block order: i -> (i * factor + offset) mod blocks
-  std::vector<uint64_t> chosen;                 // these alone, where there are any
+  int cluster;
+  bool after_predecessor;
+  uint64_t clusters, factor, offset;  // their order: i -> (i * factor + offset) mod clusters
+  std::vector<uint64_t> chosen;       // these alone, where there are any
   std::atomic<uint64_t> next{0};
-  std::atomic<bool> failed{false};
+  std::atomic<bool> failed{false}, waited{false};  // waited: wait_predecessor was called
 };
 
-struct Worker {
+struct Worker {  // of a block
   Launch* launch = nullptr;
-  Context main;
+  Cluster* cluster = nullptr;
+  int rank = 0;      // in its cluster
+  uint3 index = {};  // in its grid
   Stacks stacks{kMaxFibers};
   Fiber fibers[kMaxFibers];
   int started = 0;  // fibers whose stack holds a live fiber_main
@@ -124,7 +133,8 @@ struct Worker {
   std::vector<BarrierState> mbarriers;
   std::vector<BulkCopy> loads, stores;
   Products products[kMaxWarps];
-  uint32_t engines = 0;  // numbered after the threads
+  std::vector<std::pair<uint32_t, uint32_t>> sent;  // by other blocks: thread or engine, its epoch
+  Known leaving;                                    // to its threads that have returned
   int free_registers = 0, registers[kMaxWarps];
   std::vector<Fiber*> want_registers;
 
@@ -135,11 +145,13 @@ struct Worker {
 
   bool descending = false, random = false, copy_early = false;
   uint64_t rng = 1;
-  int64_t switches = 0;
 
   Worker();
   ~Worker();
-  void run(Launch& l);
+  void prepare(Launch& l, Cluster& c, int rank_there);
+  void start_block(uint64_t number);
+  void check_redzones();
+  uint32_t ids() const { return static_cast<uint32_t>((threads + 31) / 32 * 32); }  // of its threads
 
   uint64_t draw() {
     rng ^= rng << 13;
@@ -164,13 +176,31 @@ struct Worker {
 
   // hopper.cpp
   void start_hopper();   // of a block
-  bool land_one();       // the hardware does something that is due: nobody can go on
+  bool land_one();       // the hardware does something that is due
   void finish_thread();  // the current one has returned
   void finish_block();
+};
+
+// Blocks that run together on one host thread.
+struct Cluster {
+  std::vector<std::unique_ptr<Worker>> pool;
+  std::vector<Worker*> blocks;  // the first of the pool, by rank
+  Context main;
+  int left = 0;                 // threads that have not returned
+  uint32_t engines = 0;         // numbered after the threads
+  std::vector<Fiber*> waiting;  // in sync_cluster
+  int64_t switches = 0;
+
+  void run(Launch& l);
+  Fiber* pick(int rank);         // of this block as long as it can go on
+  void enter(Fiber& f);          // which runs from now on
+  bool land_one(int rank);       // nobody can go on: what is due there, or else in another block
+  void meet_if_all_have_come();  // in sync_cluster
+  uint32_t ids() const { return static_cast<uint32_t>(blocks.size()) * blocks[0]->ids(); }
+  uint32_t new_engine() { return ids() + engines++; }
 
  private:
-  void run_block(uint64_t index);
-  void check_redzones();
+  void run_blocks(uint64_t number);
 };
 
 extern __thread Worker* t_worker;
@@ -178,10 +208,12 @@ extern __thread Worker* t_worker;
 // Who follows accesses: track.cpp checks them, traffic.cpp in its place counts them.
 extern bool g_tracking;        // kernels were compiled with hooks on their loads and stores
 extern const bool g_counting;  // no value is wanted: products are skipped, and some blocks stand for all
-std::vector<uint64_t> track_launch(const Launch& l);  // the blocks to run, in this order; none for all
+std::vector<uint64_t> track_launch(const Launch& l);  // the clusters to run, in this order; none for all
 void track_launch_end();
-void track_block_start(Worker& w);
+void track_block_start(Cluster& c);
 void track_barrier(const uint32_t* lanes_per_warp);
+void track_sync_cluster(const std::vector<Fiber*>& met);
+void track_wait_predecessor();
 void track_sync_warp(uint32_t warp);
 void track_meeting(uint32_t warp);  // its lanes have met in any warp-wide call
 void track_product(uint32_t warp);  // one lane's part of an mma
@@ -192,16 +224,17 @@ void track_copy_issued(void* to, const void* pc);
 void track_copy_wait(size_t bytes);  // so many that this thread has under way, before a wait
 void track_copy_landed(void* to);
 // Meetings of single threads: what the current one knows goes into a Known, or comes out of it.
-void track_release(Known* to);
+uint32_t track_release(Known* to);  // its epoch until then
 void track_acquire(const Known& from);
+bool track_covers(const Known& k, uint32_t id, uint32_t epoch);
 // What an engine does: begun by the current thread (or for it), whose knowledge must cover what was done there before;
 // over once somebody learns of the epoch. Bytes written are in flight until they land.
 uint32_t track_engine_begin(uint32_t engine);  // an epoch
 void track_engine_over(Known* to, uint32_t engine, uint32_t epoch);
 void track_engine_access(uint32_t engine, uint32_t epoch, const void* p, size_t bytes, Access access, const void* pc);
-void track_engine_access_for(uint32_t tid, uint32_t engine, uint32_t epoch, const void* p, size_t bytes, Access access,
+void track_engine_access_for(uint32_t id, uint32_t engine, uint32_t epoch, const void* p, size_t bytes, Access access,
                              const void* pc);
-bool track_knows_alike(uint32_t tid, uint32_t other);
+bool track_knows_alike(uint32_t id, uint32_t other);
 void track_engine_landed(const void* p, size_t bytes);
 void track_fence_async();
 

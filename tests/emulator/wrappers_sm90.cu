@@ -240,6 +240,8 @@ int main() {
   try_boxes<Swizzle::k64>();
   try_boxes<Swizzle::k128>();
   try_cluster<1>();
+  try_cluster<2>();
+  try_cluster<8>();
   try_overlap();
   return g_faults != 0;
 }

@@ -87,7 +87,7 @@ int lora_tail(const LoraGemmParams& p, void* workspace, Stream stream, LoraTail*
 }
 
 int lora_gemm_cuda(const LoraGemmParams& p, void* workspace, Stream stream) {
-  const GemmConfig config = choose_lora_gemm(shape_of(p), cuda_target());
+  const GemmConfig config = choose_gemm(shape_of(p), cuda_target());
   if (!config.fits) return kInvalidConfiguration;
   LoraTail tail{};
   if (p.R) {

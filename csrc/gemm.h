@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a GEMM on Hopper is cut into tiles, and in which order blocks take them: for the choice, the launcher and the kernel.
+// GEMMs by kernels of our own, with low-rank products inside: where there are some, how they are cut into tiles, and in which
+// order blocks take those: for the choice, the launcher and the kernel.
 #pragma once
 
 #include "common.h"
@@ -28,6 +29,26 @@ LRK_HD GemmTile tile_at(const GemmTiles& t, int32_t i, int32_t rank) {
   const int32_t band = i / (kRaster * t.n), top = band * kRaster, rows = t.m - top < kRaster ? t.m - top : kRaster;
   const int32_t at = i - top * t.n, m = top + at % rows;
   return {m, (m * t.cluster + rank) * kTileM, at / rows * t.tile_n};
+}
+
+// Whether an architecture has a kernel for Y[T, N] = X[T, K] W + S[T, R] U, and its tiles. None was measured on a GPU yet, so
+// that they are taken where LRKERN_FUSED asks for them alone; `pays` is what counts say.
+struct GemmShape {
+  int64_t T, N, K;
+  int32_t R;
+  DType dtype, factor_dtype;
+  bool aligned;  // operands begin at multiples of 16 bytes, and so do their rows
+};
+struct GemmConfig {
+  bool fits, pays;
+  int32_t tile_n, cluster;
+  const char* why;
+};
+GemmConfig choose_gemm(const GemmShape& shape, Target target);
+
+// Rows of 16-bit elements whose vectors of 8 are aligned.
+inline bool whole_vectors(const void* data, int64_t pitch) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && pitch % 8 == 0;
 }
 
 }  // namespace lrk
