@@ -507,17 +507,14 @@ void decode_wide(const char* op, const Packed& a, int64_t K, const Tensor& to) {
   torch::stable::copy_(const_cast<Tensor&>(to), called("aten::mul", {from(scales), from(codes)}, "Tensor"));
 }
 
-// The build has kernels for FP4 units where it found CUTLASS. What lies past the columns would have a part in them.
+// What lies past the columns would have a part in the units' product.
 bool takes_units(const MxProductParams& p, DType dtype, const Tensor& like, int64_t G) {
-#if defined(LRK_CUTLASS)
   bool aligned = true;
   for (const void* operand : {static_cast<const void*>(p.a), static_cast<const void*>(p.b), p.bias, p.s, p.u})
     aligned = aligned && reinterpret_cast<uintptr_t>(operand) % 16 == 0;
-  return p.K == G * kMxBlock && takes_fused(choose_mx_product({p.T, p.O, p.K, p.R, p.wide, dtype, aligned},
-                                                              DeviceScope("mx_matmul", like).target));
-#else
-  return static_cast<void>(p), static_cast<void>(dtype), static_cast<void>(like), static_cast<void>(G), false;
-#endif
+  return kCutlass && p.K == G * kMxBlock &&
+         takes_fused(
+             choose_mx_product({p.T, p.O, p.K, p.R, p.wide, dtype, aligned}, DeviceScope("mx_matmul", like).target));
 }
 
 // y = alpha (A B^T + S U^T) + bias: FP4 units where the choice says so, else [A, S] decoded whole and [B, U] in panels, in fp32,
