@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import groupby
 from math import ceil
 from pathlib import Path
+from statistics import geometric_mean
 
 Row = dict
 ABOVE = (
@@ -19,9 +20,27 @@ def verdict(row: Row) -> str:
     return said + ", NOISY: not to be cited" if row["noisy"] else said
 
 
-def table(rows: list[Row], against: str | None) -> str:
-    """The rows of one case. Columns with nothing in them are left out, as is the ratio of what two providers add to the
-    base where the A/A difference exceeds a fifth of either."""
+def means(rows: list[Row]) -> str:
+    """Of each provider and pass the geometric mean, over its cases, of its time over the base's, as percent beyond it. Noisy cases
+    count: noise is judged by what comes close to the base, so that those left would be the slow ones."""
+    of_pass = lambda row: row["case"].rpartition("pass=")[2]
+    rows = [row for row in rows if row["extra_over_base"] is not None and row["provider"] != "again"]
+    passes = list(dict.fromkeys(map(of_pass, rows)))
+    lines = [f"\n{'geometric mean over base':<28}" + "".join(f"{name:>28}" for name in passes)]
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        line = f"  {provider:<26}"
+        for name in passes:
+            mine = [row for row in rows if row["provider"] == provider and of_pass(row) == name]
+            mean = geometric_mean(1 + row["extra_over_base"] for row in mine) - 1 if mine else 0
+            text = f"{mean:+.1%} of {len(mine)} cases" if mine else "-"
+            line += f"{text + ', noisy' * any(row['noisy'] for row in mine):>28}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def table(rows: list[Row], against: str | None, headline: str = "ms") -> str:
+    """The rows of one case, the headline's column first. Columns with nothing in them are left out, as is the ratio of what two
+    providers add to the base where the A/A difference exceeds a fifth of either."""
     of = {r["provider"]: r for r in rows}
 
     def extra(row: Row) -> float | None:
@@ -51,9 +70,6 @@ def table(rows: list[Row], against: str | None) -> str:
     def share_of_roof(row: Row) -> str:
         return "" if row["of_roof"] is None else f"{row['of_roof']:.1%}" + "*" * (row["of_roof"] > 1)
 
-    def share_of_read(row: Row) -> str:
-        return "" if row["of_read"] is None else format(row["of_read"], ".1%")
-
     share = f"/{against}"
     columns = [
         ("ms", number("p50_ms", ".4g"), 9),
@@ -69,9 +85,11 @@ def table(rows: list[Row], against: str | None) -> str:
         ("peak MB", number("peak_bytes", ".2f", 1e-6), 9),
         ("basis MB", number("basis_bytes", ".1f", 1e-6), 9),
         ("of roof", share_of_roof, 8),
-        ("of read", share_of_read, 8),
+        ("of read", number("of_read", ".1%"), 8),
+        ("of copy", number("of_copy", ".1%"), 8),
         ("error", number("error", ".1e"), 8),
     ]
+    columns.sort(key=lambda column: column[0] != headline)
     lines = [f"  {cell:9}" for cell in ("", *of)]
     for head, show, width in columns:
         if any(cells := [show(row) for row in rows]):

@@ -8,7 +8,12 @@ the medians of the two differ by more than 20% of the smallest figure compared, 
 most three times in all; if it stays so it is marked noisy, not to be cited. Compared is the adapter alone where a suite
 times it, else what a provider adds to the base, else its whole time.
 
-On CUDA graphs are timed. A provider that cannot be captured is timed as it is called, host time included, and the run says so.
+On CUDA graphs are timed, with another buffer in the L2 before each. A provider that cannot be captured is timed as it is called, host
+time included, and the run says so. `fused` is lrkern with LRKERN_FUSED=all, where that launches other kernels; `kernels` in rows
+of lrkern's are the names of those that ran.
+
+Each provider's result, and after a backward its gradients, are held against float64 before it is timed. Off by more than a tenth,
+other people's code is listed as missing, and any other ends the run.
 
 --quick aims at under two minutes a suite on two idle cores, the emulator's first build left out. The time that is left is
 shared among the cases that are left, all of a case counted: its data, its figures for which calls run once, its timing. Cases
@@ -48,10 +53,12 @@ import lrkern
 
 SUITES = {path.stem: path for path in sorted(Path(__file__).parent.glob("suites/*.py"))}
 SECONDS = {True: 3.0, False: 12.0}  # of timing per case and attempt at most, by --quick
+ON_CUDA = 2.0  # the same there, where a round is milliseconds and cases are hundreds
 QUICK = 100.0  # seconds after which no case begins
 ROUNDS = {True: (3, 2000), False: (5, 2000)}  # by --quick
 ATTEMPTS = 3
 NOISE = 0.2  # of the smallest figure compared
+WRONG = 0.1  # an error that is no rounding
 
 Key = tuple[str, str]  # (provider, "whole" | "alone" | "again")
 
@@ -127,6 +134,21 @@ class Field:
             self.beside[provider] = steps_of([call.beside[1] for call in calls])
         self.steps |= steps
 
+    def leave(self, provider: str, reason: str) -> None:
+        self.missing[provider] = reason
+        self.calls.pop(provider)
+        self.beside.pop(provider, None)
+        self.steps = {key: steps for key, steps in self.steps.items() if key[0] != provider}
+
+    def by_kernels(self) -> dict[str, list[str]]:
+        """The kernels of lrkern's two paths, on CUDA; `fused` leaves where it has none of its own."""
+        found = {p: timing.kernels_of(self.steps[p, "whole"][0]) for p in ("lrkern", "fused") if p in self.calls}
+        if "fused" in found and not found["fused"]:
+            self.leave("fused", "torch's profiler sees no kernels: which ones LRKERN_FUSED=all launches is not known")
+        elif "fused" in found and found["fused"] <= found.get("lrkern", set()):
+            self.leave("fused", "LRKERN_FUSED=all launches no other kernels here")
+        return {provider: sorted({name[:120] for name in names}) for provider, names in found.items()}
+
 
 def too_slow(case: Case, device: str) -> bool:
     """Whether one step takes tens of seconds: for dY W in 16 bits torch has a plain loop where oneDNN finds no instructions."""
@@ -179,6 +201,20 @@ def error(suite: Suite, case: Case, provider: str, device: str) -> float | None:
     return max(((g - w).norm() / w.norm()).item() for g, w in pairs)
 
 
+def checked(suite: Suite, case: Case, ready: Field, device: str) -> dict[str, float | None]:
+    """The errors of all providers; of `ready` those leave that may be missing and are wrong."""
+    errors: dict[str, float | None] = {}
+    for provider, call in [*ready.calls.items()]:
+        exact = call.exact and (call.truth or ready.copies[0].truth)  # else there is no need to make fresh data
+        errors[provider] = found = error(suite, case, provider, device) if exact else None
+        if found is None or found <= WRONG:
+            continue
+        if provider not in OPTIONAL:
+            raise RuntimeError(f"{provider} computes something else: error {found:.2g} of {case}")
+        ready.leave(provider, f"computes something else: error {found:.2g}")
+    return errors
+
+
 def noise(p50: dict[Key, float]) -> tuple[float, bool]:
     """(A/A difference in ms, whether it is too large for the smallest figure compared)."""
     (first,) = (provider for provider, kind in p50 if kind == "again")
@@ -202,16 +238,16 @@ def measure(
     quick = limit is not None
     end = timing.clock() + limit if quick else math.inf
     ready = line_up(suite, case, device, quick)
-    steps = ready.steps
+    # First the figures for which calls run once: they leave their memory behind for the timed ones.
+    errors = checked(suite, case, ready, device)
+    kernels = ready.by_kernels() if device == "cuda" else {}
+    steps, memory = ready.steps, {}
+    for provider, call in ready.calls.items():
+        with call.around():
+            saved = None if case.passes == "no_grad" else timing.saved_bytes(call.forward, tensors(ready.copies[0]))
+        memory[provider] = saved, timing.peak_bytes(steps[provider, "whole"][0], device)
     first = next(iter(ready.calls))
     steps[first, "again"] = steps[first, "whole"]
-    # First the figures for which calls run once: they leave their memory behind for the timed ones.
-    memory, errors = {}, {}
-    for provider, call in ready.calls.items():
-        saved = None if case.passes == "no_grad" else timing.saved_bytes(call.forward, tensors(ready.copies[0]))
-        memory[provider] = saved, timing.peak_bytes(steps[provider, "whole"][0], device)
-        exact = call.exact and (call.truth or ready.copies[0].truth)  # else there is no need to make fresh data
-        errors[provider] = error(suite, case, provider, device) if exact else None
     flop, moved = suite.work(case, ready.copies[0]) or (None, None)
     roof_ms = None
     if flop is not None:
@@ -237,6 +273,7 @@ def measure(
     rows = []
     named = {first: (first, "whole"), "again": (first, "again")} | {name: (name, "whole") for name in ready.calls}
     memory["again"], errors["again"] = (None, None), None  # told once
+    copied = ready.calls["copy"].reads / p50["copy", "whole"] if "copy" in ready.calls else None  # bytes a ms
     for name, key in named.items():
         mine, call = p50[key], ready.calls[key[0]]
         reads = call.reads and (call.reads * (1 + (case.passes == "fwd+bwd")))
@@ -257,7 +294,8 @@ def measure(
                 "roof_ms": roof_ms,
                 "of_roof": roof_ms and roof_ms / mine,
                 "reads": reads,
-                "of_read": reads and reads / mine * 1e3 / read_bandwidth(device),
+                "of_read": reads and (None if copied else reads / mine * 1e3 / read_bandwidth(device)),
+                "of_copy": reads and copied and reads / mine / copied,
                 "beside": call.beside[0] if pairs else None,
                 "paired": pairs and statistics.median(pairs),
                 "pairs": pairs and len(pairs),
@@ -268,6 +306,7 @@ def measure(
                 "rounds": count,
                 "noise_ms": noise_ms,
                 "noisy": noisy,
+                "kernels": kernels.get(name),
                 "eager": next((why for (provider, _), why in eager.items() if provider == name), None),
                 "command": command,
             }
@@ -312,12 +351,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not args.suite:
         parser.error("the following arguments are required: suite")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not (args.list or torch.cuda.is_available()):
         parser.error("--device cuda: torch sees no GPU")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     try:
-        suite: Suite = importlib.import_module(f"suites.{args.suite}").Suite(args.names)
+        suite: Suite = importlib.import_module(f"suites.{args.suite}").Suite(args.names).on(args.device)
     except ValueError as wrong:
         parser.error(str(wrong))
     if args.device not in suite.devices:
@@ -343,6 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict] = []
     missing: dict[str, str] = {}
     code, begin = 0, timing.clock()
+    seconds = min(SECONDS[args.quick], ON_CUDA if args.device == "cuda" else math.inf)
     bar = tqdm(total=len(chosen), leave=False, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
     try:
         for i, case in enumerate(chosen):
@@ -352,8 +392,8 @@ def main(argv: list[str] | None = None) -> int:
                 break
             limit = left / (len(chosen) - i) if args.quick else None
             bar.set_description(f"{case} {SHORT[case.dtype]}")
-            now, reasons = measure(suite, case, args.device, SECONDS[args.quick], command, progress(bar, i), limit)
-            bar.write(report.table(now, suite.against))
+            now, reasons = measure(suite, case, args.device, seconds, command, progress(bar, i), limit)
+            bar.write(report.table(now, suite.against, suite.headline))
             progress(bar, i + 1)(0)
             rows += now
             missing = reasons | missing  # the first reason
@@ -365,6 +405,8 @@ def main(argv: list[str] | None = None) -> int:
         code = 130
     finally:
         bar.close()
+    if suite.headline == "extra" and rows:
+        print(report.means(rows))
     for case, reason in left_out.items():
         print(f"left out: {case} {SHORT[case.dtype]} ({reason}, and --quick)")
     for provider, reason in missing.items():

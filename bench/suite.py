@@ -11,19 +11,22 @@ The runner does the rest: passes, interleaving, A/A, ceilings, errors, memory, r
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lrkern import testing
+
 # Ids are fixed for all suites; tables list them in this order. A row "again" is the first one's second run.
 PROVIDERS = ("base", "eager", "compile", "peft", "published", "full", "stored", "loop", "gather", "patched", "merged",
              "followed", "vllm",
-             "torchao", "bnb", "int4pack", "gnf4", "bf16", "fp32", "lrkern")  # fmt: skip
+             "torchao", "bnb", "int4pack", "gnf4", "bf16", "fp32", "copy", "marlin", "humming", "concat", "addmm", "lrkern",
+             "fused")  # fmt: skip
 # Other people's code that need not be there: any failure of these lists them as missing, with the reason.
-OPTIONAL = ("compile", "published", "vllm", "torchao", "bnb", "int4pack", "gnf4")
+OPTIONAL = ("compile", "published", "vllm", "torchao", "bnb", "int4pack", "gnf4", "marlin", "humming")
 SLOW = ("compile",)  # many seconds a case before the first result: not with --quick
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -65,6 +68,17 @@ class Call:
     beside: "tuple[str, Call] | None" = None  # what its time is set against in pairs of calls, by its name
 
 
+def by_path(call: Call, fused: bool) -> Call:
+    """A call of lrkern with LRKERN_FUSED=all, or without, whatever it was said to be before. A graph keeps what its capture saw."""
+
+    @contextmanager
+    def around():
+        with call.around(), testing.fused(fused):
+            yield
+
+    return replace(call, around=around, alone=call.alone and by_path(call.alone, fused))
+
+
 @dataclass
 class Data:
     """One copy of a case's tensors. Gradients are taken of the inputs that require them."""
@@ -76,6 +90,8 @@ class Data:
 
 class Suite:
     against: str | None = "eager"  # the provider the table's ratios refer to
+    device = "cpu"
+    headline = "ms"  # the table's first column
     cold = True  # copies of the data rotate over more than the last-level cache
     devices = ("cpu", "cuda")
 
@@ -90,6 +106,11 @@ class Suite:
     @classmethod
     def providers(cls) -> tuple[str, ...]:
         return tuple(name for name in PROVIDERS if hasattr(cls, name))
+
+    def on(self, device: str) -> "Suite":
+        """The suite for a device, of which it may ask something else."""
+        self.device = device
+        return self
 
     def work(self, case: Case, data: Data) -> tuple[int, int] | None:
         return None

@@ -93,9 +93,10 @@ def once_cpu(step: Step) -> float:
 
 
 def once_cuda(step: Step, flush: Tensor) -> float:
+    """After a read of ``flush``, which leaves the L2 full of it: what a write leaves there goes to DRAM inside the time."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     ready = step.ready()
-    flush.zero_()
+    flush.sum()
     start.record()
     out = step.run(ready)
     stop.record()
@@ -110,7 +111,7 @@ def turns_of(
     """The steps as they are timed, and a turn over two copies: milliseconds of the second, after an untimed first on the CPU."""
     if device != "cuda":
         return steps, lambda warm, timed: (once_cpu(warm), once_cpu(timed))[1]
-    flush = torch.empty(256 << 20, dtype=torch.int8, device=device)  # more than any L2
+    flush = torch.empty(64 << 20, device=device)  # 256 MiB, more than any L2
     graphs = {name: as_graphs(copies) for name, copies in steps.items()}
     if eager is not None:
         eager |= {name: why for name, (_, why) in graphs.items() if why}
@@ -174,6 +175,18 @@ def paired(one: list[Step], other: list[Step], seconds: float, device: str) -> l
 def percentiles(times: list[float]) -> dict[str, float]:
     at = lambda q: times[round(q * (len(times) - 1))]
     return {"p20_ms": at(0.2), "p50_ms": statistics.median(times), "p80_ms": at(0.8)}
+
+
+def kernels_of(step: Step) -> set[str]:
+    """The CUDA kernels that one run launches, by the names of torch's profiler; none where it may not look."""
+    ready = step.ready()
+    torch.cuda.synchronize()
+    with quiet_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step.run(ready)
+        torch.cuda.synchronize()
+    copies = "Memcpy", "Memset"
+    device = torch.autograd.DeviceType.CUDA
+    return {e.name for e in profile.events() if e.device_type == device and not e.name.startswith(copies)}
 
 
 SIZES = {"cuda": (1 << 28, 8192), "cpu": (1 << 26, 2048)}  # bytes of a large copy, rows and columns of a large GEMM

@@ -11,7 +11,7 @@ import pytest
 
 import build as emulator
 import lrkern
-from lrkern import selftest
+from lrkern import selftest, testing
 from lrkern.__main__ import collect, main
 from lrkern.limits import DTYPES
 from lrkern.reference import OPS
@@ -116,6 +116,15 @@ def test_a_device_that_does_not_answer_is_left(planted):
     assert any(row["device"] == "cpu" for row in report["rows"]), "the next device has its turn"
 
 
+def test_fused_paths_have_a_pass_and_a_verdict_of_their_own(planted, monkeypatch):
+    """Whatever the variable says outside."""
+    monkeypatch.setenv(testing.FUSED, "1")
+    status, report, said = planted({"lora_add": "fused"}, ("cuda:1", "cuda:1 fused"))
+    assert status == 1 and "  cuda:1 (the cuda:1): as their references" in said
+    assert "cuda:1 fused (the cuda:1 fused): WRONG: lora_add\n" in said
+    assert {row["device"] for row in report["rows"] if row["wrong"]} == {"cuda:1 fused"}
+
+
 def test_a_file_that_cannot_be_written_is_an_error_before_the_run(planted, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(selftest, "found_on", lambda *_: pytest.fail("it ran"))
     (tmp_path / "folder").mkdir()
@@ -138,10 +147,13 @@ def test_an_interrupted_run_leaves_no_file(tmp_path, monkeypatch):
 
 def test_devices_are_those_that_the_build_has_code_for(monkeypatch):
     monkeypatch.setattr(selftest.torch.cuda, "get_device_name", lambda i: ["H", "H", "L"][i])
+    monkeypatch.setattr(selftest.torch.cuda, "get_device_capability", lambda i: [(9, 0), (9, 0), (8, 9)][i])
     info = collect()
     assert [*selftest.devices(info, False)] == ["cpu"]
     info["gpu"] = {"count": 3}
     for op in info["ops"].values():
         op["cuda"]["implementation"] = "CUDA kernel, sm_90"
-    assert [*selftest.devices(info, False)] == ["cpu", "cuda:0", "cuda:1", "cuda:2"]
-    assert [*selftest.devices(info, True)] == ["cpu", "cuda:0", "cuda:2"]
+    both = [f"cuda:{i}{path}" for i in (0, 1) for path in ("", " fused")]
+    assert [*selftest.devices(info, False)] == ["cpu", *both, "cuda:2"]
+    assert [*selftest.devices(info, True)] == ["cpu", *both[:2], "cuda:2"]
+    assert selftest.devices(info, True)["cuda:0 fused"] == "H, LRKERN_FUSED=all"

@@ -4,6 +4,8 @@
 Needs Python, torch >= 2.11 and pytest; nvcc where there is no build yet, compute-sanitizer where it is to check. Parts, in
 this order: env, build, ptx (every wrapper of ptx.cuh against its definition), tests, sanitizer, ceilings, kernels (each
 one's share of its roof), bench. Each is a process with a time limit; one that fails is reported and the rest goes on.
+Parts run with LRKERN_FUSED=0. Those of families with kernels of this GPU's architecture alone run again with all, as fused:tests... and
+fused:sanitizer...; kernels and bench time both.
 
     --only FAMILY   one family, within 5 minutes (not counting a build)
     --parts tests   only parts whose name begins so, such as tests or sanitizer:memcheck
@@ -27,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -81,6 +83,8 @@ class Session:
     only: bool = False
     rehearse: bool = False  # on the CPU, without a GPU's tools: shows faults of this script
     device: str = "cuda"  # cpu when rehearsing, "" where there is no CUDA device
+    capability: str = ""  # of the GPU: "90"
+    fused: bool = False  # whether ops take the kernels of its architecture alone
     part: str = ""
     deadline: float = 0.0  # of the part
     probes: list[str] = field(default_factory=list)  # built by this call
@@ -94,7 +98,8 @@ class Session:
             f.flush()
             process = subprocess.Popen(
                 words, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT / "python"), "PYTHONUNBUFFERED": "1", **env},
+                env={**os.environ, "PYTHONPATH": str(ROOT / "python"), "PYTHONUNBUFFERED": "1",
+                     "LRKERN_FUSED": "all" if self.fused else "0", **env},
             )  # fmt: skip
             try:
                 code = process.wait(max(LEAST, self.deadline - time.monotonic()))
@@ -415,8 +420,8 @@ def bench(suite: str) -> Callable[[Session, dict], Outcome]:
 
 
 def suites(families: list[str]) -> list[str]:
-    """bench/suites/<family>.py, and `op`, which times the ops of every family."""
-    return [name for name in [*families, "op"] if (ROOT / "bench" / "suites" / f"{name}.py").exists()]
+    """Those of the families, and `op`, which times the ops of every one."""
+    return [*(name for family in families for name in gpu_status.suites_of(family)), "op"]
 
 
 # ---------------------------------------------------------------------------------------------- the parts
@@ -428,11 +433,13 @@ def parts_of(session: Session) -> list[Part]:
     limit = lambda whole, only: only if session.only else whole
     select = lambda real, rehearsed: rehearsed if session.rehearse else real
     ops = [op for family in session.families for op in gpu_status.ops_of(family)]
-    registry = select(f"cuda and ({' or '.join(ops)})" if session.only else "cuda", "odd and cpu and float32")
+    some = session.only or session.fused
+    registry = select(f"cuda and ({' or '.join(ops)})" if some else "cuda", "odd and cpu and float32")
     beyond = {file: few for family in session.families for file, few in load(family).TESTS.items()}
     families = select("cuda", " or ".join(f"({few})" for few in beyond.values()))
     device, library = ("test_cuda", "test_devices"), ("test_build", "test_host")
     device = pytest_part([f"tests/ops/{name}.py" for name in device], select("not (cpu or emulated)", "cpu and odd"))
+    again = [] if session.fused else fused(session)
     return [
         ("env", 60, env),
         ("build", 500, build),
@@ -443,11 +450,23 @@ def parts_of(session: Session) -> list[Part]:
         ("tests:device", limit(300, 50), device),
         ("tests:layers", limit(200, 60), pytest_part(LAYERS, select("not emulated", "emulated and float32"))),
         ("tests:library", limit(120, 40), pytest_part([f"tests/csrc/{name}.py" for name in library], "")),
+        *(part for part in again if not part[0].startswith("fused:sanitizer")),
         *((f"sanitizer:{check}", limit(200, 40), sanitizer(check)) for check in TOOLS),
+        *(part for part in again if part[0].startswith("fused:sanitizer")),
         ("ceilings", limit(60, 20), json_part("ceilings")),
         ("kernels", limit(120, 30), json_part("time")),
         *((f"bench:{name}", limit(400, 60), bench(name)) for name in suites(session.families)),
     ]
+
+
+def fused(session: Session) -> list[Part]:
+    """What families with kernels of this GPU's architecture run with them."""
+    families = [f for f in session.families if (f, session.capability) in gpu_status.fused_paths()]
+    changed = lambda session: replace(session, families=families, fused=True)
+    with_it = lambda run: lambda session, known: run(changed(session), known)
+    parts = parts_of(changed(session)) if families else []
+    chosen = ("tests:registry", "tests:families", "tests:layers", "sanitizer:")
+    return [(f"fused:{name}", seconds, with_it(run)) for name, seconds, run in parts if name.startswith(chosen)]
 
 
 def tuning(session: Session) -> list[Part]:
@@ -478,7 +497,8 @@ def summary(session: Session, parts: dict[str, dict]) -> str:
             shapes.append([r["kernel"], r["case"], *share, r.get("bound_by", "")])
         elif "provider" in r:
             name = r["provider"] + " (noisy)" * bool(r.get("noisy"))
-            timed.append([r["suite"], r["case"], r["dtype"], name, *figures, number(r, "adapter_ms", ".4g")])
+            beside = number(r, "extra_over_base", "+.1%"), number(r, "adapter_ms", ".4g")
+            timed.append([r["suite"], r["case"], r["dtype"], name, *figures, *beside])
     return "\n".join(
         [
             "# One run on a GPU\n\n```",
@@ -486,7 +506,9 @@ def summary(session: Session, parts: dict[str, dict]) -> str:
             *markdown("| part | outcome | seconds | note |", outcomes),
             *markdown("| kernel | case | dtype | ms | roof ms | share of roofline |", kernels),
             *markdown("| call | case (bf16) | ms | predicted ms | bound by, predicted |", shapes),
-            *markdown("| suite | case | dtype | provider | ms | roof ms | share of roofline | adapter ms |", timed),
+            *markdown(
+                "| suite | case | dtype | provider | ms | roof ms | share of roofline | over base | adapter ms |", timed
+            ),
             "",
         ]
     )
@@ -522,6 +544,7 @@ def main() -> int:
         return not all(built)
     known = facts(session)
     session.device = "cpu" if args.rehearse else "cuda" if known["gpus"] else ""
+    session.capability = known["gpus"][0][1] if known["gpus"] else ""
 
     state = out / "parts.json"
     parts: dict[str, dict] = json.loads(state.read_text()) if state.exists() else {}

@@ -27,9 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lrkern.ops
 from bench import timing
+from lrkern import testing
 from lrkern.ops.dispatch import library, use_library
 from lrkern.reference import OPS
-from tools.families import Shape, load
+from tools import gpu_status
+from tools.families import Shape, Timed, load
 
 SMALL = Shape(A=4, T=20, I=64, O=64, R=4)  # a rehearsal's
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -90,7 +92,7 @@ def time_kernels(families: list[str], device: str) -> Iterator[dict]:
     for dtype in DTYPES[:2]:
         name = str(dtype).removeprefix("torch.")
         for family in families:
-            for t in load(family).timed(library(), device, dtype, shape):
+            for t in calls(family, shape, device, dtype):
                 step = timing.Step(lambda _, t=t: t.call())
                 with torch.no_grad():
                     ms = statistics.median(timing.interleaved({"": [step]}, 30 if cuda else 3, device)[""])
@@ -101,8 +103,14 @@ def time_kernels(families: list[str], device: str) -> Iterator[dict]:
                        "of_roof": roof_ms / ms}  # fmt: skip
 
 
-def calls(family: str, shape: Shape, device: str):
-    return load(family).timed(library(), device, torch.bfloat16, shape)
+def calls(family: str, shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> Iterator[Timed]:
+    """Of each kernel that the device runs, those of its architecture alone with LRKERN_FUSED=all."""
+    archs = {k.name: k.source.arch for k in gpu_status.kernels()}
+    here = "{}{}".format(*torch.cuda.get_device_capability()) if device == "cuda" else ""
+    for timed in load(family).timed(library(), device, dtype, shape):
+        if (arch := archs[timed.kernel]) in ("", here):
+            with testing.fused(bool(arch)):
+                yield timed
 
 
 def time_shapes(families: list[str], device: str) -> Iterator[dict]:

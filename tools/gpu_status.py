@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of docs/gpu.md: every kernel, and what a GPU has shown of it; and the GPU models that the package takes for tried.
+"""The tables of docs/gpu.md: every kernel, and what a GPU has shown of it, and which fused paths, kernels of one architecture in place
+of the portable ones, may be the default there; and the GPU models that the package takes for tried.
 Generated from bench/evidence/.
 
 python tools/gpu_status.py              rewrites both
@@ -10,9 +11,11 @@ Kernels are read from csrc/cuda: each __global__ function under the name its lau
 """
 
 import argparse
+import importlib
 import json
 import re
 import shutil
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +58,17 @@ def ops_of(family: str) -> list[str]:
     return [n for n in re.findall(r"LRK_OP\((\w+),", text) if not n.endswith(("_fwd", "_bwd"))]
 
 
+def suites_of(family: str) -> list[str]:
+    """bench/suites/<family>.py, and what tools/families/<family>.py names beside it."""
+    names = [family, *getattr(importlib.import_module(f"tools.families.{family}"), "SUITES", ())]
+    return [name for name in names if (ROOT / "bench" / "suites" / f"{name}.py").exists()]
+
+
+def fused_paths() -> list[tuple[str, str]]:
+    """(family, architecture) of kernels that are compiled for one."""
+    return sorted({(k.source.family, k.source.arch) for k in kernels() if k.source.arch})
+
+
 # ---------------------------------------------------------------------------------------------- evidence
 
 
@@ -92,12 +106,17 @@ def all_evidence() -> list[Evidence]:
     return [Evidence.read(f.parent) for f in sorted(EVIDENCE.glob("*/parts.json"))]
 
 
-def evidence_cell(family: str, found: list[Evidence]) -> str:
+def evidence_of(family: str, arch: str, everything: list[Evidence]) -> list[Evidence]:
+    """That of a family's kernels for one architecture, or for all of them."""
+    return [e for e in everything if e.covers(family) and arch in ("", e.env.get("capability"))]
+
+
+def evidence_cell(family: str, arch: str, found: list[Evidence]) -> str:
     if not found:
         return "not run on a GPU"
-    last = found[-1]
+    last, path = found[-1], "fused:" if arch else ""
     name = f"[{last.env['date'][:10]} {last.env['gpu']}](../bench/evidence/{last.folder.name}/summary.md)"
-    text = f"{name}: tests {last.verdict('tests')}, sanitizers {last.verdict('sanitizer')}"
+    text = f"{name}: tests {last.verdict(f'{path}tests')}, sanitizers {last.verdict(f'{path}sanitizer')}"
     return text if last.env[f"source {family}"] == sources.digest(family) else f"{text}; the source has changed since"
 
 
@@ -106,18 +125,62 @@ def roofline_cell(kernel: str, found: list[Evidence]) -> str:
     return ", ".join(f"{r['dtype']} {r['of_roof']:.0%}" for r in rows) or "-"
 
 
+def may_be_default(family: str, arch: str, everything: list[Evidence]) -> tuple[bool, str]:
+    """Whether the last evidence of this architecture shows a family's fused path right and faster than its portable one, and why: all
+    tests passed, of the source as it is, no sanitizer failed, and the benchmarks ran through, with results no further off than twice the
+    portable ones, no case slower and one faster by more than the noise."""
+    found = [e for e in evidence_of(family, arch, everything) if e.env.get("rehearsal") != "True"]
+    if not found:
+        return False, f"no run on sm_{arch}"
+    last = found[-1]
+    if last.env[f"source {family}"] != sources.digest(family):
+        return False, f"the source has changed since {last.folder.name}"
+    if (tests := last.verdict("fused:tests")) != "passed":
+        return False, f"tests {tests}"
+    if last.verdict("fused:sanitizer").startswith("failed"):
+        return False, "sanitizers failed"
+    failed = [s for s in suites_of(family) if last.verdict(f"bench:{s}") != "passed"]
+    if failed:  # as it does where a result is wrong
+        return False, f"bench:{failed[0]} {last.verdict(f'bench:{failed[0]}')}"
+    timed: dict[tuple, dict[str, dict]] = {}
+    for row in last.rows:
+        if row.get("suite") in suites_of(family) and row.get("provider") in ("lrkern", "fused"):
+            timed.setdefault((row["suite"], row["case"], row["dtype"]), {})[row["provider"]] = row
+    pairs = {case: (of["lrkern"], of["fused"]) for case, of in timed.items() if len(of) == 2}
+    if not pairs:
+        return False, "not timed beside the portable path"
+    where = lambda bad: next((f"{case} {dtype}" for (_, case, dtype), pair in pairs.items() if bad(*pair)), "")
+    if case := where(lambda old, new: (new["error"] or 0) > 2 * (old["error"] or 0)):
+        return False, f"further off in {case}"
+    if case := where(lambda old, new: new["p50_ms"] > old["p50_ms"] + new["noise_ms"]):
+        return False, f"slower in {case}"
+    if not where(lambda old, new: new["p50_ms"] < old["p50_ms"] - new["noise_ms"]):
+        return False, "no faster than noise"
+    mean = statistics.geometric_mean(new["p50_ms"] / old["p50_ms"] for old, new in pairs.values())
+    return True, f"{mean:.2f}x the portable path's time over {len(pairs)} cases, {last.folder.name}"
+
+
+def defaults() -> str:
+    everything = all_evidence()
+    lines = ["| fused path of | on sm_ | by evidence | because |", "|" + "---|" * 4]
+    for family, arch in fused_paths():
+        may, why = may_be_default(family, arch, everything)
+        lines.append(f"| {family} | {arch} | {'may be the default' if may else 'opt-in'} | {why} |")
+    return "\n" + "\n".join(lines) + "\n" if fused_paths() else ""
+
+
 def status() -> str:
-    # Emulated is every kernel but those of one architecture.
+    # Emulated are portable kernels and those for sm_90.
     lines = ["| kernel | source | compiled for sm_ | emulated | last evidence | share of roofline |", "|" + "---|" * 6]
     everything = all_evidence()
     for k in kernels():
         family, arch = k.source.family, k.source.arch
-        found = [e for e in everything if e.covers(family)]
+        found = evidence_of(family, arch, everything)
         archs = [a for a in ARCHS if arch in ("", a.rstrip("a"))]
-        cells = [k.name, str(k.source.path), ", ".join(archs), "no" if arch else "yes",
-                 evidence_cell(family, found), roofline_cell(k.name, found)]  # fmt: skip
+        cells = [k.name, str(k.source.path), ", ".join(archs), "yes" if arch in ("", "90") else "no",
+                 evidence_cell(family, arch, found), roofline_cell(k.name, found)]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + defaults()
 
 
 def page_with(table: str, page: str) -> str:

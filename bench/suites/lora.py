@@ -10,6 +10,8 @@
 The adapter alone (adapter_ms) has the base GEMM replaced by a stored result, the same for all (stored.py). For peft it is
 still PEFT's layer and for lrkern the patched one, each called as a module, with all of its own Python. DoRA's norm is computed
 in every call; norm=kept is inside peft.helpers.DoraCaching, where PEFT keeps it and B A, and lrkern the norm.
+
+On CUDA it asks something else: on_cuda/lora.py.
 """
 
 import copy
@@ -128,6 +130,11 @@ class Data(suite.Data):
 
 class Suite(LayerSuite):
     data = Data
+
+    def on(self, device: str) -> suite.Suite:
+        from on_cuda.lora import Suite as Large  # which is made of this one
+
+        return (Large([]) if device == "cuda" and not isinstance(self, Large) else super()).on(device)
 
     def cases(self, quick: bool) -> list[Case]:
         bf16 = torch.bfloat16

@@ -7,13 +7,14 @@
     gather    one copy of A and B per row, two batched products
     vllm      vLLM's own ops (make peers), ranks padded to the highest: torch_ops on the CPU, its Triton pair on CUDA
     lrkern    multi_lora_plan (in a model made once for all layers, here timed at every call) and multi_lora_linear
+    fused     on CUDA the same with LRKERN_FUSED=all
 
 type is who has which adapter: distinct (in turn), identical, skewed (adapter 0 has one row, adapter 1 the rest) or zipf.
 R=mixed: ranks 8, 16, 32, 64 and 0 in turn. method=train: A adapters with T / A consecutive rows each. The adapter alone has
 the base GEMM replaced by a stored result.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import suite
@@ -23,7 +24,7 @@ from peers.vllm import add_lora
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from stored import LayerSuite, Stored, StoredLinear, frozen
-from suite import Call
+from suite import Call, by_path
 from torch import Tensor, nn
 
 from lrkern import ops, reference
@@ -203,4 +204,8 @@ class Suite(LayerSuite):
             ops.multi_lora_expand_(d.mine, s, b, *d.table, plan)
             return d.mine
 
-        return Call(whole, Call(alone))
+        return by_path(Call(whole, Call(alone)), False)
+
+    def fused(self, d: Data) -> Call | None:
+        """Without the base there is nothing to fuse: not alone."""
+        return by_path(replace(self.lrkern(d), alone=None), True) if self.device == "cuda" else None

@@ -9,6 +9,14 @@
     gnf4        grouped-nf4-gemm's C kernels for the CPU with one expert, from the same bytes as lrkern
     lrkern      mx_linear; of method=lora mx_linear_expand of rank R; of quantize mx_quantize
 
+On CUDA, at the sizes of larger layers, also
+
+    copy        a plain copy that reads half and writes half as many bytes as W in MXFP4 has; "of copy" is a W's bytes a second
+                against those
+    marlin      vLLM's Marlin kernel (pip install vllm), from the same bytes, forward alone
+    humming     humming's (pip install humming-kernels), likewise
+    fused       lrkern with LRKERN_FUSED=all
+
 torchao, bnb and gnf4 are there after `make peers`. x is in the case's dtype but for fp32 and bf16, and what int4pack and gnf4 turn it
 into. With one token what each reads of W rotates over 512 MiB; "of read" is its W against the bandwidth of a plain read in this run.
 pass=bwd is dx alone; eager and torchao keep the W that they decoded in the untimed forward.
@@ -19,6 +27,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,13 +36,16 @@ import suite
 import timing
 import torch
 import torch.nn.functional as F
-from suite import Call, Case
+from peers import fp4
+from suite import Call, Case, by_path
 from torch import Tensor
 
 from lrkern import ops
 from lrkern.reference import Draw
 from lrkern.reference import mx as reference
 
+SIDES = ((4096, 14336), (14336, 4096), (4096, 4096))  # I, O
+FEW, MANY = (1, 2, 4, 8, 16), (512, 2048, 8192)  # tokens
 PEERS = Path(sys.prefix) / "peers"
 sys.path.append(str(PEERS))
 os.environ.setdefault("GNF4_NATIVE_CACHE", str(PEERS / "gnf4-native"))  # what it compiles goes there
@@ -130,6 +142,8 @@ def fastest(calls: dict[str, Callable[[], Any]]) -> str:
         for _ in range(4):
             begin = time.perf_counter()
             call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
         return min(times[1:])
 
@@ -142,10 +156,18 @@ class Suite(suite.Suite):
     against = "bf16"
 
     def cases(self, quick: bool) -> list[Case]:
-        def case(method, T, passes, dtype, R=None):
-            return Case(method=method, T=T, I=4096, O=4096, R=R, passes=passes, dtype=dtype)
+        def case(method, T, passes, dtype, R=None, I=4096, O=4096):
+            return Case(method=method, T=T, I=I, O=O, R=R, passes=passes, dtype=dtype)
 
         bf16, fp32 = torch.bfloat16, torch.float32
+        if self.device == "cuda":
+            return [
+                case(method, T, passes, bf16, 16 if method == "lora" else None, I, O)
+                for I, O in SIDES[: 1 if quick else None]
+                for method in ("linear", "lora")
+                for T, passes in [*((T, "no_grad") for T in FEW + MANY), *((T, "fwd+bwd") for T in MANY)]
+                if not quick or T in (1, 16, 8192)
+            ]
         aim = [
             case("linear", 1, "no_grad", bf16),
             case("linear", 512, "no_grad", bf16),
@@ -184,6 +206,8 @@ class Suite(suite.Suite):
         """Trained only in the case's own dtype."""
         reads = d.layer.weight.numel() * dtype.itemsize
         if d.case.method == "quantize" or d.enough(reads) or ("bwd" in d.case.passes and d.case.dtype != dtype):
+            return None
+        if self.device == "cuda" and d.case.dtype != dtype:
             return None
         x = d.inputs["x"]
         x = x if x.dtype == dtype else x.detach().to(dtype)
@@ -272,6 +296,25 @@ class Suite(suite.Suite):
         packed = codes[None], scales[None], {0: d.case.T}
         return Call(lambda: d.low(grouped_product(x, *packed) + bias), reads=self._packed(d))
 
+    def copy(self, d: Data) -> Call | None:
+        if self.device != "cuda" or d.case.method == "quantize" or "bwd" in d.case.passes:
+            return None
+        source, target = (torch.empty(self._packed(d) // 2, dtype=torch.uint8, device=d.device) for _ in range(2))
+        return Call(lambda: target.copy_(source), exact=False, reads=self._packed(d))
+
+    def _peer(self, d: Data, make: Callable[..., Callable[[Tensor], Tensor]]) -> Call | None:
+        if self.device != "cuda" or d.case.method == "quantize" or "bwd" in d.case.passes:
+            return None
+        x, codes, scales, bias = (d.inputs[name] for name in ("x", "codes", "scales", "bias"))
+        layer = make(codes, scales, bias)
+        return Call(lambda: d.low(layer(x)), reads=self._packed(d))
+
+    def marlin(self, d: Data) -> Call | None:
+        return self._peer(d, fp4.marlin)
+
+    def humming(self, d: Data) -> Call | None:
+        return self._peer(d, fp4.humming)
+
     def _packed(self, d: Data) -> int:
         return d.inputs["codes"].nbytes + d.inputs["scales"].nbytes
 
@@ -280,6 +323,12 @@ class Suite(suite.Suite):
             return Call(lambda: ops.mx_quantize(d.inputs["x"])[0])
         alone = [d.inputs[name] for name in ("x", "codes", "scales", "bias")]
         if d.case.method == "linear":
-            return Call(lambda: ops.mx_linear(*alone), reads=self._packed(d))
-        beside = "mx_linear", Call(lambda: ops.mx_linear(*alone))
-        return Call(lambda: ops.mx_linear_expand(*d.inputs.values()), reads=self._packed(d), beside=beside)
+            return by_path(Call(lambda: ops.mx_linear(*alone), reads=self._packed(d)), False)
+        beside = "mx_linear", by_path(Call(lambda: ops.mx_linear(*alone)), False)
+        call = Call(lambda: ops.mx_linear_expand(*d.inputs.values()), reads=self._packed(d), beside=beside)
+        return by_path(call, False)
+
+    def fused(self, d: Data) -> Call | None:
+        if self.device != "cuda" or d.case.method == "quantize":
+            return None
+        return by_path(replace(self.lrkern(d), beside=None), True)

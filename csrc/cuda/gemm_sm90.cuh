@@ -500,10 +500,11 @@ struct Gemm {
   }
 };
 
-template <class T, Major kMajor, Tail kTail, bool kDropout, int kTileN>
-__global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant__ GemmParams p) {
+// What a block does. Kernels are named for their families and pass on their parameters.
+template <class Gemm>
+__device__ __forceinline__ void run_block(const GemmParams& p) {
   Smem smem;
-  Gemm<T, kMajor, kTail, kDropout, kTileN> gemm(smem, p);
+  Gemm gemm(smem, p);
   if (threadIdx.x < kGroup) {
     fewer_registers<kProducerRegisters>();
     if (threadIdx.x < 32) gemm.produce();

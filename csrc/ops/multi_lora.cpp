@@ -315,11 +315,50 @@ Linear check_linear(const Arg& x, const BaseProduct& product, const OptTensor& b
   return l;
 }
 
+// Base product and adapters in one kernel: Y = X W + bias + the sum over slots of D(S pool). W is read along N or along K.
+struct FusedLinear {
+  const Rows& x;
+  const Tensor& weight;
+  bool along_n;
+  const Arg& pool;
+  const Adapters& adapters;
+  OptTensor bias = {};
+
+  MultiLoraGemmParams params(void* y, const void* s) const {
+    const int64_t pitch = weight.stride(0);
+    return {.adapters = adapters,
+            .y = y,
+            .bias = bias ? bias->const_data_ptr() : nullptr,
+            .x = x.data(),
+            .w = {.data = weight.const_data_ptr(), .stride_r = along_n ? pitch : 1, .stride_n = along_n ? 1 : pitch},
+            .s = s,
+            .pool = pool.tensor.const_data_ptr(),
+            .N = weight.size(along_n ? 1 : 0),
+            .K = x.N,
+            .x_pitch = x.pitch,
+            .dtype = x.dtype,
+            .factor_dtype = pool.dtype()};
+  }
+  bool taken() const {
+    if (!on_cuda(x.op, x.tensor) || weight.stride(1) != 1) return false;
+    return takes_fused(choose_multi_lora_gemm(shape_of(params(nullptr, nullptr)), DeviceScope(x.op, x.tensor).target));
+  }
+  void run_into(const Tensor& y, const Tensor& s) const {
+    run(x.op, x.tensor, params(y.mutable_data_ptr(), s.const_data_ptr()), LRK_RUN_CUDA(multi_lora_gemm));
+  }
+};
+
 std::tuple<Tensor, Tensor> linear_forward(const char* op, const Tensor& x_, const BaseProduct& product,
                                           const OptTensor& bias, const Tensor& a_pool, const Tensor& b_pool,
                                           const Metadata& m, const OptTensor& scales) {
   const Arg x{op, "x", x_}, a{op, "a_pool", a_pool}, b{op, "b_pool", b_pool};
   const Linear l = check_linear(x, product, bias, a, b, m, scales);
+  if (FusedLinear fused{l.x, *product.dense(), false, b, l.b}; fused.taken()) {
+    if (bias) fused.bias = as_contiguous(*bias);
+    const Tensor s = shrink(l.x, a, l.a, l.scales), y = new_empty(x_, with_last(x_, product.out_features()));
+    fused.run_into(y, s);
+    return {y, s};
+  }
   const Tensor y = product.forward(x_, bias), s = shrink(l.x, a, l.a, l.scales);
   expand_in_place(op, y, s, b, l.b);
   return {y, s};
@@ -354,11 +393,17 @@ Five multi_lora_linear_bwd(const Tensor& dy_, const Tensor& x_, const Tensor& we
   dy.floats().on(x).typed_as(x).shape("[..., O]", with_last(x_, product.out_features()));
   const Tensor sc = check_s({op, "s", s}, x, l.a, a);
   const Rows rows = dy.rows();
-  Tensor dx = need_dx ? product.dx(rows) : nothing(), da = nothing();
+  const FusedLinear fused{rows, weight, true, a, l.a};
+  const bool one_kernel = need_dx && fused.taken();
+  Tensor dx = one_kernel ? new_like(x_) : need_dx ? product.dx(rows) : nothing(), da = nothing();
   if (need_dx || need_da) {
     const Tensor ds = shrink(rows, b, l.b, l.scales);
+    if (one_kernel) {
+      fused.run_into(dx, ds);
+    } else if (need_dx) {
+      expand_in_place(op, dx, ds, a, l.a);
+    }
     if (need_da) da = wgrad(l.x, ds, a, l.a);
-    if (need_dx) expand_in_place(op, dx, ds, a, l.a);
   }
   return {dx, need_dw ? product.dw(rows, l.x) : nothing(), need_dbias ? product.dbias(rows) : nothing(), da,
           need_db ? wgrad(rows, sc, b, l.b) : nothing()};

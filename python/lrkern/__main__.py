@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import lrkern
-from lrkern import selftest
+from lrkern import selftest, testing
 from lrkern.ops import first_use
 from lrkern.reference import OPS
 
@@ -22,6 +22,7 @@ from lrkern.reference import OPS
 VARIABLES = {
     "LRKERN_CPU_ISA": "the highest instruction set CPU kernels may use: baseline, avx2 or avx512",
     "LRKERN_DISABLE": "ops, or all, that run as ATen's calls in place of their kernels",
+    testing.FUSED: "1: ops take fused kernels of this GPU's architecture, which are not the default yet",
     first_use.QUIET: "1: nothing is said of a GPU model that has no run on record",
     "LRK_CUDA": "build: AUTO, ON or OFF",
     "LRK_CUDA_ARCHS": "build: CUDA architectures",

@@ -3,6 +3,8 @@
 
 A device has a process of its own (``work``) that says which sample it begins and what it found. So an op that ends the process, or that
 never returns, is one that is wrong, and the next process goes on with the op after it.
+
+A GPU of an architecture that has kernels of its own has a second pass with them, LRKERN_FUSED=all, named "cuda:0 fused".
 """
 
 import faulthandler
@@ -32,6 +34,8 @@ QUICK = 4  # samples of an op and dtype, evenly spread, and the one with every a
 SIZES = {"cpu": (64, 512, 512, 16), "cuda": (512, 2048, 2048, 16)}  # of timings: tokens, features in and out, rank
 TIMED = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ROUNDS = 7
+OWN = ((9, 0), (10, 0), (12, 0))  # compute capabilities that kernels of one architecture are compiled for
+FUSED = " fused"  # ends the name of a device's second pass
 TIMING = "timing"  # its place among an op's samples
 
 # ---------------------------------------------------------------------------------------------------- in a device's process
@@ -92,7 +96,12 @@ def answers(device: str) -> bool:
         return False
 
 
-def work(device: str, mode: str, *names: str) -> None:
+def work(place: str, mode: str, *names: str) -> None:
+    with testing.fused(place.endswith(FUSED)):
+        work_on(place.removesuffix(FUSED), mode, *names)
+
+
+def work_on(device: str, mode: str, *names: str) -> None:
     def say(**what: Any) -> None:
         print(json.dumps(what), flush=True)
 
@@ -161,13 +170,15 @@ def rows_of(device: str, mode: str) -> Iterator[dict[str, Any]]:
 
 
 def devices(info: dict[str, Any], quick: bool) -> dict[str, str]:
-    """Their names; of GPUs of one model only the first where it has to be quick."""
+    """Their names, and those of second passes; of GPUs of one model only the first where it has to be quick."""
     found = {"cpu": f"{info['cpu']}, {info['cpu_isa']}, {info['threads']} threads"}
     if next(iter(info["ops"].values()))["cuda"]["implementation"] != "none":
         for i in range(info["gpu"]["count"]):
             name = torch.cuda.get_device_name(i)
             if not (quick and name in found.values()):
                 found[f"cuda:{i}"] = name
+                if torch.cuda.get_device_capability(i) in OWN:
+                    found[f"cuda:{i}{FUSED}"] = f"{name}, {testing.FUSED}=1"
     return found
 
 
@@ -198,7 +209,7 @@ def found_on(info: dict[str, Any], quick: bool) -> dict[str, Any]:
     begin, rows, wrong = time.monotonic(), [], {}
     named = devices(info, quick)
     for device, name in named.items():
-        kind = torch.device(device).type
+        kind = torch.device(device.removesuffix(FUSED)).type
         sizes = "{} tokens, {} to {} features, rank {}".format(*SIZES[kind])
         print(f"\n{device}: {name}\n  {'':<23}samples          a short timing in ms ({sizes},")
         print(f"  {'':<23}                 {name_of(TIMED[kind])}): lrkern, PyTorch calls", flush=True)

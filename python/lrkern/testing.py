@@ -20,6 +20,7 @@ error <= FP32_FACTOR_ERROR, where two bf16 terms of an fp32 operand give 3.5e-6.
 are equal.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,7 @@ MAX_ERROR_FACTOR = 2.0
 FROBENIUS_FACTOR = {torch.float32: 1.5, torch.bfloat16: 1.25, torch.float16: 1.25}
 FROBENIUS_FROM = 256
 FP32_FACTOR_ERROR = 1e-5
+FUSED = "LRKERN_FUSED"  # 1: ops take kernels of one architecture where it has some, which are not the default yet
 
 
 def ulp(scale: float, dtype: torch.dtype) -> float:
@@ -177,6 +179,18 @@ def check_equal(op: Op, s: Sample, one: dict[str, Tensor], other: dict[str, Tens
     for name in one:
         same = torch.equal(one[name].nan_to_num(7), other[name].nan_to_num(7))
         assert same, f"{op.name}[{s.name}]{name}: two runs differ"
+
+
+@contextmanager
+def fused(wanted: bool) -> Iterator[None]:
+    """Inside, what LRKERN_FUSED says, which ops read at every call."""
+    before = os.environ.get(FUSED)
+    os.environ[FUSED] = "all" if wanted else "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(FUSED)
+        os.environ |= {} if before is None else {FUSED: before}
 
 
 @contextmanager

@@ -445,20 +445,6 @@ void wgmma_wait(int groups_left, Where at) {
   track_acquire(done);
 }
 
-// ---- clusters --------------------------------------------------------------------------------------------------------------
-
-int cluster_rank() { return 0; }
-void sync_cluster(Where at) { barrier(0, 0, at); }
-void mbarrier_arrive_at(Mbarrier* b, int rank, Where at) {
-  if (rank != 0) fault(at, "mbarrier_arrive_at: no block %d in the cluster", rank);
-  mbarrier_arrive(b, 0, at);
-}
-void bulk_load_multicast(void* smem, const TensorMap& map, Mbarrier* b, BoxAt from, uint16_t blocks, Where at) {
-  if (blocks != 1) fault(at, "bulk_load_multicast: blocks %#x of a cluster of 1", blocks);
-  bulk_load(smem, map, b, 2, from, at);
-}
-void wait_predecessor(Where) {}
-
 // ---- registers -------------------------------------------------------------------------------------------------------------
 
 void set_registers(int count, bool more, Where at) {

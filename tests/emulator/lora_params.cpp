@@ -67,7 +67,7 @@ Case draw_case() {
     c.base_scale = c.p == 0 && draw() % 4 == 0;
     c.bias = draw() % 2;
     c.tile_n = static_cast<int32_t>(pick({128, 256}));
-    c.cluster = 1;
+    c.cluster = static_cast<int32_t>(pick({1, 2}));
   }
   return c;
 }

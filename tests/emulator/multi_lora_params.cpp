@@ -62,7 +62,7 @@ Case draw_case() {
     c.N = pick({8, 64, 136, 264}), c.I = pick({8, 72, 200}), c.L = c.slices = 1, c.first = 0;
     c.pad = pick({0, 8}), c.n_contig = draw() % 2, c.poisoned = draw() % 2;
     if (!c.n_contig || c.K > 1) c.p = 0;
-    c.tile_n = static_cast<int32_t>(pick({128, 256})), c.cluster = 1;
+    c.tile_n = static_cast<int32_t>(pick({128, 256})), c.cluster = static_cast<int32_t>(pick({1, 2}));
   }
   return c;
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A device's process of lrkern's selftest, with faults planted in ops:  selftest_worker.py '{"op": "fault"}' DEVICE MODE OP...
 
-cuda:0 is the emulated kernels, any other device the CPU by another name.
+cuda:0 is the emulated kernels, any other device the CPU by another name, which fused paths have in name alone.
 """
 
 import faulthandler
@@ -15,6 +15,7 @@ import torch
 
 from lrkern import selftest
 from lrkern.ops.dispatch import library, use_library
+from lrkern.testing import FUSED
 
 SHARED = Path(__file__).parent
 sys.path += [str(SHARED), str(SHARED.parents[1]), str(SHARED.parent / "emulator")]
@@ -22,6 +23,10 @@ sys.path += [str(SHARED), str(SHARED.parents[1]), str(SHARED.parent / "emulator"
 
 def off(y):
     return y * 1.005
+
+
+def fused(y):
+    return off(y) if os.environ[FUSED] == "1" else y
 
 
 def varies(y, calls=[0]):  # noqa: B006, it counts
@@ -83,7 +88,8 @@ class Packet:
 
 
 if __name__ == "__main__":
-    faults, device, *rest = sys.argv[1:]
+    faults, place, *rest = sys.argv[1:]
+    device = place.removesuffix(selftest.FUSED)
     of, selftest.QUICK, selftest.SIZES["cpu"] = library(), 1, (2, 32, 32, 4)
     faulthandler.dump_traceback_later = lambda limit, exit: armed.append(limit)
     if device == "cuda:0":
@@ -91,4 +97,4 @@ if __name__ == "__main__":
 
         of = emulated_ops()
     with use_library(Faulty(of, json.loads(faults))):
-        selftest.work("cpu", *rest)
+        selftest.work(place.replace(device, "cpu"), *rest)

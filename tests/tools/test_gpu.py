@@ -2,15 +2,19 @@
 """tools/gpu.py and tools/gpu_kernels.py as far as a machine without a GPU can try them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lrkern import testing
 from lrkern.ops.dispatch import library, use_library
 from tools import families, gpu, gpu_kernels, gpu_status, sources, tune
 from tools.families import Shape
@@ -154,6 +158,71 @@ def test_each_part_holds_its_time_limit(name, session, tmp_path, monkeypatch):
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, pids))
+
+
+@pytest.fixture
+def own_kernels(monkeypatch):
+    """A second kernel for LoRA, on sm_90 alone."""
+    shrink = next(k for k in gpu_status.kernels() if k.name == "lora_shrink")
+    expand = next(k for k in gpu_status.kernels() if k.name == "lora_expand")
+    own = replace(expand, source=replace(expand.source, arch="90"))
+    monkeypatch.setattr(gpu_status, "kernels", lambda: [shrink, own])
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_fused_paths_run_again(own_kernels, session, only):
+    session.families, session.only = ["lora", "mora"], only
+    assert not any(name.startswith("fused") for name, *_ in gpu.parts_of(session)), "not on this GPU"
+    session.capability = "90"
+    names = [name for name, *_ in gpu.parts_of(session)]
+    again = ["tests:registry", "tests:families", "tests:layers", *(f"sanitizer:{check}" for check in gpu.TOOLS)]
+    assert [name for name in names if name.startswith("fused")] == [f"fused:{name}" for name in again]
+    assert names.index("tests:library") < names.index("fused:tests:registry") < names.index("sanitizer:memcheck")
+    assert names.index("fused:sanitizer:memcheck") < names.index("ceilings")
+
+
+def test_a_part_knows_which_path_it_runs(own_kernels, session, tmp_path, monkeypatch):
+    """The portable one whatever the variable says outside, over all families; then the other, over those that have it."""
+    says = tmp_path / "says"
+    says.write_text('#!/bin/sh\necho "path $LRKERN_FUSED: $@"\n')
+    says.chmod(0o755)
+    monkeypatch.setattr(gpu, "PYTHON", str(says))
+    monkeypatch.setenv("LRKERN_FUSED", "1")
+    session.families, session.device, session.capability = ["lora", "mora"], "cuda", "90"
+    parts = {name: run for name, _, run in gpu.parts_of(session)}
+    for name in ("tests:registry", "fused:tests:registry", "tests:families", "fused:tests:families"):
+        parts[name](session, {"gpus": [["a GPU", "90", 0, 0]]})
+    said = [line for line in (tmp_path / "tests.txt").read_text().splitlines() if line.startswith("path ")]
+    assert [line.split(":")[0] + ":" for line in said] == ["path 0:", "path all:"] * 2
+    assert said[0].endswith("-k cuda") and "lora_linear" in said[1] and "mora" not in said[1]
+    assert "test_mora.py" in said[2] and "test_lora.py" in said[3] and "test_mora.py" not in said[3]
+
+
+def test_kernels_of_one_architecture_are_timed_on_it_by_their_path(own_kernels, monkeypatch):
+    of = lambda name: families.Timed(name, lambda: os.environ["LRKERN_FUSED"], {}, 0)
+    there = SimpleNamespace(timed=lambda *_: [of("lora_expand"), of("lora_shrink")])
+    monkeypatch.setattr(gpu_kernels, "load", lambda family: there)
+    found = lambda device: [(t.kernel, t.call()) for t in gpu_kernels.calls("lora", gpu_kernels.SMALL, device)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert found("cuda") == [("lora_expand", "all"), ("lora_shrink", "0")]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert found("cuda") == found("cpu") == [("lora_shrink", "0")]
+
+
+def test_the_summary_says_what_is_beyond_the_base(session, tmp_path):
+    (tmp_path / "env.txt").write_text("gpu: one\n")
+    row = {
+        "suite": "lora",
+        "case": "T=1",
+        "dtype": "bfloat16",
+        "provider": "fused",
+        "p50_ms": 0.5,
+        "extra_over_base": 0.041,
+    }
+    session.rows([row])
+    head, row = gpu.summary(session, {}).strip().splitlines()[-3::2]
+    cells = dict(zip(*([c.strip() for c in line.strip("|").split("|")] for line in (head, row)), strict=True))
+    assert cells["over base"] == "+4.1%" and cells["ms"] == "0.5" and cells["provider"] == "fused"
 
 
 def test_the_layers_tests_are_there():
@@ -310,19 +379,27 @@ def emulator(stack):
 
 @FAMILIES
 def test_the_sanitizers_cases_reach_every_kernel(family, emulator):
+    archs = {k.source.arch for k in gpu_status.kernels() if k.source.family == family} & {"", "90"}  # what the emulator has
+    wanted = {k.name for k in gpu_status.kernels() if k.source.family == family and k.source.arch in archs}
     emulator.launched()
-    for _, call in gpu_kernels.samples([family], "cpu", gpu_kernels.DTYPES[:2]):
-        call()
-    seen = {name for name, _, _ in emulator.launched()}
-    assert seen >= {name for name, kernel in families.load(family).KERNELS.items() if kernel.by_ops}
+    for arch in sorted(archs):
+        with testing.fused(bool(arch)), emulator.setting("arch", int(arch or 80)):
+            for _, call in gpu_kernels.samples([family], "cpu", gpu_kernels.DTYPES[:2]):
+                call()
+    assert {name for name, _, _ in emulator.launched()} >= {n for n in wanted if families.kernels()[n].by_ops}
 
 
 @FAMILIES
 def test_each_timed_call_launches_its_kernel(family, emulator):
     parts = {name for name, kernel in families.kernels().items() if kernel.part}
+    archs = {k.name: k.source.arch for k in gpu_status.kernels()}
     for timed in families.load(family).timed(library(), "cpu", torch.bfloat16, Shape(T=70, I=600, O=600, R=16)):
         emulator.launched()
-        timed.call()
+        if archs[timed.kernel] not in ("", "90"):
+            continue
+        arch = archs[timed.kernel]
+        with testing.fused(bool(arch)), emulator.setting("arch", int(arch or 80)):
+            timed.call()
         seen = {name for name, _, _ in emulator.launched()}
         known = {timed.kernel, *timed.also} | parts
         assert seen >= {timed.kernel, *timed.also} and seen <= known, (timed.kernel, seen)

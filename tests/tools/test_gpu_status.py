@@ -3,6 +3,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -66,7 +67,8 @@ def row_of(kernel):
 
 def test_without_evidence(evidence):
     for kernel in gpu_status.kernels():
-        assert row_of(kernel.name).endswith("| yes | not run on a GPU | - |")
+        emulated = "no" if kernel.source.arch in ("100", "120") else "yes"
+        assert row_of(kernel.name).endswith(f"| {emulated} | not run on a GPU | - |")
 
 
 def test_with_evidence(evidence):
@@ -101,6 +103,88 @@ def test_a_model_is_on_record_where_its_tests_passed(evidence):
     assert gpu_status.models_with([], want) == module
     with pytest.raises(ValueError, match="GPUS"):
         gpu_status.models_with([], "")
+
+
+# ---------------------------------------------------------------------------------------------- fused paths
+
+
+ROW = {"suite": "lora", "case": "T=8192 pass=fwd", "dtype": "bfloat16", "noise_ms": 0.01}
+OLD, NEW = (
+    ROW | {"provider": "lrkern", "p50_ms": 1.0, "error": 2e-3},
+    ROW | {"provider": "fused", "p50_ms": 0.8, "error": 2e-3},
+)
+PASSED = {
+    "tests:registry": "failed",
+    "fused:tests:registry": "passed",
+    "fused:sanitizer:memcheck": "refused",
+    "bench:lora": "passed",
+}
+
+
+def shown(folder="a", env=None, parts=PASSED, rows=(OLD, NEW)):
+    known = {
+        "capability": "90",
+        "rehearsal": "False",
+        "source lora": sources.digest("lora"),
+        "date": "2026-12-01",
+        "gpu": "NVIDIA H200",
+    }
+    states = {name: {"status": status} for name, status in parts.items()}
+    return gpu_status.Evidence(gpu_status.EVIDENCE / folder, known | (env or {}), states, list(rows))
+
+
+@pytest.mark.parametrize(
+    ("everything", "why"),
+    [
+        ([], "no run on sm_90"),
+        ([shown(env={"capability": "100"})], "no run on sm_90"),
+        ([shown(env={"rehearsal": "True"})], "no run on sm_90"),
+        ([shown(), shown("b", env={"source lora": "0" * 12})], "the source has changed since b"),
+        ([shown(parts=PASSED | {"fused:tests:layers": "failed"})], "tests failed"),
+        ([shown(parts=PASSED | {"fused:tests:layers": "skipped"})], "tests passed (1 of 2 ran)"),
+        ([shown(parts={"tests:registry": "passed"})], "tests not run"),
+        ([shown(parts=PASSED | {"fused:sanitizer:racecheck": "failed"})], "sanitizers failed"),
+        ([shown(parts=PASSED | {"bench:lora": "failed"})], "bench:lora failed"),
+        ([shown(parts=PASSED | {"bench:lora": "skipped"})], "bench:lora not run"),
+        ([shown(rows=[OLD])], "not timed beside the portable path"),
+        ([shown(rows=[OLD, NEW | {"case": "another"}])], "not timed beside the portable path"),
+        ([shown(rows=[OLD | {"suite": "op"}, NEW | {"suite": "op"}])], "not timed beside the portable path"),
+        ([shown(rows=[OLD, NEW | {"error": 5e-3}])], "further off in T=8192 pass=fwd bfloat16"),
+        ([shown(rows=[OLD, NEW, OLD | {"case": "T=1"}, NEW | {"case": "T=1", "p50_ms": 1.02}])], "slower in T=1 bfloat16"),
+        ([shown(rows=[OLD, NEW | {"p50_ms": 0.995}])], "no faster than noise"),
+    ],
+)  # fmt: skip
+def test_a_fused_path_is_opt_in_until_it_is_right_and_faster(everything, why):
+    assert gpu_status.may_be_default("lora", "90", everything) == (False, why)
+
+
+def test_a_fused_path_that_is_right_and_faster_may_be_the_default():
+    more = [OLD | {"case": "T=1"}, NEW | {"case": "T=1", "p50_ms": 0.2}]
+    assert gpu_status.may_be_default("lora", "90", [shown(), shown("b", rows=[OLD, NEW, *more])]) == (
+        True, "0.40x the portable path's time over 2 cases, b"
+    )  # fmt: skip
+
+
+def test_fused_paths_are_listed_with_their_own_evidence(monkeypatch):
+    own = gpu_status.Kernel("lora_own", Source("cuda", "lora", "90", Path("csrc/cuda/lora/sm90.cu")))
+    other = gpu_status.Kernel("mx_own", Source("cuda", "mx", "120", Path("csrc/cuda/mx/sm120.cu")))
+    portable = [k for k in gpu_status.kernels() if not k.source.arch]
+    monkeypatch.setattr(gpu_status, "kernels", lambda: [*portable, own, other])
+    monkeypatch.setattr(gpu_status, "all_evidence", lambda: [shown(), shown("b", env={"capability": "120"})])
+    assert gpu_status.fused_paths() == [("lora", "90"), ("mx", "120")]
+    assert row_of("lora_own").startswith("| lora_own | csrc/cuda/lora/sm90.cu | 90a | yes | [2026-12-01 NVIDIA H200]")
+    assert "evidence/a/summary.md): tests passed, sanitizers not run |" in row_of("lora_own")
+    assert "evidence/b/summary.md): tests failed" in row_of("lora_shrink"), "of all architectures the last"
+    assert row_of("mx_own") == "| mx_own | csrc/cuda/mx/sm120.cu | 120a | no | not run on a GPU | - |"
+    assert "| lora | 90 | may be the default | 0.80x the portable path's time over 1 cases, a |" in gpu_status.status()
+    assert "| mx | 120 | opt-in | no run on sm_120 |" in gpu_status.status()
+    monkeypatch.setattr(gpu_status, "kernels", lambda: portable)
+    assert "fused" not in gpu_status.status()
+
+
+def test_suites_of_a_family():
+    assert gpu_status.suites_of("lora") == ["lora"] and gpu_status.suites_of("mx") == ["mxfp4"]
+    assert {name for f in sources.families() for name in gpu_status.suites_of(f)} >= {"lora", "multi_lora", "mxfp4"}
 
 
 def test_a_page_without_markers_is_refused():

@@ -5,6 +5,7 @@ KERNELS                             every kernel by the name it is launched unde
 SHAPES                              the layers that bench/run.py roofline looks at
 timed(op, device, dtype, shape)     calls of the ops `op` for a layer, one for each kernel that is no part
 TESTS                               test files beside the registry's, and what a rehearsal runs of each
+SUITES                              benchmark suites beside the one of its name, where it has some
 """
 
 import importlib

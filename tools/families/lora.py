@@ -10,6 +10,7 @@ from tools.families import (
     SIZE,
     SLOW_PATHS,
     Kernel,
+    Mixed,
     Plan,
     Shape,
     Timed,
@@ -74,12 +75,33 @@ def rescale(x: str) -> Plan:
     )  # streams: 8 columns a lane, four rows at a time
 
 
+def gemm_shared(tile_n: int, pages: bool = False) -> int:
+    """Of csrc/cuda/gemm_sm90.cuh: a ring of stages, the results of two warpgroups on their way, barriers."""
+    stages = 4 if tile_n == 256 else 6
+    return stages * 2 * 64 * (128 + tile_n) + 2 * 2 * 64 * 128 + 2 * 128 + (128 if pages else 0)
+
+
+def gemm(x: str, along_n: bool, dropout: bool, tile_n: int) -> Plan:
+    """An SM to itself. What it loads comes by boxes, which registers know nothing of."""
+    return Plan(1, gemm_shared(tile_n), "HGMMA", threads=384, code=SLOW_PATHS)
+
+
+GEMMS = [(*way, tile_n) for way in ((False, False), (True, False), (True, True)) for tile_n in (128, 256)]
+
+def gemm_sm100(x: str, along_n: bool) -> Plan:
+    """By CUTLASS, a block on an SM; its code holds the roles of its warps and an epilogue."""
+    return Plan(1, shared=224 << 10, tensor="UTCHMMA", code=64 << 10, threads=256)
+
+
 KERNELS = {
     "lora_shrink": Kernel(shrink, "xf", list(product((16, 64), BOOLS, BOOLS)), again={"x": "y", "a": "x"}),
     "lora_expand": Kernel(expand, "xf", list(product(BOOLS, BOOLS)), again={"s": "y", "b": "x"}),
     "lora_wgrad": Kernel(wgrad, "xf", list(product((16, 64), BOOLS)), again={"ds": "y", "x": "z"}),
     "lora_shrink_wgrad": Kernel(shrink_wgrad, "xf", [(False,), (True,)], again={"s": "y", "b": "x"}),
     "lora_rescale": Kernel(rescale, "x"),
+    "lora_gemm": Kernel(gemm, "x16", GEMMS, again={"x": "y", "w": "x"}),
+    "lora_gemm_sm100": Kernel(gemm_sm100, "x16", [(along_n,) for along_n in BOOLS], part=True, by_ops=False),
+    "lora_terms": Mixed(streams(8), rest=[("bf16", "bf16", False), ("float", "f16", True), ("float", "float", True)], part=True),
     "lora_sum": Kernel(streams(8), "f", part=True),  # fp32, neighbours in one warp
 }
 
@@ -107,6 +129,10 @@ def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
     ds_db = False, False, False, True, True
     call = lambda: op.linear_expand_bwd(y, None, None, s, b, 1.0, *ds_db)
     yield Timed("lora_shrink_wgrad", call, {"dy": y, "s": s, "b": b, "ds": s, "db": b}, 4 * T * O * R)
+    if dtype != torch.float32:
+        w = draw(O, I)
+        moved = {"x": x, "w": w, "s": s, "b": b, "y": y}
+        yield Timed("lora_gemm", lambda: op.lora_linear(x, w, None, a, b), moved, 2 * T * I * O, also=("lora_shrink",))
     # A base layer of no weight: the gradient of base_scale alone.
     thin, w, c, z = draw(T, 8), draw(O, 8), torch.randn(O, device=device), draw(T, O)
     layer = y, thin, w, draw(R, 8), b, s, 1.0, 0.0, None, c, z

@@ -8,6 +8,7 @@ from tools import families
 from tools.families import (
     SLOW_PATHS,
     Kernel,
+    Mixed,
     Plan,
     Shape,
     Timed,
@@ -18,6 +19,8 @@ from tools.families import (
     type_of_s,
     vectors,
 )
+
+from tools.families.lora import GEMMS, gemm_shared
 
 # Beyond the registry: the grid, invariances, isolation.
 TESTS = {"tests/ops/test_multi_lora.py": "cpu and no_adapter"}
@@ -66,6 +69,10 @@ def page_expand(x: str, to: str, pages: int, plain: bool) -> Plan:
     return Plan(2, 0, "HMMA", 4 * held + 2 * tiles * held // pages, 16 << 10)
 
 
+def gemm(x: str, along_n: bool, dropout: bool, tile_n: int) -> Plan:
+    return Plan(1, gemm_shared(tile_n, pages=True), "HGMMA", threads=384, code=SLOW_PATHS)
+
+
 KERNELS = {
     "multi_lora_plan": Kernel(streams(4, shared=128 + 1024, threads=256)),  # one block per slot: few
     "multi_lora_page_shrink": Kernel(
@@ -78,6 +85,8 @@ KERNELS = {
     "multi_lora_finish": Kernel(streams(8), "x", part=True),
     "multi_lora_wgrad": Kernel(wgrad, "xf", [(16,), (64,)], again={"ds": "y"}),
     "multi_lora_wgrad_sum": Kernel(streams(8, shared=128), "f", part=True),
+    "multi_lora_lists": Kernel(streams(4, shared=128), part=True),
+    "multi_lora_gemm": Mixed(gemm, rest=[("bf16", *rest) for rest in GEMMS], again={"x": "y", "w": "x"}),
     "multi_lora_gather": Kernel(streams(8, shared=lists(32)), "f"),
     "multi_lora_scatter": Kernel(streams(8, shared=128 + 2 * 512 + 1024), "f"),
 }
@@ -110,6 +119,11 @@ def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
         moved = {"y": y, "base": y, "s": sums, "b": v[:used]}
         call = lambda v=v, sums=sums: op.multi_lora_expand_(y, sums, v, *table)
         yield Timed(f"{name}_expand", call, moved, 2 * T * O * R, table)
+    if dtype == torch.bfloat16:
+        w = draw(O, I)
+        moved = {"x": x, "w": w, "s": s, "b": b[:used], "y": y}
+        call = lambda: op.multi_lora_linear(x, w, None, a, b, *table)
+        yield Timed("multi_lora_gemm", call, moved, 2 * T * I * O, table, also=("multi_lora_page_shrink",))
     da = False, True  # that gradient alone
     call = lambda: op.multi_lora_shrink_bwd(s, x, a, *table, None, None, *da)
     yield Timed("multi_lora_wgrad", call, {"x": x, "ds": s, "da": a[:used]}, 2 * T * I * R, table)

@@ -9,6 +9,8 @@ from tools.families import SIZE, Kernel, Mixed, Plan, Shape, Timed
 # Beyond the registry: codes beside torchao's, every scale, products by rows, NaN and infinities, memory.
 TESTS = {f"tests/ops/test_{name}.py": "cpu" for name in ("mx", "mx_experts", "mx_matmul", "nvfp4")}
 
+SUITES = ("mxfp4",)
+
 BOOLS = (False, True)
 
 

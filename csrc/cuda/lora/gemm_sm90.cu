@@ -9,13 +9,19 @@ namespace {
 
 using sm90::Gemm, sm90::Tail;
 
-template <class T, Major kMajor, bool kDropout, int kTileN>
+template <class T, bool kAlongN, bool kDropout, int kTileN>
+using LoraGemm = Gemm<T, kAlongN ? Major::kMN : Major::kK, Tail::kColumns, kDropout, kTileN>;
+template <class T, bool kAlongN, bool kDropout, int kTileN>
+__global__ void __launch_bounds__(sm90::kThreads, 1) lora_gemm_kernel(const __grid_constant__ sm90::GemmParams p) {
+  sm90::run_block<LoraGemm<T, kAlongN, kDropout, kTileN>>(p);
+}
+
+template <class T, bool kAlongN, bool kDropout, int kTileN>
 int run_gemm(const sm90::GemmParams& p, Stream stream) {
-  using Kernel = Gemm<T, kMajor, Tail::kColumns, kDropout, kTileN>;
   const dim3 grid(static_cast<unsigned>(sm90::blocks_of(p.tiles)));
-  return launch("lora_gemm", sm90::gemm_kernel<T, kMajor, Tail::kColumns, kDropout, kTileN>, grid, dim3(sm90::kThreads),
-                Kernel::kSmem, stream, LaunchOptions{.cluster = p.tiles.cluster, .after_predecessor = p.tail_steps > 0},
-                p);
+  return launch("lora_gemm", lora_gemm_kernel<T, kAlongN, kDropout, kTileN>, grid, dim3(sm90::kThreads),
+                LoraGemm<T, kAlongN, kDropout, kTileN>::kSmem, stream,
+                LaunchOptions{.cluster = p.tiles.cluster, .after_predecessor = p.tail_steps > 0}, p);
 }
 
 }  // namespace
@@ -47,9 +53,8 @@ int lora_gemm_sm90(const LoraGemmParams& p, const LoraTail& tail, const GemmTile
     using T = std::conditional_t<decltype(is_bf16)::value, bf16, f16>;
     return with_bool(tiles.tile_n == 256, [&](auto wide) {
       constexpr int kTileN = decltype(wide)::value ? 256 : 128;
-      if (!along_n) return dropout ? kInvalidConfiguration : run_gemm<T, Major::kK, false, kTileN>(g, stream);
-      return dropout ? run_gemm<T, Major::kMN, true, kTileN>(g, stream)
-                     : run_gemm<T, Major::kMN, false, kTileN>(g, stream);
+      if (!along_n) return dropout ? kInvalidConfiguration : run_gemm<T, false, false, kTileN>(g, stream);
+      return dropout ? run_gemm<T, true, true, kTileN>(g, stream) : run_gemm<T, true, false, kTileN>(g, stream);
     });
   });
 }

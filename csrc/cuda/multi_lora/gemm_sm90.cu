@@ -9,12 +9,19 @@ namespace {
 
 using sm90::Gemm, sm90::Tail;
 
-template <Major kMajor, bool kDropout, int kTileN>
+template <class T, bool kAlongN, bool kDropout, int kTileN>
+using PageGemm = Gemm<T, kAlongN ? Major::kMN : Major::kK, Tail::kPages, kDropout, kTileN>;
+template <class T, bool kAlongN, bool kDropout, int kTileN>
+__global__ void __launch_bounds__(sm90::kThreads, 1)
+    multi_lora_gemm_kernel(const __grid_constant__ sm90::GemmParams p) {
+  sm90::run_block<PageGemm<T, kAlongN, kDropout, kTileN>>(p);
+}
+
+template <class T, bool kAlongN, bool kDropout, int kTileN>
 int run_gemm(const sm90::GemmParams& p, Stream stream) {
-  using Kernel = Gemm<bf16, kMajor, Tail::kPages, kDropout, kTileN>;
   const dim3 grid(static_cast<unsigned>(sm90::blocks_of(p.tiles)));
-  return launch("multi_lora_gemm", sm90::gemm_kernel<bf16, kMajor, Tail::kPages, kDropout, kTileN>, grid,
-                dim3(sm90::kThreads), Kernel::kSmem, stream,
+  return launch("multi_lora_gemm", multi_lora_gemm_kernel<T, kAlongN, kDropout, kTileN>, grid, dim3(sm90::kThreads),
+                PageGemm<T, kAlongN, kDropout, kTileN>::kSmem, stream,
                 LaunchOptions{.cluster = p.tiles.cluster, .after_predecessor = true}, p);
 }
 
@@ -38,8 +45,8 @@ int multi_lora_gemm_sm90(const MultiLoraGemmParams& p, const PageLists& lists, c
   if (error) return error;
   return with_bool(tiles.tile_n == 256, [&](auto wide) {
     constexpr int kTileN = decltype(wide)::value ? 256 : 128;
-    if (!along_n) return d.dropout_p ? kInvalidConfiguration : run_gemm<Major::kK, false, kTileN>(g, stream);
-    return d.dropout_p ? run_gemm<Major::kMN, true, kTileN>(g, stream) : run_gemm<Major::kMN, false, kTileN>(g, stream);
+    if (!along_n) return d.dropout_p ? kInvalidConfiguration : run_gemm<bf16, false, false, kTileN>(g, stream);
+    return d.dropout_p ? run_gemm<bf16, true, true, kTileN>(g, stream) : run_gemm<bf16, true, false, kTileN>(g, stream);
   });
 }
 
