@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tools import sass, static_checks
 from tools.sources import ROOT, cutlass, standard

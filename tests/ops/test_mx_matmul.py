@@ -87,7 +87,9 @@ def test_bias_and_a_low_rank_before_the_one_rounding(device, dtype, R, wide):
     want = values @ reference.mx_dequantize(*(t.cpu() for t in b), K, torch.float64).mT
     whole = ((want + double(s) @ double(u).mT) * 2 + double(bias)).to(dtype)
     assert torch.equal(ops.mx_matmul(*a, *b, K, dtype, 2.0, bias, s, u).cpu(), whole)
-    assert torch.equal(ops.mx_matmul(*a, *b, K, dtype, 2.0, None, s, u).cpu(), ((want + double(s) @ double(u).mT) * 2).to(dtype))
+    assert torch.equal(
+        ops.mx_matmul(*a, *b, K, dtype, 2.0, None, s, u).cpu(), ((want + double(s) @ double(u).mT) * 2).to(dtype)
+    )
     assert torch.equal(ops.mx_matmul(*a, *b, K, dtype, 1.0, bias).cpu(), (want + double(bias)).to(dtype))
     assert torch.equal(ops.mx_matmul(*a, *b, 70, dtype), ops.mx_matmul(a[0].clone(), a[1].clone(), *b, 70, dtype))
 
@@ -175,10 +177,19 @@ def test_what_does_not_fit_is_refused(device):
         ((*a, *b, 64, torch.float32, 1.0, low[0][:3]), r"bias must have shape \[O\] = \[5\], got \[3\]"),
         ((*a, *b, 64, torch.bfloat16, 1.0, low[0]), "bias must be bfloat16, got float32"),
         ((*a, *b, 64, torch.float32, 1.0, None, low[1]), "s and u must be given together, got one of them"),
-        ((*a, *b, 64, torch.float32, 1.0, None, low[1][:2], low[2]), r"s must have shape \[..., R\] = \[3, 4\], got \[2, 4\]"),
-        ((*a, *b, 64, torch.float32, 1.0, None, low[1], low[2][:2]), r"u must have shape \[O, R\] = \[5, \*\], got \[2, 4\]"),
+        (
+            (*a, *b, 64, torch.float32, 1.0, None, low[1][:2], low[2]),
+            r"s must have shape \[..., R\] = \[3, 4\], got \[2, 4\]",
+        ),
+        (
+            (*a, *b, 64, torch.float32, 1.0, None, low[1], low[2][:2]),
+            r"u must have shape \[O, R\] = \[5, \*\], got \[2, 4\]",
+        ),
         ((*a, *b, 64, torch.float32, 1.0, None, low[1].half(), low[2]), "s must be float32, got float16"),
-        ((wide[:, :33], a[1], *b, 64), r"a_codes must have whole blocks of 32 bytes as its last dimension, got \[3, 33\]"),
+        (
+            (wide[:, :33], a[1], *b, 64),
+            r"a_codes must have whole blocks of 32 bytes as its last dimension, got \[3, 33\]",
+        ),
         ((wide[:, :32], a[1], *b, 64), r"a_scales must have shape \[..., G\] = \[3, 1\], got \[3, 2\]"),
     ):
         with pytest.raises(RuntimeError, match=f"lrkern::mx_matmul: {text}"):

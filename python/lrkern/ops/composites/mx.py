@@ -146,7 +146,11 @@ def mx_matmul(a_codes, a_scales, b_codes, b_scales, columns, dtype, alpha, bias,
     if a_scales.shape[-1:] != b_scales.shape[-1:]:
         raise ValueError(f"b_codes must have as many blocks as a_codes, got {list(b_codes.shape)}")
     _check_dtype(dtype)
-    a = _dequantized_wide(a_codes, a_scales, columns) if wide else _dequantized(a_codes, a_scales, columns, torch.float32)
+    a = (
+        _dequantized_wide(a_codes, a_scales, columns)
+        if wide
+        else _dequantized(a_codes, a_scales, columns, torch.float32)
+    )
     b = _dequantized(b_codes, b_scales, columns, torch.float32)
     if (s is None) != (u is None):
         raise ValueError("s and u must be given together, got one of them")
