@@ -68,3 +68,17 @@ def test_products_of_8_and_4_bits_are_block_scaled():
     cubin, _, _ = static_checks.compiled(PRODUCTS[100], "100a")
     lines = re.findall(r"UTCQMMA .*", sass.disassemble(cubin))
     assert lines and all(line.count("tmem[") == 3 for line in lines)
+
+
+def test_lora_fits_as_the_choice_says():
+    said = host("gemm", 100)
+    assert said.count("taken") == 4, "bfloat16 and float16, W along K and along N"
+    plan = static_checks.plan_of("lora_gemm_sm100_kernel<bf16, false>")
+    for taken, refused, shared, threads in re.findall(r"(\d+) taken, (\d+) refused, .* (\d+) bytes of .*, (\d+) threads", said):
+        assert int(taken) > 1000 and int(refused) > 1000 and int(shared) <= plan.shared and int(threads) == plan.threads
+
+
+def test_lora_has_its_products_in_tensor_memory():
+    found = kernels(GEMM, 100)
+    assert found.keys() == {f"lora_gemm_sm100_kernel<{t}, {along}>" for t in ("bf16", "f16") for along in ("false", "true")}
+    assert all("UTCHMMA" in figures.tensor for figures in found.values())
