@@ -59,7 +59,7 @@ TENSOR = re.compile(r"(?:[HIQO]G?MMA(?:\.SF)?|DMMA|UTC[A-Z]*MMA)\b")  # .SF: by 
 FMA = ("FFMA", "FMUL", "FADD", "HFMA2", "DFMA")
 MOVE = re.compile(r"HFMA2\S* R\d+, -?RZ, -?RZ, ")  # how nvcc sets a register to a constant in the multipliers' pipe
 WRAPPERS = "cuda/ptx.cuh"  # its lines are the caller's
-LISTED = re.compile(r"(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<text>(?P<op>[A-Z][A-Z0-9_.]*).*)")
+LISTED = re.compile(r"(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<text>(?P<op>[A-Z][A-Za-z0-9_.]*).*)")
 
 
 @cache

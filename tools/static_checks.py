@@ -152,7 +152,7 @@ def on_an_sm(figures: Figures, plan: Plan, arch: str) -> int:
 def faults(figures: Figures, plan: Plan, arch: str) -> list[str]:
     """How a kernel departs from its plan; empty where it does not."""
     wrong = []
-    if figures.spills > plan.spills or (figures.local and not plan.spills):
+    if figures.spills or figures.local:
         wrong.append(f"{figures.spills} bytes of spills, {figures.local} accesses to local memory")
     wrong += [f"no {each} instruction" for each in plan.tensor.split() if each not in figures.tensor]
     if figures.wide < plan.wide:

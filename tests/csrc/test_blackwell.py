@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tools import sass, static_checks
-from tools.sources import ROOT, cutlass, standard
+from tools.sources import ROOT, cutlass, digest_of, standard
 
 sys.path.insert(0, str(ROOT / "tests" / "emulator"))
 import build as emulator
@@ -28,9 +28,11 @@ GEMM = Path("csrc/cuda/lora/gemm_sm100.cu")
 def host(name: str, arch: int) -> str:
     """What tests/csrc/<name>_host.cu prints."""
     emulator.OUT.mkdir(parents=True, exist_ok=True)
-    program = emulator.OUT / f"{name}_host_sm{arch}"
-    emulator.run(["nvcc", standard(), "-w", "--expt-relaxed-constexpr", "-Icsrc", "-Icsrc/cuda", "-isystem", cutlass(), f"-DARCH={arch}",
-                  f"-gencode=arch=compute_{arch}a,code=sm_{arch}a", HERE / f"{name}_host.cu", "-o", program])  # fmt: skip
+    source = HERE / f"{name}_host.cu"
+    program = emulator.OUT / f"{name}_host_sm{arch}-{digest_of([source], static_checks.compiler())}"
+    if not program.exists():
+        emulator.run(["nvcc", standard(), "-w", "--expt-relaxed-constexpr", "-Icsrc", "-Icsrc/cuda", "-isystem", cutlass(), f"-DARCH={arch}",
+                      f"-gencode=arch=compute_{arch}a,code=sm_{arch}a", source, "-o", program])  # fmt: skip
     done = emulator.execute(program)
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -74,11 +76,15 @@ def test_lora_fits_as_the_choice_says():
     said = host("gemm", 100)
     assert said.count("taken") == 4, "bfloat16 and float16, W along K and along N"
     plan = static_checks.plan_of("lora_gemm_sm100_kernel<bf16, false>")
-    for taken, refused, shared, threads in re.findall(r"(\d+) taken, (\d+) refused, .* (\d+) bytes of .*, (\d+) threads", said):
+    for taken, refused, shared, threads in re.findall(
+        r"(\d+) taken, (\d+) refused, .* (\d+) bytes of .*, (\d+) threads", said
+    ):
         assert int(taken) > 1000 and int(refused) > 1000 and int(shared) <= plan.shared and int(threads) == plan.threads
 
 
 def test_lora_has_its_products_in_tensor_memory():
     found = kernels(GEMM, 100)
-    assert found.keys() == {f"lora_gemm_sm100_kernel<{t}, {along}>" for t in ("bf16", "f16") for along in ("false", "true")}
+    assert found.keys() == {
+        f"lora_gemm_sm100_kernel<{t}, {along}>" for t in ("bf16", "f16") for along in ("false", "true")
+    }
     assert all("UTCHMMA" in figures.tensor for figures in found.values())

@@ -22,16 +22,13 @@ from tools import sources
 class Plan:
     blocks: int  # resident on an SM, at least
     shared: int = 0  # dynamic bytes of a block
-    tensor: str = (
-        ""  # SASS, all of: HMMA (mma.sync), HGMMA (wgmma), UTC*MMA (tcgen05), OMMA.SF, QMMA.SF (block-scaled mma)
-    )
+    tensor: str = ""  # SASS, all of these: HMMA (mma.sync), HGMMA (wgmma), UTC*MMA (tcgen05), OMMA.SF, QMMA.SF
     wide: int = 0  # 128-bit loads from global memory, at least; they serve aligned shapes
     flight: int = 0  # bytes of loads under way on an SM that is full, at least
     code: int = 32 << 10  # bytes of machine code, at most: what an SM's instruction cache holds
     threads: int = 128
     stores: int = 0  # of 128 bits to global memory, at least
     loop: int = 0  # instructions of a trip of the loop with the tensor instruction, at most; 0: not asked
-    spills: int = 0  # bytes, at most
 
 
 @dataclass(frozen=True)

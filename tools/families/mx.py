@@ -42,9 +42,9 @@ def linear(x: str, b: str, tiles: int, plain: bool) -> Plan:
     )
 
 
-def units(main: str, tail: str, shared: int, threads: int, **plan: int) -> Plan:
+def units(main: str, tail: str, shared: int, threads: int) -> Plan:
     """By CUTLASS, a block on an SM: a loop of products by scales of blocks, one of bf16 for the low rank, and an epilogue."""
-    return Plan(1, shared, f"{main} {tail}", code=64 << 10, threads=threads, **plan)
+    return Plan(1, shared, f"{main} {tail}", code=64 << 10, threads=threads)
 
 
 def product_sm100(wide: bool) -> Plan:
@@ -52,8 +52,7 @@ def product_sm100(wide: bool) -> Plan:
 
 
 def product_sm120(wide: bool) -> Plan:
-    """The warps that load have 40 registers, and keep a word beside them."""
-    return units("QMMA.SF" if wide else "OMMA.SF", "HMMA", 99 << 10, 384, spills=16)
+    return units("QMMA.SF" if wide else "OMMA.SF", "HMMA", 96 << 10, 384)
 
 
 KERNELS = {
