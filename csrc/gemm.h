@@ -48,6 +48,20 @@ struct GemmConfig {
 };
 GemmConfig choose_gemm(const GemmShape& shape, Target target);
 
+// S U beside it, U[r, n] at u[r * stride_r + n * stride_n]; W's memory runs along N or along K.
+struct LowRankProduct {
+  const void *s, *u;  // s: [T, R] contiguous, fp32 where factors are not bf16
+  int64_t stride_r, stride_n, T, N;
+  int32_t R;
+  DType factor_dtype;
+  bool along_n;
+};
+// Its columns as bf16 operands: three terms of a factor of another type, whole vectors of 8.
+constexpr int64_t tail_columns(int64_t R, DType factor) {
+  return ceil_div(factor == DType::kBF16 ? R : 3 * R, int64_t{8}) * 8;
+}
+size_t tail_bytes(const LowRankProduct& p);  // of those that are written; none where factors are read as they are
+
 // Rows of 16-bit elements whose vectors of 8 are aligned.
 inline bool whole_vectors(const void* data, int64_t pitch) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && pitch % 8 == 0;

@@ -185,9 +185,8 @@ inline bool is_plain(const LoraGemmParams& p) { return !p.base && !p.base_scale 
 
 inline bool whole_vectors(const Factor& w) { return whole_vectors(w.data, w.stride_n == 1 ? w.stride_r : w.stride_n); }
 
-// Columns that S and U take as bf16 operands: three terms of a factor of another type, whole vectors of 8.
-constexpr int64_t lora_tail_columns(int64_t R, DType factor) {
-  return ceil_div(factor == DType::kBF16 ? R : 3 * R, int64_t{8}) * 8;
+inline LowRankProduct low_rank_of(const LoraGemmParams& p) {
+  return {p.s, p.u.data, p.u.stride_r, p.u.stride_n, p.T, p.N, p.R, p.factor_dtype, p.w.stride_n == 1};
 }
 
 LRK_KERNEL(lora_shrink, LoraShrinkParams)

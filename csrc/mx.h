@@ -288,11 +288,33 @@ struct MxExpertsWay {
 };
 MxExpertsWay choose_mx_experts_way(int64_t T, int64_t E, Target target);
 
+// mx_linear by kernels for one architecture, whose products and low-rank product have one accumulator. Few rows: blocks of kMxTile
+// rows of W take a part of K each, so many steps of kMxStep features, and the parts are added in order, which T has no part in.
+// More: tiles of gemm.h, of W's rows by x's. Taken as GemmConfig says.
+constexpr int kMxTile = 128, kMxStep = 512, kMxMostSteps = 4;
+constexpr int64_t kMaxMxParts = 64;
+struct MxFusedShape {
+  int64_t T, O, K;
+  int32_t R;
+  DType dtype, b_dtype;
+  bool aligned;  // rows of x, and y's, are whole vectors of 16 bytes
+};
+struct MxFused {
+  bool fits = false, pays = false, few = false;
+  int32_t parts = 0, steps = 0;     // of few
+  int32_t tile_n = 0, cluster = 0;  // of more
+  const char* why;
+};
+MxFused choose_mx_fused(const MxFusedShape& shape, Target target);
+MxFusedShape shape_of(const MxLinearParams& p);
+LowRankProduct low_rank_of(const MxLinearParams& p);
+
 LRK_KERNEL(mx_quantize, MxQuantizeParams)
 LRK_KERNEL(mx_dequantize, MxDequantizeParams)
 LRK_KERNEL(nvfp4_quantize, Nvfp4QuantizeParams)
 LRK_KERNEL(nvfp4_dequantize, Nvfp4DequantizeParams)
 LRK_KERNEL(mx_linear, MxLinearParams)
+LRK_KERNEL(mx_fused, MxLinearParams)  // not of the CPU
 // On CUDA alone: on the CPU each expert's rows are taken together.
 size_t mx_linear_experts_workspace(const MxExpertsParams& p, Target target);
 int mx_linear_experts_cuda(const MxExpertsParams& p, void* workspace, Stream stream);

@@ -135,13 +135,15 @@ struct Gemm {
     });
   }
 
-  __device__ __forceinline__ void fetch(const TensorMap& of_a, const TensorMap& of_b, const GemmTile& tile, int steps) {
+  // span: of a step along K in A's own elements, kTileM of which are the box.
+  __device__ __forceinline__ void fetch(const TensorMap& of_a, const TensorMap& of_b, const GemmTile& tile, int steps,
+                                        int span = kTileK, uint32_t bytes = kStageBytes) {
     for (int step = 0; step < steps; ++step, ring.next()) {
       const int s = ring.stage, k = step * kTileK;
       mbarrier_wait(empty + s, ring.turn ^ 1);
       if (lane_id() == 0) {
-        mbarrier_arrive_expect(full + s, kStageBytes);
-        bulk_load(a + s * kA, of_a, full + s, k, tile.row);
+        mbarrier_arrive_expect(full + s, bytes);
+        bulk_load(a + s * kA, of_a, full + s, step * span, tile.row);
         constexpr int kBoxes = boxes(kMajor), kBox = kB / kBoxes;
         for_each_share(kBoxes, [&](int i) {
           const int n = tile.col + i * (kTileN / kBoxes);
@@ -501,8 +503,8 @@ struct Gemm {
 };
 
 // What a block does. Kernels are named for their families and pass on their parameters.
-template <class Gemm>
-__device__ __forceinline__ void run_block(const GemmParams& p) {
+template <class Gemm, class Params>
+__device__ __forceinline__ void run_block(const Params& p) {
   Smem smem;
   Gemm gemm(smem, p);
   if (threadIdx.x < kGroup) {

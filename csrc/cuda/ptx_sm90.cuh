@@ -164,6 +164,14 @@ __device__ __forceinline__ void wgmma_fence(float (&d)[N]) {
   hold(d);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
+// Before products whose a are registers, of which these were written since the last.
+template <int N, int kSteps>
+__device__ __forceinline__ void wgmma_fence(float (&d)[N], uint32_t (&a)[kSteps][4]) {
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i)
+    asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+  wgmma_fence(d);
+}
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most kLeft committed groups are under way.
 template <int kLeft, int N>

@@ -108,8 +108,8 @@ Tensor joined(const Rows& x, int64_t blocks, const Tensor& s, int64_t R, ScalarT
   return made;
 }
 
-MxLinearParams few_params(const Rows& rows, const MxWeight& w, const OptTensor& bias, const LowRank& low,
-                          const Tensor& y) {
+MxLinearParams linear_params(const Rows& rows, const MxWeight& w, const OptTensor& bias, const LowRank& low,
+                             const Tensor& y) {
   return {.w = w,
           .x = rows.data(),
           .y = y.mutable_data_ptr(),
@@ -127,8 +127,13 @@ MxLinearParams few_params(const Rows& rows, const MxWeight& w, const OptTensor& 
 void multiply(const Arg& x, const Rows& rows, const Packed& w, int64_t expert, const OptTensor& bias,
               const LowRank& low, const Tensor& y) {
   const int64_t T = rows.T, K = rows.N, O = w.O, blocks = w.G * kMxBlock;
+  if (on_cuda(x.op, x.tensor)) {
+    const MxLinearParams p = linear_params(rows, w.weight(expert, K), bias, low, y);
+    if (takes_fused(choose_mx_fused(shape_of(p), DeviceScope(x.op, x.tensor).target)))
+      return run(x.op, y, p, LRK_RUN_CUDA(mx_fused));
+  }
   const MxWay way = way_of(x, T, w, K);
-  if (way.few) return run(x.op, y, few_params(rows, w.weight(expert, K), bias, low, y), LRK_RUN(mx_linear));
+  if (way.few) return run(x.op, y, linear_params(rows, w.weight(expert, K), bias, low, y), LRK_RUN(mx_linear));
   const ScalarType type = gemm_type(x, way);
   const int64_t R = joins(low, type) ? low.R : 0;
   const Tensor wide = joined(rows, blocks, low.s, R, type);
@@ -225,7 +230,7 @@ void multiply_by_expert(const Arg& x, const Rows& rows, const Packed& w, const O
   const ByExpert by(x, rows.T, w.E, index);
   if (!rows.T || !w.O) return;
   if (choose_mx_experts_way(rows.T, w.E, DeviceScope(x.op, x.tensor).target).few) {
-    const MxExpertsParams p{few_params(rows, w.weight(0, rows.N), bias, low, y), by.data(), w.E};
+    const MxExpertsParams p{linear_params(rows, w.weight(0, rows.N), bias, low, y), by.data(), w.E};
     return run(x.op, y, p, mx_linear_experts_workspace, static_cast<void (*)(const MxExpertsParams&, void*)>(nullptr),
                LRK_IF_CUDA(mx_linear_experts_cuda));
   }

@@ -19,6 +19,14 @@ Answer explain(const GemmConfig& c, const GemmShape& s) {
                c.why)};
 }
 
+// bf16 factors that lie as W does, in whole vectors, are read as they are.
+size_t tail_bytes(const LowRankProduct& p) {
+  const bool alike = (p.along_n ? p.stride_n : p.stride_r) == 1;
+  const bool direct = p.factor_dtype == DType::kBF16 && alike && whole_vectors(p.s, p.R) &&
+                      whole_vectors(p.u, p.along_n ? p.stride_r : p.stride_n);
+  return direct ? 0 : (p.T + p.N) * tail_columns(p.R, p.factor_dtype) * sizeof(bf16);
+}
+
 GemmConfig choose_gemm(const GemmShape& s, Target target) {
   const auto no = [](const char* why) { return GemmConfig{false, false, 0, 0, why}; };
   if (target.device != Device::kCUDA || target.arch != 90) return no("kernels of their own are of sm_90a");

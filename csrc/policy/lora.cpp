@@ -102,14 +102,7 @@ GemmConfig choose_lora_gemm(const GemmShape& s, bool plain, Target target) {
   return c;
 }
 
-// bf16 factors that lie as W does, in whole vectors, are read as they are.
-size_t lora_gemm_workspace(const LoraGemmParams& p, Target) {
-  const bool along_n = p.w.stride_n == 1, alike = (along_n ? p.u.stride_n : p.u.stride_r) == 1;
-  const int64_t pitch = along_n ? p.u.stride_r : p.u.stride_n;
-  const bool direct = p.factor_dtype == DType::kBF16 && alike && p.R % 8 == 0 && pitch % 8 == 0 &&
-                      reinterpret_cast<uintptr_t>(p.u.data) % 16 == 0 && reinterpret_cast<uintptr_t>(p.s) % 16 == 0;
-  return direct ? 0 : (p.T + p.N) * lora_tail_columns(p.R, p.factor_dtype) * sizeof(bf16);
-}
+size_t lora_gemm_workspace(const LoraGemmParams& p, Target) { return tail_bytes(low_rank_of(p)); }
 
 // Partial sums of dc, one [N] row per kRescaleRows tokens, on both devices.
 size_t lora_rescale_workspace(const LoraRescaleParams& p, Target) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "choice.h"
+#include "tuned.h"
 
 namespace lrk {
 
@@ -38,6 +39,46 @@ MxExpertsWay choose_mx_experts_way(int64_t T, int64_t E, Target target) {
   return {few, T <= std::max<int64_t>(8, 4 * E) ? 8 : 16};
 }
 
+MxFused choose_mx_fused(const MxFusedShape& s, Target target) {
+  const auto no = [](const char* why) { return MxFused{.why = why}; };
+  if (target.device != Device::kCUDA || target.arch != 90) return no("kernels of their own are of sm_90a");
+  if (s.dtype != DType::kBF16) return no("codes become bf16, and x of another type several products of it");
+  if (!s.T || !s.O || !s.K || s.O > kMaxGemmSide || s.K > kMaxGemmSide) return no("sizes lie in 1..2^30");
+  if (s.T > kMxFewCuda) {
+    if (s.O % 8) return no("rows of y are not whole vectors of 16 bytes");
+    const auto whole = [](int64_t n) { return ceil_div(n, int64_t{8}) * 8; };
+    const GemmConfig c = choose_gemm({s.O, whole(s.T), whole(s.K), s.R, s.dtype, s.b_dtype, s.aligned}, target);
+    return {
+        c.fits, c.pays,   false,     0,
+        0,      c.tile_n, c.cluster, c.pays ? "W is not written decoded, x and y go through memory once less" : c.why};
+  }
+  // Rounds of blocks, two on an SM, each as long as its steps, and one to begin and end.
+  const int64_t tiles = ceil_div(s.O, int64_t{kMxTile}), steps = ceil_div(s.K, int64_t{kMxStep});
+  const int64_t places = 2 * tuned(target.arch).sms;
+  int64_t parts = 0, least = 0;
+  for (int64_t n = ceil_div(steps, int64_t{kMxMostSteps}); n <= std::min(steps, int64_t{kMaxMxParts}); ++n) {
+    const int64_t cost = ceil_div(tiles * n, places) * (ceil_div(steps, n) + 1);
+    if (!parts || cost < least) parts = n, least = cost;
+  }
+  if (!parts) return no("its parts of K are too many");
+  const auto each = static_cast<int32_t>(ceil_div(steps, parts));
+  parts = ceil_div(steps, int64_t{each});
+  const bool pays = tiles * parts >= tuned(target.arch).sms;
+  return {true,
+          pays,
+          true,
+          static_cast<int32_t>(parts),
+          each,
+          0,
+          0,
+          pays ? "codes are decoded for 8 or 16 rows at once, with fewer instructions a weight"
+               : "blocks are too few for the GPU"};
+}
+MxFusedShape shape_of(const MxLinearParams& p) {
+  return {
+      p.T, p.w.O, p.w.K, p.s ? p.R : 0, p.dtype, p.b_dtype, whole_vectors(p.x, p.x_pitch) && whole_vectors(p.y, p.w.O)};
+}
+LowRankProduct low_rank_of(const MxLinearParams& p) { return {p.s, p.b, 1, p.R, p.T, p.w.O, p.R, p.b_dtype, false}; }
 MxProductConfig choose_mx_product(const MxProductShape& s, Target target) {
   const auto no = [](const char* why) { return MxProductConfig{false, false, why}; };
   if (target.device != Device::kCUDA || (target.arch != 100 && target.arch != 120))
@@ -66,6 +107,10 @@ size_t mx_linear_experts_workspace(const MxExpertsParams& p, Target target) {
   return mx_linear_workspace(p.of, target);
 }
 size_t mx_linear_dx_workspace(const MxLinearDxParams&, Target) { return 0; }
+size_t mx_fused_workspace(const MxLinearParams& p, Target target) {
+  const MxFused c = choose_mx_fused(shape_of(p), target);
+  return c.few ? c.parts * p.T * p.w.O * sizeof(float) : p.s ? tail_bytes(low_rank_of(p)) : 0;
+}
 size_t mx_product_workspace(const MxProductParams& p, Target) {
   return static_cast<size_t>(swizzled_bytes(p.T, p.G()) + swizzled_bytes(p.O, p.G()));
 }
@@ -86,6 +131,14 @@ Answer explain_experts(const Question& q) {
   return {{{"few", way.few}, {"rows", way.rows}},
           way.few ? text("one launch over the experts' rows, ", way.rows, " of one at a time; nothing is read back")
                   : "each expert's rows as mx_linear of so many; on CUDA their numbers are read back"};
+}
+
+Answer explain_fused(const Question& q) {
+  const MxFusedShape shape{q["T"], q["O"], q["K"], static_cast<int32_t>(q["R"]), q.dtype(), q.dtype("b_dtype"), true};
+  const MxFused c = choose_mx_fused(shape, q.target());
+  return {
+      {{"fits", c.fits}, {"pays", c.pays}, {"few", c.few}, {"parts", int64_t{c.parts}}, {"steps", int64_t{c.steps}}},
+      text(c.pays ? "one kernel's accumulator where LRKERN_FUSED=1: " : "the portable kernels: ", c.why)};
 }
 
 Answer explain_product(const Question& q) {
@@ -112,6 +165,14 @@ const Registered registered[] = {
           "measured; panels of 2^19 elements stay in the last-level cache. CUDA: up to 16 rows, a count",
       .arguments = {{"T", {}}, {"O", {}}, {"K", {}}, {"halves", 0}},
       .answer = explain_way}},
+    {"mx_fused",
+     {.rule =
+          "sm_90a and bf16 x. Up to 16 rows: 128 rows of W a block, K in parts of up to 4 steps of 512 features, as many as take "
+          "the least rounds of blocks; the parts are added in order, and T has no part in it. More: lora_gemm's tiles, W's rows for x's",
+      .numbers =
+          "counts: 132 SMs of an H100 hold two blocks each, a step's time goes by to begin and end; not measured",
+      .arguments = {{"T", {}}, {"O", {}}, {"K", {}}, {"R", int64_t{0}}, {"dtype", "bfloat16"}, {"b_dtype", "bfloat16"}},
+      .answer = explain_fused}},
     {"mx_linear_experts",
      {.rule =
           "rows that each have an expert: on CUDA up to 16 E and 1024 of them one launch, 8 of an expert at a time up to "

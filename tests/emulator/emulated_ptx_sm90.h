@@ -61,6 +61,10 @@ template <int N>
 LRK_INLINE void wgmma_fence(float (&)[N], LRK_AT) {
   emu::wgmma_fence(at);
 }
+template <int N, int kSteps>
+LRK_INLINE void wgmma_fence(float (&)[N], uint32_t (&)[kSteps][4], LRK_AT) {
+  emu::wgmma_fence(at);
+}
 LRK_INLINE void wgmma_commit(LRK_AT) { emu::wgmma_commit(at); }
 template <int kLeft, int N>
 LRK_INLINE void wgmma_wait(float (&)[N], LRK_AT) {

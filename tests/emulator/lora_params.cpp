@@ -103,7 +103,7 @@ std::string judge_gemm(const Case& c, const std::vector<int>& schedules) {
   const size_t bytes = lora_gemm_workspace(p, {Device::kCUDA, 90});
   Matrix scratch(DType::kBF16, 1, static_cast<int64_t>(bytes / 2), 0, 0, false);
   const std::string wrong = run_schedules(schedules, {&y, &base, &scratch}, {y, base}, [&] {
-    LoraTail tail{};
+    GemmTail tail{};
     int code = c.R ? lora_tail(p, bytes ? scratch.data() : nullptr, nullptr, &tail) : 0;
     return code ? code : lora_gemm_sm90(p, tail, gemm_tiles(c.T, c.N, c.tile_n, c.cluster), nullptr);
   });

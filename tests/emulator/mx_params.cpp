@@ -4,6 +4,7 @@
 // Codes and scales are any bytes; the allocations end where the last block does.
 #include <tuple>
 
+#include "cuda/mx/linear.cuh"
 #include "mx.h"
 #include "params.h"
 
@@ -18,23 +19,27 @@ struct Case {
   MxRule rule;
   bool hadamard, random, across, mask, bias, low_rank, any_scale;
   float gain;
+  int32_t steps;            // of few
+  int32_t tile_n, cluster;  // of many
 
   int64_t G() const { return ceil_div(K, int64_t{kMxBlock}); }
   std::string text() const {
     return words(op, " ", lrk::name_of(dtype), "/", lrk::name_of(b_dtype), " T=", T, " K=", K, " O=", O, " R=", R,
                  " E=", E, " pad=", pad, " shift=", shift, " rule=", static_cast<int>(rule),
                  hadamard ? " hadamard" : "", random ? " random" : "", across ? " across" : "", mask ? " mask" : "",
-                 bias ? " bias" : "", low_rank ? " low rank" : "", any_scale ? " any scale" : "", " gain=", gain);
+                 bias ? " bias" : "", low_rank ? " low rank" : "", any_scale ? " any scale" : "", " gain=", gain,
+                 steps ? words(" steps=", steps) : "", tile_n ? words(" tiles of ", cluster, " x 128 x ", tile_n) : "");
   }
 };
 
 Case draw_case() {
   Case c{};
-  const int64_t op = pick({0, 0, 1, 2, 2, 2, 3, 3, 4, 5});
-  const char* ops[] = {"quantize", "dequantize", "linear", "experts", "nvfp4", "swizzle"};
+  const int64_t op = pick({0, 0, 1, 2, 2, 2, 3, 3, 4, 5, 5, 5, 6, 6, 6, 7});
+  const char* ops[] = {"quantize", "dequantize", "linear", "experts", "nvfp4", "few", "many", "swizzle"};
   c.op = ops[op];
   std::tie(c.dtype, c.b_dtype) = draw_types();
-  c.T = op == 2 ? 1 + static_cast<int64_t>(draw() % kMxFewCuda) : pick({1, 3, 16, 33, 130});
+  if (op >= 5) c.dtype = DType::kBF16, c.b_dtype = draw() % 2 ? DType::kBF16 : DType::kF32;
+  c.T = op == 2 || op == 5 ? 1 + static_cast<int64_t>(draw() % kMxFewCuda) : pick({1, 3, 16, 33, 130});
   c.K = pick({1, 31, 32, 33, 64, 100, 256, 544, 1088, 2112});
   c.O = pick({1, 7, 16, 17, 40, 64});
   c.R = pick({1, 4, 16, 33});
@@ -45,6 +50,15 @@ Case draw_case() {
   c.hadamard = draw() % 2, c.random = draw() % 3 == 0, c.across = draw() % 3 == 0, c.mask = draw() % 2;
   c.bias = draw() % 2, c.low_rank = draw() % 2, c.any_scale = draw() % 3 == 0;
   c.gain = draw() % 3 ? 1.f : .75f;
+  if (op == 5) {
+    c.O = pick({1, 64, 100, 128, 130, 300}), c.R = pick({1, 8, 16, 33, 136});
+    c.steps = 1 + static_cast<int32_t>(draw() % kMxMostSteps);
+  }
+  if (op == 6) {
+    c.T = pick({1, 17, 130, 300}), c.K = pick({32, 64, 96, 200, 544}), c.O = pick({8, 136, 128, 264});
+    c.R = pick({1, 8, 16, 33, 136}), c.pad = pick({0, 8}), c.shift = pick({0, 8});
+    c.tile_n = static_cast<int32_t>(pick({128, 256})), c.cluster = 1 + static_cast<int32_t>(draw() % 2);
+  }
   return c;
 }
 
@@ -275,11 +289,20 @@ std::string judge_linear(const Case& c, const std::vector<int>& schedules) {
   const std::vector<int32_t> plan = plan_of(experts, c.E);
   emu::track_global(plan.data(), plan.size() * sizeof(int32_t), true);
   const MxExpertsParams of_experts{p, plan.data(), c.E};
-  const size_t bytes = by_expert ? mx_linear_experts_workspace(of_experts, kTarget) : mx_linear_workspace(p, kTarget);
-  Matrix terms(DType::kF32, 1, static_cast<int64_t>(bytes / 4), 0, 0, false);
-  const std::string wrong = run_schedules(schedules, {&y, &terms}, {y}, [&] {
-    return by_expert ? mx_linear_experts_cuda(of_experts, terms.data(), nullptr)
-                     : mx_linear_cuda(p, terms.data(), nullptr);
+  const bool own = c.steps || c.tile_n;  // kernels that take fp32 factors apart
+  MxFused parts{.why = ""};
+  if (c.steps) parts.steps = c.steps, parts.parts = static_cast<int32_t>(ceil_div(c.K, int64_t{kMxStep} * c.steps));
+  const size_t bytes = by_expert  ? mx_linear_experts_workspace(of_experts, kTarget)
+                       : c.steps  ? static_cast<size_t>(parts.parts * c.T * c.O) * 4
+                       : c.tile_n ? (c.low_rank ? tail_bytes(low_rank_of(p)) : 0)
+                                  : mx_linear_workspace(p, kTarget);
+  Matrix scratch(DType::kF32, 1, static_cast<int64_t>(bytes / 4), 0, 0, false);
+  const std::string wrong = run_schedules(schedules, {&y, &scratch}, {y}, [&] {
+    return by_expert ? mx_linear_experts_cuda(of_experts, scratch.data(), nullptr)
+           : c.steps ? mx_few_sm90(p, parts, scratch.data(), nullptr)
+           : c.tile_n
+               ? mx_gemm_tiled(p, bytes ? scratch.data() : nullptr, gemm_tiles(c.O, c.T, c.tile_n, c.cluster), nullptr)
+               : mx_linear_cuda(p, scratch.data(), nullptr);
   });
   if (!wrong.empty()) return wrong;
   Error error;
@@ -297,12 +320,13 @@ std::string judge_linear(const Case& c, const std::vector<int>& schedules) {
         const double v = w.at(c, row, k);
         number = number && !std::isnan(v);
         if (k < c.K && !std::isnan(v)) add(x.at(t, k) * v);
+        if (std::fabs(v) >= 0x1p128) magnitude = HUGE_VAL;  // of a float: times 0 it is NaN
       }
       for (int64_t r = 0; c.low_rank && r < c.R; ++r) add(s.at(t, r) * b.at(row, r));
       if (!number) {
         if (!std::isnan(got)) return words("row ", t, " column ", o, " has a NaN block, and is ", got);
       } else if (magnitude < (c.dtype == DType::kF16 ? 6e4 : 1e37)) {  // beyond them an overflow may come first
-        error.add(got, want, magnitude, c.dtype, false);
+        error.add(got, want, magnitude, c.dtype, own && c.low_rank && c.b_dtype == DType::kF32);
       }
     }
   if (x.bytes != x.fresh) return "wrote where it should only read";

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from itertools import product
 
 from tools.families import SIZE, Kernel, Mixed, Plan, Shape, Timed
+from tools.families.lora import gemm_shared
 
 # Beyond the registry: codes beside torchao's, every scale, products by rows, NaN and infinities, memory.
-TESTS = {f"tests/ops/test_{name}.py": "cpu" for name in ("mx", "mx_experts", "mx_matmul", "nvfp4")}
+TESTS = {f"tests/ops/test_{name}.py": "cpu" for name in ("mx", "mx_experts", "mx_matmul", "mx_fused", "nvfp4")}
 
 SUITES = ("mxfp4",)
 
@@ -42,6 +43,19 @@ def linear(x: str, b: str, tiles: int, plain: bool) -> Plan:
     )
 
 
+def few(b: str, tokens: int) -> Plan:
+    """Of sm_90a. A trip is 512 features of two rows, 256 weights a thread: at most 4.7 lane-instructions each. Under way are 64 KB of
+    copies by count; what the listing says of them is less by x's loads before the loop. In code the slow loads of x, S and B."""
+    shared = 4 * 512 * 2 * tokens + 4 * 2 * 256 * 16
+    return Plan(2, shared, "HGMMA", flight=32 << 10, code=64 << 10, threads=256, loop=1203)
+
+
+def gemm(tile_n: int) -> Plan:
+    """Of sm_90a, with the shared memory of its mainloop. A trip is two steps, 64 weights a thread at 5 lane-instructions: natural order
+    costs an operation a pair more, and 8192 weights of a step 320 of its 1024 cycles of products."""
+    return Plan(1, gemm_shared(tile_n), "HGMMA", code=48 << 10, threads=384, loop=320)
+
+
 def units(main: str, tail: str, shared: int, threads: int) -> Plan:
     """By CUTLASS, a block on an SM: a loop of products by scales of blocks, one of bf16 for the low rank, and an epilogue."""
     return Plan(1, shared, f"{main} {tail}", code=64 << 10, threads=threads)
@@ -63,6 +77,10 @@ KERNELS = {
     "mx_terms": Mixed(lambda x: Plan(8, stores=TERMS[x]), rest=[("f16",), ("float",)], part=True),
     "mx_linear": Kernel(linear, "xf", list(product((1, 2), BOOLS))),
     "mx_linear_experts": Kernel(linear, "xf", list(product((1, 2), BOOLS))),
+    "mx_few": Mixed(few, rest=[("bf16", 8), ("bf16", 16)]),  # fp32 factors alike
+    "mx_gemm": Kernel(gemm, rest=[(128,), (256,)]),
+    "mx_tail": Kernel(lambda *_: Plan(8), part=True),
+    "mx_sum": Kernel(lambda: Plan(8), part=True),  # neighbours in one warp
     "mx_swizzle": Kernel(lambda: Plan(8), part=True, by_ops=False),
     "mx_product_sm100": Kernel(product_sm100, rest=[(wide,) for wide in BOOLS], part=True, by_ops=False),
     "mx_product_sm120": Kernel(product_sm120, rest=[(wide,) for wide in BOOLS], part=True, by_ops=False),
@@ -93,6 +111,10 @@ def timed(op, device: str, dtype, shape: Shape) -> Iterator[Timed]:
     yield Timed("nvfp4_dequantize", call, {"y": w, **moved}, O * I)
     y = x.new_empty(T, O)
     yield Timed("mx_linear", lambda: op.mx_linear(x, codes, scales), {"x": x, "y": y, **packed}, 2 * T * O * I)
+    for kernel, rows in (("mx_few", T), ("mx_gemm", max(shape.T, 128))):  # of bfloat16 alone
+        z = torch.randn(rows, I, device=device).bfloat16()
+        moved = {"x": z, "y": z.new_empty(rows, O), **packed}
+        yield Timed(kernel, lambda z=z: op.mx_linear(z, codes, scales), moved, 2 * rows * O * I)
     E, used = 8, min(T, 8)
     w = torch.randn(E, O, I, device=device).to(dtype)
     codes, scales, _ = op.mx_quantize(w)

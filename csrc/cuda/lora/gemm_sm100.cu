@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads<T, kAlongN>, 1)
 }
 
 template <class T, bool kAlongN>
-int run(const LoraGemmParams& p, const LoraTail& tail, Stream stream) {
+int run(const LoraGemmParams& p, const GemmTail& tail, Stream stream) {
   using Of = Kernel<T, kAlongN>;
   const auto arguments = LoraGemmSm100<T, kAlongN>::arguments(p, tail);
   if (!LoraGemmSm100<T, kAlongN>::fits(arguments)) return kInvalidConfiguration;
@@ -31,7 +31,7 @@ int run(const LoraGemmParams& p, const LoraTail& tail, Stream stream) {
 
 }  // namespace
 
-int lora_gemm_sm100(const LoraGemmParams& p, const LoraTail& tail, Stream stream) {
+int lora_gemm_sm100(const LoraGemmParams& p, const GemmTail& tail, Stream stream) {
   return with_bool(p.dtype == DType::kBF16, [&](auto is_bf16) {
     using T = std::conditional_t<decltype(is_bf16)::value, bf16, f16>;
     return with_bool(p.w.stride_n == 1, [&](auto along_n) { return run<T, along_n.value>(p, tail, stream); });

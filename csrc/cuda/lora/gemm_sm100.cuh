@@ -30,7 +30,7 @@ struct LoraGemmSm100 {
   using Tail = Mainloop<cutlass::bfloat16_t, cutlass::gemm::collective::StageCount<Main::DispatchPolicy::Stages>>;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Segments<Main, Tail>, Epilogue>;
 
-  static typename Kernel::Arguments arguments(const LoraGemmParams& p, const LoraTail& tail) {
+  static typename Kernel::Arguments arguments(const LoraGemmParams& p, const GemmTail& tail) {
     const auto along_k = [](int64_t pitch) { return cute::make_stride(pitch, cute::_1{}, int64_t{0}); };
     const auto of_w = [&](int64_t pitch) {
       if constexpr (kAlongN) return cute::make_stride(cute::_1{}, pitch, int64_t{0});

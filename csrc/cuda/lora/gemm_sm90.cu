@@ -26,7 +26,7 @@ int run_gemm(const sm90::GemmParams& p, Stream stream) {
 
 }  // namespace
 
-int lora_gemm_sm90(const LoraGemmParams& p, const LoraTail& tail, const GemmTiles& tiles, Stream stream) {
+int lora_gemm_sm90(const LoraGemmParams& p, const GemmTail& tail, const GemmTiles& tiles, Stream stream) {
   const bool along_n = p.w.stride_n == 1;
   sm90::GemmParams g{.M = static_cast<int32_t>(p.T),
                      .N = static_cast<int32_t>(p.N),

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // MX on CUDA, sm_80 and up. A thread quantises a block of 32, or decodes a word of 8 codes. A product of few rows: 16 rows of W
 // are M of the mma and 8 rows of x its N; codes come straight from global memory, 32 of a row in a thread, and become bf16 in registers.
+#include "codes.cuh"
 #include "cuda/place.cuh"
-#include "mx.h"
 
 namespace lrk {
 namespace {
@@ -89,45 +89,9 @@ __global__ __launch_bounds__(kBlockThreads, 8) void mx_dequantize_kernel(MxDequa
 }
 
 // ---- Y = X W^T of few rows. Block: 16 rows of W, eight warps that share its chunks of 128 features.
-// Thread 4 g + t of a warp has block t of a chunk, of rows g and g + 8: four words of 8 codes each. Codes i and i + 4 of a word
-// become a pair by two shifts, so that is the order of features that x is put in as well. Rows past the end are the last one
-// once more: what comes of them is not stored.
+// Thread 4 g + t of a warp has block t of a chunk, of rows g and g + 8: four words of 8 codes each (codes.cuh).
 
 constexpr int kMxThreads = 256, kMxWarps = kMxThreads / kWarpThreads, kMxRows = 16;
-
-struct Codes {
-  uint32_t words[4], byte;  // its scale
-};
-struct CodesRow {
-  const uint8_t *codes, *scales;
-  __device__ __forceinline__ CodesRow(const MxWeight& w, int64_t row) {
-    const int64_t block = (row < w.O ? row : w.O - 1) * w.G();
-    codes = w.codes + block * kMxBytes, scales = w.scales + block;
-  }
-  __device__ __forceinline__ Codes load(int64_t block, bool there) const {
-    Codes c = {};
-    if (there) load_16(c.words, codes + block * kMxBytes), c.byte = scales[block];
-    return c;
-  }
-};
-// A code that lies where bf16 has an exponent's last bits and a mantissa's first is 2^-126 times its value. One product with
-// 2^126 times the scale makes up for that, exactly, as long as this is a bf16: for scales up to 2. Larger ones take two.
-constexpr uint32_t kOneProduct = 128;
-struct Scale {
-  uint32_t first, second;  // each twice
-  explicit __device__ __forceinline__ Scale(uint32_t byte) {
-    const uint32_t small = byte < kOneProduct ? byte : kOneProduct;
-    first = small * 0x00800080u + 0x3f003f00u;
-    second = byte == 255u ? 0x7fc07fc0u : (byte - small) * 0x00800080u + 0x3f803f80u;
-  }
-};
-// Codes i and i + 4 of a word times their scale.
-template <bool kLarge>
-__device__ __forceinline__ uint32_t pair_of(uint32_t word, int i, const Scale& scale) {
-  const uint32_t moved = word >> (4 * i);
-  const uint32_t pair = mul_bf16x2((moved << 12 & 0x80008000u) | (moved << 6 & 0x01c001c0u), scale.first);
-  return kLarge ? mul_bf16x2(pair, scale.second) : pair;
-}
 
 // x of one row in a block, as bf16 terms: pairs (i, i + 4) of each of four runs of 8 features. bf16 is one term and comes from x
 // itself; two of f16 and three of fp32 are made once for all rows of W (mx_terms_kernel), words [T][G][kTerms][16].
@@ -147,10 +111,7 @@ struct Features {
     for (int i = 0; i < 4; ++i) {
       const Words8<bf16> words = load_row<kPlain>(x + 8 * i, left - 8 * i, vectors);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t low = words.w[0][j / 2], high = words.w[0][j / 2 + 2];
-        pairs[0][i][j] = byte_perm(low, high, j % 2 ? 0x7632u : 0x5410u);
-      }
+      for (int j = 0; j < 4; ++j) pairs[0][i][j] = pair_of(words, j);
     }
   }
   __device__ __forceinline__ void load(const uint32_t* terms, bool there) {
@@ -165,10 +126,6 @@ struct Features {
   }
 };
 
-// What a term leaves; beside inf and nan the others are 0.
-__device__ __forceinline__ float rest(float v, float term) {
-  return (bit_cast<uint32_t>(term) & 0x7f800000u) == 0x7f800000u ? 0.f : v - term;
-}
 // A thread splits 8 features of a row.
 template <class X>
 __global__ __launch_bounds__(kBlockThreads, 8) void mx_terms_kernel(MxLinearParams p, uint32_t* terms, int shift,
