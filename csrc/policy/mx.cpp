@@ -64,15 +64,8 @@ MxFused choose_mx_fused(const MxFusedShape& s, Target target) {
   const auto each = static_cast<int32_t>(ceil_div(steps, parts));
   parts = ceil_div(steps, int64_t{each});
   const bool pays = tiles * parts >= tuned(target.arch).sms;
-  return {true,
-          pays,
-          true,
-          static_cast<int32_t>(parts),
-          each,
-          0,
-          0,
-          pays ? "codes are decoded for 8 or 16 rows at once, with fewer instructions a weight"
-               : "blocks are too few for the GPU"};
+  return {true, pays, true, static_cast<int32_t>(parts),
+          each, 0,    0,    pays ? "x is read once for 128 rows of W, not for 16" : "blocks are too few for the GPU"};
 }
 MxFusedShape shape_of(const MxLinearParams& p) {
   return {
