@@ -112,9 +112,14 @@ Answer explain_experts(const Question& q) {
 Answer explain_fused(const Question& q) {
   const MxFusedShape shape{q["T"], q["O"], q["K"], static_cast<int32_t>(q["R"]), q.dtype(), q.dtype("b_dtype"), true};
   const MxFused c = choose_mx_fused(shape, q.target());
-  return {
-      {{"fits", c.fits}, {"pays", c.pays}, {"few", c.few}, {"parts", int64_t{c.parts}}, {"steps", int64_t{c.steps}}},
-      text(c.pays ? "one kernel's accumulator where LRKERN_FUSED=1: " : "the portable kernels: ", c.why)};
+  return {{{"fits", c.fits},
+           {"pays", c.pays},
+           {"few", c.few},
+           {"parts", int64_t{c.parts}},
+           {"steps", int64_t{c.steps}},
+           {"tile_n", int64_t{c.tile_n}},
+           {"cluster", int64_t{c.cluster}}},
+          text(c.pays ? "one kernel's accumulator where LRKERN_FUSED=1: " : "the portable kernels: ", c.why)};
 }
 
 const Registered registered[] = {
