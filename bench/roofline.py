@@ -12,7 +12,7 @@ them up. Times are predictions of what the kernels take, without the gaps betwee
     B/sect     bytes used of each 32-byte sector; sectors and 128-byte lines of a request behind it
     wf         wavefronts of shared memory over the least there can be
     flight     KB that an SM's warps have under way while they wait for memory, in steady state
-    issue      million issue slots; mma: thousand products among them
+    issue      million issue slots; mma: thousand products among them, wgmma's in mma's size
 """
 
 import argparse

@@ -11,6 +11,8 @@ constexpr int kTileM = 128, kTileK = 64;  // rows of a block's tile, and columns
 constexpr int64_t kMaxGemmSide = int64_t{1} << 30;
 constexpr int kRaster = 8;  // tiles of M whose rows stay in L2 while N goes by
 
+constexpr int32_t kMaxTiles = 65535;  // along a side, of a grid with a block for each
+
 // Tiles of kTileM `cluster` x tile_n, m by n of them.
 struct GemmTiles {
   int32_t tile_n, cluster, m, n, count;

@@ -179,6 +179,9 @@ struct ShrinkWgradLayout {
 ShrinkWgradLayout shrink_wgrad_layout(const LoraShrinkWgradParams& p);
 
 GemmShape shape_of(const LoraGemmParams& p);
+// choose_gemm, and on sm_100a a kernel by CUTLASS, of what is `plain`: without a scale of the base and without dropout.
+GemmConfig choose_lora_gemm(const GemmShape& shape, bool plain, Target target);
+inline bool is_plain(const LoraGemmParams& p) { return !p.base && !p.base_scale && !p.dropout.threshold; }
 
 inline bool whole_vectors(const Factor& w) { return whole_vectors(w.data, w.stride_n == 1 ? w.stride_r : w.stride_n); }
 

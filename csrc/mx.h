@@ -147,6 +147,9 @@ LRK_HD float nvfp4_inverse(uint32_t scale, float over_global) {
 
 // ---- the Blackwell layout of scales (tcgen05, cuBLAS): byte of row r and block g of a [R, G] matrix, padded to 128 by 4
 
+LRK_HD constexpr int64_t swizzled_bytes(int64_t R, int64_t G) {
+  return ceil_div(R, int64_t{128}) * ceil_div(G, int64_t{4}) * 512;
+}
 LRK_HD constexpr int64_t swizzled_scale(int64_t r, int64_t g, int64_t G) {
   return (r / 128 * ceil_div(G, int64_t{4}) + g / 4) * 512 + r % 32 * 16 + r % 128 / 32 * 4 + g % 4;
 }
@@ -231,6 +234,37 @@ struct MxLinearDxParams {
   DType dtype;
 };
 
+// Y[T, O] = alpha (A B^T + S U^T) + bias of two packed operands, one accumulator, rounded once to bf16: for units that multiply
+// blocks by their scales. B is MXFP4; so is A, or where it is wide MXFP8.
+struct MxProductParams {
+  const uint8_t *a, *a_scales;  // [T, G, 16] e2m1, or [T, G, 32] e4m3; [T, G]
+  const uint8_t *b, *b_scales;  // [O, G, 16]; [O, G]
+  void* y;                      // [T, O] bf16
+  const void* bias;             // [O] bf16, or null
+  const void *s, *u;            // [T, R] and [O, R] bf16, contiguous
+  int64_t T, O, K;              // K is 32 G
+  int32_t R;
+  bool wide;
+  float alpha;
+  constexpr int64_t G() const { return K / kMxBlock; }
+};
+// Whether an architecture has a kernel for it. Nothing of it was run on a GPU yet, so that it is taken where LRKERN_FUSED asks for it
+// alone: `pays` is a count.
+struct MxProductShape {
+  int64_t T, O, K;
+  int32_t R;
+  bool wide;
+  DType dtype;   // of y
+  bool aligned;  // operands begin at multiples of 16 bytes
+};
+struct MxProductConfig {
+  bool fits, pays;
+  const char* why;
+};
+MxProductConfig choose_mx_product(const MxProductShape& shape, Target target);
+constexpr int64_t kMxProductTile = 128,
+                  kMxProductSide = kMxProductTile * 65535;  // of T and of O; so many tiles a grid has
+
 // Numbers of a type as sums of so many bf16, exactly: what CUDA multiplies codes with.
 LRK_HD constexpr int mx_terms(DType dtype) { return dtype == DType::kBF16 ? 1 : dtype == DType::kF16 ? 2 : 3; }
 
@@ -284,6 +318,9 @@ LRK_KERNEL(mx_fused, MxLinearParams)  // not of the CPU
 // On CUDA alone: on the CPU each expert's rows are taken together.
 size_t mx_linear_experts_workspace(const MxExpertsParams& p, Target target);
 int mx_linear_experts_cuda(const MxExpertsParams& p, void* workspace, Stream stream);
+LRK_KERNEL(mx_product, MxProductParams)  // not of the CPU
+// What comes first, into its scratch memory: the scales of A, then of B, swizzled.
+int mx_swizzle_cuda(const MxProductParams& p, void* workspace, Stream stream);
 // On the CPU alone: CUDA makes dX of few rows from panels too.
 size_t mx_linear_dx_workspace(const MxLinearDxParams& p, Target target);
 void mx_linear_dx_cpu(const MxLinearDxParams& p, void* workspace);

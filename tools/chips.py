@@ -7,7 +7,9 @@ the A6000, whose 300 W do not feed 84 busy SMs at boost. Load/store lanes of an 
 in each quarter, 4 on GA102. Latencies in cycles: Luo et al., arXiv 2402.13499, of A100, H100 and, for GA102, its nearest kin
 there, the RTX 4090; B200 as H100. The same paper has mma.sync on H100 at five eighths of wgmma's rate. L2 bandwidth: two
 thirds of what the white papers' slices and widths give (5120 bytes a cycle on GA100), about what copies inside L2 reach;
-GA102 by its share of slices. Latencies, load/store lanes and L2's widths were written from memory of these papers: read
+GA102 by its share of slices. wgmma's rate: 4096 dense flop of 16-bit operands a cycle and SM, what the GH100 white paper's
+989.4 TFLOP/s are over 132 SMs at 1.83 GHz; its operands come from shared memory at 128 bytes a cycle, as every access there does,
+and an SM gets 64 bytes a cycle from L2, by the white papers of GV100 and later. Latencies, load/store lanes and L2's widths were written from memory of these papers: read
 them again before leaning on them.
 """
 
@@ -27,6 +29,9 @@ class Chip:
     fp32: int  # FP32 lanes of an SM
     tensor: int  # dense multiply-adds of 16-bit operands a cycle and SM, by mma.sync
     latency: dict[str, int]  # cycles from L1, shared memory, L2, DRAM
+    wgmma: int = 0  # as tensor, by wgmma; 0 where there is none
+    shared: int = 128  # bytes a cycle of an SM's shared memory
+    port: int = 64  # bytes a cycle from L2 into an SM
 
     @property
     def reached(self) -> float:
@@ -40,8 +45,8 @@ HOPPER = {"l1": 41, "shared": 29, "l2": 263, "dram": 479}
 CONSUMER = {"l1": 43, "shared": 30, "l2": 273, "dram": 542}
 
 CHIPS = {
-    "h100": Chip("90a", 132, 1.755, 3350, 50 * MB, 5500, 256 * KB, 32, 128, 1280, HOPPER),
-    "h200": Chip("90a", 132, 1.755, 4800, 50 * MB, 5500, 256 * KB, 32, 128, 1280, HOPPER),
+    "h100": Chip("90a", 132, 1.755, 3350, 50 * MB, 5500, 256 * KB, 32, 128, 1280, HOPPER, wgmma=2048),
+    "h200": Chip("90a", 132, 1.755, 4800, 50 * MB, 5500, 256 * KB, 32, 128, 1280, HOPPER, wgmma=2048),
     "b200": Chip("100a", 148, 1.83, 7700, 126 * MB, 9000, 256 * KB, 32, 128, 1280, HOPPER),
     "a100": Chip("80", 108, 1.41, 2039, 40 * MB, 4800, 192 * KB, 32, 64, 1024, AMPERE),
     "a6000": Chip("86", 84, 1.41, 768, 6 * MB, 1900, 128 * KB, 16, 128, 512, CONSUMER),

@@ -282,7 +282,7 @@ def ptx(session: Session, known: dict) -> Outcome:
 
 
 def ptx_sm90(session: Session, known: dict) -> Outcome:
-    """wgmma in every form and copies of boxes, then a small GEMM of them."""
+    """wgmma in every form, copies of boxes, clusters and launches that overlap, then a small GEMM of them, alone and in pairs."""
     if not session.rehearse and known["gpus"][0][1] != "90":
         return "skipped", f"code of sm_90a alone, this GPU is of {known['gpus'][0][1]}"
     forms = 0

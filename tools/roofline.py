@@ -6,7 +6,8 @@ memory, and on which line. Instructions come from the machine code (tools/sass.p
 saw touched, its loops as often as the emulator saw their barriers, products or loads. A chip's figures come from tools/chips.py.
 
 A launch takes as long as what it needs most of: DRAM, L2, an SM's load/store unit, its issue slots, its multipliers, or
-what a block has to wait for one after the other. What the model cannot see stands in docs/perf.md.
+what a block has to wait for one after the other. Of a kernel that copies boxes (ptx_sm90.cuh) the machine code is not followed, as
+its warps do different things: what counts is what it moves and multiplies. What the model cannot see stands in docs/perf.md.
 """
 
 import ctypes
@@ -24,7 +25,13 @@ from tools import sass, static_checks
 from tools.chips import Chip
 from tools.sass import Instruction, Line
 
-HIDDEN = ("emulated_ptx.h", "emulator.h", "launch.cuh", "warp_ops.cpp")  # a line of theirs is the caller's
+HIDDEN = (
+    "emulated_ptx.h",
+    "emulator.h",
+    "launch.cuh",
+    "warp_ops.cpp",
+    "emulated_ptx_sm90.h",
+)  # a line of theirs is the caller's
 GLOBAL = ("LDG", "LDGSTS", "ATOMG", "LD")
 SHARED_BY_WARPS = ("L1", "tensor cores", "issue slots", "load/store unit", "multipliers")
 OTHER = 24  # cycles of what sets a scoreboard and is no access: special registers, conversions
@@ -120,6 +127,7 @@ class Counter:
         self.callback = kind(lambda at, threads, shared: resident(self.function(at), threads, shared))
         numbers = (ctypes.c_int64(n) for n in (chip.sms, chip.l1, chip.l2))
         self.lib.lrk_traffic_chip(*numbers, self.callback)
+        self.lib.lrk_emulator_set(b"arch", ctypes.c_int64(int(chip.arch.rstrip("a"))))
 
     @cache  # noqa: B019 (one or two of these live, to the end)
     def function(self, at: int) -> str:
@@ -324,6 +332,11 @@ def predict(counted: Counted, chip: Chip, code: sass.Code | None, least: float, 
     a_block = lambda total: total / counted.busy  # of the busiest kind
     of_sm = lambda total: a_block(total) * on_busiest  # of the busiest SM
 
+    if counted.multiplied and not chip.wgmma:
+        raise ValueError(f"{counted.name}: sm_{chip.arch} has no wgmma")
+    in_shared = counted.operands_read + counted.landed + counted.stored  # bytes
+    if in_shared:
+        code = None
     places = Places(code, counted) if code else None
     path = path_of(code, counted, places) if code else None
     pieces = split(path, places) if code else lambda s: 1.0
@@ -331,14 +344,19 @@ def predict(counted: Counted, chip: Chip, code: sass.Code | None, least: float, 
     sectors, lines, requests = (
         sum(getattr(s, name) * pieces(s) for s in sites) for name in ("sectors", "lines", "requests")
     )
+    through_l1 = lines - sum(s.lines for s in sites if s.box)
     # What is stored in pieces goes to L2 in pieces; what is loaded in pieces finds the first one's sectors in L1.
     l2 = counted.l2 + sum(s.sectors * 32 * (pieces(s) - 1) for s in sites if s.write)
     parts = {
         "DRAM": counted.dram / chip.reached / 1e3,
         "L2": l2 / chip.l2_rate / 1e3,
-        "L1": of_sm(lines + counted.total("wavefronts", lambda s: s.shared)) / cycles_us,
+        "L1": of_sm(through_l1 + counted.total("wavefronts", lambda s: s.shared) + in_shared / chip.shared) / cycles_us,
         "tensor cores": of_sm(counted.products) * 16 * 8 * 16 / chip.tensor / cycles_us,
     }
+    if counted.multiplied:
+        parts["tensor cores"] += of_sm(counted.multiplied) / chip.wgmma / cycles_us
+    if counted.landed:
+        parts["L2 into SMs"] = of_sm(counted.landed) / chip.port / cycles_us
     flight = issue = None
     held = min(counted.resident, max(1, math.ceil(counted.busy / chip.sms)))
     if code:
@@ -381,7 +399,7 @@ def predict(counted: Counted, chip: Chip, code: sass.Code | None, least: float, 
         wavefronts_over_ideal=counted.wavefronts_over_ideal,
         in_flight_bytes_per_sm=flight,
         issue_slots=issue,
-        tensor_slots=counted.products,
+        tensor_slots=counted.products + counted.multiplied / (16 * 8 * 16),
         launches=1,
         predicted_us=parts[bound],
         roof_us=max(least / chip.reached, flop / (2e-9 * chip.tensor * chip.sms * chip.clock * 1e9)) / 1e3,

@@ -55,11 +55,11 @@ class Instruction:
 
 MEMORY = ("LDG", "STG", "LDS", "STS", "LDSM", "LDGSTS", "LD", "ST", "ATOMG", "RED")
 SIZES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1}
-TENSOR = re.compile(r"(?:[HIQO]G?MMA|DMMA|UTC[A-Z]*MMA)\b")
+TENSOR = re.compile(r"(?:[HIQO]G?MMA(?:\.SF)?|DMMA|UTC[A-Z]*MMA)\b")  # .SF: by scales of blocks
 FMA = ("FFMA", "FMUL", "FADD", "HFMA2", "DFMA")
 MOVE = re.compile(r"HFMA2\S* R\d+, -?RZ, -?RZ, ")  # how nvcc sets a register to a constant in the multipliers' pipe
 WRAPPERS = "cuda/ptx.cuh"  # its lines are the caller's
-LISTED = re.compile(r"(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<text>(?P<op>[A-Z][A-Z0-9_.]*).*)")
+LISTED = re.compile(r"(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<text>(?P<op>[A-Z][A-Za-z0-9_.]*).*)")
 
 
 @cache

@@ -3,6 +3,7 @@
 
 import glob
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -23,6 +24,13 @@ def tool(name: str) -> str:
     homes = [os.environ.get("CUDA_HOME", ""), *sorted(glob.glob("/usr/local/cuda*"), reverse=True)]
     paths = [Path(sys.executable).parent / name, shutil.which(name), *(Path(h, "bin", name) for h in homes if h)]
     return next((str(p) for p in paths if p and os.access(p, os.X_OK)), "")
+
+
+@cache
+def cutlass() -> str:
+    """The headers of CUTLASS in the wheel nvidia-cutlass, which files of sm_100a and sm_120a include; "" where it is not installed."""
+    spec = importlib.util.find_spec("cutlass_library")
+    return str(Path(spec.origin).parent / "source" / "include") if spec and spec.origin else ""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ LRK_HD constexpr size_t smem_bytes(size_t count) {
 
 inline int current_device() { return -1; }  // of which nothing is remembered: its architecture is a setting
 inline int32_t arch_of(int) { return static_cast<int32_t>(lrk_emulator_get("arch")); }
-inline int multiprocessors() { return 4; }  // few, so that small problems keep blocks busy for more than one tile
+inline int multiprocessors() { return static_cast<int>(lrk_emulator_get("multiprocessors")); }
 
 struct Smem {
   template <class T>

@@ -202,6 +202,13 @@ inline void* small_scratch() {
 // Of one that has no entry point for the CPU: its choice does not fit there.
 #define LRK_RUN_CUDA(name) name##_workspace, static_cast<decltype(&name##_cpu)>(nullptr), LRK_IF_CUDA(name##_cuda)
 
+// Kernels of sm_100a and sm_120a are in a build that found CUTLASS.
+#if defined(LRK_CUTLASS)
+constexpr bool kCutlass = true;
+#else
+constexpr bool kCutlass = false;
+#endif
+
 // Kernels for one architecture that no GPU was seen to run yet are taken where LRKERN_FUSED asks for them: "1" where their
 // choice says that they pay, "all" wherever they fit. Read at each call, since selftest and tests turn it.
 template <class Config>

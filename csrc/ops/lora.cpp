@@ -319,9 +319,11 @@ struct FusedLinear {
             .dropout = dropout.dropout,
             .seed = dropout.seed};
   }
-  bool taken() const {
+  bool taken(bool plain) const {
     if (!weight || !on_cuda(x.op, x.tensor) || weight->stride(1) != 1) return false;
-    return takes_fused(choose_gemm(shape_of(params(nullptr, nullptr, nullptr)), DeviceScope(x.op, x.tensor).target));
+    const Target target = DeviceScope(x.op, x.tensor).target;
+    if (target.arch == 100 && !kCutlass) return false;
+    return takes_fused(choose_lora_gemm(shape_of(params(nullptr, nullptr, nullptr)), plain, target));
   }
   void run_into(const Tensor& y, const Tensor& base, const Tensor& s) const {
     void* kept = base.defined() ? base.mutable_data_ptr() : nullptr;
@@ -354,7 +356,7 @@ Three lora_forward(const char* op, const Tensor& x_, const BaseProduct& product,
   const float k = finite(op, "scale", scale);
   const DropoutArgs d = check_dropout(x, dropout_p, seed);
   const DropoutArgs undropped;
-  if (FusedLinear fused{rows, product.dense(), false, b, undropped}; fused.taken()) {
+  if (FusedLinear fused{rows, product.dense(), false, b, undropped}; fused.taken(!base_scale)) {
     if (base_scale) fused.base_scale = check_base_scale(*base_scale, x, O);
     if (bias) fused.bias = as_contiguous(*bias);
     const Tensor s = shrink(rows, a, k, d), y = new_empty(x_, with_last(x_, O));
@@ -425,7 +427,7 @@ Six lora_linear_bwd(const Tensor& dy_, const Tensor& x_, const Tensor& weight, c
     if (need_dbase_scale) dc = torch::stable::to(g.dc, base_scale->scalar_type());
   }
   const ExpandGrads g = expand_grads(dy_rows, sc, b, k, 1.f, need_dx || need_da, need_db);
-  if (const FusedLinear fused{dz, &weight, true, a, d}; need_dx && fused.taken()) {
+  if (const FusedLinear fused{dz, &weight, true, a, d}; need_dx && fused.taken(!d.dropout.threshold)) {
     dx = new_like(x_);
     fused.run_into(dx, nothing(), g.ds);
   } else if (need_dx) {

@@ -89,6 +89,19 @@ GemmShape shape_of(const LoraGemmParams& p) {
           whole_vectors(p.x, p.x_pitch) && whole_vectors(p.w) && whole_vectors(p.y, p.N) && whole_vectors(p.base, p.N)};
 }
 
+GemmConfig choose_lora_gemm(const GemmShape& s, bool plain, Target target) {
+  if (target.device != Device::kCUDA || target.arch != 100) return choose_gemm(s, target);
+  constexpr int32_t kTileN = 128;
+  GemmConfig c = choose_gemm(s, {Device::kCUDA, 90});
+  if (!c.fits) return c;
+  if (!plain) return {false, false, 0, 0, "the kernel of sm_100a has neither a scale of the base nor dropout"};
+  const GemmTiles tiles = gemm_tiles(s.T, s.N, kTileN, 1);
+  if (tiles.m > kMaxTiles || tiles.n > kMaxTiles) return {false, false, 0, 0, "T and N are at most 8388480 on sm_100a"};
+  c.tile_n = kTileN, c.cluster = 1, c.pays = 2 * int64_t{tiles.m} * tiles.n >= tuned(target.arch).sms;
+  c.why = c.pays ? "x and y go through memory once less" : "tiles of 128 rows are too few for half of the GPU";
+  return c;
+}
+
 size_t lora_gemm_workspace(const LoraGemmParams& p, Target) { return tail_bytes(low_rank_of(p)); }
 
 // Partial sums of dc, one [N] row per kRescaleRows tokens, on both devices.
@@ -131,7 +144,7 @@ Answer explain_shrink(const Question& q) {
 
 Answer explain_gemm(const Question& q) {
   const GemmShape shape{q["T"], q["N"], q["K"], static_cast<int32_t>(q["R"]), q.dtype(), q.dtype("factor_dtype"), true};
-  return explain(choose_gemm(shape, q.target()), shape);
+  return explain(choose_lora_gemm(shape, true, q.target()), shape);
 }
 
 Answer explain_wgrad(const Question& q) {
@@ -161,7 +174,8 @@ const Registered registered[] = {
     {"lora_gemm",
      {.rule =
           "sm_90a and 16-bit x, W and y in whole vectors of 16 bytes, tiles for half of the GPU or more; tiles of 128 x 256, "
-          "or of 128 x 128 where those take fewer rounds, by pairs of blocks",
+          "or of 128 x 128 where those take fewer rounds, by pairs of blocks; on sm_100a of 128 x 128, where the base has no "
+          "scale and there is no dropout behind it",
       .numbers =
           "counts: 132 SMs of an H100 hold a block each; a tile's store takes as long as 16 columns; not measured",
       .arguments = {{"T", {}}, {"N", {}}, {"K", {}}, {"R", {}}, {"dtype", "bfloat16"}, {"factor_dtype", "bfloat16"}},

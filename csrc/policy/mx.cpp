@@ -72,6 +72,20 @@ MxFusedShape shape_of(const MxLinearParams& p) {
       p.T, p.w.O, p.w.K, p.s ? p.R : 0, p.dtype, p.b_dtype, whole_vectors(p.x, p.x_pitch) && whole_vectors(p.y, p.w.O)};
 }
 LowRankProduct low_rank_of(const MxLinearParams& p) { return {p.s, p.b, 1, p.R, p.T, p.w.O, p.R, p.b_dtype, false}; }
+MxProductConfig choose_mx_product(const MxProductShape& s, Target target) {
+  const auto no = [](const char* why) { return MxProductConfig{false, false, why}; };
+  if (target.device != Device::kCUDA || (target.arch != 100 && target.arch != 120))
+    return no("kernels for FP4 units are of sm_100a and sm_120a");
+  if (s.dtype != DType::kBF16) return no("they give bfloat16");
+  if (!s.T || !s.O || !s.K || s.T > kMxProductSide || s.O > kMxProductSide || s.K > int64_t{1} << 30)
+    return no("T and O lie in 1..8388480, K in 1..2^30");
+  if (s.K % (s.wide ? 128 : kMxBlock))
+    return no(s.wide ? "K beside 8 bits is no multiple of 128" : "K is no multiple of 32");
+  if (s.O % 8 || s.R % 8) return no("rows of y, S and U are no whole vectors of 16 bytes");
+  if (!s.aligned) return no("operands do not begin at multiples of 16 bytes");
+  if (s.T < kMxProductTile / 2) return {true, false, "over half of its tile of 128 rows would be empty"};
+  return {true, true, "no operand is decoded in memory"};
+}
 
 size_t mx_quantize_workspace(const MxQuantizeParams&, Target) { return 0; }
 size_t mx_dequantize_workspace(const MxDequantizeParams&, Target) { return 0; }
@@ -89,6 +103,9 @@ size_t mx_linear_dx_workspace(const MxLinearDxParams&, Target) { return 0; }
 size_t mx_fused_workspace(const MxLinearParams& p, Target target) {
   const MxFused c = choose_mx_fused(shape_of(p), target);
   return c.few ? c.parts * p.T * p.w.O * sizeof(float) : p.s ? tail_bytes(low_rank_of(p)) : 0;
+}
+size_t mx_product_workspace(const MxProductParams& p, Target) {
+  return static_cast<size_t>(swizzled_bytes(p.T, p.G()) + swizzled_bytes(p.O, p.G()));
 }
 
 namespace {
@@ -122,7 +139,21 @@ Answer explain_fused(const Question& q) {
           text(c.pays ? "one kernel's accumulator where LRKERN_FUSED=1: " : "the portable kernels: ", c.why)};
 }
 
+Answer explain_product(const Question& q) {
+  const MxProductConfig c = choose_mx_product(
+      {q["T"], q["O"], q["K"], static_cast<int32_t>(q["R"]), q["bits"] == 8, q.dtype(), true}, q.target());
+  return {
+      {{"fits", c.fits}, {"pays", c.pays}},
+      text(c.pays ? "FP4 units multiply where LRKERN_FUSED=1: " : "panels of decoded elements, ATen's GEMM: ", c.why)};
+}
+
 const Registered registered[] = {
+    {"mx_product",
+     {.rule =
+          "sm_100a and sm_120a: FP4 units, where y is bfloat16 and rows are whole vectors; they pay from 64 rows on",
+      .numbers = "counts: a tile has 128 rows; not measured, and taken where LRKERN_FUSED asks for it alone",
+      .arguments = {{"T", {}}, {"O", {}}, {"K", {}}, {"R", int64_t{0}}, {"bits", int64_t{4}}, {"dtype", "bfloat16"}},
+      .answer = explain_product}},
     {"mx_linear",
      {.rule =
           "few rows of x: codes are decoded in registers; more of them: panels of W for ATen's GEMM, in fp32 where a "

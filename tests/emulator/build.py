@@ -69,8 +69,10 @@ LINK = {
 
 
 def runtime_of(variant: str) -> list[Path]:
-    follower = "traffic.cpp" if variant == "traffic" else "track.cpp"
-    return [HERE / name for name in ("emulator.cpp", "cluster.cpp", "warp_ops.cpp", "hopper.cpp", "hooks.cpp", follower)]
+    followers = ("traffic.cpp", "traffic_text.cpp") if variant == "traffic" else ("track.cpp",)
+    return [
+        HERE / name for name in ("emulator.cpp", "cluster.cpp", "warp_ops.cpp", "hopper.cpp", "hooks.cpp", *followers)
+    ]
 
 
 @cache

@@ -38,7 +38,8 @@ struct P {
 struct Matrix {
   int rows, cols, pitch;
   bf16* values;
-  Matrix(int r, int c) : rows(r), cols(c), pitch((c + 7) / 8 * 8 + 8), values(visible<bf16>(size())) {}
+  Matrix(int r, int c, bf16* v = nullptr)
+      : rows(r), cols(c), pitch((c + 7) / 8 * 8 + 8), values(v ? v : visible<bf16>(size())) {}
   size_t size() const { return static_cast<size_t>((rows - 1) * pitch + cols); }
   bf16& at(int i, int j) { return values[i * pitch + j]; }
   int map(TensorMap* m, int box_rows, Swizzle swizzle) {
@@ -219,7 +220,20 @@ int dispatch(const std::string& name, P& p, Matrix& b) {
   }
 }
 
+int run_case(const std::string& name, Matrix& a, Matrix& b, Matrix& c) {
+  P p{};
+  int code = a.map(&p.a, kTileM, Swizzle::k128);
+  if (!code) code = c.map(&p.c, 64, Swizzle::kNone);
+  return code ? code : dispatch(name, p, b);
+}
+
 }  // namespace
+
+// For ctypes.
+extern "C" int lrk_gemm_sm90(const char* name, void* a, void* b, void* c) {
+  Matrix of_a(kM, kK, static_cast<bf16*>(a)), of_b(kN, kK, static_cast<bf16*>(b)), of_c(kM, kN, static_cast<bf16*>(c));
+  return run_case(name, of_a, of_b, of_c);
+}
 
 // cases_sm90 NAME [SCHEDULES]: runs, in the emulator under so many schedules (8), one line each: the launch's result, how many
 // elements are wrong, and how many were written that are none. Without a name the healthy two.
@@ -245,10 +259,7 @@ int main(int argc, char** argv) {
     emu::forget_global();
     for (Matrix* m : {&a, &b, &c}) emu::track_global(m->values, m->size() * sizeof(bf16), m != &c);
 #endif
-    P p{};
-    int code = a.map(&p.a, kTileM, Swizzle::k128);
-    if (!code) code = c.map(&p.c, 64, Swizzle::kNone);
-    if (!code) code = finished(dispatch(name, p, b));
+    const int code = finished(run_case(name, a, b, c));
     int wrong = 0, spilt = 0;
     for (int i = 0; i < kM; ++i) {
       for (int j = 0; j < kN; ++j) {

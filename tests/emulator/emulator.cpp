@@ -42,9 +42,14 @@ void report(const std::string& text) {
 
 std::atomic<int64_t>* setting(const std::string& name) {
   Settings& s = g_settings;
-  const std::map<std::string, std::atomic<int64_t>*> all = {
-      {"schedule", &s.schedule}, {"threads", &s.threads}, {"max_shared", &s.max_shared}, {"arch", &s.arch},
-      {"switches", &s.switches}, {"blocks", &s.blocks},   {"launches", &s.launches}};
+  const std::map<std::string, std::atomic<int64_t>*> all = {{"schedule", &s.schedule},
+                                                            {"threads", &s.threads},
+                                                            {"max_shared", &s.max_shared},
+                                                            {"arch", &s.arch},
+                                                            {"multiprocessors", &s.multiprocessors},
+                                                            {"switches", &s.switches},
+                                                            {"blocks", &s.blocks},
+                                                            {"launches", &s.launches}};
   const auto it = all.find(name);
   return it == all.end() ? nullptr : it->second;
 }

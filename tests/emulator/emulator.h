@@ -243,6 +243,7 @@ T __reduce_xor_sync(uint32_t mask, T v, LRK_AT) {
 // Settings and counters, for harnesses and ctypes. Also read from the environment as LRK_EMU_<NAME> at the first launch.
 //   schedule    0 ascending, 1 descending, other values random
 //   threads     host threads that take blocks      max_shared  bytes per block a launch may ask for
+//   arch, multiprocessors   of the device that launchers are told of: 80, and 4
 //   switches, blocks, launches   counters (settable to 0)
 // LRK_EMU_SKIP=<file>:<line> makes the barriers and waits of that line do nothing: what a test leaves out must be noticed.
 extern "C" int64_t lrk_emulator_get(const char* name);

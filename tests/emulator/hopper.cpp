@@ -27,7 +27,7 @@ BarrierState& state_in(Worker& w, Mbarrier* b, const char* what, Where at) {
   if (w.done == w.threads) fault(at, "%s: block %d of the cluster has ended (sync_cluster is missing?)", what, w.rank);
   for (BarrierState& s : w.mbarriers) {
     if (s.at != there) continue;
-    if (g_tracking) track_access(there, sizeof *b, Access::kAtomic, __builtin_return_address(0));
+    if (g_tracking && !g_counting) track_access(there, sizeof *b, Access::kAtomic, __builtin_return_address(0));
     return s;
   }
   if (&w == t_worker) fault(at, "%s: nobody has made this mbarrier", what);
@@ -60,7 +60,7 @@ void mbarrier_init(Mbarrier* b, int count, Where at) {
   if (count < 1 || count > kMaxBytes) fault(at, "mbarrier_init: %d arrivals", count);
   for (const BarrierState& s : w.mbarriers)
     if (s.at == b) fault(at, "mbarrier_init: this mbarrier is in use");
-  if (g_tracking) track_access(b, sizeof *b, Access::kWrite, __builtin_return_address(0));
+  if (g_tracking && !g_counting) track_access(b, sizeof *b, Access::kWrite, __builtin_return_address(0));
   w.mbarriers.push_back(
       {b, static_cast<uint32_t>(count), 0, 0, 0, w.current->tid, false, w.cluster->new_engine(), {}, {}, {}});
 }
@@ -117,13 +117,13 @@ void fence_async(Where at) {
 
 // ---- boxes -----------------------------------------------------------------------------------------------------------------
 
-namespace {
-
 int64_t bytes_of(const TensorBox& t) {
   int64_t n = t.item;
   for (int i = 0; i < t.rank; ++i) n *= t.box[i];
   return n;
 }
+
+namespace {
 
 // Of each 16 bytes of the box: where they lie in shared memory from its start, and where in global memory, of which so many
 // bytes, from the first that lies in the matrix on.
@@ -162,9 +162,16 @@ void check_box(const TensorMap& map, const void* smem, int rank, const char* wha
 uint32_t window_of(const BulkCopy& c) { return static_cast<uint32_t>(c.smem - c.block->arena); }
 
 void track_global_part(const BulkCopy& c, Access access, const void* pc) {
+  std::vector<Span> rows;
   each_chunk(c.map.box, c.box, window_of(c), [&](uint32_t, const unsigned char* p, int64_t, int64_t n) {
-    if (n > 0) track_engine_access(c.engine, c.epoch, p, static_cast<size_t>(n), access, pc);
+    if (n <= 0) return;
+    if (!rows.empty() && static_cast<const unsigned char*>(rows.back().p) + rows.back().bytes == p) {
+      rows.back().bytes += static_cast<size_t>(n);
+    } else {
+      rows.push_back({p, static_cast<size_t>(n)});
+    }
   });
+  track_box(c, rows, access, pc);
 }
 
 void land(BulkCopy& c) {
@@ -199,12 +206,13 @@ void write_global(BulkCopy& c) {
 
 namespace {
 // Into one block: where a box goes to several, it lands in each when it likes.
-void load_into(Worker& w, void* smem, const TensorMap& map, Mbarrier* b, BoxAt from, const void* pc, Where at) {
+void load_into(Worker& w, void* smem, const TensorMap& map, Mbarrier* b, BoxAt from, bool again, const void* pc,
+               Where at) {
   BarrierState& s = state_in(w, b, "bulk_load", at);
   if (!s.fenced) fault(at, "bulk_load: no fence_mbarrier_init after the mbarrier's making, by its maker");
   const int index = static_cast<int>(&s - w.mbarriers.data());
   auto* to = static_cast<unsigned char*>(place_in(w, static_cast<unsigned char*>(smem)));
-  BulkCopy c{map, from, &w, to, t_worker->current->tid, s.engine, 0, index, 0, {}};
+  BulkCopy c{map, from, &w, to, t_worker->current->tid, s.engine, 0, index, 0, again, {}};
   if (g_tracking) {
     c.epoch = track_engine_begin(s.engine);
     track_global_part(c, Access::kRead, pc);
@@ -222,7 +230,7 @@ void load_into(Worker& w, void* smem, const TensorMap& map, Mbarrier* b, BoxAt f
 void bulk_load(void* smem, const TensorMap& map, Mbarrier* b, int rank, BoxAt from, Where at) {
   if (skipped(at)) return;
   check_box(map, smem, rank, "bulk_load", at);
-  load_into(*t_worker, smem, map, b, from, __builtin_return_address(0), at);
+  load_into(*t_worker, smem, map, b, from, false, __builtin_return_address(0), at);
 }
 void bulk_load_multicast(void* smem, const TensorMap& map, Mbarrier* b, BoxAt from, uint16_t blocks, Where at) {
   if (skipped(at)) return;
@@ -230,7 +238,8 @@ void bulk_load_multicast(void* smem, const TensorMap& map, Mbarrier* b, BoxAt fr
   if (blocks == 0) fault(at, "bulk_load_multicast: to no block");
   for (int rank = 0; rank < 16; ++rank)
     if (blocks >> rank & 1)
-      load_into(block_of(rank, "bulk_load_multicast", at), smem, map, b, from, __builtin_return_address(0), at);
+      load_into(block_of(rank, "bulk_load_multicast", at), smem, map, b, from, blocks & ((1 << rank) - 1),
+                __builtin_return_address(0), at);
 }
 
 void bulk_store(const TensorMap& map, const void* smem, int rank, BoxAt to, Where at) {
@@ -239,7 +248,7 @@ void bulk_store(const TensorMap& map, const void* smem, int rank, BoxAt to, Wher
   Fiber& f = *w.current;
   check_box(map, smem, rank, "bulk_store", at);
   auto* from = static_cast<unsigned char*>(const_cast<void*>(smem));
-  BulkCopy c{map, to, &w, from, f.tid, 0, 0, -1, f.bulk_group, {}};
+  BulkCopy c{map, to, &w, from, f.tid, 0, 0, -1, f.bulk_group, false, {}};
   const auto mine = std::find_if(w.stores.begin(), w.stores.end(), [&](const BulkCopy& s) { return s.tid == f.tid; });
   c.engine = mine == w.stores.end() ? w.cluster->new_engine() : mine->engine;
   if (g_tracking) {
@@ -386,6 +395,7 @@ void wgmma(const WgmmaCall& call, Where at) {
         if (!all.fenced) fault(at, "wgmma: no wgmma_fence since the last wait");
         if (!first.a) check_operand(first.a_descriptor, 64, first.a_major, "A", at);
         check_operand(first.b_descriptor, static_cast<uint32_t>(first.n), first.b_major, "B", at);
+        if (g_counting) return track_wgmma(first.n, !first.a);
         if (g_tracking) {
           if (!all.engine) all.engine = w.cluster->new_engine();
           all.epoch = track_engine_begin(all.engine);

@@ -34,8 +34,8 @@ struct Case {
 
 Case draw_case() {
   Case c{};
-  const int64_t op = pick({0, 0, 1, 2, 2, 2, 3, 3, 4, 5, 5, 5, 6, 6, 6});
-  const char* ops[] = {"quantize", "dequantize", "linear", "experts", "nvfp4", "few", "many"};
+  const int64_t op = pick({0, 0, 1, 2, 2, 2, 3, 3, 4, 5, 5, 5, 6, 6, 6, 7});
+  const char* ops[] = {"quantize", "dequantize", "linear", "experts", "nvfp4", "few", "many", "swizzle"};
   c.op = ops[op];
   std::tie(c.dtype, c.b_dtype) = draw_types();
   if (op >= 5) c.dtype = DType::kBF16, c.b_dtype = draw() % 2 ? DType::kBF16 : DType::kF32;
@@ -333,10 +333,30 @@ std::string judge_linear(const Case& c, const std::vector<int>& schedules) {
   return error.verdict();
 }
 
+// Scales of both operands of a product, each at its place and zeros beside them.
+std::string judge_swizzle(const Case& c, const std::vector<int>& schedules) {
+  const Weight a(c, c.T), b(c, c.O);
+  MxProductParams p{};
+  p.a_scales = a.scales.data(), p.b_scales = b.scales.data(), p.T = c.T, p.O = c.O, p.K = c.G() * kMxBlock;
+  std::vector<uint8_t> got(mx_product_workspace(p, kTarget), 0xee), want(got.size(), 0);
+  const std::string wrong =
+      run_schedules(schedules, {}, {got}, [&] { return mx_swizzle_cuda(p, got.data(), nullptr); });
+  if (!wrong.empty()) return wrong;
+  uint8_t* to = want.data();
+  for (const auto& [rows, of] : {std::pair(c.T, &a), std::pair(c.O, &b)}) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t g = 0; g < c.G(); ++g)
+        to[swizzled_scale(r, g, c.G())] = of->scales[static_cast<size_t>(r * c.G() + g)];
+    to += swizzled_bytes(rows, c.G());
+  }
+  return got == want ? "" : "another layout";
+}
+
 std::string judge(const Case& c, const std::vector<int>& schedules) {
   return c.op == "quantize"     ? judge_quantize(c, schedules)
          : c.op == "dequantize" ? judge_dequantize(c, schedules)
          : c.op == "nvfp4"      ? judge_nvfp4(c, schedules)
+         : c.op == "swizzle"    ? judge_swizzle(c, schedules)
                                 : judge_linear(c, schedules);
 }
 

@@ -147,7 +147,7 @@ inline bf16* reserve(int64_t count) {
   std::exit(0);
 }
 
-// main of a program:  CASES SEED SCHEDULE...  a line for each random case that fails;  or  huge
+// main of a program:  CASES SEED SCHEDULE...  a line for each random case that fails;  or  huge. LRK_PARAMS_OP: of that op alone.
 template <class DrawCase, class Judge, class Huge>
 int run_program(int argc, char** argv, const DrawCase& draw_case, const Judge& judge, const Huge& huge) {
   if (argc == 2 && std::string(argv[1]) == "huge") {
@@ -164,9 +164,11 @@ int run_program(int argc, char** argv, const DrawCase& draw_case, const Judge& j
   std::vector<int> schedules;
   for (int i = 3; i < argc; ++i) schedules.push_back(std::atoi(argv[i]));
   int failed = 0;
-  const int enough = std::getenv("LRK_EMU_SKIP_LINE") ? 1 : 5;  // a planted error has to be seen once
+  const int enough = std::getenv("LRK_EMU_SKIP") ? 1 : 5;  // a planted error has to be seen once
+  const char* only = std::getenv("LRK_PARAMS_OP");
   for (int i = 0; i < cases && failed < enough; ++i) {
-    const auto c = draw_case();
+    auto c = draw_case();
+    while (only && c.op != only) c = draw_case();
     emu::forget_global();
     const std::string wrong = judge(c, schedules);
     if (wrong.empty()) continue;

@@ -388,6 +388,10 @@ void track_engine_landed(const void* p, size_t bytes) {
   Byte* b = shadow_of(p, bytes, &in);
   for (size_t i = 0; i < bytes; ++i) b[i].write.in_flight = false;
 }
+void track_box(const BulkCopy& c, const std::vector<Span>& rows, Access access, const void* pc) {
+  for (const Span& row : rows) track_engine_access(c.engine, c.epoch, row.p, row.bytes, access, pc);
+}
+void track_wgmma(int, bool) {}
 void track_fence_async() {
   Clock& me = g_clock[t_worker->current->id];
   me.fenced.push_back(me.epoch);

@@ -7,19 +7,19 @@
 // 128-byte lines; one of shared memory takes a wavefront for every word that a bank has to give beyond its first.
 //
 // A large grid is sampled: its first two waves of blocks and its last one, where a wave is what the chip holds at once. The
-// second stands for all between, by what single blocks of theirs, run beforehand, ask beside its own. The blocks of a wave then pass through the caches in step, a request of each warp at a
-// time: an L1 for each SM, and the chip's L2 for all.
-#include <dlfcn.h>
+// second stands for all between, by what single clusters of theirs, run beforehand, ask beside its own. The blocks of a wave then
+// pass through the caches in step, a request of each warp at a time: an L1 for each SM, and the chip's L2 for all.
+//
+// A box that is copied is one request, which goes past L1; one for several blocks of a cluster is asked for once. What it brings
+// into shared memory, and what wgmma reads there, is counted in bytes.
+#include "traffic.h"
+
 #include <link.h>
 #include <pthread.h>
 
-#include <array>
-#include <map>
-#include <sstream>
 #include <unordered_map>
 
 #include "cache.h"
-#include "worker.h"
 
 namespace lrk::emu {
 
@@ -32,25 +32,7 @@ constexpr int kStep = 4;  // requests of a warp that pass while a line is on its
 
 // ---- what is counted
 
-struct Operand {
-  std::string name;
-  uintptr_t base, bytes;
-  double requests = 0, sectors = 0, used = 0, l2 = 0, dram = 0;  // used: bytes asked for
-  double unique = 0;  // bytes of different sectors, read and written; of blocks that ran
-};
 constexpr const char* kScratch = "scratch";  // memory that nobody declared: results and workspace
-
-enum Level { kL1, kL2, kDram, kLevels };
-
-struct Site {  // a place in the code; sums over all blocks of the grid
-  bool shared = false, write = false, async = false;
-  uint32_t bytes = 0;                         // of a lane
-  double longest = 0;                         // requests of the warp that makes most of them in its block
-  double requests = 0, lanes = 0, split = 0;  // split: requests that not all lanes of their warp took part in
-  double used = 0, sectors = 0, lines = 0;    // global
-  double wavefronts = 0, ideal = 0;           // shared
-  double from[kLevels] = {};                  // global reads, by the furthest level that had to answer
-};
 
 struct Hit {    // one lane's access
   uint64_t at;  // address; of shared memory the offset in its arena
@@ -66,32 +48,17 @@ struct Touch {  // one line of one request, on its way to the caches
   uint32_t step;
   uint16_t operand, site;
   uint8_t mask;
-  bool write, last;  // last: of its request
+  bool write, past_l1, last;  // last: of its request
 };
 
 struct Block {
-  uint64_t index;
   std::vector<Touch> touches;
-  double requests = 0, products = 0;
+  double requests = 0, multiplied = 0;
 };
 
-struct Wave {
+struct Wave {  // of clusters
   uint64_t first, count;
   double weight;  // waves that it stands for
-};
-
-struct Record {
-  std::string kernel;
-  ptrdiff_t function;
-  dim3 grid, block;
-  size_t smem;
-  int64_t resident;  // blocks on an SM
-  uint64_t blocks, run;
-  double barriers = 0, products = 0, l2 = 0, dram = 0, written = 0;  // instructions of warps; bytes; written: of dram
-  double copies = 0, waits = 0;                        // bytes of a thread under way at its waits, and waits
-  std::vector<std::pair<double, double>> per_block{};  // weight, requests
-  std::map<int32_t, Site> sites{};                     // by pc
-  std::vector<Operand> operands{};
 };
 
 struct Chip {
@@ -107,25 +74,18 @@ std::vector<Cache> g_l1;
 // Of the launch at hand.
 std::vector<Wave> g_waves;
 size_t g_wave;
-std::vector<uint64_t> g_probes;  // blocks still to be run for the number of their requests alone, the last one first
-double g_asked[2];               // requests of probes in the second wave, and in those that it stands for
-std::vector<Block> g_blocks;     // of the wave so far
-std::vector<Hit> g_hits[kMaxFibers];
-uint32_t g_step[kMaxWarps];
+std::vector<uint64_t> g_probes;   // clusters still to be run for the number of their requests alone, the last one first
+double g_asked[2];                // requests of probes in the second wave, and in those that it stands for
+std::vector<Block> g_blocks;      // of the wave so far
+size_t g_begun, g_size, g_warps;  // the first of the cluster at hand, its blocks, warps of each
+std::vector<std::vector<Hit>> g_hits;   // by thread of the cluster
+std::vector<uint32_t> g_step;           // by warp of the cluster
 std::map<int32_t, uint16_t> g_site_of;  // pc -> index
 std::vector<Site*> g_sites;
-std::vector<std::array<uint32_t, kMaxWarps>> g_of_warp;  // requests of a block, by site
-std::unordered_map<uint64_t, uint8_t> g_seen;            // sectors of lines
+std::vector<std::vector<uint32_t>> g_of_warp;  // requests of a cluster, by site
+std::unordered_map<uint64_t, uint8_t> g_seen;  // sectors of lines
 uint64_t g_wave_clock = 0;
 const unsigned char *g_stack_low, *g_stack_high, *g_image_low, *g_image_high;
-
-const char* anchor() { return reinterpret_cast<const char*>(&track_access); }
-
-ptrdiff_t offset_of(const void* p) {  // in this library or program
-  Dl_info info;
-  dladdr(reinterpret_cast<const void*>(&track_access), &info);
-  return static_cast<const char*>(p) - static_cast<const char*>(info.dli_fbase);
-}
 
 void find_image() {
   const auto look = [](dl_phdr_info* info, size_t, void*) {
@@ -169,18 +129,20 @@ constexpr uint64_t kProbes = 32;
 
 double weight() { return g_probes.empty() ? g_waves[g_wave].weight : 0; }
 
-uint16_t site_of(const Hit& h) {
-  const auto [it, fresh] = g_site_of.try_emplace(h.pc, static_cast<uint16_t>(g_sites.size()));
+Block& block_of(uint32_t warp) { return g_blocks[g_begun + warp / g_warps]; }
+
+uint16_t site_at(int32_t pc, const Site& as) {
+  const auto [it, fresh] = g_site_of.try_emplace(pc, static_cast<uint16_t>(g_sites.size()));
   if (fresh) {
-    Site& site = g_records.back().sites[h.pc];
-    site.shared = h.shared;
-    site.write = h.write;
-    site.async = h.async;
-    site.bytes = h.bytes;
+    Site& site = g_records.back().sites[pc];
+    site = as;
     g_sites.push_back(&site);
-    g_of_warp.emplace_back();
+    g_of_warp.emplace_back(g_size * g_warps);
   }
   return it->second;
+}
+uint16_t site_of(const Hit& h) {
+  return site_at(h.pc, {.shared = h.shared, .write = h.write, .async = h.async, .bytes = h.bytes});
 }
 
 // A device's allocations start a line: each operand gets a range of addresses of its own, in the upper half.
@@ -221,8 +183,32 @@ void count_shared(Site& site, const std::vector<LaneHit>& hits) {
   }
 }
 
-void count_global(uint16_t index, const std::vector<LaneHit>& hits, uint32_t step) {
+// A request that asks for these sectors, in their order.
+void ask(uint16_t index, uint64_t at, const uint64_t* sectors, size_t count, double used, uint32_t warp, bool past_l1) {
   Site& site = *g_sites[index];
+  const uint16_t operand = operand_of(at);
+  Block& block = block_of(warp);
+  const uint32_t step = g_step[warp]++;
+  for (size_t i = 0; i < count; ++i) {
+    const uint64_t line = sectors[i] / (kLine / kSector);
+    const auto bit = static_cast<uint8_t>(1u << sectors[i] % (kLine / kSector));
+    if (i && block.touches.back().line == line) {
+      block.touches.back().mask |= bit;
+    } else {
+      block.touches.push_back({line, step, operand, index, bit, site.write, past_l1, false});
+      site.lines += weight();
+    }
+  }
+  if (count) block.touches.back().last = true;
+  site.sectors += weight() * static_cast<double>(count);
+  site.used += weight() * used;
+  Operand& o = g_records.back().operands[operand];
+  o.requests += weight();
+  o.sectors += weight() * static_cast<double>(count);
+  o.used += weight() * used;
+}
+
+void count_global(uint16_t index, const std::vector<LaneHit>& hits, uint32_t warp) {
   uint64_t sectors[64], starts[32];
   size_t count = 0, lanes = 0;
   for (const LaneHit& h : hits) {
@@ -233,40 +219,24 @@ void count_global(uint16_t index, const std::vector<LaneHit>& hits, uint32_t ste
   count = static_cast<size_t>(std::unique(sectors, sectors + count) - sectors);
   std::sort(starts, starts + lanes);
   const auto distinct = static_cast<size_t>(std::unique(starts, starts + lanes) - starts);
-  const double used = static_cast<double>(distinct * hits[0].hit.bytes);
-  const uint16_t operand = operand_of(hits[0].hit.at);
-  std::vector<Touch>& touches = g_blocks.back().touches;
-  for (size_t i = 0; i < count; ++i) {
-    const uint64_t line = sectors[i] / (kLine / kSector);
-    const auto bit = static_cast<uint8_t>(1u << sectors[i] % (kLine / kSector));
-    if (i && touches.back().line == line) {
-      touches.back().mask |= bit;
-    } else {
-      touches.push_back({line, step, operand, index, bit, hits[0].hit.write, false});
-      site.lines += weight();
-    }
-  }
-  touches.back().last = true;
-  site.sectors += weight() * static_cast<double>(count);
-  site.used += weight() * used;
-  Operand& o = g_records.back().operands[operand];
-  o.requests += weight();
-  o.sectors += weight() * static_cast<double>(count);
-  o.used += weight() * used;
+  ask(index, hits[0].hit.at, sectors, count, static_cast<double>(distinct * hits[0].hit.bytes), warp, false);
 }
 
-void count_request(const std::vector<LaneHit>& hits, int warp, bool whole) {
+Site& one_more(uint16_t index, uint32_t warp) {
+  g_sites[index]->requests += weight();
+  ++g_of_warp[index][warp];
+  block_of(warp).requests += 1;
+  return *g_sites[index];
+}
+void count_request(const std::vector<LaneHit>& hits, uint32_t warp, bool whole) {
   const uint16_t index = site_of(hits[0].hit);
-  Site& site = *g_sites[index];
-  site.requests += weight();
-  ++g_of_warp[index][static_cast<size_t>(warp)];
+  Site& site = one_more(index, warp);
   site.lanes += weight() * static_cast<double>(hits.size());
   if (!whole) site.split += weight();
-  g_blocks.back().requests += 1;
   if (hits[0].hit.shared) {
     count_shared(site, hits);
   } else {
-    count_global(index, hits, g_step[warp]++);
+    count_global(index, hits, warp);
   }
 }
 
@@ -286,8 +256,8 @@ void merge(std::vector<Hit>& hits) {
   hits.resize(kept);
 }
 
-void flush(int warp) {
-  std::vector<Hit>* lanes = g_hits + warp * 32;
+void flush(uint32_t warp) {
+  std::vector<Hit>* lanes = g_hits.data() + warp * 32;
   for (int i = 0; i < 32; ++i) merge(lanes[i]);
   const size_t length = lanes[0].size();
   bool alike = length > 0;
@@ -327,9 +297,10 @@ void pass(Record& r, const Touch& t, uint64_t sm, Level& furthest) {
   uint8_t& seen = g_seen[2 * t.line + t.write];
   operand.unique += static_cast<double>(kSector) * sectors_in(t.mask & static_cast<uint8_t>(~seen));
   seen |= t.mask;
-  Cache::Way* near = t.write ? g_l1[sm].find(t.line) : g_l1[sm].take(t.line);
   uint8_t asked = t.mask;
-  if (!t.write) {
+  if (t.write && !t.past_l1) g_l1[sm].find(t.line);
+  if (!t.write && !t.past_l1) {
+    Cache::Way* near = g_l1[sm].take(t.line);
     if (near->filled == now + 1 && near->valid & asked) furthest = std::max(furthest, kL2);  // on its way
     asked &= static_cast<uint8_t>(~near->valid);
     near->valid |= t.mask;
@@ -359,7 +330,7 @@ void end_wave() {
   Record& r = g_records.back();
   uint32_t steps = 0;
   for (const Block& b : g_blocks) {
-    r.per_block.emplace_back(weight(), b.requests);
+    r.per_block.push_back({weight(), b.requests, b.multiplied});
     for (const Touch& t : b.touches) steps = std::max(steps, t.step + 1);
   }
   for (Block& b : g_blocks)  // warps of a block ran one after the other
@@ -383,61 +354,24 @@ void end_wave() {
   g_blocks.clear();
 }
 
-std::string text_of(const Record& r) {
-  std::ostringstream s;
-  s.precision(10);
-  const auto all = [&s](const char* name, const auto& list, const auto& each) {
-    s << ", \"" << name << "\": [";
-    const char* comma = "";
-    for (const auto& item : list) {
-      s << comma;
-      each(item);
-      comma = ", ";
-    }
-    s << "]";
-  };
-  s << "{\"kernel\": \"" << r.kernel << "\", \"function\": " << r.function << ", \"grid\": [" << r.grid.x << ", "
-    << r.grid.y << ", " << r.grid.z << "], \"threads\": " << r.block.x * r.block.y * r.block.z
-    << ", \"smem\": " << r.smem << ", \"resident\": " << r.resident << ", \"blocks\": " << r.blocks
-    << ", \"run\": " << r.run << ", \"barriers\": " << r.barriers << ", \"products\": " << r.products
-    << ", \"l2\": " << r.l2 << ", \"dram\": " << r.dram << ", \"written\": " << r.written
-    << ", \"copies\": " << r.copies << ", \"waits\": " << r.waits;
-  all("per_block", r.per_block, [&](const auto& b) { s << "[" << b.first << ", " << b.second << "]"; });
-  all("sites", r.sites, [&](const auto& entry) {
-    const Site& site = entry.second;
-    s << "{\"at\": " << offset_of(anchor() + entry.first) << ", \"shared\": " << site.shared
-      << ", \"write\": " << site.write << ", \"async\": " << site.async << ", \"bytes\": " << site.bytes
-      << ", \"requests\": " << site.requests << ", \"longest\": " << site.longest << ", \"lanes\": " << site.lanes
-      << ", \"split\": " << site.split << ", \"used\": " << site.used << ", \"sectors\": " << site.sectors
-      << ", \"lines\": " << site.lines << ", \"wavefronts\": " << site.wavefronts << ", \"ideal\": " << site.ideal
-      << ", \"from\": [" << site.from[kL1] << ", " << site.from[kL2] << ", " << site.from[kDram] << "]}";
-  });
-  all("operands", r.operands, [&](const Operand& o) {
-    s << "{\"name\": \"" << o.name << "\", \"bytes\": " << o.bytes << ", \"requests\": " << o.requests
-      << ", \"sectors\": " << o.sectors << ", \"used\": " << o.used << ", \"l2\": " << o.l2 << ", \"dram\": " << o.dram
-      << ", \"unique\": " << o.unique << "}";
-  });
-  s << "}";
-  return s.str();
-}
-
-void end_block() {
+void end_cluster() {
   if (g_blocks.empty()) return;
-  for (int warp = 0; warp < kMaxWarps; ++warp) flush(warp);
+  for (uint32_t warp = 0; warp < g_size * g_warps; ++warp) flush(warp);
   if (!g_probes.empty()) {
-    const Block& b = g_blocks.back();
-    g_asked[b.index >= g_waves[1].first + g_waves[1].count] += b.requests;
+    for (const Block& b : g_blocks) g_asked[g_probes.back() >= g_waves[1].first + g_waves[1].count] += b.requests;
     g_probes.pop_back();
     if (g_probes.empty() && g_asked[0] > 0) g_waves[1].weight = 1 + (g_waves[1].weight - 1) * g_asked[1] / g_asked[0];
     g_blocks.clear();
-    for (auto& of : g_of_warp) of.fill(0);
+    for (auto& of : g_of_warp) std::fill(of.begin(), of.end(), 0u);
     return;
   }
   for (size_t i = 0; i < g_sites.size(); ++i) {
-    g_sites[i]->longest += weight() * *std::max_element(g_of_warp[i].begin(), g_of_warp[i].end());
-    g_of_warp[i].fill(0);
+    std::vector<uint32_t>& of = g_of_warp[i];
+    for (auto w = of.begin(); w != of.end(); w += static_cast<ptrdiff_t>(g_warps))
+      g_sites[i]->longest += weight() * *std::max_element(w, w + static_cast<ptrdiff_t>(g_warps));
+    std::fill(of.begin(), of.end(), 0u);
   }
-  if (g_blocks.size() == g_waves[g_wave].count) {
+  if (g_blocks.size() == g_size * g_waves[g_wave].count) {
     end_wave();
     ++g_wave;
   }
@@ -454,7 +388,7 @@ void add(const void* p, size_t bytes, bool write, bool async, const void* pc) {
     return;
   const uint64_t at = shared ? static_cast<uint64_t>(c - w->arena) : on_device(reinterpret_cast<uint64_t>(c));
   const auto place = static_cast<int32_t>(static_cast<const char*>(pc) - anchor());
-  std::vector<Hit>& hits = g_hits[w->current->tid];
+  std::vector<Hit>& hits = g_hits[w->current->id];
   for (size_t done = 0; done < bytes; done += 16)
     hits.push_back({at + done, place, static_cast<uint16_t>(std::min<size_t>(16, bytes - done)),
                     static_cast<uint8_t>(done / 16), write, shared, async});
@@ -471,11 +405,16 @@ std::vector<uint64_t> track_launch(const Launch& l) {
   if (g_chip.resident)
     r.resident = std::max<int64_t>(1, g_chip.resident(r.function, threads, static_cast<int64_t>(l.smem)));
   r.operands = g_operands;
-  const auto slots = static_cast<uint64_t>(g_chip.sms * r.resident), waves = (r.blocks + slots - 1) / slots;
+  g_size = static_cast<size_t>(l.cluster);
+  g_warps = static_cast<size_t>((threads + 31) / 32);
+  g_hits.resize(g_size * g_warps * 32);
+  g_step.resize(g_size * g_warps);
+  const uint64_t slots = std::max<uint64_t>(1, static_cast<uint64_t>(g_chip.sms * r.resident) / g_size);
+  const uint64_t waves = (l.clusters + slots - 1) / slots;
   g_waves.clear();
   const auto wave = [&](uint64_t i, double stands_for) {
     const uint64_t first = i * slots;
-    g_waves.push_back({first, std::min(slots, r.blocks - first), stands_for});
+    g_waves.push_back({first, std::min(slots, l.clusters - first), stands_for});
   };
   wave(0, 1);
   if (waves > 2) wave(1, static_cast<double>(waves - 2));
@@ -503,31 +442,72 @@ std::vector<uint64_t> track_launch(const Launch& l) {
   }
   for (const Wave& w : g_waves)
     for (uint64_t i = 0; i < w.count; ++i) chosen.push_back(w.first + i);
-  r.run = chosen.size();
+  r.run = chosen.size() * g_size;
   g_records.push_back(std::move(r));
   return chosen;
 }
-void track_launch_end() { end_block(); }
+void track_launch_end() { end_cluster(); }
 
 void track_block_start(Cluster&) {
-  end_block();
-  g_blocks.emplace_back();
-  g_blocks.back().index = blockIdx.x + uint64_t{gridDim.x} * (blockIdx.y + uint64_t{gridDim.y} * blockIdx.z);
-  std::fill(std::begin(g_step), std::end(g_step), 0u);
+  end_cluster();
+  g_begun = g_blocks.size();
+  g_blocks.resize(g_begun + g_size);
+  std::fill(g_step.begin(), g_step.end(), 0u);
 }
-void track_barrier(const uint32_t* lanes_per_warp) {
-  g_records.back().barriers += weight();
+namespace {
+uint32_t warp_here(uint32_t warp) { return t_worker->fibers[0].id / 32 + warp; }  // of the cluster
+void in_step(const std::vector<uint32_t>& warps) {
   uint32_t last = 0;
-  for (int w = 0; w < kMaxWarps; ++w) {
-    if (!lanes_per_warp[w]) continue;
+  for (const uint32_t w : warps) {
     flush(w);
     last = std::max(last, g_step[w]);
   }
-  for (int w = 0; w < kMaxWarps; ++w)
-    if (lanes_per_warp[w]) g_step[w] = last;
+  for (const uint32_t w : warps) g_step[w] = last;
 }
-void track_meeting(uint32_t warp) { flush(static_cast<int>(warp)); }
-void track_sync_cluster(const std::vector<Fiber*>&) {}
+}  // namespace
+void track_barrier(const uint32_t* lanes_per_warp) {
+  g_records.back().barriers += weight();
+  std::vector<uint32_t> warps;
+  for (uint32_t w = 0; w < kMaxWarps; ++w)
+    if (lanes_per_warp[w]) warps.push_back(warp_here(w));
+  in_step(warps);
+}
+void track_sync_cluster(const std::vector<Fiber*>& met) {
+  std::vector<uint32_t> warps;
+  for (const Fiber* f : met)
+    if (f->tid % 32 == 0) warps.push_back(f->id / 32);
+  in_step(warps);
+}
+void track_meeting(uint32_t warp) { flush(warp_here(warp)); }
+
+// It comes after all that its block has asked for so far: a ring holds copies and their users together.
+void track_box(const BulkCopy& c, const std::vector<Span>& rows, Access access, const void* pc) {
+  const uint32_t warp = t_worker->current->id / 32,
+                 first = warp / static_cast<uint32_t>(g_warps) * static_cast<uint32_t>(g_warps);
+  g_step[warp] = *std::max_element(g_step.begin() + first, g_step.begin() + first + static_cast<ptrdiff_t>(g_warps));
+  Record& r = g_records.back();
+  (access == Access::kWrite ? r.stored : r.landed) += weight() * static_cast<double>(bytes_of(c.map.box));
+  if (access == Access::kRead && c.again) return;
+  const auto place = static_cast<int32_t>(static_cast<const char*>(pc) - anchor());
+  const uint16_t site = site_at(place, {.write = access == Access::kWrite, .async = true, .box = true});
+  one_more(site, warp);
+  std::vector<uint64_t> sectors;
+  double used = 0;
+  uint64_t at = 0;
+  for (const Span& row : rows) {
+    at = on_device(reinterpret_cast<uint64_t>(row.p));
+    for (uint64_t s = at / kSector; s <= (at + row.bytes - 1) / kSector; ++s) sectors.push_back(s);
+    used += static_cast<double>(row.bytes);
+  }
+  ask(site, at, sectors.data(), sectors.size(), used, warp, true);
+}
+void track_wgmma(int n, bool a_in_shared) {
+  Record& r = g_records.back();
+  const double multiplied = 16.0 * n * 16;  // a quarter of the warpgroup's; b is read once for its four warps
+  r.multiplied += weight() * multiplied;
+  r.operands_read += weight() * (16.0 * n * 2 / 4 + (a_in_shared ? 16.0 * 16 * 2 : 0.0));
+  block_of(t_worker->current->id / 32).multiplied += multiplied;
+}
 void track_wait_predecessor() {}
 void track_sync_warp(uint32_t) {}
 void track_product(uint32_t) { g_records.back().products += weight() / 32; }
@@ -547,12 +527,8 @@ bool track_covers(const Known&, uint32_t, uint32_t) { return true; }
 void track_acquire(const Known&) {}
 uint32_t track_engine_begin(uint32_t) { return 0; }
 void track_engine_over(Known*, uint32_t, uint32_t) {}
-void track_engine_access(uint32_t, uint32_t, const void* p, size_t bytes, Access access, const void* pc) {
-  add(p, bytes, access == Access::kWrite, true, pc);
-}
-void track_engine_access_for(uint32_t, uint32_t, uint32_t, const void* p, size_t bytes, Access access, const void* pc) {
-  add(p, bytes, access == Access::kWrite, true, pc);
-}
+void track_engine_access(uint32_t, uint32_t, const void*, size_t, Access, const void*) {}
+void track_engine_access_for(uint32_t, uint32_t, uint32_t, const void*, size_t, Access, const void*) {}
 bool track_knows_alike(uint32_t, uint32_t) { return true; }
 void track_engine_landed(const void*, size_t) {}
 void track_fence_async() {}
@@ -565,6 +541,7 @@ void forget_global() {}
 // an SM holds.
 extern "C" void lrk_traffic_chip(int64_t sms, int64_t l1, int64_t l2, int64_t (*resident)(int64_t, int64_t, int64_t)) {
   lrk::emu::g_chip = {sms, l1, l2, resident};
+  lrk::emu::g_settings.multiprocessors = sms;
 }
 // Forgets what was counted and declared, and empties the caches.
 extern "C" void lrk_traffic_begin() {

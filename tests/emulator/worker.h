@@ -21,6 +21,7 @@ using Known = std::shared_ptr<const std::vector<uint32_t>>;  // by thread and en
 
 struct Settings {
   std::atomic<int64_t> schedule{0}, threads{1}, max_shared{227 * 1024}, arch{80};
+  std::atomic<int64_t> multiprocessors{4};  // few, so that small problems keep blocks busy for more than one tile
   std::atomic<int64_t> switches{0}, blocks{0}, launches{0};
 };
 extern Settings g_settings;
@@ -75,6 +76,10 @@ struct BarrierState {  // of an Mbarrier
   Known arriving, over;  // known to those who have arrived in this phase, and in all before
   std::vector<Fiber*> waiting;
 };
+struct Span {
+  const void* p;
+  size_t bytes;
+};
 struct BulkCopy {  // a box under way
   TensorMap map;
   BoxAt box;
@@ -82,6 +87,7 @@ struct BulkCopy {  // a box under way
   unsigned char* smem;
   uint32_t tid, engine, epoch;
   int barrier, group;               // a load's, a store's
+  bool again;                       // another block of the cluster has it from the same load
   std::vector<unsigned char> read;  // what a store has read so far: nothing, or all
 };
 struct Product {  // a wgmma under way, of a warp
@@ -237,6 +243,10 @@ void track_engine_access_for(uint32_t id, uint32_t engine, uint32_t epoch, const
 bool track_knows_alike(uint32_t id, uint32_t other);
 void track_engine_landed(const void* p, size_t bytes);
 void track_fence_async();
+int64_t bytes_of(const TensorBox& t);
+void track_box(const BulkCopy& c, const std::vector<Span>& rows, Access access,
+               const void* pc);             // global memory's part
+void track_wgmma(int n, bool a_in_shared);  // of a warp
 
 constexpr size_t kRedzone = 256, kWindow = 1024, kArenaBytes = 512 * 1024;
 constexpr unsigned char kFresh = 0xff;  // NaN in every float format, -1 in every integer

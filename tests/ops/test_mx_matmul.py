@@ -66,6 +66,59 @@ def test_what_lies_past_the_columns_has_no_part(device):
     assert not torch.equal(product(a, b, 41), product(a, b, 64))
 
 
+def low_rank(T, O, R, device, dtype):
+    """Small whole numbers, which every dtype holds."""
+    g = torch.Generator().manual_seed(T + O + R)
+    return [torch.randint(-3, 4, n, generator=g).to(dtype).to(device) for n in ((O,), (T, R), (O, R))]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("R", [0, 1, 16, 72])
+def test_bias_and_a_low_rank_before_the_one_rounding(device, dtype, R, wide):
+    """Exact, as above: alpha (A Bᵀ + S Uᵀ) + bias is rounded once."""
+    T, O, K = 33, 40, 96
+    a, b = packed(T, K, device), packed(O, K, device, seed=1)
+    values = reference.mx_dequantize(*(t.cpu() for t in a), K, torch.float64)
+    if wide:  # of the same values
+        ones = torch.full_like(a[1], 127)
+        a = reference.mx_dequantize(a[0].cpu(), ones.cpu(), K).to(torch.float8_e4m3fn).to(device), a[1]
+    bias, s, u = low_rank(T, O, R, device, dtype)
+    double = lambda t: t.cpu().double()
+    want = values @ reference.mx_dequantize(*(t.cpu() for t in b), K, torch.float64).mT
+    whole = ((want + double(s) @ double(u).mT) * 2 + double(bias)).to(dtype)
+    assert torch.equal(ops.mx_matmul(*a, *b, K, dtype, 2.0, bias, s, u).cpu(), whole)
+    assert torch.equal(
+        ops.mx_matmul(*a, *b, K, dtype, 2.0, None, s, u).cpu(), ((want + double(s) @ double(u).mT) * 2).to(dtype)
+    )
+    assert torch.equal(ops.mx_matmul(*a, *b, K, dtype, 1.0, bias).cpu(), (want + double(bias)).to(dtype))
+    assert torch.equal(ops.mx_matmul(*a, *b, 70, dtype), ops.mx_matmul(a[0].clone(), a[1].clone(), *b, 70, dtype))
+
+
+def test_no_features_leave_the_low_rank_and_the_bias(device, dtype):
+    empty = torch.empty(3, 0, dtype=torch.uint8).to(device)
+    bias, s, u = low_rank(3, 3, 5, device, dtype)
+    for none in (empty, empty.view(torch.float8_e4m3fn)):
+        y = ops.mx_matmul(none, empty, empty, empty, 0, dtype, 1.0, bias, s, u)
+        assert torch.equal(y.cpu(), (s.cpu().double() @ u.cpu().double().mT + bias.cpu()).to(dtype))
+        y = ops.mx_matmul(none, empty, empty, empty, 0, dtype, 1.0, bias)
+        assert torch.equal(y.cpu(), bias.cpu().expand(3, 3))
+
+
+def test_a_in_8_bits_reads_its_scales(device):
+    """Every byte of e4m3 but NaN, under every byte of e8m0 whose product float32 holds."""
+    codes = torch.arange(256)[(torch.arange(256) & 127) != 127].to(torch.uint8).repeat(2)[:480].view(15, 32)
+    scales = torch.arange(40, 220, 12)[:, None].to(torch.uint8)
+    b = torch.zeros(32, 16, dtype=torch.uint8)
+    for k in range(32):
+        b[k, k // 2] = 2 << k % 2 * 4  # the matrix of ones on its diagonal
+    ones = torch.full((32, 1), 127, dtype=torch.uint8)
+    to = lambda *each: (t.to(device) for t in each)
+    y = ops.mx_matmul(*to(codes.view(torch.float8_e4m3fn), scales, b, ones), 32)
+    assert torch.equal(y.cpu(), codes.view(torch.float8_e4m3fn).float() * torch.exp2(scales.float() - 127))
+    scales[3] = 255
+    assert ops.mx_matmul(*to(codes.view(torch.float8_e4m3fn), scales, b, ones), 32).cpu().isnan().sum() == 32
+
+
 BYTES = torch.tensor([0, 1, 2, 64, 126, 190, 252, 253, 254, 255])
 
 
@@ -109,10 +162,11 @@ def test_b_is_decoded_in_panels():
 
 
 def test_what_does_not_fit_is_refused(device):
-    a, b = packed(3, 64, device), packed(5, 64, device)
+    a, b, low = packed(3, 64, device), packed(5, 64, device), low_rank(3, 5, 4, device, torch.float32)
+    wide = torch.ones(3, 64).to(torch.float8_e4m3fn).to(device)
     for args, text in (
         ((a[0], a[1][:2], *b, 64), r"a_scales must have shape \[..., G\] = \[3, 2\], got \[2, 2\]"),
-        ((a[0].int(), a[1], *b, 64), "a_codes must be uint8, got int32"),
+        ((a[0].int(), a[1], *b, 64), "a_codes must be uint8 or float8_e4m3fn, got int32"),
         ((*a, b[0], b[1].float(), 64), "b_scales must be uint8, got float32"),
         ((*a, b[0][0], b[1][0], 64), r"b_codes must have shape \[O, 16 G\], got \[32\]"),
         ((*a, b[0][:, :16], b[1][:, :1], 64), "b_codes must have 2 blocks a row, as a_codes has, got 1"),
@@ -120,6 +174,23 @@ def test_what_does_not_fit_is_refused(device):
         ((*a, *b, 32), r"columns must lie in \[33, 64\], the features of 2 blocks, got 32"),
         ((*a, *b, 64, torch.float64), "dtype must be float32, float16 or bfloat16, got float64"),
         ((*a, *b, 64, torch.float32, float("inf")), "alpha must be finite in float32, got inf"),
+        ((*a, *b, 64, torch.float32, 1.0, low[0][:3]), r"bias must have shape \[O\] = \[5\], got \[3\]"),
+        ((*a, *b, 64, torch.bfloat16, 1.0, low[0]), "bias must be bfloat16, got float32"),
+        ((*a, *b, 64, torch.float32, 1.0, None, low[1]), "s and u must be given together, got one of them"),
+        (
+            (*a, *b, 64, torch.float32, 1.0, None, low[1][:2], low[2]),
+            r"s must have shape \[..., R\] = \[3, 4\], got \[2, 4\]",
+        ),
+        (
+            (*a, *b, 64, torch.float32, 1.0, None, low[1], low[2][:2]),
+            r"u must have shape \[O, R\] = \[5, \*\], got \[2, 4\]",
+        ),
+        ((*a, *b, 64, torch.float32, 1.0, None, low[1].half(), low[2]), "s must be float32, got float16"),
+        (
+            (wide[:, :33], a[1], *b, 64),
+            r"a_codes must have whole blocks of 32 bytes as its last dimension, got \[3, 33\]",
+        ),
+        ((wide[:, :32], a[1], *b, 64), r"a_scales must have shape \[..., G\] = \[3, 1\], got \[3, 2\]"),
     ):
         with pytest.raises(RuntimeError, match=f"lrkern::mx_matmul: {text}"):
             ops.mx_matmul(*args)

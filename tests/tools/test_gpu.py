@@ -386,7 +386,7 @@ def test_the_sanitizers_cases_reach_every_kernel(family, emulator):
         with testing.fused(bool(arch)), emulator.setting("arch", int(arch or 80)):
             for _, call in gpu_kernels.samples([family], "cpu", gpu_kernels.DTYPES[:2]):
                 call()
-    assert {name for name, _, _ in emulator.launched()} >= wanted
+    assert {name for name, _, _ in emulator.launched()} >= {n for n in wanted if families.kernels()[n].by_ops}
 
 
 @FAMILIES

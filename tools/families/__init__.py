@@ -22,7 +22,7 @@ from tools import sources
 class Plan:
     blocks: int  # resident on an SM, at least
     shared: int = 0  # dynamic bytes of a block
-    tensor: str = ""  # SASS: HMMA (mma.sync), HGMMA (wgmma), UTC*MMA (tcgen05), OMMA, QMMA (block-scaled mma)
+    tensor: str = ""  # SASS, all of these: HMMA (mma.sync), HGMMA (wgmma), UTC*MMA (tcgen05), OMMA.SF, QMMA.SF
     wide: int = 0  # 128-bit loads from global memory, at least; they serve aligned shapes
     flight: int = 0  # bytes of loads under way on an SM that is full, at least
     code: int = 32 << 10  # bytes of machine code, at most: what an SM's instruction cache holds
@@ -38,6 +38,7 @@ class Kernel:
     types: str = ""
     rest: Iterable[tuple] = ((),)  # what may follow
     part: bool = False  # launched before or after another kernel, inside its time
+    by_ops: bool = True  # launched by them over the emulator; else by an op on one architecture alone
     # Axes of the grid along which an operand of Timed.moved is read again, as its tiles do not lie along them.
     again: dict[str, str] = field(default_factory=dict)
 

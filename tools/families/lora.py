@@ -88,6 +88,11 @@ def gemm(x: str, along_n: bool, dropout: bool, tile_n: int) -> Plan:
 
 GEMMS = [(*way, tile_n) for way in ((False, False), (True, False), (True, True)) for tile_n in (128, 256)]
 
+def gemm_sm100(x: str, along_n: bool) -> Plan:
+    """By CUTLASS, a block on an SM; its code holds the roles of its warps and an epilogue."""
+    return Plan(1, shared=224 << 10, tensor="UTCHMMA", code=64 << 10, threads=256)
+
+
 KERNELS = {
     "lora_shrink": Kernel(shrink, "xf", list(product((16, 64), BOOLS, BOOLS)), again={"x": "y", "a": "x"}),
     "lora_expand": Kernel(expand, "xf", list(product(BOOLS, BOOLS)), again={"s": "y", "b": "x"}),
@@ -95,6 +100,7 @@ KERNELS = {
     "lora_shrink_wgrad": Kernel(shrink_wgrad, "xf", [(False,), (True,)], again={"s": "y", "b": "x"}),
     "lora_rescale": Kernel(rescale, "x"),
     "lora_gemm": Kernel(gemm, "x16", GEMMS, again={"x": "y", "w": "x"}),
+    "lora_gemm_sm100": Kernel(gemm_sm100, "x16", [(along_n,) for along_n in BOOLS], part=True, by_ops=False),
     "lora_terms": Mixed(streams(8), rest=[("bf16", "bf16", False), ("float", "f16", True), ("float", "float", True)], part=True),
     "lora_sum": Kernel(streams(8), "f", part=True),  # fp32, neighbours in one warp
 }

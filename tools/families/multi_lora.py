@@ -19,7 +19,6 @@ from tools.families import (
     type_of_s,
     vectors,
 )
-
 from tools.families.lora import GEMMS, gemm_shared
 
 # Beyond the registry: the grid, invariances, isolation.

@@ -22,11 +22,19 @@ int lora_tail(const LoraGemmParams& p, void* workspace, Stream stream, GemmTail*
 }
 
 int lora_gemm_cuda(const LoraGemmParams& p, void* workspace, Stream stream) {
-  const GemmConfig config = choose_gemm(shape_of(p), cuda_target());
+  const Target target = cuda_target();
+  const GemmConfig config = choose_lora_gemm(shape_of(p), is_plain(p), target);
   if (!config.fits) return kInvalidConfiguration;
   GemmTail tail{};
   if (p.R) {
     if (const int error = lora_tail(p, workspace, stream, &tail)) return error;
+  }
+  if (target.arch == 100) {
+#if defined(LRK_CUTLASS)
+    return lora_gemm_sm100(p, tail, stream);
+#else
+    return kInvalidConfiguration;
+#endif
   }
   return lora_gemm_sm90(p, tail, gemm_tiles(p.T, p.N, config.tile_n, config.cluster), stream);
 }

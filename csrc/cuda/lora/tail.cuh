@@ -11,5 +11,6 @@ int lora_tail(const LoraGemmParams& p, void* workspace, Stream stream, GemmTail*
 
 // Architectures that have a kernel for it. A cudaError_t value.
 int lora_gemm_sm90(const LoraGemmParams& p, const GemmTail& tail, const GemmTiles& tiles, Stream stream);
+int lora_gemm_sm100(const LoraGemmParams& p, const GemmTail& tail, Stream stream);  // where the build found CUTLASS
 
 }  // namespace lrk

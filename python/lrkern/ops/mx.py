@@ -84,18 +84,25 @@ def mx_matmul(
     columns: int,
     dtype: torch.dtype = torch.float32,
     alpha: float = 1.0,
+    bias: Tensor | None = None,
+    s: Tensor | None = None,
+    u: Tensor | None = None,
 ) -> Tensor:
-    """y [..., O] = alpha · A Bᵀ with A [..., columns] and B [O, columns] in MXFP4: FP4 times FP4, sums in float32, rounded once to dtype.
+    """y [..., O] = alpha · (A Bᵀ + S Uᵀ) + bias with A [..., columns] and B [O, columns] in MXFP4: FP4 times FP4, sums in float32, rounded
+    once to dtype.
 
     a_codes [..., 16 G], a_scales [..., G], b_codes [O, 16 G], b_scales [O, G]; columns in [32 G - 31, 32 G]: what lies past them has no
-    part. alpha, the GEMM's, is for what quantisers multiplied by: 16/9 of two that had gain 0.75. No gradient: the operands are integers.
+    part. A may be in MXFP8: a_codes float8_e4m3fn [..., 32 G]. alpha, the GEMM's, is for what quantisers multiplied by: 16/9 of two that
+    had gain 0.75. bias [O], s [..., R] and u [O, R], a low-rank term, are of dtype; s and u come together. No gradient: the operands are
+    integers.
 
-    Without FP4 units, in CPUs and GPUs alike, elements are those of ``mx_dequantize``, A's whole and B's in panels, for ATen's GEMM: in
-    float32, or in bfloat16 for a GPU's result of bfloat16. Both hold them exactly, but that of scales of 2^126 and 2^127 codes beyond
-    their range become infinite. So it is no faster than a dense product. Few rows that meet one B often are better off with
-    ``mx_linear(mx_dequantize(a_codes, a_scales, columns, dtype), b_codes, b_scales)``, which reads B's codes.
+    FP4 units, of sm_100 and sm_120, multiply where LRKERN_FUSED=1 asks for them, dtype is bfloat16 and the build found CUTLASS
+    (``lrkern._host.explain("mx_product", T=.., O=.., K=..)``; no GPU has run them). Elsewhere elements are those of ``mx_dequantize``, A's
+    whole and B's in panels, for ATen's GEMM: in float32, or in bfloat16 for a GPU's result of bfloat16. Both hold them exactly, but that of
+    scales of 2^126 and 2^127 codes beyond their range become infinite. So it is no faster than a dense product. Few rows that meet one B
+    often are better off with ``mx_linear(mx_dequantize(a_codes, a_scales, columns, dtype), b_codes, b_scales)``, which reads B's codes.
     """
-    return _matmul(a_codes, a_scales, b_codes, b_scales, columns, dtype, alpha)
+    return _matmul(a_codes, a_scales, b_codes, b_scales, columns, dtype, alpha, bias, s, u)
 
 
 class _Linear(Function):

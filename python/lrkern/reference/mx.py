@@ -107,10 +107,18 @@ def mx_dequantize(codes, scales, columns, dtype=torch.float32):
     return scaled.flatten(-2)[..., :columns].to(dtype)
 
 
-def mx_matmul(a_codes, a_scales, b_codes, b_scales, columns, dtype=torch.float32, alpha=1.0):
-    """y = alpha A B^T, both in MXFP4"""
-    a, b = (mx_dequantize(*each, columns, dtype) for each in ((a_codes, a_scales), (b_codes, b_scales)))
-    return alpha * (a @ b.mT)
+def mx_matmul(a_codes, a_scales, b_codes, b_scales, columns, dtype=torch.float32, alpha=1.0, bias=None, s=None, u=None):
+    """y = alpha (A B^T + S U^T) + bias, B in MXFP4, A too or in MXFP8"""
+    of_a = mx_dequantize if a_codes.dtype == torch.uint8 else mxfp8_dequantize
+    a, b = of_a(a_codes, a_scales, columns, dtype), mx_dequantize(b_codes, b_scales, columns, dtype)
+    y = a @ b.mT if s is None else torch.cat([a, s.to(dtype)], -1) @ torch.cat([b, u.to(dtype)], -1).mT
+    return alpha * y if bias is None else alpha * y + bias.to(dtype)
+
+
+def mxfp8_dequantize(codes, scales, columns, dtype):
+    """e4m3 times 2^(e8m0 - 127)"""
+    scale = scale_values(scales.cpu(), torch.float64).to(codes.device)[..., None]
+    return (codes.double().unflatten(-1, (scales.shape[-1], 32)) * scale).flatten(-2)[..., :columns].to(dtype)
 
 
 def mx_linear(x, codes, scales, bias=None, experts=None):
@@ -257,7 +265,11 @@ def dequantize_samples(name: str, t: Layer) -> Iterator[Sample]:
 @register(mx_matmul, products="TIO")
 def matmul_samples(name: str, t: Layer) -> Iterator[Sample]:
     codes, scales, _ = mx_quantize(t.x, t.rule)
-    yield Sample(name, (codes, scales, t.codes.flatten(0, -2), t.scales.flatten(0, -2), t.I, t.draw.dtype, t.gain))
+    b = t.codes.flatten(0, -2), t.scales.flatten(0, -2)
+    yield Sample(name, (codes, scales, *b, t.I, t.draw.dtype, t.gain))
+    O = len(b[0])
+    beside = t.draw(O), t.draw(*t.lead, t.R), t.draw(O, t.R)
+    yield Sample(f"{name}_low_rank", (codes, scales, *b, t.I, t.draw.dtype, t.gain, *beside))
 
 
 @register(mx_linear, differentiable="x bias", casts="x bias", products="TIO")

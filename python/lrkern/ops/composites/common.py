@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...limits import DTYPES, MAX_RANK
 
-TYPES = {"": DTYPES, "f32": (torch.float32,), "i32": (torch.int32,), "i64": (torch.int64,), "u8": (torch.uint8,)}
+TYPES = {"": DTYPES, "f32": (torch.float32,), "i32": (torch.int32,), "i64": (torch.int64,), "u8": (torch.uint8,),
+         "c8": (torch.uint8, torch.float8_e4m3fn)}  # fmt: skip
 FINITE = ("scale", "gain", "alpha")
 
 

@@ -130,13 +130,40 @@ def mx_dequantize(codes, scales, columns, dtype):
     return _dequantized(codes, scales, columns, dtype)
 
 
-@composite("a_codes::u8 a_scales::u8 b_codes:OB:u8 b_scales::u8")
-def mx_matmul(a_codes, a_scales, b_codes, b_scales, columns, dtype, alpha):
-    if a_codes.shape[-1:] != b_codes.shape[-1:]:
+def _dequantized_wide(codes, scales, columns):
+    """Of MXFP8, in float32."""
+    if codes.dim() < 1 or codes.shape[-1] % 32 or scales.shape != (*codes.shape[:-1], codes.shape[-1] // 32):
+        got = f"{list(codes.shape)} beside {list(scales.shape)}"
+        raise ValueError(f"a_codes in 8 bits must have whole blocks of 32 elements and a scale for each, got {got}")
+    lie("columns", columns, max(0, codes.shape[-1] - 31), codes.shape[-1] + 1)
+    x = codes.float().unflatten(-1, (scales.shape[-1], 32)) * _powers(scales).float()[..., None]
+    return x.flatten(-2)[..., :columns]
+
+
+@composite("a_codes::c8 a_scales::u8 b_codes:OB:u8 b_scales::u8 bias:O s:*R u:OR")
+def mx_matmul(a_codes, a_scales, b_codes, b_scales, columns, dtype, alpha, bias, s, u):
+    wide = a_codes.dtype == torch.float8_e4m3fn
+    if a_scales.shape[-1:] != b_scales.shape[-1:]:
         raise ValueError(f"b_codes must have as many blocks as a_codes, got {list(b_codes.shape)}")
     _check_dtype(dtype)
-    a, b = (_dequantized(*each, columns, torch.float32) for each in ((a_codes, a_scales), (b_codes, b_scales)))
-    return (alpha * (a @ b.mT)).to(dtype)
+    a = (
+        _dequantized_wide(a_codes, a_scales, columns)
+        if wide
+        else _dequantized(a_codes, a_scales, columns, torch.float32)
+    )
+    b = _dequantized(b_codes, b_scales, columns, torch.float32)
+    if (s is None) != (u is None):
+        raise ValueError("s and u must be given together, got one of them")
+    for name, t in (("bias", bias), ("s", s), ("u", u)):
+        if t is not None and t.dtype != dtype:
+            raise ValueError(f"{name} must be {said([dtype])}, got {said([t.dtype])}")
+    y = a @ b.mT
+    if s is not None:
+        if s.shape[:-1] != a.shape[:-1]:
+            raise ValueError(f"s must have shape [..., R] = {[*a.shape[:-1], u.shape[1]]}, got {list(s.shape)}")
+        y = y + s.float() @ u.float().mT
+    y = alpha * y
+    return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def _linear(x, codes, scales, bias, experts):
