@@ -64,15 +64,8 @@ MxFused choose_mx_fused(const MxFusedShape& s, Target target) {
   const auto each = static_cast<int32_t>(ceil_div(steps, parts));
   parts = ceil_div(steps, int64_t{each});
   const bool pays = tiles * parts >= tuned(target.arch).sms;
-  return {true,
-          pays,
-          true,
-          static_cast<int32_t>(parts),
-          each,
-          0,
-          0,
-          pays ? "codes are decoded for 8 or 16 rows at once, with fewer instructions a weight"
-               : "blocks are too few for the GPU"};
+  return {true, pays, true, static_cast<int32_t>(parts),
+          each, 0,    0,    pays ? "x is read once for 128 rows of W, not for 16" : "blocks are too few for the GPU"};
 }
 MxFusedShape shape_of(const MxLinearParams& p) {
   return {
@@ -136,9 +129,14 @@ Answer explain_experts(const Question& q) {
 Answer explain_fused(const Question& q) {
   const MxFusedShape shape{q["T"], q["O"], q["K"], static_cast<int32_t>(q["R"]), q.dtype(), q.dtype("b_dtype"), true};
   const MxFused c = choose_mx_fused(shape, q.target());
-  return {
-      {{"fits", c.fits}, {"pays", c.pays}, {"few", c.few}, {"parts", int64_t{c.parts}}, {"steps", int64_t{c.steps}}},
-      text(c.pays ? "one kernel's accumulator where LRKERN_FUSED=1: " : "the portable kernels: ", c.why)};
+  return {{{"fits", c.fits},
+           {"pays", c.pays},
+           {"few", c.few},
+           {"parts", int64_t{c.parts}},
+           {"steps", int64_t{c.steps}},
+           {"tile_n", int64_t{c.tile_n}},
+           {"cluster", int64_t{c.cluster}}},
+          text(c.pays ? "one kernel's accumulator where LRKERN_FUSED=1: " : "the portable kernels: ", c.why)};
 }
 
 Answer explain_product(const Question& q) {

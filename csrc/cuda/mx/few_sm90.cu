@@ -34,21 +34,23 @@ __device__ __forceinline__ void stage(unsigned char* to, int chunks, const Sourc
     const int chunk = task / kGroups, group = task % kGroups, n = group * 8 + lane / 4, k = chunk * kChunk + 32 * t;
     const Src* row = static_cast<const Src*>(from.data) + n * from.pitch + k;
     const int64_t left = n < from.T ? from.columns - k : 0;
-    Words8<Src> v[4];
-    if (from.vectors && (chunk + 1) * kChunk <= from.columns) {
-#pragma unroll
-      for (int w = 0; w < 4; ++w) v[w] = load_row<true>(row + 8 * w, left, true);
-    } else {
-#pragma unroll
-      for (int w = 0; w < 4; ++w) v[w] = load_row<false>(row + 8 * w, left - 8 * w, from.vectors);
-    }
-#pragma unroll
-    for (int w = 0; w < 4; ++w)
+    const auto put = [&](const Words8<Src>& v, int w) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         unsigned char* tile = to + ((chunk * 8 + 2 * w + i / 2) * kGroups + group) * kTile;
-        *reinterpret_cast<uint32_t*>(tile + i % 2 * kHalf + lane / 4 * 16 + 4 * t) = pair(v[w], i);
+        *reinterpret_cast<uint32_t*>(tile + i % 2 * kHalf + lane / 4 * 16 + 4 * t) = pair(v, i);
       }
+    };
+    if (from.vectors && (chunk + 1) * kChunk <= from.columns) {
+      Words8<Src> v[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) v[w] = load_row<true>(row + 8 * w, left, true);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) put(v[w], w);
+    } else {
+#pragma unroll 1
+      for (int w = 0; w < 4; ++w) put(load_row<false>(row + 8 * w, left - 8 * w, from.vectors), w);
+    }
   }
 }
 
@@ -106,12 +108,14 @@ __global__ void __launch_bounds__(kFewThreads, 2)
 
   float sum[kTokens / 2] = {};
   uint32_t a[2][4][4];  // of the products under way, and of those that are made meanwhile
-  // Half of a chunk: pair(row, w, i) for rows g and g + 8, words 2 half and + 1.
-  const auto multiply = [&](const unsigned char* chunk, int half, const auto& pair) {
+  // Half of a chunk: words 2 half and + 1 of rows g and g + 8, pair(below, w, i) each.
+  const auto make = [&](int half, const auto& pair) {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[half][k][i] = pair(i % 2, 2 * half + k / 2, 2 * (k % 2) + i / 2);
+  };
+  const auto multiply = [&](const unsigned char* chunk, int half) {
     wgmma_fence(sum, a[half]);
     const uint64_t word = packed({shared_address(chunk), kHalf, kTile, Swizzle::kNone});
 #pragma unroll
@@ -124,15 +128,24 @@ __global__ void __launch_bounds__(kFewThreads, 2)
   for (int step = 0; step < steps; ++step) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const Scale scales[2] = {Scale(bytes[i][0]), Scale(bytes[i][1])};
+      const uint32_t byte[2] = {bytes[i][0], bytes[i][1]};
+      const bool large =
+          any_lane((byte[0] > byte[1] ? byte[0] : byte[1]) > kOneProduct);  // wgmma is for all warps alike
       uint32_t words[2][4];
       cp_async_wait<kChunks - 1>();
       load_16(words[0], slot(i, 0)), load_16(words[1], slot(i, 1));
       load(step + 1, i);
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        multiply(x + (step * kChunks + i) * kChunkBytes<kTokens>, half,
-                 [&](int below, int w, int j) { return pair_of<true>(words[below][w], j, scales[below]); });
+      for (int half = 0; half < 2; ++half) {
+        if (large) {
+          const Scale scales[2] = {Scale(byte[0]), Scale(byte[1])};
+          make(half, [&](int below, int w, int j) { return pair_of<true>(words[below][w], j, scales[below]); });
+        } else {
+          const Scale scales[2] = {Scale::small(byte[0]), Scale::small(byte[1])};
+          make(half, [&](int below, int w, int j) { return pair_of<false>(words[below][w], j, scales[below]); });
+        }
+        multiply(x + (step * kChunks + i) * kChunkBytes<kTokens>, half);
+      }
     }
   }
   if (p.s && blockIdx.y + 1 == gridDim.y) {
@@ -165,8 +178,8 @@ __global__ void __launch_bounds__(kFewThreads, 2)
             const int at = r + 8 * (2 * half + w);
             v[below][w] = load_row<false>(from[below] + at, p.R - at, whole(p.b));
           }
-        multiply(x + c * kChunkBytes<kTokens>, half,
-                 [&](int below, int w, int j) { return factor_pair<false>(v[below][w % 2], term, j); });
+        make(half, [&](int below, int w, int j) { return factor_pair<false>(v[below][w % 2], term, j); });
+        multiply(x + c * kChunkBytes<kTokens>, half);
       }
     }
   }
