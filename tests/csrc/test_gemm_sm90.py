@@ -2,18 +2,26 @@
 """The mainloop of sm_90a as it ships: random problems in clusters of one and two, and each of its waits left out in turn."""
 
 import re
-import shutil
-import subprocess
 
-import build as emulator
 import pytest
 
-from tests.csrc.test_emulator import needs, params_program
+import build as emulator
+from tests.csrc.test_emulator import params_program
 
 LOOP = "csrc/cuda/gemm_sm90.cuh"
 FAMILIES = ["lora", "multi_lora"]
-CALL = re.compile(r"\b(mbarrier_\w+|fence_\w+|sync_\w+|wgmma_\w+(<\d>)?|bulk_\w+(<\d>)?|wait_predecessor|fewer_registers<\w+>)\(")
-PAGES_ALONE = ("fetch_pages", "add_pages", "not_finite_pages", "add_to_owners", "clear_page", "sync_consumers", "copy_s")
+CALL = re.compile(
+    r"\b(mbarrier_\w+|fence_\w+|sync_\w+|wgmma_\w+(<\d>)?|bulk_\w+(<\d>)?|wait_predecessor|fewer_registers<\w+>)\("
+)
+PAGES_ALONE = (
+    "fetch_pages",
+    "add_pages",
+    "not_finite_pages",
+    "add_to_owners",
+    "clear_page",
+    "sync_consumers",
+    "copy_s",
+)
 
 
 def of_gemm(family, variant, cases, *schedules, **env):
@@ -21,7 +29,9 @@ def of_gemm(family, variant, cases, *schedules, **env):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("variant", "cases", "schedules"), [("plain", 60, (0, 1, 7)), ("tracked", 25, (0,)), ("sanitized", 25, (1,))])
+@pytest.mark.parametrize(
+    ("variant", "cases", "schedules"), [("plain", 60, (0, 1, 7)), ("tracked", 25, (0,)), ("sanitized", 25, (1,))]
+)
 def test_random_problems(family, variant, cases, schedules):
     done = of_gemm(family, variant, cases, *schedules)
     assert done.returncode == 0 and f"{cases} cases, 0 failed" in done.stdout, done.stdout + done.stderr

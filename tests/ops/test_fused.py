@@ -3,11 +3,11 @@
 
 from contextlib import contextmanager
 
-import build as emulator
 import pytest
 import torch
 from op_checks import check_forward, check_gradient
 
+import build as emulator
 import lrkern.ops
 from lrkern import _host, testing
 from lrkern.reference import OPS, Draw
@@ -43,8 +43,12 @@ def fits(op, sample, dtype) -> bool:
     if op.name == "lora_linear":
         return x.numel() > 0 and whole and dtype != torch.float32
     alone = named["plan"].shape[0] == 1
-    return x.numel() > 0 and whole and dtype == named["a_pool"].dtype == torch.bfloat16 and len(named["ranks"]) > 0 and (
-        alone or named["dropout_p"] is None
+    return (
+        x.numel() > 0
+        and whole
+        and dtype == named["a_pool"].dtype == torch.bfloat16
+        and len(named["ranks"]) > 0
+        and (alone or named["dropout_p"] is None)
     )
 
 
@@ -63,7 +67,13 @@ def test_who_asks(emulated, monkeypatch):
     """Off unless it is asked for, "1" where it pays, on an architecture that has it."""
     op = OPS["lora_linear"]
     s = op.sample("segments", "cpu", torch.bfloat16)
-    for how, arch, expected in [("", 90, False), ("0", 90, False), ("1", 90, False), ("all", 90, True), ("all", 80, False)]:
+    for how, arch, expected in [
+        ("", 90, False),
+        ("0", 90, False),
+        ("1", 90, False),
+        ("all", 90, True),
+        ("all", 80, False),
+    ]:
         with fused(monkeypatch, how, arch):
             lrkern.ops.lora_linear(*s.args, **s.kwargs)
             assert ("lora_gemm" in names()) == expected, (how, arch)
@@ -114,8 +124,10 @@ def test_an_adapter_of_nan_touches_nobody(emulated, monkeypatch):
     cotangent = torch.randn(33, 80).bfloat16()
     with fused(monkeypatch):
         clean, dirty = lrkern.ops.multi_lora_linear(*s.args), lrkern.ops.multi_lora_linear(*poisoned)
-        grads = [testing.gradients(op, lrkern.ops.multi_lora_linear, s.__class__("s", tuple(args), {}), cotangent)
-                 for args in (s.args, poisoned)]
+        grads = [
+            testing.gradients(op, lrkern.ops.multi_lora_linear, s.__class__("s", tuple(args), {}), cotangent)
+            for args in (s.args, poisoned)
+        ]
         assert "multi_lora_gemm" in names()
     owns = dirty.isnan().any(-1)
     assert owns.any() and not owns.all()

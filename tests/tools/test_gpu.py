@@ -383,7 +383,10 @@ def emulator(stack):
 
 @FAMILIES
 def test_the_sanitizers_cases_reach_every_kernel(family, emulator):
-    archs = {k.source.arch for k in gpu_status.kernels() if k.source.family == family} & {"", "90"}  # what the emulator has
+    archs = {k.source.arch for k in gpu_status.kernels() if k.source.family == family} & {
+        "",
+        "90",
+    }  # what the emulator has
     wanted = {k.name for k in gpu_status.kernels() if k.source.family == family and k.source.arch in archs}
     emulator.launched()
     for arch in sorted(archs):

@@ -88,6 +88,7 @@ def gemm(x: str, along_n: bool, dropout: bool, tile_n: int) -> Plan:
 
 GEMMS = [(*way, tile_n) for way in ((False, False), (True, False), (True, True)) for tile_n in (128, 256)]
 
+
 def gemm_sm100(x: str, along_n: bool) -> Plan:
     """By CUTLASS, a block on an SM; its code holds the roles of its warps and an epilogue."""
     return Plan(1, shared=224 << 10, tensor="UTCHMMA", code=64 << 10, threads=256)
@@ -101,7 +102,9 @@ KERNELS = {
     "lora_rescale": Kernel(rescale, "x"),
     "lora_gemm": Kernel(gemm, "x16", GEMMS, again={"x": "y", "w": "x"}),
     "lora_gemm_sm100": Kernel(gemm_sm100, "x16", [(along_n,) for along_n in BOOLS], part=True, by_ops=False),
-    "lora_terms": Mixed(streams(8), rest=[("bf16", "bf16", False), ("float", "f16", True), ("float", "float", True)], part=True),
+    "lora_terms": Mixed(
+        streams(8), rest=[("bf16", "bf16", False), ("float", "f16", True), ("float", "float", True)], part=True
+    ),
     "lora_sum": Kernel(streams(8), "f", part=True),  # fp32, neighbours in one warp
 }
 
