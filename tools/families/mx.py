@@ -56,6 +56,19 @@ def gemm(tile_n: int) -> Plan:
     return Plan(1, gemm_shared(tile_n), "HGMMA", code=48 << 10, threads=384, loop=304)
 
 
+def units(main: str, tail: str, shared: int, threads: int) -> Plan:
+    """By CUTLASS, a block on an SM: a loop of products by scales of blocks, one of bf16 for the low rank, and an epilogue."""
+    return Plan(1, shared, f"{main} {tail}", code=64 << 10, threads=threads)
+
+
+def product_sm100(wide: bool) -> Plan:
+    return units("UTCQMMA" if wide else "UTCOMMA", "UTCHMMA", 224 << 10, 256)
+
+
+def product_sm120(wide: bool) -> Plan:
+    return units("QMMA.SF" if wide else "OMMA.SF", "HMMA", 96 << 10, 384)
+
+
 KERNELS = {
     "mx_quantize": Kernel(quantize, "x", list(product(BOOLS, BOOLS))),
     "mx_dequantize": Kernel(lambda x: Plan(8, stores=SIZE[x] // 2), "x"),
