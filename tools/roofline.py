@@ -380,6 +380,7 @@ def predict(counted: Counted, chip: Chip, code: sass.Code | None, least: float, 
         held_together = any(x.name == "BAR" for loop in path.loops() for x in loop.own())
         more = max(0.0, work - near) if held_together else 0.0
         parts["waiting"] = (sass.cycles(path, latency) + more) * rounds / cycles_us
+    rate = chip.wgmma if counted.multiplied else chip.tensor
     bound = max(parts, key=lambda k: parts[k])
     run = "all" if counted.run == counted.blocks else f"{counted.run} of {counted.blocks} blocks"
     return Prediction(
@@ -402,7 +403,7 @@ def predict(counted: Counted, chip: Chip, code: sass.Code | None, least: float, 
         tensor_slots=counted.products + counted.multiplied / (16 * 8 * 16),
         launches=1,
         predicted_us=parts[bound],
-        roof_us=max(least / chip.reached, flop / (2e-9 * chip.tensor * chip.sms * chip.clock * 1e9)) / 1e3,
+        roof_us=max(least / chip.reached, flop / (2 * rate * chip.sms * chip.clock)) / 1e3,
         bound_by=bound,
         parts=parts,
     )

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Glue of the MX family: schemas, checks, panels of a decoded weight for ATen's products. Math: csrc/mx.h, docs/ops.md.
-#include "mx.h"
-
-#include "base.h"
+#include "mx/packed.h"
 
 namespace lrk::ops {
 namespace {
@@ -58,60 +56,6 @@ std::tuple<Tensor, Tensor, Tensor> mx_quantize(const Tensor& x_, const std::stri
   return {codes, scales, within};
 }
 
-// ---- a packed weight
-
-struct Packed {
-  Tensor codes, scales;  // [O, G, 16] and [O, G] of bytes, contiguous
-  int64_t O, G, E = 1;   // experts, each of which has O rows
-  bool wide = false;     // MXFP8: codes float8_e4m3fn [O, G, 32]
-
-  const uint8_t* codes_from(int64_t row) const {
-    return static_cast<const uint8_t*>(codes.const_data_ptr()) + row * G * kMxBytes;
-  }
-  const uint8_t* scales_from(int64_t row) const {
-    return static_cast<const uint8_t*>(scales.const_data_ptr()) + row * G;
-  }
-  MxWeight weight(int64_t expert, int64_t K) const { return {codes_from(expert * O), scales_from(expert * O), O, K}; }
-};
-Packed check_packed(const char* op, const Tensor& codes_, const Tensor& scales_, const Arg* like, const char* name,
-                    const char* codes_name = "codes", const char* scales_name = "scales", bool wide = false) {
-  const Arg codes{op, codes_name, codes_}, scales{op, scales_name, scales_};
-  const int64_t block = wide ? kMxBlock : kMxBytes;
-  codes.strided().is(wide ? ScalarType::Float8_e4m3fn : ScalarType::Byte);
-  scales.strided().is(ScalarType::Byte).on(codes);
-  if (like) codes.on(*like);
-  if (codes_.dim() < 1 || codes.last() % block)
-    codes.refuse("have whole blocks of ", block, " bytes as its last dimension, got ", text_of(sizes_of(codes_)));
-  scales.shape(name, with_last(codes_, codes.last() / block));
-  Packed w{as_contiguous(codes_), as_contiguous(scales_), 1, codes.last() / block, 1, wide};
-  for (int64_t i = 0; i + 1 < codes_.dim(); ++i) w.O *= codes_.size(i);
-  const bool cuda = DeviceScope(op, codes_).target.device == Device::kCUDA;
-  if (cuda && reinterpret_cast<uintptr_t>(w.codes.const_data_ptr()) % kMxBytes)
-    codes.refuse("begin at a multiple of 16 bytes, where a GPU loads whole blocks, got a view between two");
-  return w;
-}
-void check_columns(const char* op, const char* name, int64_t K, const Packed& w) {
-  const int64_t least = w.G ? kMxBlock * (w.G - 1) + 1 : 0, most = kMxBlock * w.G;
-  if (K < least || K > most)
-    fail(op, name, " must lie in [", least, ", ", most, "], the features of ", w.G, " blocks, got ", K);
-}
-// Columns [first, first + n) of rows [row, row + rows) of W into y's rows.
-void decode(const char* op, const Packed& w, int64_t row, int64_t rows, int64_t first, int64_t n, const Tensor& y,
-            int64_t y_pitch) {
-  if (!rows || !n) return;
-  run(op, y,
-      MxDequantizeParams{.codes = w.codes_from(row) + first / kMxBlock * kMxBytes,
-                         .scales = w.scales_from(row) + first / kMxBlock,
-                         .y = y.mutable_data_ptr(),
-                         .T = rows,
-                         .columns = n,
-                         .pitch = w.G * kMxBytes,
-                         .scale_pitch = w.G,
-                         .y_pitch = y_pitch,
-                         .dtype = dtype_of(y)},
-      LRK_RUN(mx_dequantize));
-}
-
 Tensor mx_dequantize(const Tensor& codes, const Tensor& scales, int64_t columns, ScalarType dtype) {
   constexpr const char* op = "mx_dequantize";
   const Packed w = check_packed(op, codes, scales, nullptr, "[..., G]");
@@ -137,10 +81,6 @@ MxWay way_of(const Arg& x, int64_t T, const Packed& w, int64_t K) {
   return choose_mx_way(T, w.O, K, x.dtype(), DeviceScope(x.op, x.tensor).target);
 }
 
-Tensor part(const Tensor& t, int64_t dim, int64_t first, int64_t n) {
-  return torch::stable::narrow(const_cast<Tensor&>(t), dim, first, n);
-}
-
 // S B^T beside the product, S [..., R] with its scale in it.
 struct LowRank {
   Tensor s, b;  // [T, R] and [O, R], contiguous; of experts [E, O, R]
@@ -153,15 +93,6 @@ ScalarType gemm_type(const Arg& x, const MxWay& way) { return way.widens ? Scala
 bool joins(const LowRank& low, ScalarType t) {
   return low.R && (t == ScalarType::Float || (low.b.scalar_type() == t && t != ScalarType::Half));
 }
-// out = alpha a b + add, through fp32 where out has 16 bits and the operands do not.
-void product(const char* op, const Tensor& out, const Tensor& a, const Tensor& b, const OptTensor& add,
-             double alpha = 1.) {
-  if (out.scalar_type() == a.scalar_type()) return gemm(op, out, a, b, add, alpha);
-  const Tensor wide = new_empty(a, sizes_of(out));
-  gemm(op, wide, a, b, add ? OptTensor(as_type(*add, a.scalar_type())) : std::nullopt, alpha);
-  torch::stable::copy_(const_cast<Tensor&>(out), wide);
-}
-
 // Rows of x beside S as what a panel [W, B] is multiplied with: x itself where that is all there is.
 Tensor joined(const Rows& x, int64_t blocks, const Tensor& s, int64_t R, ScalarType t) {
   const Tensor rows = seen_as(x.tensor, {x.T, x.N}, {x.pitch, 1});
@@ -240,12 +171,6 @@ void multiply(const Arg& x, const Rows& rows, const Packed& w, int64_t expert, c
 }
 
 // ---- experts
-
-Tensor called(const char* name, std::initializer_list<StableIValue> args, const char* overload = "") {
-  std::vector<StableIValue> stack(args);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 // Rows sorted by their expert: the plan of multi-LoRA, with experts for adapters.
 struct ByExpert {
@@ -497,108 +422,6 @@ Four mx_linear_expand_bwd(const Tensor& dy_, const Tensor& codes, const Tensor& 
   return {dx, dbias, as_type(torch::stable::reshape(ds, sizes_of(s)), s.scalar_type()), db};
 }
 
-// ---- both operands packed
-
-// The first K elements of each row, in fp32 or bf16, which hold them exactly: codes times their scales, which are those of ones.
-void decode_wide(const char* op, const Packed& a, int64_t K, const Tensor& to) {
-  const Tensor ones = new_empty(a.codes, Sizes{a.O, a.G * kMxBytes}, ScalarType::Byte);
-  constexpr int kOne = 0x22;
-  torch::stable::fill_(const_cast<Tensor&>(ones), kOne);
-  Tensor scales = new_empty(to, Sizes{a.O, K});
-  decode(op, {ones, a.scales, a.O, a.G}, 0, a.O, 0, K, scales, K);
-  const Tensor codes =
-      as_type(part(torch::stable::reshape(a.codes, Sizes{a.O, a.G * kMxBlock}), 1, 0, K), to.scalar_type());
-  using torch::stable::detail::from;
-  torch::stable::copy_(const_cast<Tensor&>(to), called("aten::mul", {from(scales), from(codes)}, "Tensor"));
-}
-
-// What lies past the columns would have a part in the units' product.
-bool takes_units(const MxProductParams& p, DType dtype, const Tensor& like, int64_t G) {
-  bool aligned = true;
-  for (const void* operand : {static_cast<const void*>(p.a), static_cast<const void*>(p.b), p.bias, p.s, p.u})
-    aligned = aligned && reinterpret_cast<uintptr_t>(operand) % 16 == 0;
-  return kCutlass && p.K == G * kMxBlock &&
-         takes_fused(
-             choose_mx_product({p.T, p.O, p.K, p.R, p.wide, dtype, aligned}, DeviceScope("mx_matmul", like).target));
-}
-
-// y = alpha (A B^T + S U^T) + bias: FP4 units where the choice says so, else [A, S] decoded whole and [B, U] in panels, in fp32,
-// or in bf16 for a GPU's product of bf16, which hold the same values.
-Tensor mx_matmul(const Tensor& a_codes, const Tensor& a_scales, const Tensor& b_codes, const Tensor& b_scales,
-                 int64_t columns, ScalarType dtype, double alpha, const OptTensor& bias_, const OptTensor& s_,
-                 const OptTensor& u_) {
-  constexpr const char* op = "mx_matmul";
-  const Arg like{op, "a_codes", a_codes}, other{op, "b_codes", b_codes};
-  const bool wide = like.type() == ScalarType::Float8_e4m3fn;
-  if (!wide && like.type() != ScalarType::Byte) like.refuse("be uint8 or float8_e4m3fn, got ", name_of(like.type()));
-  const Packed a = check_packed(op, a_codes, a_scales, nullptr, "[..., G]", "a_codes", "a_scales", wide);
-  if (b_codes.dim() != 2) other.refuse("have shape [O, 16 G], got ", text_of(sizes_of(b_codes)));
-  const Packed b = check_packed(op, b_codes, b_scales, &like, "[O, G]", "b_codes", "b_scales");
-  if (a.G != b.G) other.refuse("have ", a.G, " blocks a row, as a_codes has, got ", b.G);
-  check_columns(op, "columns", columns, a);
-  const float by = finite(op, "alpha", alpha);
-  const int64_t T = a.O, O = b.O, K = columns;
-  Tensor y = new_empty(a_codes, with_last(a_codes, O), dtype);
-  Arg{op, "dtype", y}.float_type();
-  if (bias_) Arg{op, "bias", *bias_}.strided().is(dtype).on(like).shape("[O]", {O});
-  if (s_.has_value() != u_.has_value()) fail(op, "s and u must be given together, got one of them");
-  LowRank low{};
-  if (s_) {
-    const Arg s{op, "s", *s_}, u{op, "u", *u_};
-    low.R = u.strided().is(dtype).on(like).shape("[O, R]", {O, -1}).last();
-    if (low.R > kMaxRank) u.refuse("have a rank of at most ", kMaxRank, ", got ", low.R);
-    s.strided().is(dtype).on(like).shape("[..., R]", with_last(a_codes, low.R));
-    low.s = torch::stable::reshape(as_contiguous(*s_), Sizes{T, low.R}), low.b = as_contiguous(*u_);
-  }
-  const OptTensor bias = bias_ ? OptTensor(as_contiguous(*bias_)) : std::nullopt;
-  if (!T || !O) return y;
-  const int64_t R = low.R;
-  const auto data = [](const OptTensor& t) { return t && t->defined() ? t->const_data_ptr() : nullptr; };
-  const auto bytes = [](const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); };
-  const MxProductParams p{.a = bytes(a.codes),
-                          .a_scales = bytes(a.scales),
-                          .b = bytes(b.codes),
-                          .b_scales = bytes(b.scales),
-                          .y = y.mutable_data_ptr(),
-                          .bias = data(bias),
-                          .s = data(low.s),
-                          .u = data(low.b),
-                          .T = T,
-                          .O = O,
-                          .K = K,
-                          .R = static_cast<int32_t>(R),
-                          .wide = wide,
-                          .alpha = by};
-  if (takes_units(p, dtype_of(y), a_codes, a.G)) {
-    run(op, y, p, LRK_RUN_CUDA(mx_product));
-    return y;
-  }
-  const Target target = DeviceScope(op, a_codes).target;
-  const bool halves = target.device == Device::kCUDA && dtype == ScalarType::BFloat16;
-  const int64_t most = choose_mx_way(T, O, K + R, DType::kF32, target).rows;
-  const Tensor rows = new_empty(a_codes, Sizes{T, K + R}, halves ? dtype : ScalarType::Float);
-  Tensor panel = new_empty(rows, Sizes{std::min(most, O), K + R}), out = seen_as(y, {T, O}, {O, 1});
-  const auto put = [&](const Tensor& t, const Tensor& beside) {
-    Tensor to = part(t, 1, K, R);
-    if (R) torch::stable::copy_(to, beside);
-  };
-  if (wide) {
-    if (K) decode_wide(op, a, K, part(rows, 1, 0, K));
-  } else {
-    decode(op, a, 0, T, 0, K, rows, K + R);
-  }
-  put(rows, low.s);
-  for (int64_t o = 0; o < O; o += most) {
-    const int64_t n = std::min(most, O - o);
-    decode(op, b, o, n, 0, K, panel, K + R);
-    Tensor used = part(panel, 0, 0, n);
-    put(used, R ? part(low.b, 0, o, n) : low.b);
-    product(op, part(out, 1, o, n), rows, torch::stable::transpose(used, 0, 1),
-            bias ? OptTensor(part(*bias, 0, o, n)) : std::nullopt, by);
-  }
-  return y;
-}
-
 }  // namespace
 }  // namespace lrk::ops
 
@@ -609,9 +432,6 @@ LRK_OP(mx_dequantize, "(Tensor codes, Tensor scales, int columns, ScalarType dty
 LRK_OP(mx_linear, "(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None, Tensor? experts=None) -> Tensor")
 LRK_OP(mx_linear_expand,
        "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, Tensor s, Tensor b, Tensor? experts=None) -> Tensor")
-LRK_OP(mx_matmul,
-       "(Tensor a_codes, Tensor a_scales, Tensor b_codes, Tensor b_scales, int columns, ScalarType dtype, float "
-       "alpha=1.0, Tensor? bias=None, Tensor? s=None, Tensor? u=None) -> Tensor")
 LRK_OP(mx_linear_bwd,
        "(Tensor dy, Tensor codes, Tensor scales, int columns, bool need_dx, bool need_dbias, Tensor? experts=None) -> "
        "(Tensor dx, Tensor dbias)")

@@ -178,7 +178,7 @@ def devices(info: dict[str, Any], quick: bool) -> dict[str, str]:
             if not (quick and name in found.values()):
                 found[f"cuda:{i}"] = name
                 if torch.cuda.get_device_capability(i) in OWN:
-                    found[f"cuda:{i}{FUSED}"] = f"{name}, {testing.FUSED}=1"
+                    found[f"cuda:{i}{FUSED}"] = f"{name}, {testing.FUSED}=all"
     return found
 
 

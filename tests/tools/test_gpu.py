@@ -362,8 +362,12 @@ def test_a_planted_error_is_recognised():
 
 def test_every_kernel_is_timed():
     """But for those that are timed with another."""
-    sizes = library(), "cpu", torch.float32, Shape(T=20, I=64, O=64, R=4)
-    names = {timed.kernel for family in sources.families() for timed in families.load(family).timed(*sizes)}
+    names = {
+        timed.kernel
+        for family in sources.families()
+        for dtype in (torch.float32, torch.bfloat16)
+        for timed in families.load(family).timed(library(), "cpu", dtype, Shape(T=20, I=64, O=64, R=4))
+    }
     assert names == {name for name, kernel in families.kernels().items() if not kernel.part}
 
 

@@ -179,7 +179,7 @@ def test_fused_paths_are_listed_with_their_own_evidence(monkeypatch):
     assert "| lora | 90 | may be the default | 0.80x the portable path's time over 1 cases, a |" in gpu_status.status()
     assert "| mx | 120 | opt-in | no run on sm_120 |" in gpu_status.status()
     monkeypatch.setattr(gpu_status, "kernels", lambda: portable)
-    assert "fused" not in gpu_status.status()
+    assert "opt-in" not in gpu_status.status()
 
 
 def test_suites_of_a_family():

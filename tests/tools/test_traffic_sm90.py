@@ -77,6 +77,8 @@ def test_time_is_that_of_the_block_with_most_tiles(kernel, most):
     assert said.parts["DRAM"] == pytest.approx(one.dram / h100.reached / 1e3)
     assert said.predicted_us == max(said.parts.values()) == said.parts[said.bound_by]
     assert roofline.predict(one, replace(h100, wgmma=1), None, 0, 0).bound_by == "tensor cores"
+    flop = 2 * 2048 * 132 * 1000  # a thousand cycles of all tensor cores
+    assert roofline.predict(one, h100, None, 0, flop).roof_us == pytest.approx(1000 / us)
 
 
 def test_a_chip_without_wgmma_is_refused():
