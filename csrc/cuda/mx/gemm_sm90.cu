@@ -22,7 +22,7 @@ template <int kTileN>
 struct MxGemm : Gemm<bf16, Major::kK, Tail::kColumns, false, kTileN> {
   using Base = Gemm<bf16, Major::kK, Tail::kColumns, false, kTileN>;
   using Base::p, Base::a, Base::ring, Base::full, Base::release, Base::consumer, Base::own_row;
-  static constexpr int kSums = Base::kSums;
+  static constexpr int kSums = Base::kSums, kA = 2 * Base::kA;  // kA in bytes
   static constexpr uint32_t kStageBytes = kTileM * kCodesRow + 2 * Base::kB;
 
   const MxWeight& w;
@@ -62,16 +62,17 @@ struct MxGemm : Gemm<bf16, Major::kK, Tail::kColumns, false, kTileN> {
       return any_lane(most > kOneProduct);
     }
   };
+  // halves: where the stage has this lane's row g, 32 codes each.
   template <bool kLarge>
-  __device__ __forceinline__ void decode(uint32_t (&to)[kProducts][4], int stage, const Scales& scales) const {
-    const int row = consumer() * 64 + own_row(), t = lane_id() % 4;
-    const auto* box = reinterpret_cast<const unsigned char*>(a + stage * Base::kA) + row * kCodesRow;
+  static __device__ __forceinline__ void decode(uint32_t (&to)[kProducts][4], const unsigned char* const (&halves)[2],
+                                                int stage, const Scales& scales) {
+    const int t = lane_id() % 4;
 #pragma unroll
     for (int below = 0; below < 2; ++below)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         uint32_t words[4];
-        load_16(words, box + 8 * below * kCodesRow + ((i ^ row / 4 % 2) << 4));
+        load_16(words, halves[i] + stage * kA + 8 * below * kCodesRow);
         const uint32_t byte = scales.bytes[below][i];
         const Scale scale = kLarge ? Scale(byte) : Scale::small(byte);
 #pragma unroll
@@ -83,6 +84,10 @@ struct MxGemm : Gemm<bf16, Major::kK, Tail::kColumns, false, kTileN> {
     float sum[kSums];
     uint32_t even[kProducts][4], odd[kProducts][4];
     int before = -1;
+    const int row = consumer() * 64 + own_row(), swapped = row / 4 % 2;
+    const auto* box = reinterpret_cast<const unsigned char*>(a) + row * kCodesRow;
+    const unsigned char* const halves[2] = {box + 16 * swapped, box + 16 * (1 - swapped)};
+    const uint64_t x = this->template b_word<Major::kK>(0, 0);
     const auto under_way = [&] {
       wgmma_commit();
       wgmma_wait<1>(sum);
@@ -98,7 +103,7 @@ struct MxGemm : Gemm<bf16, Major::kK, Tail::kColumns, false, kTileN> {
     this->each_tile([&](const GemmTile& tile) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sum[i] = 0.f;
-      const int64_t o = tile.row + consumer() * 64 + own_row(), G = w.G(), last = w.O - 1;
+      const int64_t o = tile.row + row, G = w.G(), last = w.O - 1;
       Scales scales{{w.scales + (o < last ? o : last) * G, w.scales + (o + 8 < last ? o + 8 : last) * G},
                     static_cast<int>(G),
                     {}};
@@ -106,24 +111,23 @@ struct MxGemm : Gemm<bf16, Major::kK, Tail::kColumns, false, kTileN> {
       const auto step = [&](uint32_t (&codes)[kProducts][4]) {
         mbarrier_wait(full + ring.stage, ring.turn);
         if (scales.large()) {
-          decode<true>(codes, ring.stage, scales);
+          decode<true>(codes, halves, ring.stage, scales);
         } else {
-          decode<false>(codes, ring.stage, scales);
+          decode<false>(codes, halves, ring.stage, scales);
         }
         scales.load();
         wgmma_fence(sum, codes);
-        const uint64_t x = this->template b_word<Major::kK>(ring.stage, 0);
+        const uint64_t at = x + static_cast<uint32_t>(ring.stage) * (2 * Base::kB / 16);
 #pragma unroll
-        for (int k = 0; k < kProducts; ++k) wgmma<bf16, kTileN>(sum, codes[k], x + 32 / 16 * k, true);
+        for (int k = 0; k < kProducts; ++k) wgmma<bf16, kTileN>(sum, codes[k], at + 32 / 16 * k, true);
         under_way();
       };
-      int i = 0;
-      for (; i + 1 < p.steps; i += 2) {
+      for (int pairs = p.steps / 2; pairs > 0; --pairs) {
         step(even);
         step(odd);
       }
       drain();
-      for (; i < p.steps; ++i) {
+      for (int i = p.steps / 2 * 2; i < p.steps; ++i) {
         step(even);
         drain();
       }
