@@ -34,7 +34,8 @@ class Plan:
 @dataclass(frozen=True)
 class Kernel:
     plan: Callable[..., Plan]  # of its template arguments
-    # The first of them: "x" of activations, "f" of factors, x's or fp32; "xf" both, "xw" beside fp32 ones, "x16" of 16 bits.
+    # The first of them: "x" of activations, "f" of factors, x's or fp32; "xf" both, "xw" beside fp32 ones, "x16" of 16 bits; "bf16": of that
+    # alone, which is no argument.
     types: str = ""
     rest: Iterable[tuple] = ((),)  # what may follow
     part: bool = False  # launched before or after another kernel, inside its time
@@ -48,6 +49,7 @@ class Kernel:
             "": [()],
             "x": [(x,)],
             "x16": [(x,)] if SIZE[x] == 2 else [],
+            "bf16": [()] if x == "bf16" else [],
             "f": [(x,), ("float",)],
             "xf": [(x, x), (x, "float")],
             "xw": [(x, "float")],

@@ -78,7 +78,7 @@ KERNELS = {
     "mx_linear": Kernel(linear, "xf", list(product((1, 2), BOOLS))),
     "mx_linear_experts": Kernel(linear, "xf", list(product((1, 2), BOOLS))),
     "mx_few": Mixed(few, rest=[("bf16", 8), ("bf16", 16)]),  # fp32 factors alike
-    "mx_gemm": Kernel(gemm, rest=[(128,), (256,)]),
+    "mx_gemm": Kernel(gemm, "bf16", rest=[(128,), (256,)]),
     "mx_tail": Kernel(lambda *_: Plan(8), part=True),
     "mx_sum": Kernel(lambda: Plan(8), part=True),  # neighbours in one warp
     "mx_swizzle": Kernel(lambda: Plan(8), part=True, by_ops=False),
