@@ -28,9 +28,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "emulator"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import build
+from lrkern import testing
 from lrkern.ops.dispatch import use_library
-from tools import families, roofline, sources
-from tools.chips import CHIPS
+from tools import families, gpu_status, roofline, sources
+from tools.chips import CHIPS, Chip
 from tools.families import Shape, Timed
 from tools.roofline import Counter, Machine, Prediction
 
@@ -45,6 +46,16 @@ HEAD = (f"  {'kernel':<24}{'grid':>12}{'b/SM':>5}{'waves':>7}{'SMs':>5}{'DRAM':>
 def operands(timed: Timed) -> dict[str, tuple[int, int]]:
     named: dict[str, Tensor] = {**timed.moved, **{f"{roofline.INDEX} {i}": t for i, t in enumerate(timed.index)}}
     return {name: (t.data_ptr(), t.nbytes) for name, t in named.items()}
+
+
+def calls_of(family: str, chip: Chip, dtype: torch.dtype, shape: Shape) -> Iterator[Timed]:
+    """Of each kernel that the chip runs and the emulator has, those of its architecture alone with LRKERN_FUSED=all."""
+    archs = {k.name: k.source.arch for k in gpu_status.kernels()}
+    ops = torch.ops.lrkern_traffic
+    for timed in families.load(family).timed(ops, "cpu", dtype, shape):
+        if (arch := archs[timed.kernel]) in ("", chip.arch.rstrip("a")):
+            with testing.fused(bool(arch)), use_library(ops):
+                yield timed
 
 
 def predictions(timed: Timed, counter: Counter, machine: Machine) -> Iterator[Prediction]:
@@ -137,9 +148,8 @@ def calls(arch: str, wanted: Collection[str]) -> Iterator[dict]:
     for family in wanted:
         for shape in families.load(family).SHAPES:
             torch.manual_seed(0)
-            for timed in families.load(family).timed(torch.ops.lrkern_traffic, "cpu", torch.bfloat16, shape):
-                with use_library(torch.ops.lrkern_traffic):
-                    found = list(predictions(timed, counter, machine))
+            for timed in calls_of(family, machine.chip, torch.bfloat16, shape):
+                found = list(predictions(timed, counter, machine))
                 yield {"arch": arch, "family": family, "kernel": timed.kernel, "case": str(shape),
                        "us": sum(p.predicted_us for p in found),
                        "bound_by": next(p.bound_by for p in found if p.kernel == timed.kernel),
@@ -149,14 +159,12 @@ def calls(arch: str, wanted: Collection[str]) -> Iterator[dict]:
 def case(family: str, kernels: set[str] | None, shape: Shape, counter: Counter, machine: Machine, args) -> None:
     dtype = DTYPES[args.dtype]
     torch.manual_seed(0)
-    calls = families.load(family).timed(torch.ops.lrkern_traffic, "cpu", dtype, shape)
     parts = {name for name, kernel in families.kernels().items() if kernel.part}
     shown = False
-    for timed in calls:
+    for timed in calls_of(family, machine.chip, dtype, shape):
         if kernels is not None and timed.kernel not in kernels and not kernels & parts:
             continue
-        with use_library(torch.ops.lrkern_traffic):
-            found = list(predictions(timed, counter, machine))
+        found = list(predictions(timed, counter, machine))
         if kernels is not None and timed.kernel not in kernels:  # asked for are sums, of whatever call
             found = [p for p in found if p.kernel in kernels]
         if not found:

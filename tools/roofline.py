@@ -109,6 +109,8 @@ def departures(counted: Counted, again: dict[str, str]) -> dict[str, str]:
         found["index"] = f"{(every - sectors) / every:.0%} of the sectors are indices"
     if (over := counted.wavefronts_over_ideal or 1.0) > 1.1:
         found["wavefronts"] = f"{over:.2f} times the least wavefronts of shared memory"
+    if counted.landed:  # blocks that stay: their grid says nothing of tiles
+        return found
     grid = dict(zip("xyz", counted.grid, strict=True))
     formula = sum(o["unique"] * math.prod(grid[axis] for axis in again.get(o["name"], "")) for o in streamed)
     if (l2 := sum(o["l2"] for o in streamed)) > 1.1 * formula:

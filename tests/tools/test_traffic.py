@@ -17,10 +17,9 @@ import roofline as command
 import run
 
 import build as emulator
-from lrkern.ops.dispatch import use_library
 from tools import families, roofline, sources
 from tools.chips import CHIPS
-from tools.families import Shape
+from tools.families import Shape, Timed
 from tools.roofline import Counted, Counter, Machine
 
 SHAPE = Shape(A=16, T=1024, I=1024, O=1024, R=16)  # aligned, and small enough for all blocks to run
@@ -50,11 +49,13 @@ KNOWN = {
     "nvfp4_quantize": HALF,  # a block of 16 in one thread
     "mx_linear": HALF | {"L2"},  # x by every block, and scales a byte at a time
     "mx_linear_experts": HALF | {"L2"},  # the same
+    "mx_few": HALF | {"L2"},  # the same
+    "mx_gemm": HALF,  # scales a byte at a time, by each of its lanes
 }
 # Adapters of 64 rows have no partial sums to add.
 OTHER_SHAPES = {"multi_lora_wgrad_sum": replace(SHAPE, A=1)}
 # Kernels that look up and do not stream, or are one block.
-LOOKUPS = {"multi_lora_plan", "multi_lora_gather", "multi_lora_scatter"}
+LOOKUPS = {"multi_lora_plan", "multi_lora_lists", "multi_lora_gather", "multi_lora_scatter"}
 
 
 @functools.cache
@@ -67,12 +68,12 @@ def counter() -> Counter:
     return made
 
 
-def launches(family: str, shape: Shape = SHAPE) -> Iterator[tuple[str, list[Counted]]]:
+def launches(family: str, shape: Shape = SHAPE) -> Iterator[tuple[Timed, list[Counted]]]:
     """Each timed call of a family, and what it launches."""
-    count, ops = counter(), torch.ops.lrkern_traffic
-    for timed in families.load(family).timed(ops, "cpu", torch.bfloat16, shape):
-        with use_library(ops), torch.no_grad():
-            yield timed.kernel, count.count(timed.call, command.operands(timed))
+    count = counter()
+    for timed in command.calls_of(family, CHIPS["h100"], torch.bfloat16, shape):
+        with torch.no_grad():
+            yield timed, count.count(timed.call, command.operands(timed))
 
 
 @pytest.mark.parametrize("family", sources.families())
@@ -81,10 +82,10 @@ def test_kernels_ask_for_what_their_tiles_need(family):
     known, which has to be there."""
     found: dict[str, set[str]] = {}
     shapes = {OTHER_SHAPES.get(name, SHAPE) for name in families.load(family).KERNELS}
-    for at, (_, counted) in ((shape, call) for shape in shapes for call in launches(family, shape)):
+    for at, (timed, counted) in ((shape, call) for shape in shapes for call in launches(family, shape)):
         for one in counted:
             assert one.run == one.blocks
-            if one.name not in LOOKUPS and at == OTHER_SHAPES.get(one.name, SHAPE):
+            if one.name not in (*LOOKUPS, *timed.also) and at == OTHER_SHAPES.get(one.name, SHAPE):
                 again = families.kernels()[one.name].again
                 found.setdefault(one.name, set()).update(roofline.departures(one, again))
     assert {name: kinds for name, kinds in found.items() if kinds} == {n: KNOWN[n] for n in found if n in KNOWN}
@@ -92,9 +93,9 @@ def test_kernels_ask_for_what_their_tiles_need(family):
 
 @pytest.mark.parametrize("family", sources.families())
 def test_a_call_launches_its_kernel_and_at_most_two_sums(family):
-    for kernel, counted in launches(family, Shape(A=4, T=64, I=512, O=512, R=16)):
+    for timed, counted in launches(family, Shape(A=4, T=64, I=512, O=512, R=16)):
         names = [one.name for one in counted]
-        assert names.count(kernel) == 1 and len(names) <= 3, names
+        assert names.count(timed.kernel) == 1 and len(names) <= 3, names
 
 
 def figures(**changed) -> Counted:
@@ -105,7 +106,7 @@ def figures(**changed) -> Counted:
     for name, value in changed.items():
         operand, _, key = name.partition("_")
         {"x": x, "y": y, "i": i}[operand][key] = value
-    return Counted("k", {"grid": [8, 4, 1], "operands": [x, y, i]}, [])
+    return Counted("k", {"grid": [8, 4, 1], "landed": 0, "operands": [x, y, i]}, [])
 
 
 @pytest.mark.parametrize(
