@@ -257,3 +257,31 @@ def test_build_info():
     assert info["target_abi"] == "2.11"
     assert isinstance(info["with_cuda"], bool)
     assert bool(info["cuda_archs"]) == info["with_cuda"]
+
+
+def test_which_products_kernels_by_cutlass_take():
+    product = lambda **q: host.explain("mx_product", **{"T": 4096, "O": 4096, "K": 4096, "arch": 100, **q})
+    assert all(
+        product(arch=arch, bits=bits, R=R)["pays"] for arch in (100, 120) for bits in (4, 8) for R in (0, 16, 512)
+    )
+    few = product(T=63)
+    assert few["fits"] and not few["pays"] and "tile of 128 rows" in few["why"]
+    for q, why in (
+        ({"arch": 90}, "sm_100a and sm_120a"),
+        ({"arch": 103}, "sm_100a and sm_120a"),
+        ({"device": "cpu"}, "sm_100a and sm_120a"),
+        ({"dtype": "float32"}, "give bfloat16"),
+        ({"K": 4104}, "no multiple of 32"),
+        ({"K": 4128, "bits": 8}, "no multiple of 128"),
+        ({"O": 4100}, "no whole vectors"),
+        ({"R": 12}, "no whole vectors"),
+        ({"T": 0}, "T and O lie in"),
+        ({"T": 8388481}, "T and O lie in"),
+    ):
+        assert not product(**q)["fits"] and why in product(**q)["why"], q
+    assert product(K=4128)["fits"]
+    gemm = lambda **q: host.explain("lora_gemm", **{"T": 4096, "N": 4096, "K": 4096, "R": 16, "arch": 100, **q})
+    assert gemm()["pays"] and gemm()["tiles"] == 32 * 32 and gemm()["cluster"] == 1
+    assert (
+        gemm(T=8)["fits"] and not gemm(T=8)["pays"] and not gemm(dtype="float32")["fits"] and not gemm(arch=120)["fits"]
+    )
