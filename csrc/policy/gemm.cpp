@@ -34,6 +34,8 @@ GemmConfig choose_gemm(const GemmShape& s, Target target) {
   if (!s.aligned || s.K % 8 || s.N % 8) return no("rows of x, W and y are not whole vectors of 16 bytes");
   if (!s.T || !s.N || !s.K || s.T > kMaxGemmSide || s.N > kMaxGemmSide || s.K > kMaxGemmSide)
     return no("sizes lie in 1..2^30");
+  if (ceil_div(s.T, int64_t{kTileM}) * ceil_div(s.N, int64_t{128}) > kMaxGemmSide)
+    return no("there are over 2^30 tiles");
   const int32_t cluster = s.T > kTileM ? 2 : 1, sms = tuned(target.arch).sms;
   // Rounds of tiles, each as long as its columns and a store of them.
   const auto cost = [&](int32_t tile_n) {

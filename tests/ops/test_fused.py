@@ -142,7 +142,7 @@ def test_the_choice_is_printed(name):
     assert answer["fits"] and answer["pays"] and answer["tile_n"] == 256 and answer["cluster"] == 2
     assert answer["tiles"] == 64 * 16 and "LRKERN_FUSED=1" in answer["why"]
     for change, why in [
-        ({"arch": 80}, "sm_90a"), ({"K": 4097}, "16 bytes"), ({"dtype": "float32"}, "16 bits"), ({"T": 100, "N": 512}, "too few")
+        ({"arch": 80}, "sm_90a"), ({"K": 4097}, "16 bytes"), ({"dtype": "float32"}, "16 bits"), ({"T": 100, "N": 512}, "too few"), ({"T": 1 << 30, "N": 1 << 30}, "2^30 tiles")
     ]:  # fmt: skip
         asked = {"T": 8192, "N": 4096, "K": 4096, "R": 16, "device": "cuda", "arch": 90} | change
         answer = _host.explain(name, **asked)
