@@ -391,6 +391,11 @@ void huge(int& code, Error& error) {
       {codes + kMxBytes, scales + 1, 1, 32}, x, y, nullptr, nullptr, nullptr, 2, pitch, 0, DType::kBF16, DType::kBF16};
   code |= mx_linear_cuda(linear, nullptr, nullptr);
   error.add(to_float(y[1]), 16 * 37, 0, DType::kBF16, false);
+  float parts[2];
+  MxFused few{.why = ""};
+  few.parts = 1, few.steps = 1, y[1] = {};
+  code |= mx_few_sm90(linear, few, parts, nullptr);
+  error.add(to_float(y[1]), 16 * 37, 0, DType::kBF16, false);
 }
 
 }  // namespace
