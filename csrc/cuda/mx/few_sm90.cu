@@ -25,6 +25,7 @@ struct Source {
   int64_t pitch, T, columns;
   bool vectors;
 };
+// By the whole block; a warp puts 8 tokens of a chunk there, pair(8 elements, i) each. What is not there is zeros.
 template <int kTokens, class Src, class Pair>
 __device__ __forceinline__ void stage(unsigned char* to, int chunks, const Source& from, const Pair& pair) {
   constexpr int kGroups = kTokens / 8;
