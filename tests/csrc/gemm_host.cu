@@ -27,7 +27,7 @@ void fits(DType dtype) {
             LoraGemmParams p{};
             p.y = memory, p.bias = memory, p.x = memory, p.T = tokens, p.N = N, p.K = K, p.x_pitch = K;
             p.w = {memory, kAlongN ? N : 1, kAlongN ? 1 : K};
-            const int32_t columns = R ? static_cast<int32_t>(lora_tail_columns(R, factor)) : 0;
+            const int32_t columns = R ? static_cast<int32_t>(tail_columns(R, factor)) : 0;
             auto* of = reinterpret_cast<const bf16*>(memory);
             const bool can = Gemm::fits(Gemm::arguments(p, {of, of, columns, kAlongN ? N : columns, columns}));
             const bool sides =
