@@ -96,6 +96,7 @@ struct ScaledSegments : Main {
 
   CUTLASS_DEVICE static void prefetch_tma_descriptors(Params const& p) {
     Main::prefetch_tma_descriptors(p.main);
+    if (!p.R) return;
     cute::prefetch_tma_descriptor(p.load_s.get_tma_descriptor());
     cute::prefetch_tma_descriptor(p.load_u.get_tma_descriptor());
   }

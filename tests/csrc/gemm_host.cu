@@ -27,11 +27,12 @@ void fits(DType dtype) {
             LoraGemmParams p{};
             p.y = memory, p.bias = memory, p.x = memory, p.T = tokens, p.N = N, p.K = K, p.x_pitch = K;
             p.w = {memory, kAlongN ? N : 1, kAlongN ? 1 : K};
-            const int32_t columns = R ? static_cast<int32_t>(lora_tail_columns(R, factor)) : 0;
+            const int32_t columns = R ? static_cast<int32_t>(tail_columns(R, factor)) : 0;
             auto* of = reinterpret_cast<const bf16*>(memory);
             const bool can = Gemm::fits(Gemm::arguments(p, {of, of, columns, kAlongN ? N : columns, columns}));
+            const int64_t m = ceil_div(tokens, int64_t{128}), n = ceil_div(N, int64_t{128});
             const bool sides =
-                tokens <= 128 * kMaxTiles && N <= 128 * kMaxTiles;  // of a launch, which CUTLASS does not ask here
+                m <= kMaxTiles && n <= kMaxTiles && m * n <= kMaxGemmSide;  // of a launch, not asked of CUTLASS
             if (config.fits != (can && sides))
               ++g_wrong, std::printf("T=%ld N=%ld K=%ld R=%d: %d, %d\n", tokens, N, K, R, config.fits, can);
             ++(config.fits ? taken : refused);

@@ -9,6 +9,7 @@
 #include "mx/product_sm120.cuh"
 #endif
 // after CUTLASS
+#include "policy/gemm.cpp"
 #include "policy/mx.cpp"
 
 using namespace lrk;
