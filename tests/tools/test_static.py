@@ -139,7 +139,9 @@ def test_plans_name_the_shared_memory_and_threads_of_the_launches(dtype, stack):
         planned = {x: {(p.threads, p.shared) for p in kernel.plans(x)} for x in TYPES.values()}
         of_any_type = set().union(*planned.values())  # y may have another than x
         assert seen <= of_any_type, name
-        assert planned[TYPES[dtype]] <= seen or (kernel.part and not seen), name  # a part may serve x of other types alone
+        assert planned[TYPES[dtype]] <= seen or (kernel.part and not seen), (
+            name
+        )  # a part may serve x of other types alone
 
 
 # ---- with the compiler
