@@ -74,7 +74,8 @@ struct Gemm {
   T *a, *b, *out;           // [stage], [stage], [consumer]
   Mbarrier *full, *empty;   // [stage]
   uint32_t* odd = nullptr;  // [2][warp of the consumers]
-  int rank;                 // in the cluster
+  int odd_turn = 0;
+  int rank;  // in the cluster
   Ring<kStages> ring;
 
   explicit __device__ __forceinline__ Gemm(Smem& smem, const GemmParams& params)
@@ -306,7 +307,7 @@ struct Gemm {
     for (int first = 0; first < count; first += kProducts) {
       const int pages = count - first < kProducts ? count - first : kProducts;
       mbarrier_wait(full + ring.stage, ring.turn);
-      if (const uint32_t not_finite = not_finite_pages(ring.stage, pages, first / kProducts % 2)) {
+      if (const uint32_t not_finite = not_finite_pages(ring.stage, pages)) {
         drain();
 #pragma unroll 1
         for (int j = 0; j < pages; ++j)
@@ -334,8 +335,10 @@ struct Gemm {
     for (int i = 0; i < kTileN * kPageK / 8 / kAtOnce; ++i)
       f(b + s * kB + j * kTileN * kPageK + (i * kAtOnce + static_cast<int>(threadIdx.x) - kGroup) * 8);
   }
-  // A bit for each page of the stage that has an element which is not finite, in these columns. `turn` alternates.
-  __device__ __forceinline__ uint32_t not_finite_pages(int s, int pages, int turn) const {
+  // A bit for each page of the stage that has an element which is not finite, in these columns. Who reads the words of one turn
+  // may be late by a turn: they alternate, through the tiles.
+  __device__ __forceinline__ uint32_t not_finite_pages(int s, int pages) {
+    odd_turn ^= 1;
     uint32_t found = 0;
 #pragma unroll 1
     for (int j = 0; j < pages; ++j) {
@@ -348,7 +351,7 @@ struct Gemm {
       });
       if (any_lane(here != 0)) found |= 1u << j;
     }
-    uint32_t* all = odd + turn * kConsumers * 4;
+    uint32_t* all = odd + odd_turn * kConsumers * 4;
     if (lane_id() == 0) all[warp_id() - kGroup / 32] = found;
     sync_consumers();
     found = 0;
