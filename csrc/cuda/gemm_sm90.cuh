@@ -22,6 +22,7 @@ namespace lrk::sm90 {
 
 constexpr int kGroup = 128, kConsumers = 2, kThreads = (1 + kConsumers) * kGroup;
 constexpr int kProducerRegisters = 48, kConsumerRegisters = 232;
+constexpr int kBoth = 1 + kConsumers;  // the named barrier of all consumers; each has one of its own before it
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 512);
 constexpr int kProducts = kTileK / 16;                              // of a step
 constexpr uint32_t kRowBytes = 2 * kTileK, kBrick = 8 * kRowBytes;  // rows of a swizzled box
@@ -151,7 +152,6 @@ struct Gemm {
           bulk_share(b + s * kB + i * kBox, of_b, full + s, kMajor == Major::kK ? k : n, kMajor == Major::kK ? n : k);
         });
       }
-      sync_warp();
     }
   }
   template <class F>
@@ -185,7 +185,6 @@ struct Gemm {
                        entries[first + j].page * kPageK);
           });
       }
-      sync_warp();
     }
   }
   __device__ __forceinline__ void copy_s(T* to, const GemmTile& tile, const PageEntry& entry, int j) const {
@@ -296,7 +295,7 @@ struct Gemm {
   // By a lane for each block whose copies end in this block's stage, and whose stage this block's copies end in.
   __device__ __forceinline__ void release(int stage) const {
     if (stage < 0) return;
-    sync_warp();
+    sync_warp();  // where lanes read of the stage themselves
     if (lane_id() < p.tiles.cluster) mbarrier_arrive_at(empty + stage, lane_id());
   }
 
@@ -312,12 +311,12 @@ struct Gemm {
 #pragma unroll 1
         for (int j = 0; j < pages; ++j)
           if (not_finite >> j & 1) add_to_owners(sum, tile, page_entries(tile)[first + j], ring.stage, j);
-        sync_consumers();
+        sync_named(kBoth, kConsumers * kGroup);
 #pragma unroll 1
         for (int j = 0; j < pages; ++j)
           if (not_finite >> j & 1) clear_page(ring.stage, j);
         fence_async();
-        sync_consumers();
+        sync_named(kBoth, kConsumers * kGroup);
       }
       step([&](int s) {
 #pragma unroll 1
@@ -326,7 +325,6 @@ struct Gemm {
       });
     }
   }
-  static __device__ __forceinline__ void sync_consumers() { sync_named(1 + kConsumers, kConsumers * kGroup); }
   // f(16 bytes of page j): all of it, by the consumers together.
   template <class F>
   __device__ __forceinline__ void each_vector(int s, int j, const F& f) const {
@@ -353,7 +351,7 @@ struct Gemm {
     }
     uint32_t* all = odd + odd_turn * kConsumers * 4;
     if (lane_id() == 0) all[warp_id() - kGroup / 32] = found;
-    sync_consumers();
+    sync_named(kBoth, kConsumers * kGroup);
     found = 0;
 #pragma unroll
     for (int w = 0; w < kConsumers * 4; ++w) found |= all[w];

@@ -8,6 +8,7 @@ import pytest
 import build as emulator
 from tests.csrc.test_emulator import params_program
 from tests.csrc.test_gemm_sm90 import CALL as OF_LOOP
+from tests.csrc.test_gemm_sm90 import LOOP
 
 KERNELS = {"few": "csrc/cuda/mx/few_sm90.cu", "many": "csrc/cuda/mx/gemm_sm90.cu"}  # by what *_params.cpp calls them
 
@@ -29,6 +30,11 @@ def test_random_problems(op, variant, cases, schedules):
 
 
 def waits():
+    lines = (emulator.ROOT / LOOP).read_text().splitlines()
+    (kept,) = [
+        i for i, text in enumerate(lines, 1) if re.search(r"sync_warp\(\);  // where lanes read of the stage", text)
+    ]
+    yield pytest.param("many", f"{LOOP}:{kept}", id="many-release-sync_warp")
     for op, path in KERNELS.items():
         for number, text in enumerate((emulator.ROOT / path).read_text().splitlines(), 1):
             if call := CALL.search(text.split("//")[0]):
