@@ -45,6 +45,10 @@ def test_words_of_pages_alternate_through_the_tiles():
 
 
 def waits():
+    lists = "csrc/cuda/multi_lora/gemm.cu"
+    for number, text in enumerate((emulator.ROOT / lists).read_text().splitlines(), 1):
+        if "sync_threads()" in text:
+            yield pytest.param("multi_lora", f"{lists}:{number}", id=f"multi_lora-lists-sync_threads-{number}")
     """Of the code of the loop, by the function that a line stands in: some serve pages alone."""
     function = ""
     for number, text in enumerate((emulator.ROOT / LOOP).read_text().splitlines(), 1):

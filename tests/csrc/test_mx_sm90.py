@@ -20,7 +20,7 @@ def of_mx(op, variant, cases, *schedules, **env):
     return emulator.execute(params_program("mx", variant), cases, 5, *schedules, LRK_PARAMS_OP=op, **env)
 
 
-@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("op", [*KERNELS, "swizzle"])
 @pytest.mark.parametrize(
     ("variant", "cases", "schedules"), [("plain", 60, (0, 1, 7)), ("tracked", 25, (0,)), ("sanitized", 25, (1,))]
 )

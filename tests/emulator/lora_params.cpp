@@ -32,9 +32,8 @@ struct Case {
 };
 
 Case draw_case() {
-  const char* ops[] = {"shrink", "expand", "expand", "wgrad", "shrink_wgrad", "rescale", "gemm"};
   Case c{};
-  c.op = ops[draw() % 7];
+  c.op = draw_op({"shrink", "expand", "expand", "wgrad", "shrink_wgrad", "rescale"});
   std::tie(c.dtype, c.factor_dtype) = draw_types();
   c.T = pick({1, 3, 16, 64, 65, 100, 130});
   c.N = pick({1, 8, 24, 64, 100, 130, 256, 257, 520});

@@ -41,9 +41,8 @@ struct Case {
 };
 
 Case draw_case() {
-  const char* ops[] = {"shrink", "shrink", "expand", "expand", "wgrad", "wgrad", "gather", "scatter", "gemm"};
   Case c{};
-  c.op = ops[draw() % 9];
+  c.op = draw_op({"shrink", "shrink", "expand", "expand", "wgrad", "wgrad", "gather", "scatter"});
   std::tie(c.dtype, c.factor) = draw_types();
   c.T = pick({1, 3, 16, 64, 65, 130, 300});
   c.N = pick({1, 8, 24, 64, 130, 257, 520});
@@ -61,6 +60,7 @@ Case draw_case() {
     c.dtype = c.factor = DType::kBF16;
     c.N = pick({8, 64, 136, 264}), c.I = pick({8, 72, 200}), c.L = c.slices = 1, c.first = 0;
     c.pad = pick({0, 8}), c.n_contig = draw() % 2, c.poisoned = draw() % 2;
+    if (draw() % 4 == 0) c.A = 200, c.M = 1;  // more than a block of the lists looks at together
     if (!c.n_contig || c.K > 1) c.p = 0;
     c.tile_n = static_cast<int32_t>(pick({128, 256})), c.cluster = static_cast<int32_t>(pick({1, 2}));
   }

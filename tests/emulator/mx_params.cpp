@@ -34,27 +34,26 @@ struct Case {
 
 Case draw_case() {
   Case c{};
-  const int64_t op = pick({0, 0, 1, 2, 2, 2, 3, 3, 4, 5, 5, 5, 6, 6, 6, 7});
-  const char* ops[] = {"quantize", "dequantize", "linear", "experts", "nvfp4", "few", "many", "swizzle"};
-  c.op = ops[op];
+  c.op = draw_op({"quantize", "quantize", "dequantize", "linear", "linear", "linear", "experts", "experts", "nvfp4"});
+  const bool few = c.op == "few", many = c.op == "many", linear = c.op == "linear", experts = c.op == "experts";
   std::tie(c.dtype, c.b_dtype) = draw_types();
-  if (op >= 5) c.dtype = DType::kBF16, c.b_dtype = draw() % 2 ? DType::kBF16 : DType::kF32;
-  c.T = op == 2 || op == 5 ? 1 + static_cast<int64_t>(draw() % kMxFewCuda) : pick({1, 3, 16, 33, 130});
+  if (few || many) c.dtype = DType::kBF16, c.b_dtype = draw() % 2 ? DType::kBF16 : DType::kF32;
+  c.T = linear || few ? 1 + static_cast<int64_t>(draw() % kMxFewCuda) : pick({1, 3, 16, 33, 130});
   c.K = pick({1, 31, 32, 33, 64, 100, 256, 544, 1088, 2112});
   c.O = pick({1, 7, 16, 17, 40, 64});
   c.R = pick({1, 4, 16, 33});
-  c.E = op == 3 ? pick({1, 2, 3, 9}) : 1;
-  if (op == 3) c.T = pick({1, 5, 9, 17, 40, 70});
+  c.E = experts ? pick({1, 2, 3, 9}) : 1;
+  if (experts) c.T = pick({1, 5, 9, 17, 40, 70});
   c.pad = pick({0, 0, 8, 3}), c.shift = pick({0, 0, 0, 1, 8});
   c.rule = static_cast<MxRule>(draw() % kMxRules);
   c.hadamard = draw() % 2, c.random = draw() % 3 == 0, c.across = draw() % 3 == 0, c.mask = draw() % 2;
   c.bias = draw() % 2, c.low_rank = draw() % 2, c.any_scale = draw() % 3 == 0;
   c.gain = draw() % 3 ? 1.f : .75f;
-  if (op == 5) {
+  if (few) {
     c.O = pick({1, 64, 100, 128, 130, 300}), c.R = pick({1, 8, 16, 33, 136});
     c.steps = 1 + static_cast<int32_t>(draw() % kMxMostSteps);
   }
-  if (op == 6) {
+  if (many) {
     c.T = pick({1, 17, 130, 300}), c.K = pick({32, 64, 96, 200, 544}), c.O = pick({8, 136, 128, 264});
     c.R = pick({1, 8, 16, 33, 136}), c.pad = pick({0, 8}), c.shift = pick({0, 8});
     c.tile_n = static_cast<int32_t>(pick({128, 256})), c.cluster = 1 + static_cast<int32_t>(draw() % 2);

@@ -36,6 +36,12 @@ inline uint64_t draw() {
 inline int64_t pick(std::initializer_list<int64_t> of) { return of.begin()[draw() % of.size()]; }
 inline double draw_value() { return static_cast<double>(draw() % 4096) / 2048.0 - 1.0; }
 
+// One of these, or the op that LRK_PARAMS_OP names: those of one architecture are asked for so.
+inline std::string draw_op(std::initializer_list<const char*> ops) {
+  const char* asked = std::getenv("LRK_PARAMS_OP");
+  return asked ? asked : ops.begin()[draw() % ops.size()];
+}
+
 // Types of activations and factors that may meet.
 inline std::pair<DType, DType> draw_types() {
   constexpr DType f32 = DType::kF32, f16 = DType::kF16, bf16 = DType::kBF16;
@@ -147,7 +153,7 @@ inline bf16* reserve(int64_t count) {
   std::exit(0);
 }
 
-// main of a program:  CASES SEED SCHEDULE...  a line for each random case that fails;  or  huge. LRK_PARAMS_OP: of that op alone.
+// main of a program:  CASES SEED SCHEDULE...  a line for each random case that fails;  or  huge
 template <class DrawCase, class Judge, class Huge>
 int run_program(int argc, char** argv, const DrawCase& draw_case, const Judge& judge, const Huge& huge) {
   if (argc == 2 && std::string(argv[1]) == "huge") {
@@ -165,10 +171,8 @@ int run_program(int argc, char** argv, const DrawCase& draw_case, const Judge& j
   for (int i = 3; i < argc; ++i) schedules.push_back(std::atoi(argv[i]));
   int failed = 0;
   const int enough = std::getenv("LRK_EMU_SKIP") ? 1 : 5;  // a planted error has to be seen once
-  const char* only = std::getenv("LRK_PARAMS_OP");
   for (int i = 0; i < cases && failed < enough; ++i) {
-    auto c = draw_case();
-    while (only && c.op != only) c = draw_case();
+    const auto c = draw_case();
     emu::forget_global();
     const std::string wrong = judge(c, schedules);
     if (wrong.empty()) continue;
