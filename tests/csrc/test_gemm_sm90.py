@@ -37,13 +37,6 @@ def test_random_problems(family, variant, cases, schedules):
     assert done.returncode == 0 and f"{cases} cases, 0 failed" in done.stdout, done.stdout + done.stderr
 
 
-def test_words_of_pages_alternate_through_the_tiles():
-    """Seed 24 draws a block with tiles of few steps, of which a consumer may read the one's words while the other writes the next's:
-    the tracked build found a race as long as each tile began with the same words."""
-    done = emulator.execute(params_program("multi_lora", "tracked"), 6, 24, 0, LRK_PARAMS_OP="gemm")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def waits():
     lists = "csrc/cuda/multi_lora/gemm.cu"
     for number, text in enumerate((emulator.ROOT / lists).read_text().splitlines(), 1):
