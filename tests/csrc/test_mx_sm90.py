@@ -17,7 +17,7 @@ CALL = re.compile(OF_LOOP.pattern.replace("wait_predecessor", "wait_predecessor|
 
 
 def of_mx(op, variant, cases, *schedules, **env):
-    return emulator.execute(params_program("mx", variant), cases, 5, *schedules, LRK_PARAMS_OP=op, **env)
+    return emulator.execute(params_program("mx", variant), cases, 7, *schedules, LRK_PARAMS_OP=op, **env)
 
 
 @pytest.mark.parametrize("op", [*KERNELS, "swizzle"])
@@ -44,5 +44,5 @@ def waits():
 @pytest.mark.slow
 @pytest.mark.parametrize(("op", "place"), list(waits()))
 def test_every_wait_arrive_and_fence_is_missed(op, place):
-    done = of_mx(op, "tracked", 120, 0, LRK_EMU_SKIP=place)
+    done = of_mx(op, "tracked", 240, 0, LRK_EMU_SKIP=place)
     assert done.returncode == 1 and f"FAIL {op}" in done.stdout
