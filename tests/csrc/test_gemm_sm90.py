@@ -37,6 +37,12 @@ def test_random_problems(family, variant, cases, schedules):
     assert done.returncode == 0 and f"{cases} cases, 0 failed" in done.stdout, done.stdout + done.stderr
 
 
+def test_words_of_pages_alternate_through_the_tiles():
+    """With the same words for each tile a consumer may read one tile's while the other writes the next's, a race in these cases."""
+    done = emulator.execute(params_program("multi_lora", "tracked"), 20, 1, 0, LRK_PARAMS_OP="short_gemm")
+    assert done.returncode == 0 and "20 cases, 0 failed" in done.stdout, done.stdout + done.stderr
+
+
 def waits():
     lists = "csrc/cuda/multi_lora/gemm.cu"
     for number, text in enumerate((emulator.ROOT / lists).read_text().splitlines(), 1):

@@ -43,6 +43,8 @@ struct Case {
 Case draw_case() {
   Case c{};
   c.op = draw_op({"shrink", "shrink", "expand", "expand", "wgrad", "wgrad", "gather", "scatter"});
+  const bool is_short = c.op == "short_gemm";  // several tiles a block, of one step each
+  if (is_short) c.op = "gemm";
   std::tie(c.dtype, c.factor) = draw_types();
   c.T = pick({1, 3, 16, 64, 65, 130, 300});
   c.N = pick({1, 8, 24, 64, 130, 257, 520});
@@ -63,6 +65,7 @@ Case draw_case() {
     if (draw() % 4 == 0) c.A = 200, c.M = 1;  // more than a block of the lists looks at together
     if (!c.n_contig || c.K > 1) c.p = 0;
     c.tile_n = static_cast<int32_t>(pick({128, 256})), c.cluster = static_cast<int32_t>(pick({1, 2}));
+    if (is_short) c.T = 300, c.N = 264, c.I = 8, c.A = c.K = c.M = 1, c.tile_n = 128, c.cluster = 1;
   }
   return c;
 }
