@@ -78,6 +78,7 @@ struct Gemm {
   int odd_turn = 0;
   int rank;  // in the cluster
   Ring<kStages> ring;
+  int before = -1;  // a consumer's stage whose products are under way
 
   explicit __device__ __forceinline__ Gemm(Smem& smem, const GemmParams& params)
       : p(params),
@@ -231,22 +232,11 @@ struct Gemm {
 
   __device__ __forceinline__ void consume() {
     float sum[kSums];
-    int before = -1;  // the stage of the products under way
-    // The stage's products are under way when it returns, those of the stage before are over.
     const auto step = [&](const auto& products) {
       mbarrier_wait(full + ring.stage, ring.turn);
       wgmma_fence(sum);
       products(ring.stage);
-      wgmma_commit();
-      wgmma_wait<1>(sum);
-      release(before);
-      before = ring.stage;
-      ring.next();
-    };
-    const auto drain = [&] {
-      wgmma_wait<0>(sum);
-      release(before);
-      before = -1;
+      go_on(sum);
     };
     if constexpr (kTail == Tail::kPages) wait_predecessor();  // the lists
     each_tile([&](const GemmTile& tile) {
@@ -254,7 +244,7 @@ struct Gemm {
       for (int i = 0; i < kSums; ++i) sum[i] = 0.f;
       const auto tail = [&] {
         if constexpr (kTail == Tail::kPages) {
-          add_pages(sum, tile, step, drain);
+          add_pages(sum, tile, step);
         } else {
           for (int i = 0; i < p.tail_steps; ++i) {
             const int products = i + 1 < p.tail_steps ? kProducts : p.tail_products;
@@ -268,7 +258,7 @@ struct Gemm {
       };
       if constexpr (kDropout) {
         tail();
-        drain();
+        drain(sum);
         drop(sum, tile);
       }
       for (int i = 0; i < p.steps; ++i)
@@ -279,18 +269,31 @@ struct Gemm {
         });
       if constexpr (!kDropout) {
         if (kTail == Tail::kColumns && (p.column_scale || p.keeps_base)) {
-          drain();
+          drain(sum);
           if (p.keeps_base) store(p.base, sum, tile);
           if (p.column_scale) scale_columns(sum, tile);
         }
         tail();
       }
-      drain();
+      drain(sum);
       if (p.bias) add_bias(sum, tile);
       if constexpr (kTail == Tail::kPages) blank(sum, tile);
       store(p.y, sum, tile);
     });
     if (threadIdx.x % kGroup == 0) bulk_wait_read<0>();
+  }
+  // The stage's products are under way from here on, those of the stage before are over.
+  __device__ __forceinline__ void go_on(float (&sum)[kSums]) {
+    wgmma_commit();
+    wgmma_wait<1>(sum);
+    release(before);
+    before = ring.stage;
+    ring.next();
+  }
+  __device__ __forceinline__ void drain(float (&sum)[kSums]) {
+    wgmma_wait<0>(sum);
+    release(before);
+    before = -1;
   }
   // By a lane for each block whose copies end in this block's stage, and whose stage this block's copies end in.
   __device__ __forceinline__ void release(int stage) const {
@@ -299,15 +302,14 @@ struct Gemm {
     if (lane_id() < p.tiles.cluster) mbarrier_arrive_at(empty + stage, lane_id());
   }
 
-  template <class Step, class Drain>
-  __device__ __forceinline__ void add_pages(float (&sum)[kSums], const GemmTile& tile, const Step& step,
-                                            const Drain& drain) {
+  template <class Step>
+  __device__ __forceinline__ void add_pages(float (&sum)[kSums], const GemmTile& tile, const Step& step) {
     const int count = page_count(tile);
     for (int first = 0; first < count; first += kProducts) {
       const int pages = count - first < kProducts ? count - first : kProducts;
       mbarrier_wait(full + ring.stage, ring.turn);
       if (const uint32_t not_finite = not_finite_pages(ring.stage, pages)) {
-        drain();
+        drain(sum);
 #pragma unroll 1
         for (int j = 0; j < pages; ++j)
           if (not_finite >> j & 1) add_to_owners(sum, tile, page_entries(tile)[first + j], ring.stage, j);

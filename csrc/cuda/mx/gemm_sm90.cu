@@ -21,7 +21,7 @@ struct MxGemmParams : GemmParams {
 template <int kTileN>
 struct MxGemm : Gemm<bf16, Major::kK, Tail::kColumns, false, kTileN> {
   using Base = Gemm<bf16, Major::kK, Tail::kColumns, false, kTileN>;
-  using Base::p, Base::a, Base::ring, Base::full, Base::release, Base::consumer, Base::own_row;
+  using Base::p, Base::a, Base::ring, Base::full, Base::consumer, Base::own_row;
   static constexpr int kSums = Base::kSums, kA = 2 * Base::kA;  // kA in bytes
   static constexpr uint32_t kStageBytes = kTileM * kCodesRow + 2 * Base::kB;
 
@@ -83,23 +83,10 @@ struct MxGemm : Gemm<bf16, Major::kK, Tail::kColumns, false, kTileN> {
   __device__ __forceinline__ void consume() {
     float sum[kSums];
     uint32_t even[kProducts][4], odd[kProducts][4];
-    int before = -1;
     const int row = consumer() * 64 + own_row(), swapped = row / 4 % 2;
     const auto* box = reinterpret_cast<const unsigned char*>(a) + row * kCodesRow;
     const unsigned char* const halves[2] = {box + 16 * swapped, box + 16 * (1 - swapped)};
     const uint64_t x = this->template b_word<Major::kK>(0, 0);
-    const auto under_way = [&] {
-      wgmma_commit();
-      wgmma_wait<1>(sum);
-      release(before);
-      before = ring.stage;
-      ring.next();
-    };
-    const auto drain = [&] {
-      wgmma_wait<0>(sum);
-      release(before);
-      before = -1;
-    };
     this->each_tile([&](const GemmTile& tile) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sum[i] = 0.f;
@@ -120,16 +107,16 @@ struct MxGemm : Gemm<bf16, Major::kK, Tail::kColumns, false, kTileN> {
         const uint64_t at = x + static_cast<uint32_t>(ring.stage) * (2 * Base::kB / 16);
 #pragma unroll
         for (int k = 0; k < kProducts; ++k) wgmma<bf16, kTileN>(sum, codes[k], at + 32 / 16 * k, true);
-        under_way();
+        this->go_on(sum);
       };
       for (int pairs = p.steps / 2; pairs > 0; --pairs) {
         step(even);
         step(odd);
       }
-      drain();
+      this->drain(sum);
       for (int i = p.steps / 2 * 2; i < p.steps; ++i) {
         step(even);
-        drain();
+        this->drain(sum);
       }
       for (int i = 0; i < p.tail_steps; ++i) {
         mbarrier_wait(full + ring.stage, ring.turn);
@@ -137,9 +124,9 @@ struct MxGemm : Gemm<bf16, Major::kK, Tail::kColumns, false, kTileN> {
 #pragma unroll 1
         for (int k = 0; k < (i + 1 < p.tail_steps ? kProducts : p.tail_products); ++k)
           wgmma<bf16, kTileN>(sum, this->a_word(ring.stage, k), this->template b_word<Major::kK>(ring.stage, k), true);
-        under_way();
+        this->go_on(sum);
       }
-      drain();
+      this->drain(sum);
       if (p.bias) add_bias(sum, o);
       store(sum, tile);
     });
