@@ -25,7 +25,8 @@ from tools.families import load
 from tools.sources import ROOT
 
 PREDICTED = sources.KEPT.parent / "predicted.jsonl"
-SOURCES = ("csrc/cuda/lora/portable.cu", "csrc/cuda/device.cu")  # that tests/emulator/tune.cu drives
+# That tests/emulator/tune.cu drives.
+SOURCES = ("csrc/cuda/lora/portable.cu", "csrc/cuda/device.cu", "csrc/policy/gemm.cpp")
 TABLE = ROOT / "csrc" / "policy" / "tuned.h"
 SECTORS = ("l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum", "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum")
 DRAM = "dram__bytes.sum"

@@ -25,15 +25,21 @@ def draw(rng: random.Random, schema, layer: Layer) -> dict[str, Any]:
     lead = layer.lead if schema.name.endswith("_dequantize") else [*E, layer.O]
     G, hadamard, some = -(-layer.I // (16 if nv else 32)), rng.random() < 0.5, rng.random() < 0.5
     bytes_of = lambda n, low, high: torch.randint(low, high, (*lead, n)).to(torch.uint8)
+    s_dtype = torch.float32 if layer.factor == torch.float16 else layer.factor
+    out, packed = rng.choice(FLOATS), {}
+    if "a_codes" in names:  # what is added has the result's dtype; s and u come together or not at all
+        few = lambda *shape: strided(rng, shape, out, False) if some else None
+        packed = {"bias": few(layer.O), "s": few(*layer.lead, layer.R), "u": few(layer.O, layer.R)}
+        a_codes = torch.randint(0, 256, (*layer.lead, 16 * G)).to(torch.uint8)
+        if rng.random() < 0.3:  # MXFP8's
+            a_codes = torch.randn(*layer.lead, 32 * G).to(torch.float8_e4m3fn)
+        packed |= {"a_codes": a_codes, "a_scales": torch.randint(115, 128, (*layer.lead, G)).to(torch.uint8)}
     return args | {
         "codes": bytes_of((8 if nv else 16) * G, 0, 256), "scales": bytes_of(G, 8, 127) if nv else bytes_of(G, 115, 128),
         "global_scale": torch.rand(1), "amax": torch.rand(1) * 4 if some else None,
-        "columns": layer.I, "dtype": rng.choice(FLOATS),
-        "a_codes": torch.randint(0, 256, (*layer.lead, 16 * G)).to(torch.uint8), "b_codes": bytes_of(16 * G, 0, 256),
-        "a_scales": torch.randint(115, 128, (*layer.lead, G)).to(torch.uint8), "b_scales": bytes_of(G, 115, 128),
-        "alpha": rng.choice((1.0, 16 / 9)),
-        "s": strided(rng, [*layer.lead, layer.R], torch.float32 if layer.factor == torch.float16 else layer.factor, False),
+        "columns": layer.I, "dtype": out, "b_codes": bytes_of(16 * G, 0, 256), "b_scales": bytes_of(G, 115, 128),
+        "alpha": rng.choice((1.0, 16 / 9)), "s": strided(rng, [*layer.lead, layer.R], s_dtype, False),
         "experts": index, "rule": rng.choice(RULES), "hadamard": hadamard, "gain": rng.choice((1.0, 0.75)),
         "signs": torch.randint(-(2**31), 2**31, (1,)).int() if hadamard and some else None,
         "seed": torch.tensor([rng.getrandbits(63)]) if rng.random() < 0.3 else None,
-    }  # fmt: skip
+    } | packed  # fmt: skip
