@@ -4,6 +4,7 @@
 # ruff: noqa: F401, F403
 from .dora import *
 from .lora import *
+from .middle import *
 from .miss import *
 from .mora import *
 from .mx import *

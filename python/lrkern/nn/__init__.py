@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in modules."""
 
+from . import variants as variants
 from .lora import FusedLoRALinear as FusedLoRALinear
 from .miss import MissLinear as MissLinear
 from .mora import MoRALinear as MoRALinear

@@ -5,7 +5,8 @@ A new kind is a class with SETTINGS, ``_set_up`` and, below LowRankLinear, ``fac
 ``delta_weight``, and where ``low_rank`` may be true, ``factors`` too. Files, conversions and serving ask the class; none has a list of kinds.
 """
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,13 @@ def _snapshot(m: nn.Module) -> nn.Module:
     return copy
 
 
+class Method(NamedTuple):
+    """What ``lrkern.adapt`` knows a kind of layer by: the settings that make it this method, and who published it."""
+
+    settings: dict[str, Any]
+    paper: str
+
+
 class AdapterLinear(nn.Module):
     """y = x Wᵀ + bias + what the adapter adds. W stays frozen, the coefficients train; with r = 0 it is the base layer alone.
 
@@ -52,6 +60,7 @@ class AdapterLinear(nn.Module):
 
     SETTINGS: ClassVar[tuple[str, ...]]  # attributes that, given to from_linear, make the same layer again
     KINDS: ClassVar[dict[str, type["AdapterLinear"]]] = {}  # by name the classes that have SETTINGS of their own
+    METHODS: ClassVar[dict[str, Method]] = {}  # that it is, by the name ``lrkern.adapt`` takes
     # The method as PEFT has it: peft_type of its config, and the settings that are one for all layers there.
     PEFT_TYPE: ClassVar[str | None] = None
     PEFT_SHARES: ClassVar[tuple[str, ...]] = ()
@@ -174,6 +183,18 @@ class AdapterLinear(nn.Module):
     def coefficients(self) -> dict[str, nn.Parameter]:
         """The adapter's own parameters, by their key in the state_dict."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("base_layer.")}
+
+    @classmethod
+    def plan(
+        cls, model: nn.Module, linears: Mapping[str, nn.Module], settings: dict[str, dict[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """The settings of each layer of a model, by name in the model's order, of those that the user gave: what the layers share, or
+        what follows from their place. A ValueError says why the model does not fit. Changes nothing."""
+        return settings
+
+    @classmethod
+    def connect(cls, layers: Mapping[str, "AdapterLinear"]) -> None:
+        """Called with all layers of this kind of a model once they are in it: what they share, or know of one another."""
 
     def not_peft(self) -> str | None:
         """What keeps this layer from being PEFT's method of PEFT_TYPE: "<setting> must ..., got ..."."""
