@@ -31,9 +31,9 @@ def by_formula(layer, v, x, dy, as_type):
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-ALLOWED = (
-    1e-5  # relative Frobenius error of what is float32, against the formula in float64: two bf16 terms give 3.5e-6
-)
+# Relative Frobenius error of what is float32, against the formula in float64. Two bf16 terms give 3.5e-6; seen emulated 1.7e-5 of AdaLoRA's
+# E, a sum over dA whose terms cancel.
+ALLOWED = {"cpu": 1e-5, "emulated": 3e-5, "cuda": 3e-5}
 ROUNDINGS = 2.0  # errors of truth rounded once that a 16-bit result may have: the base layer's y is stored before an adapter adds to it
 
 
