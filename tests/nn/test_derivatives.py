@@ -6,11 +6,12 @@ import re
 
 import pytest
 import torch
-from layer_kinds import KINDS, shake
+from layer_kinds import KINDS, OF_DELTA, shake
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 from lrkern.nn import QuartetLinear, S2FTLinear
+from lrkern.nn.variants.rank import MiddleLinear
 
 EVERY = KINDS | {
     "s2ft_in": (S2FTLinear, {"index": "0-3,6"}),
@@ -20,6 +21,10 @@ EVERY = KINDS | {
 FORMS = dict.fromkeys(("lora", "nola", "dora"), ("lora_linear", "lora_add"))
 FORMS |= dict.fromkeys(("mora", "mora_turned"), ("mora_linear", "mora_add")) | {"miss_bat": ("bone_linear", "bone_add")}
 FORMS |= {"vera": ("vera_linear", "vera_add"), "randlora": ("randlora_linear", "randlora_add")}
+FORMS |= {
+    name: ("middle_linear", "middle_add") if issubclass(KINDS[name][0], MiddleLinear) else ("lora_linear", "lora_add")
+    for name in OF_DELTA
+}
 FORMS |= {"s2ft_in": ("slice_linear", "gather_matmul"), "s2ft_out": ("slice_linear", "scatter_add")}
 TWICE = {"miss", "miss_mini"}  # sums and products, all of them linear
 

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from lrkern.nn import FusedLoRALinear, MissLinear, MoRALinear, NOLALinear, RandLoRALinear, VeRALinear
+from lrkern.nn import FusedLoRALinear, MissLinear, MoRALinear, NOLALinear, RandLoRALinear, VeRALinear, variants
+from lrkern.reference.variants import VARIANTS
 
 KINDS = {
     "lora": (FusedLoRALinear, {"r": 4}),
@@ -18,7 +19,13 @@ KINDS = {
     "vera": (VeRALinear, {"r": 8}),
     "randlora": (RandLoRALinear, {"r": 6}),
 }
+OF_DELTA = {name: v for name, v in sorted(VARIANTS.items()) if v.delta}
+KINDS |= {name: (getattr(variants, v.cls), v.settings) for name, v in OF_DELTA.items()}
 EACH = pytest.mark.parametrize(("cls", "settings"), KINDS.values(), ids=KINDS)
+
+
+def starts_as_base(cls, settings):
+    return not any(v.at_first for v in OF_DELTA.values() if (v.cls, v.settings) == (cls.__name__, settings))
 
 
 def drop(cls, settings, p):

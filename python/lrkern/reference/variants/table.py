@@ -20,6 +20,7 @@ class Variant:
     cls: str  # of lrkern.nn.variants
     forward: Callable[[Tensor, Tensor, Tensor | None, Coefficients, Settings], Tensor]
     settings: Settings = field(default_factory=dict)
+    delta: Callable[[Coefficients, Settings], Tensor] | None = None  # ΔW [O, I], where that is all there is to it
     at_first: str = ""  # what the layer adds before it is trained, where that is not nothing
     sizes: tuple[int, int] = (24, 16)  # I and O of a small layer
     change_by: float = 0.2  # what tests add to coefficients: normal with this deviation
@@ -35,7 +36,7 @@ VARIANTS: dict[str, Variant] = {}
 
 def forward(name: str, cls: str, **about: Any):
     """Registers y of a variant; about: fields of Variant, and settings by name."""
-    known = {key: about.pop(key) for key in ("at_first", "sizes", "change_by", "positive") if key in about}
+    known = {key: about.pop(key) for key in ("delta", "at_first", "sizes", "change_by", "positive") if key in about}
 
     def register(fn):
         VARIANTS[name] = Variant(name=name, cls=cls, forward=fn, settings=about, **known)
@@ -48,7 +49,7 @@ def delta(name: str, cls: str, **about: Any):
     """Registers a variant by its ΔW [O, I], a function of the coefficients and the settings."""
 
     def register(fn):
-        forward(name, cls, **about)(lambda x, w, bias, c, s: F.linear(x, w, bias) + F.linear(x, fn(c, s)))
+        forward(name, cls, delta=fn, **about)(lambda x, w, bias, c, s: F.linear(x, w, bias) + F.linear(x, fn(c, s)))
         return fn
 
     return register
