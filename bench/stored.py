@@ -20,7 +20,7 @@ class Stored(Function):
     @staticmethod
     def forward(ctx, x, y, dx):
         ctx.save_for_backward(dx)
-        return y.view_as(y)
+        return y.data  # no view: PEFT's AdaLoRA adds to it in place, as to a GEMM's result
 
     @staticmethod
     def backward(ctx, dy):

@@ -23,7 +23,7 @@ from lrkern import testing
 # Ids are fixed for all suites; tables list them in this order. A row "again" is the first one's second run.
 PROVIDERS = ("base", "eager", "compile", "peft", "published", "full", "stored", "loop", "gather", "patched", "merged",
              "followed", "vllm",
-             "torchao", "bnb", "int4pack", "gnf4", "bf16", "fp32", "copy", "marlin", "humming", "concat", "addmm", "lrkern",
+             "torchao", "bnb", "int4pack", "gnf4", "bf16", "fp32", "copy", "marlin", "humming", "concat", "addmm", "lora", "lrkern",
              "fused")  # fmt: skip
 # Other people's code that need not be there: any failure of these lists them as missing, with the reason.
 OPTIONAL = ("compile", "published", "vllm", "torchao", "bnb", "int4pack", "gnf4", "marlin", "humming")

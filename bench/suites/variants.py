@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suite `variants`: one linear layer with each published variant of LoRA (docs/variants.md); W frozen, x takes a gradient.
+
+    base       the linear layer alone
+    published  the method as its authors' code computes it, or where there is none as its paper writes it, in torch's operations
+    peft       PEFT's layer, where PEFT has the method
+    lora       lrkern's own LoRA of the same rank, called as a layer
+    lrkern     lrkern.nn.variants' layer
+
+Layers are called as modules. The adapter alone (adapter_ms) has the base GEMM replaced by a stored result, the same for all (stored.py). Factors
+are float32 over a bfloat16 base. `factorized` is a layer without W: `published` is two F.linear there, and there is no base.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import suite
+import torch
+from peers.variants import PUBLISHED
+from stored import LayerSuite, Stored, StoredLinear, StoredOps, Trained, frozen
+from suite import Call
+from torch import Tensor, nn
+
+import lrkern.functional.base
+from lrkern.nn import FusedLoRALinear, variants
+from lrkern.ops.dispatch import use_library
+from lrkern.reference import Draw
+from lrkern.reference.variants import VARIANTS
+
+# Of methods whose rank is made of parts, so that the whole has the case's.
+PARTS: dict[str, Callable[[int], dict]] = {}
+NOT_TIMED: dict[str, str] = {}  # methods that one layer alone does not run, and why
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(suite.Case):
+    ab: torch.dtype | None = None  # of what the adapter has, where it is not the base's
+
+
+class Data(suite.Data):
+    def __init__(self, case: Case, device: str, seed: int):
+        draw = Draw(device, case.dtype, seed)
+        x, dy = draw(case.T, case.I), draw(case.T, case.O)
+        x.requires_grad_(case.passes != "no_grad")
+        self.case, self.variant, self.train = case, VARIANTS[case.method], case.passes != "no_grad"
+        self.linear = frozen(draw(case.O, case.I, std=case.I**-0.5), draw(case.O))
+        torch.manual_seed(seed)
+        self.layer = self.made(self.linear)
+        self.lora = FusedLoRALinear.from_linear(self.linear, r=case.R)
+        for layer in (self.layer, self.lora):
+            for p in layer.coefficients().values():
+                if p.requires_grad:
+                    p.data += draw(*p.shape, dtype=p.dtype, std=0.02)
+        c = dict(self.layer.coefficients())
+        inputs = {"x": x, "weight": self.linear.weight, "bias": self.linear.bias} | c
+        settings = self.layer.settings
+        truth = lambda x, weight, bias, **c: self.variant.forward(x, weight, bias, c, settings)
+        super().__init__(inputs, dy, truth)
+        with torch.no_grad():
+            self.y, self.dx = self.linear(x), dy @ self.linear.weight
+
+    def made(self, base: nn.Linear) -> nn.Module:
+        v, R = self.variant, self.case.R
+        ranks = PARTS[self.case.method](R) if self.case.method in PARTS else {"r": R}
+        return getattr(variants, v.cls).from_linear(base, **(v.settings | ranks)).train(self.train)
+
+
+def without_its_gemm(d: Data) -> Callable:
+    """lrkern's ops and functional forms where the base's y and dx are there already."""
+    ops = StoredOps(d.y.clone(), d.dx.clone())
+    y, dx = d.y.clone(), d.dx.clone()
+    made = {"linear": lambda *_: y.detach(), "gradients": lambda *_: [dx.detach(), None, None]}
+
+    @contextmanager
+    def around():
+        with use_library(ops), mock.patch.multiple(lrkern.functional.base, **made):
+            yield
+
+    return around
+
+
+class Suite(LayerSuite):
+    data = Data
+    against = "published"
+    devices = ("cpu",)
+
+    def cases(self, quick: bool) -> list[Case]:
+        def case(method: str, dtype=torch.float32) -> Case:
+            ab = None if dtype == torch.float32 else torch.float32
+            return Case(method=method, T=512, I=2048, O=2048, R=16, passes="fwd+bwd", dtype=dtype, ab=ab)
+
+        methods = [name for name in sorted(VARIANTS) if name in PUBLISHED]
+        if quick:
+            methods = [name for name in methods if name in ("adalora", "lora_xs", "slora")]
+        return [case(name, dtype) for dtype in (torch.float32, torch.bfloat16) for name in methods]
+
+    def work(self, case: Case, d: Data) -> tuple[int, int]:
+        """The base GEMM and its dx, and LoRA's products of this rank; every operand once a pass."""
+        low = 2 * case.T * case.R * (case.I + case.O)
+        moved = sum(t.nbytes for t in d.inputs.values() if isinstance(t, Tensor)) + d.dy.nbytes
+        return 4 * case.T * case.I * case.O + 3 * low, 2 * moved
+
+    def published(self, d: Data) -> Call:
+        x, base, y = d.inputs["x"], d.linear, d.y.clone()
+        c, s = d.layer.coefficients(), d.layer.settings
+        run = PUBLISHED[d.case.method]
+        return Call(
+            lambda: run(lambda: base(x), base, x, c, s),
+            Call(lambda: run(lambda: Stored.apply(x, y, d.dx), base, x, c, s)),
+        )
+
+    def peft(self, d: Data) -> Call | None:
+        if d.case.method != "adalora":
+            return None
+        from peft import AdaLoraConfig
+        from peft.tuners.adalora.layer import SVDLinear
+
+        def made(base: nn.Linear) -> SVDLinear:
+            config = AdaLoraConfig(init_r=d.case.R, target_r=d.case.R, lora_alpha=32, total_step=10)
+            layer = SVDLinear(base, "default", config, r=d.case.R, lora_alpha=32)
+            for name, p in d.layer.coefficients().items():
+                getattr(layer, name)["default"] = p
+            return layer.train(d.train)
+
+        x, whole, stored = d.inputs["x"], made(d.linear), made(StoredLinear(d.linear, d.y, d.dx))
+        return Call(lambda: whole(x), Call(lambda: stored(x)))
+
+    def of_layer(self, d: Data, layer: nn.Module, **facts) -> Call:
+        x = d.inputs["x"]
+        return Call(lambda: layer(x), Call(lambda: layer(x), around=without_its_gemm(d)), **facts)
+
+    def lora(self, d: Data) -> Call:
+        run = lambda x: Trained.apply(d.lora, d.lora, x)
+        return self.of_layer(d, run, exact=False)
+
+    def lrkern(self, d: Data) -> Call:
+        return self.of_layer(d, d.layer)
