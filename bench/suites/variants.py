@@ -11,9 +11,11 @@ Layers are called as modules. The adapter alone (adapter_ms) has the base GEMM r
 are float32 over a bfloat16 base. `factorized` is a layer without W: `published` is two F.linear there, and there is no base.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from unittest import mock
 
 import suite
@@ -39,32 +41,32 @@ class Case(suite.Case):
     ab: torch.dtype | None = None  # of what the adapter has, where it is not the base's
 
 
+@lru_cache(maxsize=1)
+def layers_of(case: Case, device: str) -> tuple[nn.Linear, nn.Module, nn.Module]:
+    """The base layer, the method's over it and our LoRA's. Copies of a case are copies of these: some take an SVD of W."""
+    draw, v = Draw(device, case.dtype), VARIANTS[case.method]
+    linear = frozen(draw(case.O, case.I, std=case.I**-0.5), draw(case.O))
+    torch.manual_seed(0)
+    ranks = PARTS[case.method](case.R) if case.method in PARTS else {"r": case.R}
+    layer = getattr(variants, v.cls).from_linear(linear, **(v.settings | ranks))
+    lora = FusedLoRALinear.from_linear(linear, r=case.R)
+    for p in (p for of in (layer, lora) for p in of.coefficients().values() if p.requires_grad):
+        p.data += draw(*p.shape, dtype=p.dtype, std=0.02)
+    return linear, layer, lora
+
+
 class Data(suite.Data):
     def __init__(self, case: Case, device: str, seed: int):
-        draw = Draw(device, case.dtype, seed)
+        draw, v = Draw(device, case.dtype, seed), VARIANTS[case.method]
         x, dy = draw(case.T, case.I), draw(case.T, case.O)
         x.requires_grad_(case.passes != "no_grad")
-        self.case, self.variant, self.train = case, VARIANTS[case.method], case.passes != "no_grad"
-        self.linear = frozen(draw(case.O, case.I, std=case.I**-0.5), draw(case.O))
-        torch.manual_seed(seed)
-        self.layer = self.made(self.linear)
-        self.lora = FusedLoRALinear.from_linear(self.linear, r=case.R)
-        for layer in (self.layer, self.lora):
-            for p in layer.coefficients().values():
-                if p.requires_grad:
-                    p.data += draw(*p.shape, dtype=p.dtype, std=0.02)
-        c = dict(self.layer.coefficients())
-        inputs = {"x": x, "weight": self.linear.weight, "bias": self.linear.bias} | c
-        settings = self.layer.settings
-        truth = lambda x, weight, bias, **c: self.variant.forward(x, weight, bias, c, settings)
+        self.case, self.train = case, case.passes != "no_grad"
+        self.linear, self.layer, self.lora = copy.deepcopy(layers_of(case, device))
+        inputs = {"x": x, "weight": self.linear.weight, "bias": self.linear.bias} | self.layer.coefficients()
+        truth = lambda x, weight, bias, **c: v.forward(x, weight, bias, c, self.layer.settings)
         super().__init__(inputs, dy, truth)
         with torch.no_grad():
             self.y, self.dx = self.linear(x), dy @ self.linear.weight
-
-    def made(self, base: nn.Linear) -> nn.Module:
-        v, R = self.variant, self.case.R
-        ranks = PARTS[self.case.method](R) if self.case.method in PARTS else {"r": R}
-        return getattr(variants, v.cls).from_linear(base, **(v.settings | ranks)).train(self.train)
 
 
 def without_its_gemm(d: Data) -> Callable:
