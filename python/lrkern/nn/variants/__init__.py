@@ -2,7 +2,15 @@
 """The published variants of LoRA, one file each (docs/variants.md). ``lrkern.adapt`` puts any of them into a model."""
 
 from .adalora import AdaLoRALinear as AdaLoRALinear
+from .inttune import IntTuneLinear as IntTuneLinear
+from .loldu import LoLDULinear as LoLDULinear
+from .lora2 import LoRA2Linear as LoRA2Linear
+from .lora_mini import LoRAMiniLinear as LoRAMiniLinear
+from .lora_sb import LoRASBLinear as LoRASBLinear
+from .lora_sb import lora_sb_init as lora_sb_init
 from .lora_xs import LoRAXSLinear as LoRAXSLinear
+from .nlora import NLoRALinear as NLoRALinear
 from .slora import SLoRALinear as SLoRALinear
+from .svfit import SVFitLinear as SVFitLinear
 
 __all__ = sorted(name for name, thing in vars().items() if getattr(thing, "__module__", "").startswith(__name__))

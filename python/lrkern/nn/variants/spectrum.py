@@ -10,6 +10,17 @@ EXACT = (
 _OVER, _PASSES = 16, 10
 
 
+def taken(weight: Tensor, r: int, what: str) -> Tensor:
+    """W in float32, of which r singular values, rows or columns are to be taken. A ValueError, which begins with ``what``, says what is
+    in the way."""
+    if r > min(weight.shape):
+        raise ValueError(f"{what} r <= min(in, out) = {min(weight.shape)}, got r={r}")
+    w = weight.detach().float()
+    if not w.is_meta and not w.isfinite().all():
+        raise ValueError(f"{what} a W of finite numbers, got inf or nan")
+    return w
+
+
 def top(weight: Tensor, r: int, what: str) -> tuple[Tensor, Tensor, Tensor]:
     """U [O, r], S [r], Vᵀ [r, I] in float32 with U S Vᵀ the best approximation of rank r, each pair of vectors turned so that the
     largest element of its u is positive. Of a weight on the meta device they are empty (meta) too.
@@ -17,14 +28,10 @@ def top(weight: Tensor, r: int, what: str) -> tuple[Tensor, Tensor, Tensor]:
     Above EXACT a randomised SVD (Halko et al., arXiv 0909.4061) with fixed draws: it does not touch torch's generator. A ValueError, which begins with
     ``what``, says what of the weight is in the way.
     """
-    O, I = weight.shape
-    if r > min(O, I):
-        raise ValueError(f"{what} r <= min(in, out) = {min(O, I)}, got r={r}")
-    if weight.is_meta:
-        return weight.new_empty(O, r).float(), weight.new_empty(r).float(), weight.new_empty(r, I).float()
-    w = weight.detach().float()
-    if not w.isfinite().all():
-        raise ValueError(f"{what} a W of finite numbers, got inf or nan")
+    w = taken(weight, r, what)
+    O, I = w.shape
+    if w.is_meta:
+        return w.new_empty(O, r), w.new_empty(r), w.new_empty(r, I)
     if min(O, I) <= EXACT or r + _OVER > min(O, I) // 2:
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
     else:
