@@ -66,6 +66,15 @@ def test_starts_as_the_base_layer(v):
 
 
 @each
+def test_an_activation_may_follow_in_place(v):
+    layer = change(make(v), v)
+    x = torch.randn(2, 5, v.sizes[0])
+    y = layer(x)
+    torch.relu_(y).sum().backward()
+    assert torch.equal(y, layer(x).relu())
+
+
+@each
 def test_its_first_gradient_moves_it(v):
     """A start that no gradient leaves would train nothing."""
     layer = make(v)

@@ -31,7 +31,10 @@ def gradients(need: Sequence[bool], dy: Tensor, x: Tensor | None, weight: Tensor
 
 def output(y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias, or a copy of the y that a base layer gave: contiguous, for an adapter to add to in place."""
-    return linear(x, weight, bias).contiguous() if y is None else y.clone(memory_format=torch.contiguous_format)
+    if y is not None:
+        return y.clone(memory_format=torch.contiguous_format)
+    # Not the view that F.linear gives of [T, O]: no activation may work in place on a view that a Function returns.
+    return linear(x, weight, bias).contiguous().data
 
 
 def added(y: Tensor, delta: Tensor) -> Tensor:
