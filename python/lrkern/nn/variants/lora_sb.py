@@ -43,16 +43,15 @@ class LoRASBLinear(MiddleLinear):
     def init_from(self, gradient: Tensor, lr: float) -> None:
         """Writes U_r, diag(Σ_r) and V_rᵀ of -lr · sign(gradient) into B, R and A. gradient [out, in]: the loss's by W, of any positive
         scale. lr: the paper's learning rate of fine-tuning; its code takes that of the first step of the warm-up, lr / warm-up steps."""
-        self._check_init("LoRASBLinear.init_from:", gradient, lr)
+        _check_lr("LoRASBLinear.init_from:", lr)
+        self._check_gradient("LoRASBLinear.init_from:", gradient)
         u, s, vh = top(-gradient.sign(), self.r, "LoRASBLinear.init_from: it needs")
         for p, value in ((self.lora_A, vh), (self.lora_B, u), (self.lora_R, torch.diag(lr * s))):
             p.copy_(value)
 
-    def _check_init(self, who: str, gradient: Tensor, lr: float) -> None:
+    def _check_gradient(self, who: str, gradient: Tensor) -> None:
         if self.merged:
             raise RuntimeError(f"{who} the layer must not be merged; unmerge() first")
-        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
-            raise ValueError(f"{who} lr must be a positive number, got {lr!r}")
         if gradient.shape != (shape := (self.out_features, self.in_features)):
             raise ValueError(f"{who} gradient must be {list(shape)}, got {list(gradient.shape)}")
         if not gradient.isfinite().all():
@@ -76,6 +75,7 @@ def lora_sb_init(model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Mo
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRASBLinear)}
     if not layers:
         raise ValueError(f"lora_sb_init: model must have LoRASBLinear layers, got {type(model).__name__} without")
+    _check_lr("lora_sb_init:", lr)
     sums = {name: torch.zeros_like(m.base_layer.weight, dtype=torch.float32) for name, m in layers.items()}
     anchor = torch.zeros((), requires_grad=True)  # every layer's y depends on it: the one leaf of the backward pass
     with ExitStack() as stack, torch.enable_grad():
@@ -90,9 +90,14 @@ def lora_sb_init(model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Mo
                 raise ValueError(f"lora_sb_init: loss must give one number that the layers had a part in, got {got}")
             torch.autograd.grad(value, anchor, torch.ones_like(value), allow_unused=True)
     for name, m in layers.items():
-        m._check_init(f"lora_sb_init: layer {name!r}:", sums[name], lr)
+        m._check_gradient(f"lora_sb_init: layer {name!r}:", sums[name])
     for name, m in layers.items():
         m.init_from(sums.pop(name), lr)
+
+
+def _check_lr(who: str, lr: float) -> None:
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
+        raise ValueError(f"{who} lr must be a positive number, got {lr!r}")
 
 
 def _summing(total: Tensor, anchor: Tensor) -> Callable:
