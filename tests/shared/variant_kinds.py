@@ -17,10 +17,12 @@ def make(v: Variant, dtype=torch.float32, seed: int = 3, **more):
 
 @torch.no_grad()
 def change(layer, v: Variant, seed: int = 5):
-    """What trains is changed, as training would."""
+    """What trains is changed, as training would; masks are drawn."""
     g = torch.Generator().manual_seed(seed)
     for name, p in layer.coefficients().items():
-        if p.requires_grad:
+        if p.dtype == torch.bool:
+            p.copy_(torch.rand(p.shape, generator=g) < 0.7)
+        elif p.requires_grad:
             p.add_((torch.randn(p.shape, generator=g) * v.change_by).to(p))
             if name in v.positive:
                 p.abs_()
