@@ -36,6 +36,11 @@ def by_formula(layer, v, x, dy, as_type):
 ALLOWED = {"cpu": 1e-5, "emulated": 3e-5, "cuda": 3e-5}
 ROUNDINGS = 2.0  # errors of truth rounded once that a 16-bit result may have: the base layer's y is stored before an adapter adds to it
 
+OF_STORED_Y = (
+    "sequential_A",
+    "sequential_B",
+)  # Hydra's branch behind the base layer takes its y as it is stored, rounded
+
 
 @DEVICES
 @each
@@ -54,7 +59,8 @@ def test_values_and_gradients(v, dtype, device, request):
             if of_base and dtype != torch.float32:
                 assert error <= ROUNDINGS * (want.to(dtype) - want).norm(), f"{name}: {error / norm:.2e}"
             else:
-                assert error <= ALLOWED[kind] * norm, f"{name}: {error / norm:.2e}"
+                allowed = ALLOWED[kind] + (name in OF_STORED_Y and dtype != torch.float32) * torch.finfo(dtype).eps / 2
+                assert error <= allowed * norm, f"{name}: {error / norm:.2e}"
 
 
 @each

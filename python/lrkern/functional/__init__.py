@@ -2,7 +2,9 @@
 """Stateless compositions of the ops: adapters as users name them. Letters as in ops."""
 
 # ruff: noqa: F401, F403
+from .allora import *
 from .dora import *
+from .hydra import *
 from .lora import *
 from .middle import *
 from .miss import *
