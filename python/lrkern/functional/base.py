@@ -33,8 +33,9 @@ def output(y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | No
     """x Wᵀ + bias, or a copy of the y that a base layer gave: contiguous, for an adapter to add to in place."""
     if y is not None:
         return y.clone(memory_format=torch.contiguous_format)
-    # Not the view that F.linear gives of [T, O]: no activation may work in place on a view that a Function returns.
-    return linear(x, weight, bias).contiguous().data
+    y = linear(x, weight, bias).contiguous()
+    # F.linear gives a view of [T, O], and no activation may work in place on a view that a Function returns.
+    return y if y.dim() <= 2 else torch.ops.aten._unsafe_view(y, y.shape)
 
 
 def added(y: Tensor, delta: Tensor) -> Tensor:
