@@ -20,6 +20,7 @@ from unittest import mock
 
 import suite
 import torch
+import torch.nn.functional as F
 from peers.variants import PUBLISHED
 from stored import LayerSuite, Stored, StoredLinear, StoredOps, Trained, frozen
 from suite import Call
@@ -30,10 +31,17 @@ from lrkern.nn import FusedLoRALinear, variants
 from lrkern.ops.dispatch import use_library
 from lrkern.reference import Draw
 from lrkern.reference.variants import VARIANTS
+from lrkern.reference.variants.branches import reslora_update
 
-# Of methods whose rank is made of parts, so that the whole has the case's.
-PARTS: dict[str, Callable[[int], dict]] = {}
-NOT_TIMED: dict[str, str] = {}  # methods that one layer alone does not run, and why
+# The settings of each method in a case: r, but where the rank is made of parts, so that the kernels have the case's.
+SETTINGS: dict[str, Callable[[suite.Case], dict]] = {
+    "block_lora": lambda case: {"r": case.R, "n": 4},
+    "lora_mini": lambda case: {"r": case.R, "a": case.R, "b": case.R},
+    "lorta": lambda case: {"r": case.R, "heads": 16, "layers": 12, "layer": 3, "projections": 4, "projection": 1},
+    "melora": lambda case: {"r": case.R // 4, "n": 4},
+    "prilora": lambda case: {"r": case.R},
+    "reslora": lambda case: {"r": case.R, "before": 1},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +55,36 @@ def layers_of(case: Case, device: str) -> tuple[nn.Linear, nn.Module, nn.Module]
     draw, v = Draw(device, case.dtype), VARIANTS[case.method]
     linear = frozen(draw(case.O, case.I, std=case.I**-0.5), draw(case.O))
     torch.manual_seed(0)
-    ranks = PARTS[case.method](case.R) if case.method in PARTS else {"r": case.R}
-    layer = getattr(variants, v.cls).from_linear(linear, **(v.settings | ranks))
+    settings = SETTINGS.get(case.method, lambda case: {"r": case.R})(case)
+    layer = getattr(variants, v.cls).from_linear(linear, **settings)
+    if case.method == "reslora":  # a layer with one before it, in mode "bs": both act on its x
+        before = type(layer).from_linear(linear, r=case.R)
+        layer.connect({"layers.0.q_proj": before, "layers.1.q_proj": layer})
     lora = FusedLoRALinear.from_linear(linear, r=case.R)
     for p in (p for of in (layer, lora) for p in of.coefficients().values() if p.requires_grad):
         p.data += draw(*p.shape, dtype=p.dtype, std=0.02)
     return linear, layer, lora
 
 
+def with_one_before(x, weight, bias, c, s) -> Tensor:
+    a, b = ([c[f"before_{key}"], c[f"lora_{key}"]] for key in "AB")
+    return F.linear(x, weight, bias) + reslora_update("bs", 1, [x, x], a, b, s["lora_alpha"] / s["r"])
+
+
 class Data(suite.Data):
     def __init__(self, case: Case, device: str, seed: int):
-        draw, v = Draw(device, case.dtype, seed), VARIANTS[case.method]
+        draw = Draw(device, case.dtype, seed)
         x, dy = draw(case.T, case.I), draw(case.T, case.O)
         x.requires_grad_(case.passes != "no_grad")
         self.case, self.train = case, case.passes != "no_grad"
         self.linear, self.layer, self.lora = copy.deepcopy(layers_of(case, device))
-        inputs = {"x": x, "weight": self.linear.weight, "bias": self.linear.bias} | self.layer.coefficients()
-        truth = lambda x, weight, bias, **c: v.forward(x, weight, bias, c, self.layer.settings)
+        self.c: dict[str, Tensor] = dict(self.layer.coefficients())
+        if case.method == "reslora":
+            (before,) = self.layer._earlier
+            self.c |= {"before_A": before.lora_A, "before_B": before.lora_B}
+        inputs = {"x": x, "weight": self.linear.weight, "bias": self.linear.bias} | self.c
+        formula = with_one_before if case.method == "reslora" else VARIANTS[case.method].forward
+        truth = lambda x, weight, bias, **c: formula(x, weight, bias, c, self.layer.settings)
         super().__init__(inputs, dy, truth)
         with torch.no_grad():
             self.y, self.dx = self.linear(x), dy @ self.linear.weight
@@ -106,7 +127,7 @@ class Suite(LayerSuite):
 
     def published(self, d: Data) -> Call:
         x, base, y = d.inputs["x"], d.linear, d.y.clone()
-        c, s = d.layer.coefficients(), d.layer.settings
+        c, s = d.c, d.layer.settings
         run = PUBLISHED[d.case.method]
         return Call(
             lambda: run(lambda: base(x), base, x, c, s),

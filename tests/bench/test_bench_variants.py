@@ -29,7 +29,7 @@ def providers(suite, data):
 
 
 def test_every_method_is_timed_in_both_dtypes():
-    assert {v.method for v in VARIANTS.values()} - variants.NOT_TIMED.keys() == {*METHODS}
+    assert {v.method for v in VARIANTS.values()} == {*METHODS}
     assert len(CASES) == 2 * len(METHODS)
 
 
@@ -47,6 +47,8 @@ def test_the_adapter_alone_gives_the_same(method):
     suite, case = variants.Suite([]), small(method)
     data = suite.data(case, "cpu", 0)
     leaves = [t for t in data.inputs.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    if method == "hydra":  # the gradient of x is that of another dy, which the stored one does not know
+        leaves = leaves[1:]
     for name, call in providers(suite, data).items():
         if call.alone is None:
             continue
