@@ -54,10 +54,13 @@ __device__ __forceinline__ void write_terms(const TermsOf& s, const TermsOf& u, 
   if (at >= u.rows * vectors) return;
   const int64_t across = along_n ? u.rows / 8 : vectors, line = at / across;
   const int first = static_cast<int>(at % across) * 8;
+  if (along_n) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j)
-    v.v[j] = along_n ? term<U, kThree, false>(u, first + j, static_cast<int>(line), R)
-                     : term<U, kThree, false>(u, line, first + j, R);
+    for (int j = 0; j < 8; ++j) v.v[j] = term<U, kThree, false>(u, first + j, static_cast<int>(line), R);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v.v[j] = term<U, kThree, false>(u, line, first + j, R);
+  }
   store_16(u.to + line * u.pitch + first, bit_cast<Words8<bf16>>(v).w[0]);
 }
 
