@@ -65,12 +65,14 @@ class NLoRALinear(Variant):
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         a, b = self.lora_A, self.lora_B
-        if not self.subtract:
-            return self.lora_N @ a, b, self.scaling
-        if torch.is_autocast_enabled(a.device.type):  # a rounded N A would differ from N₀ A₀ by more than training does
+        if torch.is_autocast_enabled(
+            a.device.type
+        ):  # the terms of N A may be much larger than their sum, and N₀ A₀ was not rounded
             with torch.autocast(a.device.type, enabled=False):
                 return self.factors()
         na = self.lora_N @ a
+        if not self.subtract:
+            return na, b, self.scaling
         return torch.cat((na, na - self.lora_NA0)), torch.cat((b - self.lora_B0, self.lora_B0), 1), self.scaling
 
     @property

@@ -19,24 +19,24 @@ def lora_sb(c, s):
     return c["lora_B"] @ c["lora_R"] @ c["lora_A"]
 
 
-@delta("nlora", "NLoRALinear", r=4, at_first="the Nyström approximation of W")
-@delta("nlora-slice", "NLoRALinear", r=4, init="slice", at_first="slices of W, multiplied")
+@delta("nlora", "NLoRALinear", r=4, lora_alpha=4.0, at_first="the Nyström approximation of W")
+@delta("nlora-slice", "NLoRALinear", r=4, lora_alpha=4.0, init="slice", at_first="slices of W, multiplied")
 def nlora(c, s):
     return scaling(s) * c["lora_B"] @ c["lora_N"] @ c["lora_A"]
 
 
-@delta("nlora-subtract", "NLoRALinear", r=4, subtract=True)
+@delta("nlora-subtract", "NLoRALinear", r=4, lora_alpha=4.0, subtract=True)
 def nlora_subtract(c, s):
     return nlora(c, s) - scaling(s) * c["lora_B0"] @ c["lora_NA0"]
 
 
-@delta("inttune", "IntTuneLinear", r=4, at_first="the Nyström approximation of W")
-@delta("inttune-slice", "IntTuneLinear", r=4, init="slice", at_first="slices of W, multiplied")
+@delta("inttune", "IntTuneLinear", r=4, lora_alpha=4.0, at_first="the Nyström approximation of W")
+@delta("inttune-slice", "IntTuneLinear", r=4, lora_alpha=4.0, init="slice", at_first="slices of W, multiplied")
 def inttune(c, s):
     return scaling(s) * c["lora_B"] @ c["lora_N"] @ c["lora_A"]
 
 
-@delta("inttune-subtract", "IntTuneLinear", r=4, subtract=True)
+@delta("inttune-subtract", "IntTuneLinear", r=4, lora_alpha=4.0, subtract=True)
 def inttune_subtract(c, s):
     return inttune(c, s) - scaling(s) * c["lora_B"] @ c["lora_N0"] @ c["lora_A"]
 

@@ -13,7 +13,7 @@ def svfit(c, s):
     return product(c, c["sigma"]) - product(c, c["sigma0"])
 
 
-@delta("loldu", "LoLDULinear", r=4)
+@delta("loldu", "LoLDULinear", r=4, lora_alpha=4.0)
 def loldu(c, s):
     return scaling(s) * (product(c, c["vector_z"]) - product(c, c["start"]))
 
