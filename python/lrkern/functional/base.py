@@ -33,9 +33,11 @@ def output(y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | No
     """x Wᵀ + bias, or a copy of the y that a base layer gave: contiguous, for an adapter to add to in place."""
     if y is not None:
         return y.clone(memory_format=torch.contiguous_format)
-    y = linear(x, weight, bias).contiguous()
-    # F.linear gives a view of [T, O], and no activation may work in place on a view that a Function returns.
-    return y if y.dim() <= 2 else torch.ops.aten._unsafe_view(y, y.shape)
+    out = linear(x, weight, bias).contiguous()
+    if x.dim() <= 2:
+        return out
+    # Here F.linear gives a view of [T, O]. Autograd lets no activation work in place on a view that a Function returns; this is none.
+    return torch.unsafe_chunk(out, 1, -1)[0]
 
 
 def added(y: Tensor, delta: Tensor) -> Tensor:
