@@ -236,11 +236,15 @@ def test_lora_sb_init_is_init_from_the_sum_of_gradients_of_each_use(checkpointed
         close(layer.delta_weight(), alone.delta_weight())
 
 
-def test_lora_sb_init_lowers_the_loss():
-    model = Tied(LoRASBLinear, False)
-    before = sum(loss(model, batch) for batch in BATCHES)
-    lora_sb_init(model, BATCHES, loss, 1e-3)
-    assert sum(loss(model, batch) for batch in BATCHES) < before
+@pytest.mark.parametrize("how", ["float32", "autocast", "bfloat16"])
+def test_lora_sb_init_lowers_the_loss(how):
+    model, batches = Tied(LoRASBLinear, False), BATCHES
+    if how == "bfloat16":
+        model, batches = model.bfloat16(), [(x.bfloat16(), y.bfloat16()) for x, y in BATCHES]
+    before = sum(loss(model, batch).item() for batch in batches)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        lora_sb_init(model, batches, loss, 1e-2)
+    assert sum(loss(model, batch).item() for batch in batches) < 0.99 * before
 
 
 def test_lora_sb_init_refuses_and_changes_nothing():
@@ -261,8 +265,12 @@ def test_lora_sb_init_refuses_and_changes_nothing():
         lora_sb_init(model, BATCHES, loss, -1)
     with pytest.raises(ValueError, match="^lora_sb_init: model must have LoRASBLinear layers, got Linear without"):
         lora_sb_init(nn.Linear(3, 3), BATCHES, loss, 1e-3)
+    model.c.merge()
+    with pytest.raises(RuntimeError, match="^LoRASBLinear.init_from: the layer must not be merged"):
+        lora_sb_init(model, BATCHES, loss, 1e-3)
+    model.c.unmerge()
     for name, t in model.state_dict().items():
-        assert torch.equal(t, before[name]), name
+        torch.testing.assert_close(t, before[name], msg=name)
     assert all(layer.enabled and not layer._forward_hooks for layer in (model.a, model.b, model.c, model.unused))
 
 

@@ -43,6 +43,7 @@ class LoRASBLinear(MiddleLinear):
     def init_from(self, gradient: Tensor, lr: float) -> None:
         """Writes U_r, diag(Σ_r) and V_rᵀ of -lr · sign(gradient) into B, R and A. gradient [out, in]: the loss's by W, of any positive
         scale. lr: the paper's learning rate of fine-tuning; its code takes that of the first step of the warm-up, lr / warm-up steps."""
+        self._refuse_if(self.merged, "init_from", "not be merged; unmerge() first")
         _check_lr("LoRASBLinear.init_from:", lr)
         self._check_gradient("LoRASBLinear.init_from:", gradient)
         u, s, vh = top(-gradient.sign(), self.r, "LoRASBLinear.init_from: it needs")
@@ -50,8 +51,6 @@ class LoRASBLinear(MiddleLinear):
             p.copy_(value)
 
     def _check_gradient(self, who: str, gradient: Tensor) -> None:
-        if self.merged:
-            raise RuntimeError(f"{who} the layer must not be merged; unmerge() first")
         if gradient.shape != (shape := (self.out_features, self.in_features)):
             raise ValueError(f"{who} gradient must be {list(shape)}, got {list(gradient.shape)}")
         if not gradient.isfinite().all():
@@ -75,6 +74,8 @@ def lora_sb_init(model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Mo
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRASBLinear)}
     if not layers:
         raise ValueError(f"lora_sb_init: model must have LoRASBLinear layers, got {type(model).__name__} without")
+    for m in layers.values():
+        m._refuse_if(m.merged, "init_from", "not be merged; unmerge() first")
     _check_lr("lora_sb_init:", lr)
     sums = {name: torch.zeros_like(m.base_layer.weight, dtype=torch.float32) for name, m in layers.items()}
     anchor = torch.zeros((), requires_grad=True)  # every layer's y depends on it: the one leaf of the backward pass

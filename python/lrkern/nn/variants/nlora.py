@@ -31,7 +31,8 @@ class NLoRALinear(Variant):
     block that they share: B N A is the Nyström approximation of W. All three train. scaling = lora_alpha / r. ``init="slice"`` starts N
     as the block itself, as the authors' code does.
 
-    As published, the start is added to W: y begins as that of W + scaling · B N A. With ``subtract`` the start is taken out again, by
+    As published, the start is added to W: y begins as that of W + scaling · B N A, of which nothing bounds the size where the block is
+    nearly singular. With ``subtract`` the start is taken out again, by
     scaling · (B N A - B₀ N₀ A₀), and the layer begins as the base layer; lora_NA0 [r, in] = N₀ A₀ and lora_B0 [out, r] are frozen. It is
     computed as (B - B₀) (N A) + B₀ (N A - N₀ A₀), whose terms are as small as what was learned, at rank 2r; r is at most 256 then, and
     dropout is on what was learned alone.
