@@ -218,7 +218,7 @@ def test_lora_sb_init_is_init_from_the_sum_of_gradients_of_each_use(checkpointed
         loss(plain, batch).backward()
     want = {name: getattr(plain, name).weight.grad for name in "abc"}
 
-    change(model.a, EACH["lora_sb"])  # adapters are off meanwhile
+    change(model.c, EACH["lora_sb"])  # adapters are off meanwhile
     model.a.disable_adapter()
     model.head.weight.grad = ones = torch.ones_like(model.head.weight)
     trains = {n: p.requires_grad for n, p in model.named_parameters()}

@@ -59,19 +59,21 @@ class NLoRALinear(Variant):
         if subtract:
             self._whole("r with subtract", r, 1, MAX_RANK // 2)
         self.init, self.subtract = init, subtract
-        a, n, b = (frozen(t, **like) for t in nystrom(base.weight, r, init, "NLoRALinear: it needs"))
+        start = nystrom(base.weight, r, init, "NLoRALinear: it needs")
+        self.lora_A, self.lora_N, self.lora_B = (frozen(t, **like).requires_grad_() for t in start)
         if subtract:
-            self.lora_NA0, self.lora_B0 = frozen(n @ a, **like), frozen(b, **like)
-        self.lora_A, self.lora_N, self.lora_B = (t.requires_grad_() for t in (a, n, b))
+            self.lora_NA0, self.lora_B0 = frozen(self._product(), **like), frozen(self.lora_B, **like)
+
+    def _product(self) -> Tensor:
+        """N A, which autocast would round: its terms may be much larger than their sum."""
+        device = self.lora_A.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._product()
+        return self.lora_N @ self.lora_A
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        a, b = self.lora_A, self.lora_B
-        if torch.is_autocast_enabled(
-            a.device.type
-        ):  # the terms of N A may be much larger than their sum, and N₀ A₀ was not rounded
-            with torch.autocast(a.device.type, enabled=False):
-                return self.factors()
-        na = self.lora_N @ a
+        na, b = self._product(), self.lora_B
         if not self.subtract:
             return na, b, self.scaling
         return torch.cat((na, na - self.lora_NA0)), torch.cat((b - self.lora_B0, self.lora_B0), 1), self.scaling
