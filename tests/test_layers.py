@@ -99,7 +99,20 @@ def test_each_shared_header_compiles_alone(header):
 
 
 # Each room imports those below it and no other. reference and testing stand apart: nothing that users call leans on them.
-FLOORS = ("limits", "extras", "ops", "functional", "caches", "nn", "peft", "files", "convert", "s2ft", "serving")
+FLOORS = (
+    "limits",
+    "extras",
+    "ops",
+    "functional",
+    "caches",
+    "nn",
+    "peft",
+    "files",
+    "convert",
+    "compress",
+    "s2ft",
+    "serving",
+)
 APART = {"reference", "testing"}
 FACES = {"__init__", "__main__", "_moved", "selftest"}  # of the package; they may know every room
 REEXPORTS = {"lrkern.peft": {"files"}}  # lrkern.peft.save_adapter and load_adapter are public there

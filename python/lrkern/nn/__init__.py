@@ -2,7 +2,9 @@
 """Drop-in modules."""
 
 from . import variants as variants
+from .factorized import FactorizedLinear as FactorizedLinear
 from .lora import FusedLoRALinear as FusedLoRALinear
+from .maestro import MaestroLinear as MaestroLinear
 from .miss import MissLinear as MissLinear
 from .mora import MoRALinear as MoRALinear
 from .mx import MXFP4Experts as MXFP4Experts
