@@ -227,7 +227,7 @@ def test_prefixes_end_with_the_block_and_follow_a_seed():
     net[2].active = 2
     drawn = []
     for _ in range(2):
-        with pytest.raises(KeyError), compress.prefix(net, torch.Generator().manual_seed(7)) as pair:  # noqa: PT012
+        with pytest.raises(KeyError), compress.prefix(net, torch.Generator().manual_seed(7)) as pair:
             drawn.append(pair)
             raise KeyError
         assert [net[n].active for n in (0, 2, 4)] == [None, 2, None]

@@ -42,10 +42,10 @@ def lord(
         layers_at_once: how many layers' covariances are collected in one run over ``batches``, which must then be a list or another
             iterable that begins anew; None for all in one. Each takes 8 · out² bytes on the layer's device, in float64: 134 MB for
             4096 outputs.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern: as in PEFT's configs.
+        target_modules, rules: as everywhere in ``lrkern.compress``.
 
-    Refused with a ValueError, the model as it was: another rank, a layer that saw no more rows than its rank, that gave inf or nan
-    or was not called, batches that do not begin anew, and what ``model.targets`` says.
+    Also refused: another rank, a layer that saw no more rows than its rank (or was never called), that saw or gave inf or nan, batches
+    that do not begin anew.
     """
     linears = targets(WHO, model, target_modules, rules)
     said = {"r": r, "lora_alpha": 1, "rank_pattern": rank_pattern}

@@ -28,8 +28,7 @@ def maestro(model: nn.Module, *, target_modules: Any = "all-linear", **rules: An
             ...                                         # each epoch: shrink(model, optimizer=optimizer)
         finish(model)
 
-    target_modules, exclude_modules, layers_to_transform, layers_pattern: as in PEFT's configs. ValueErrors are those of
-    ``model.targets``, the model as it was.
+    target_modules, rules: as everywhere in ``lrkern.compress``, and so what is refused.
     """
     linears = targets("lrkern.compress.maestro", model, target_modules, rules)
     return put(model, linears, {name: MaestroLinear.from_linear(m) for name, m in linears.items()})

@@ -14,17 +14,16 @@ from .model import Report, put, targets
 
 
 def pela(model: nn.Module, ratio: float = 3.0, *, target_modules: Any = "all-linear", **rules: Any) -> Report:
-    """Compresses a model's linears in place by PELA (Guo et al., "PELA: Learning Parameter-Efficient Models with Low-Rank
-    Approximation"): W ≈ (U_r √S) (√S V_rᵀ) with r = floor(in · out / (ratio (in + out))), a layer of 1 / ratio of the parameters.
+    """Compresses a model's linears in place by PELA (Guo, Wang and Kankanhalli, arXiv 2310.10700): W ≈ (U_r √S) (√S V_rᵀ) with r = floor(in · out / (ratio (in + out))), a layer of 1 / ratio of the parameters.
 
     The new layers train, bias too; what else trains stays. Make the teacher before: ``teacher = copy.deepcopy(model).eval()
     .requires_grad_(False)``. Then loss + 0.1 · ``feature_loss`` + ``weight_loss`` is the paper's.
 
     Args:
         ratio: at least 1. The authors' code has 3 and leaves linears of less than 10 outputs dense: name them in exclude_modules.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern: as in PEFT's configs.
+        target_modules, rules: as everywhere in ``lrkern.compress``.
 
-    Refused with a ValueError, the model as it was: another ratio, a layer of rank 0, and what ``model.targets`` says.
+    Also refused: another ratio, a layer of rank 0.
     """
     who = "lrkern.compress.pela"
     require(is_finite(ratio) and ratio >= 1, f"{who}: ratio must be a finite number >= 1, got {ratio!r}")

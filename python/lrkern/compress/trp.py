@@ -34,10 +34,10 @@ class TRP:
     Args:
         optimizer: the one that trains the weights, a hook of which adds the subgradient.
         period: steps between projections, counted from the first. energy: above 0, at most 1. nuclear: λ, 0 for none.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern: as in PEFT's configs.
+        target_modules, rules: as everywhere in ``lrkern.compress``.
 
-    Refused with a ValueError: other numbers, a targeted weight that does not train in ``optimizer``, and what ``model.targets`` says;
-    in ``step`` and ``factorize`` a weight with inf or nan, all weights as they were.
+    Also refused: other numbers, a targeted weight that does not train in ``optimizer``; in ``step`` and ``factorize`` a weight with inf
+    or nan, all weights as they were.
     """
 
     def __init__(

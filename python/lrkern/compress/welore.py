@@ -28,20 +28,19 @@ def welore(
 ) -> Report:
     """Compresses a model's linears in place by WeLore (Jaiswal et al., arXiv 2407.11239).
 
-    σ' = (σ - min σ) / (max σ - min σ) in each W, k = #{σ' >= tau} with one tau for all; W ≈ (U_k √S) (√S V_kᵀ) where that is
-    smaller than W, (in + out) k < in · out. These, the low-rank components, train, with their biases; the other targeted layers
-    stay dense and are frozen, and with ``freeze`` so is all else of the model.
+    σ' = (σ - min σ) / (max σ - min σ) in each W, 1 where all are equal up to rounding, and k = #{σ' >= tau} with one tau for all.
+    W ≈ (U_k √S) (√S V_kᵀ) where that is smaller than W, (in + out) k < in · out. These, the low-rank components, train, with their
+    biases; the other targeted layers stay dense and are frozen, and with ``freeze`` so is all else of the model.
 
     Args:
         ratio: effective rank reduction as in the paper: the removed ranks of the low-rank components over all ranks of the targeted
             layers. tau is then the smallest at which it is reached (a number in 0..1; one of ratio and tau is given).
         min_reduction: in place of the rule of sizes, a layer is a low-rank component where more than this share of its ranks goes:
             the authors' code has 0.4999, the same for square W. Their checkpoints lack biases and are bfloat16; both are kept here.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern: as in PEFT's configs.
+        target_modules, rules: as everywhere in ``lrkern.compress``.
 
-    Singular values are computed twice, first alone for all layers, so that no more than one layer's factors are in memory beside the
-    model's. Refused with a ValueError, the model as it was: a ratio that tau = 1 does not reach, W with inf or nan, and what
-    ``model.targets`` says.
+    Singular values come first, alone; then the factors of the low-rank components, which are in memory beside the dense weights until
+    all are there. Also refused: a ratio that tau = 1 does not reach.
     """
     for name, value in (("ratio", ratio), ("tau", tau), ("min_reduction", min_reduction)):
         number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
@@ -61,10 +60,10 @@ def welore(
 
 @torch.no_grad()
 def _normalised(w: Tensor) -> Tensor:
-    """σ', from the largest on, float64 on the CPU; ones where all σ are equal."""
+    """σ', from the largest on, float64 on the CPU; ones where all σ are equal up to rounding, whose σ' would be noise."""
     s = torch.linalg.svdvals(w.to(wide(w.dtype))).double().cpu()
-    span = s[0] - s[-1]
-    return (s - s[-1]) / span if span > 0 else torch.ones_like(s)
+    span, noise = s[0] - s[-1], max(torch.finfo(w.dtype).eps, max(w.shape) * torch.finfo(wide(w.dtype)).eps)
+    return (s - s[-1]) / span if span > noise * s[0] else torch.ones_like(s)
 
 
 def _ranks(
@@ -82,11 +81,11 @@ def _ranks(
 
 def _search(spectra: Mapping[str, Tensor], ranks: Any, ratio: float) -> float:
     """The smallest tau of those at which a rank changes with this reduction, which never falls as tau grows."""
-    steps, whole = torch.cat([*spectra.values()]).unique(), sum(map(len, spectra.values()))
+    steps, whole = torch.cat([*spectra.values()]).unique().tolist(), sum(map(len, spectra.values()))
 
-    def reduction(at: Tensor) -> float:
-        return sum(len(spectra[name]) - k for name, k in ranks(at.item()).items()) / whole
+    def reduction(at: float) -> float:
+        return sum(len(spectra[name]) - k for name, k in ranks(at).items()) / whole
 
     at = bisect.bisect_left(steps, ratio, key=reduction)
     require(at < len(steps), f"{WHO}: ratio must be at most {reduction(steps[-1]):.4f} for these layers, got {ratio!r}")
-    return steps[at].item()
+    return steps[at]
