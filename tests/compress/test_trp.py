@@ -41,7 +41,7 @@ def test_projection_and_subgradient_are_the_authors(case):
     assert trp.step() and trp.ranks == {"0": case["k"]}
     torch.testing.assert_close(net[0].weight.detach(), torch.tensor(case["T"]), rtol=0, atol=2e-6)
     net[0].weight.grad = torch.zeros(8, 6)
-    trp._add()
+    trp._add(None, (), {})
     torch.testing.assert_close(net[0].weight.grad, 0.25 * torch.tensor(case["sub"]), rtol=0, atol=2e-6)
     assert torch.linalg.matrix_norm(net[0].weight.grad / 0.25, 2).item() == pytest.approx(1, abs=1e-5)
 
@@ -105,6 +105,22 @@ def test_micro_batches_scaling_and_clipping_leave_the_subgradient_whole():
     optimizer.step()
     torch.testing.assert_close(net[0].weight.detach(), before - 0.1 * grad - 0.05 * u @ vh, msg="grad holds it")
     assert not trp._subgradients
+
+
+def test_a_closure_is_refused_where_the_subgradient_would_be_lost():
+    net = model()
+    optimizer = sgd(net)
+    for nuclear in (0.0, 0.1):
+        trp = compress.TRP(net, optimizer, nuclear=nuclear)
+        trp.step()
+        if nuclear:
+            for call in (lambda: optimizer.step(lambda: 0), lambda: optimizer.step(closure=lambda: 0)):
+                with pytest.raises(ValueError, match=r"compress\.TRP: SGD\.step must have no closure"):
+                    call()
+        else:
+            optimizer.step(lambda: 0)
+        trp.remove()
+    optimizer.step(lambda: 0)
 
 
 def test_training_with_it_lowers_the_rank_and_factorize_keeps_the_function():

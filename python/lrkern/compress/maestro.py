@@ -42,11 +42,11 @@ def _layers(who: str, model: nn.Module) -> dict[str, MaestroLinear]:
 
 @contextmanager
 def prefix(model: nn.Module, generator: torch.Generator | None = None) -> Iterator[tuple[str, int]]:
-    """Inside, one layer runs the first b of its ranks and the others all of theirs, as the paper trains: one pair of layer and
-    b = 1..r of all pairs, each as likely, drawn from generator (a CPU's; torch's own where None). Yields the name and b.
+    """Inside, one layer runs the first b of its ranks and the others all of theirs: of all pairs of a layer and b = 1..r one, each as
+    likely, drawn from generator (a CPU's; torch's own where None). Yields the layer's name and b.
 
-    The processes of a DDP model must draw the same: give each a generator with the same seed. The authors' code draws without
-    putting back until all pairs had their turn. With activation checkpointing, backward belongs inside too.
+    The authors' code goes through all pairs in a random order before it draws one again. The processes of a DDP model must draw the
+    same: give each a generator of the same seed. With activation checkpointing, backward belongs inside too.
     """
     layers = _layers("prefix", model)
     pairs = sum(m.r for m in layers.values())

@@ -25,6 +25,7 @@ class TRP:
         trp = TRP(model, optimizer, nuclear=3e-4)
         for x, y in data:
             trp.step()                      # before the forward: the first one projects
+            optimizer.zero_grad()
             loss(model(x), y).backward()
             optimizer.step()                # the subgradient is added here: after unscaling, clipping and DDP's sums
         trp.factorize()
@@ -37,7 +38,7 @@ class TRP:
         target_modules, rules: as everywhere in ``lrkern.compress``.
 
     Also refused: other numbers, a targeted weight that does not train in ``optimizer``; in ``step`` and ``factorize`` a weight with inf
-    or nan, all weights as they were.
+    or nan, all weights as they were; with λ a closure for ``optimizer.step``, whose gradients would come after the subgradient.
     """
 
     def __init__(
@@ -92,8 +93,11 @@ class TRP:
             yield name, (u[:, :k].contiguous(), s[:k], vh[:k].contiguous())
 
     @torch.no_grad()
-    def _add(self, *_: Any) -> None:
+    def _add(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         """The optimizer's hook; once a projection, whatever the micro-batches were."""
+        closure = any(each is not None for each in (*args[1:], *kwargs.values()))
+        must = f"{WHO}: {type(optimizer).__name__}.step must have no closure, whose gradients would come after the subgradient"
+        require(not (closure and self._subgradients), must)
         for name, (u, vh) in self._subgradients.items():
             if (grad := self.linears[name].weight.grad) is not None:
                 grad.add_((u @ vh).to(grad.dtype), alpha=self.nuclear)
