@@ -84,6 +84,17 @@ def test_no_other_layer_of_this_rank_is_nearer():
     assert loss(model.one).item() > 0.999 * best
 
 
+def test_the_largest_component_comes_first():
+    layers = {}
+    for r in (1, 4):
+        model = net()
+        compress.lord(model, data(), r, target_modules=["one"])
+        layers[r] = model.one
+    gram = layers[4].B.detach().T @ layers[4].B.detach()
+    torch.testing.assert_close(gram, torch.eye(4), rtol=0, atol=1e-5)
+    assert abs((layers[1].B[:, 0] @ layers[4].B[:, 0]).item()) == pytest.approx(1, abs=1e-5)
+
+
 def test_at_full_rank_it_is_the_dense_layer():
     model, batches = net(), data()
     dense = model.two

@@ -260,6 +260,17 @@ def test_whole_models_shrink_and_finish(tmp_path):
             done.__enter__()
 
 
+def test_one_layer_that_refuses_stops_all():
+    net = model()
+    compress.maestro(net)
+    with torch.no_grad():
+        net[0].A[2:] = 0
+        net[4].A[0] = torch.nan
+    with pytest.raises(ValueError, match=r"MaestroLinear\.shrink: A and B must be finite, got nan"):
+        compress.shrink(net)
+    assert [net[n].r for n in (0, 2, 4)] == [4, 3, 3]
+
+
 def test_training_by_prefixes_recovers_the_svd():
     """The paper's theorem: of a linear map on whitened inputs each prefix becomes the nearest map of its rank. A layer that learns the
     map at full rank alone does not order its ranks."""

@@ -69,7 +69,8 @@ def prefix(model: nn.Module, generator: torch.Generator | None = None) -> Iterat
 
 def group_lasso(model: nn.Module, hierarchical: bool = True) -> Tensor:
     """The sum of ``MaestroLinear.lasso`` over the model's layers: Σ_j (‖A[j:]‖ + ‖B[:, j:]‖), or of rank j alone."""
-    return torch.stack([m.lasso(hierarchical) for m in _layers("group_lasso", model).values()]).sum()
+    each = [m.lasso(hierarchical) for m in _layers("group_lasso", model).values()]
+    return torch.stack([loss.to(each[0].device) for loss in each]).sum()
 
 
 def shrink(
@@ -79,8 +80,10 @@ def shrink(
     optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, int]:
     """``MaestroLinear.shrink`` of all layers: drops the ranks with ‖A[j:]‖ · ‖B[:, j:]‖ below the threshold, and what ``optimizer``
-    keeps of them. Returns the ranks that are left, by name. DDP must be made anew afterwards."""
-    return {name: m.shrink(threshold, hierarchical, optimizer) for name, m in _layers("shrink", model).items()}
+    keeps of them. Returns the ranks that are left, by name. DDP must be made anew afterwards. A layer that refuses stops all."""
+    layers = _layers("shrink", model)
+    plans = {name: m._plan(threshold, hierarchical, optimizer) for name, m in layers.items()}
+    return {name: layers[name]._drop(*plan) for name, plan in plans.items()}
 
 
 def finish(model: nn.Module) -> Report:

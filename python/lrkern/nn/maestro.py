@@ -81,16 +81,22 @@ class MaestroLinear(FactorizedLinear):
         a, b = self.norms(hierarchical)
         return a * b
 
-    @torch.no_grad()
     def shrink(
         self, threshold: float = 1e-5, hierarchical: bool = True, optimizer: torch.optim.Optimizer | None = None
     ) -> int:
         """Drops the ranks whose ``importance`` is below the threshold, in place, and returns how many are left.
 
         A and B stay the same parameters and lose these ranks, and so does what ``optimizer`` keeps of them in their shape (momenta);
-        without it, one with such a state fails at its next step. ``active`` is None afterwards. Refused with a ValueError, the
+        without it, one with such a state fails at its next step. Where ranks went, ``active`` is None. Refused with a ValueError, the
         layer as it was: another threshold, importances that are nan, or state of the optimizer in a shape that says no ranks.
         """
+        return self._drop(*self._plan(threshold, hierarchical, optimizer))
+
+    @torch.no_grad()
+    def _plan(
+        self, threshold: float, hierarchical: bool, optimizer: torch.optim.Optimizer | None
+    ) -> tuple[Tensor, list[tuple[dict[str, Any], str, int]]]:
+        """Which ranks stay, and what an optimizer keeps by rank."""
         number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         if not number or not threshold >= 0:
             raise ValueError(f"{type(self).__name__}.shrink: threshold must be a number >= 0, got {threshold!r}")
@@ -98,10 +104,13 @@ class MaestroLinear(FactorizedLinear):
         if importance.isnan().any():
             raise ValueError(f"{type(self).__name__}.shrink: A and B must be finite, got nan")
         kept = (importance >= threshold).nonzero()[:, 0]
+        return kept, [] if optimizer is None else self._states(optimizer)
+
+    @torch.no_grad()
+    def _drop(self, kept: Tensor, states: list[tuple[dict[str, Any], str, int]]) -> int:
         if len(kept) == self.r:
             return self.r
-        moved = [] if optimizer is None else self._states(optimizer)
-        for state, name, dim in moved:
+        for state, name, dim in states:
             state[name] = state[name].index_select(dim, kept)
         grads = self.A.grad, self.B.grad
         self._resize(self.A.data[kept], self.B.data[:, kept])
