@@ -107,6 +107,17 @@ def test_micro_batches_scaling_and_clipping_leave_the_subgradient_whole():
     assert not trp._subgradients
 
 
+def test_a_step_that_the_optimizer_skips_takes_its_subgradient_along():
+    net = model()
+    optimizer = sgd(net)
+    trp = compress.TRP(net, optimizer, period=2, nuclear=0.5)
+    assert trp.step() and not trp.step(), "GradScaler skips the first where it finds inf"
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert not any(p.grad.any() for p in net.parameters())
+
+
 def test_a_closure_is_refused_where_the_subgradient_would_be_lost():
     net = model()
     optimizer = sgd(net)

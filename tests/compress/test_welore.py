@@ -82,6 +82,7 @@ def test_the_ratio_is_met_by_the_smallest_tau(ratio):
     assert less.reduction < ratio
     again = compress.welore(model(), tau=report.tau)
     assert again.layers == report.layers
+    assert compress.welore(model(), report.reduction).tau == report.tau, "reached is enough"
 
 
 def test_low_rank_components_alone_train():

@@ -24,10 +24,11 @@ def split(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
 class FactorizedLinear(nn.Module):
     """y = (x Aᵀ) Bᵀ + bias: a linear layer of rank r without a W, which ``lrkern.compress`` puts in the place of dense ones.
 
-    A [r, in], B [out, r] and bias [out] all train: (in + out) r + out numbers for in · out + out. It is two F.linear, which on
-    a CPU no other way is faster than: forward and backward at 512 tokens, 2048 x 2048, lrkern's shrink and expand take 1.2 times
-    as long in float32 at r = 16 and 6.5 times in bfloat16 at r = 512 (Xeon with AMX, one thread). On a GPU they were not compared.
-    So autocast, torch.compile, checkpointing, torch.func and second derivatives are torch's own, and any rank is taken.
+    A [r, in], B [out, r] and bias [out] all train: (in + out) r + out numbers for in · out + out. It is two F.linear: forward and
+    backward at 512 tokens of 2048 x 2048, lrkern's shrink and expand take 1.2 times as long in float32 at r = 16 and 6.5 times in
+    bfloat16 at r = 512 (Xeon with AMX, one thread); faster they were only with up to 8 rows of 16 bits at r = 16. On a GPU they
+    were not compared. So autocast, torch.compile, checkpointing, torch.func and second derivatives are torch's own, and any rank
+    is taken.
 
     A layer is smaller than its dense one where r < in · out / (in + out). A LoRA goes beside it as beside any linear:
     ``FusedLoRALinear.from_linear(layer)`` freezes the factors. There is no ``weight``: code that reads one gets an AttributeError.
