@@ -119,6 +119,17 @@ def test_ranks_are_dropped_one_by_one_where_they_are_asked_alone():
     assert torch.equal(layer.A, a) and torch.equal(layer.B, b)
 
 
+@pytest.mark.parametrize("how", ["shrink", "truncate"])
+def test_fewer_ranks_are_those_of_the_whole_and_all_of_them_run(how):
+    layer, whole = made(), made()
+    layer.active = 2
+    for each in (layer, whole):
+        with torch.no_grad():
+            each.A[6:] = 0
+        each.shrink() if how == "shrink" else each.truncate(6)
+    assert layer.active is None and layer.r == 6 and torch.equal(layer.product(), whole.product())
+
+
 KINDS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
