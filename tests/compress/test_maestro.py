@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lrkern import compress
 from lrkern.nn import FactorizedLinear, MaestroLinear
@@ -190,14 +191,28 @@ def test_what_does_not_fit_is_refused():
     assert layer.r == 9 and layer.active is None
 
 
-def test_compiled_and_in_autocast_a_prefix_is_the_same():
+def test_in_autocast_a_prefix_is_the_same():
     layer, x = made(), torch.randn(3, 12)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for b in (3, None, 7):
+    for b in (3, None):
         layer.active = b
-        assert relative(compiled(x), layer(x).detach()) < 1e-6
+        want = layer(x).detach()
         with torch.autocast("cpu", torch.bfloat16):
-            assert layer(x).dtype == torch.bfloat16 and relative(layer(x), compiled(x).detach()) < 0.02
+            assert layer(x).dtype == torch.bfloat16 and relative(layer(x), want) < 0.02
+
+
+@pytest.mark.parametrize("symbol", [False, True])
+def test_compiled_it_has_a_graph_for_each_prefix_or_one_for_all(symbol):
+    layer, x, prefixes = made(40, 30), torch.randn(3, 40), (3, 5, 7, 9, 12, 20)
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=symbol):
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+        for b in prefixes:
+            layer.active = b
+            gradients = [torch.autograd.grad(run(x).square().sum(), [*layer.parameters()]) for run in (compiled, layer)]
+            assert all(relative(got, want) < 1e-6 for got, want in zip(*gradients, strict=True))
+    assert backend.frame_count == (2 if symbol else len(prefixes)), "the first prefix is met as a constant"
+    torch._dynamo.reset()
 
 
 # ---------------------------------------------------------------------------------------------- whole models

@@ -16,8 +16,9 @@ class MaestroLinear(FactorizedLinear):
     what matters most; a hierarchical group lasso (``lasso``, ``compress.group_lasso``) pulls the last ones to zero, and ``shrink``
     drops them. A, B and bias train, ranks from ``active`` on have zero gradients. With b = k it is the dense product.
 
-    In torch.compile each ``active`` is a graph of its own. A state_dict holds the ranks that are left: load it into a layer of
-    that r.
+    In torch.compile each ``active`` is a graph of its own, and torch gives up after 8 of them; for drawn prefixes set
+    torch._dynamo.config.allow_unspec_int_on_nn_module, with which one graph runs all. A state_dict holds the ranks that are left:
+    load it into a layer of that r.
 
     Args:
         r: how many ranks there are, 0 to min(in, out), which None means.
