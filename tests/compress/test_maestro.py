@@ -286,6 +286,18 @@ def test_whole_models_shrink_and_finish(tmp_path):
             done.__enter__()
 
 
+def test_training_goes_on_from_a_state_with_fewer_ranks():
+    net, again, x = model(), model(), torch.randn(5, 6)
+    compress.maestro(net), compress.maestro(again)
+    with torch.no_grad():
+        net[0].A[2:] = 0
+    assert compress.shrink(net)["0"] == 2
+    kept = again[2]
+    compress.restore(again, net.state_dict())
+    assert torch.equal(again(x), net(x)) and again[2] is kept
+    assert type(again[0]) is MaestroLinear and again[0].r == 2 and again[0].active is None
+
+
 def test_one_layer_that_refuses_stops_all():
     net = model()
     compress.maestro(net)

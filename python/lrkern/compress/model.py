@@ -111,8 +111,8 @@ def put(model: nn.Module, linears: Mapping[str, nn.Module], layers: Mapping[str,
 
 def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Loads the state_dict of a compressed model into the dense model of the same class, in place: linears of which it has the factors
-    A and B become ``FactorizedLinear`` of those ranks. A model with MaestroLinear layers is restored so after ``finish``. What
-    of it trains is in no state_dict.
+    A and B become ``FactorizedLinear`` of those ranks. FactorizedLinear and MaestroLinear layers that are there already, after
+    ``maestro`` say, stay what they are and take the ranks. Make the optimizer afterwards; what trains is in no state_dict.
 
     A ValueError where factors fit no linear or keys are missing or in excess; the model is then as it was."""
     who, layers = "lrkern.compress.restore", {}
@@ -124,18 +124,19 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             linear = model.get_submodule(name)
         except AttributeError:
             linear = None
-        if isinstance(linear, FactorizedLinear) and linear.A.shape == a.shape:
+        inside = isinstance(linear, FactorizedLinear)
+        if inside and linear.A.shape == a.shape:
             continue
         require(
-            isinstance(linear, nn.Linear) and not unfit(linear),
+            inside or (isinstance(linear, nn.Linear) and not unfit(linear)),
             f"{who}: {named(name)} must be a plain nn.Linear of this model",
         )
         i, o, r = linear.in_features, linear.out_features, len(a) if a.ndim else None
         must = f"{who}: factors of {named(name)} must be [r, {i}] and [{o}, r]"
         require([a.shape, b.shape] == [(r, i), (o, r)], f"{must}, got {list(a.shape)} and {list(b.shape)}")
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        like = {"device": (p := next(linear.parameters())).device, "dtype": p.dtype}
         bias = linear.bias is not None or f"{name}.bias" in state  # LoRD gives it one
-        layers[name] = FactorizedLinear(i, o, bias, r=r, **like)
+        layers[name] = (type(linear) if inside else FactorizedLinear)(i, o, bias, r=r, **like)
         layers[name].train(linear.training)
     before = {name: model.get_submodule(name) for name in layers}
     replace(model, layers)
