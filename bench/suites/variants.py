@@ -27,7 +27,7 @@ from suite import Call
 from torch import Tensor, nn
 
 import lrkern.functional.base
-from lrkern.nn import FusedLoRALinear, variants
+from lrkern.nn import FactorizedLinear, FusedLoRALinear, variants
 from lrkern.ops.dispatch import use_library
 from lrkern.reference import Draw
 from lrkern.reference.variants import VARIANTS
@@ -90,6 +90,17 @@ class Data(suite.Data):
             self.y, self.dx = self.linear(x), dy @ self.linear.weight
 
 
+class Factors(suite.Data):
+    """Of a layer without W."""
+
+    def __init__(self, case: Case, device: str, seed: int):
+        draw, ab = Draw(device, case.dtype, seed), case.dtype
+        self.case, self.layer = case, FactorizedLinear(case.I, case.O, r=case.R, dtype=ab)
+        x, dy = draw(case.T, case.I).requires_grad_(case.passes != "no_grad"), draw(case.T, case.O)
+        truth = lambda x, A, B, bias: F.linear(F.linear(x, A), B, bias)
+        super().__init__({"x": x, **dict(self.layer.named_parameters())}, dy, truth)
+
+
 def without_its_gemm(d: Data) -> Callable:
     """lrkern's ops and functional forms where the base's y and dx are there already."""
     ops = StoredOps(d.y.clone(), d.dx.clone())
@@ -105,27 +116,35 @@ def without_its_gemm(d: Data) -> Callable:
 
 
 class Suite(LayerSuite):
-    data = Data
     against = "published"
     devices = ("cpu",)
 
+    @staticmethod
+    def data(case: Case, device: str, seed: int) -> suite.Data:
+        return (Factors if case.method == "factorized" else Data)(case, device, seed)
+
     def cases(self, quick: bool) -> list[Case]:
         def case(method: str, dtype=torch.float32) -> Case:
-            ab = None if dtype == torch.float32 else torch.float32
+            ab = None if dtype == torch.float32 or method == "factorized" else torch.float32
             return Case(method=method, T=512, I=2048, O=2048, R=16, passes="fwd+bwd", dtype=dtype, ab=ab)
 
-        methods = [name for name in sorted(VARIANTS) if name in PUBLISHED]
+        methods = [*(name for name in sorted(VARIANTS) if name in PUBLISHED), "factorized"]
         if quick:
             methods = [name for name in methods if name in ("adalora", "lora_xs", "slora")]
         return [case(name, dtype) for dtype in (torch.float32, torch.bfloat16) for name in methods]
 
     def work(self, case: Case, d: Data) -> tuple[int, int]:
         """The base GEMM and its dx, and LoRA's products of this rank; every operand once a pass."""
-        low = 2 * case.T * case.R * (case.I + case.O)
+        low, base = 2 * case.T * case.R * (case.I + case.O), 2 * case.T * case.I * case.O
         moved = sum(t.nbytes for t in d.inputs.values() if isinstance(t, Tensor)) + d.dy.nbytes
-        return 4 * case.T * case.I * case.O + 3 * low, 2 * moved
+        return 3 * low + (0 if case.method == "factorized" else 2 * base), 2 * moved
+
+    def base(self, d: Data) -> Call | None:
+        return None if d.case.method == "factorized" else super().base(d)
 
     def published(self, d: Data) -> Call:
+        if d.case.method == "factorized":
+            return Call(lambda: d.truth(**d.inputs))
         x, base, y = d.inputs["x"], d.linear, d.y.clone()
         c, s = d.c, d.layer.settings
         run = PUBLISHED[d.case.method]
@@ -154,9 +173,13 @@ class Suite(LayerSuite):
         x = d.inputs["x"]
         return Call(lambda: layer(x), Call(lambda: layer(x), around=without_its_gemm(d)), **facts)
 
-    def lora(self, d: Data) -> Call:
+    def lora(self, d: Data) -> Call | None:
+        if d.case.method == "factorized":
+            return None
         run = lambda x: Trained.apply(d.lora, d.lora, x)
         return self.of_layer(d, run, exact=False)
 
     def lrkern(self, d: Data) -> Call:
+        if d.case.method == "factorized":
+            return Call(lambda: d.layer(d.inputs["x"]))
         return self.of_layer(d, d.layer)
