@@ -35,12 +35,13 @@ def drop(cls, settings, p):
 
 @torch.no_grad()
 def shake(layer, seed=5, by=0.2):
-    """Coefficients that act. RandLoRA's are smaller: its scaling is a hundred."""
+    """Coefficients that act. RandLoRA's are smaller, its scaling is a hundred; and gates, BeamLoRA's temperature is 0.05."""
     g = torch.Generator().manual_seed(seed)
     for name, p in layer.coefficients().items():
         if not p.requires_grad:  # what a slice of W was
             continue
-        p.add_(torch.randn(p.shape, generator=g).to(p), alpha=by * (0.05 if "randlora" in name else 1))
+        small = "randlora" in name or "gate" in name
+        p.add_(torch.randn(p.shape, generator=g).to(p), alpha=by * (0.05 if small else 1))
     return layer
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linear import Method
-from ..plain import plain_linear
+from ..plain import packed, plain_linear
 from .rank import Variant, frozen, kaiming, trained
 from .scores import row_blocks
 
@@ -20,9 +20,9 @@ class LoRAPruneLinear(Variant):
     and B train. scaling = lora_alpha / r. As in the authors' code the mask takes the bias too: a masked feature is zero.
 
     ``scores`` estimates from the gradients of A and B how much each output or input feature matters, ``prune`` sets the mask, and
-    ``sliced`` is the smaller layer without the features that are masked. Where a feature is masked the layer is no LoRA of W: rows of W + ΔW are
-    zero. ``merge`` then zeroes W's rows and the bias there, and keeps a copy of both for ``unmerge``: with the bias as it was, a merged layer would not
-    compute the same.
+    ``sliced`` is the smaller layer without the features that are masked. Where one is masked the layer is no LoRA of W: that row of
+    W + ΔW is zero. ``merge`` writes zeros there, into the bias too, without which the merged layer would compute something else, and
+    keeps a copy of both for ``unmerge``.
     """
 
     METHODS: ClassVar = {"loraprune": Method({}, "LoRAPrune, Zhang et al., arXiv 2305.18403")}
@@ -62,6 +62,10 @@ class LoRAPruneLinear(Variant):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """mask ⊙ (W + scaling · B A) - W [out, in] in float32."""
+        in_pack = packed(self.base_layer)
+        self._refuse_if(in_pack and not self.low_rank, "delta_weight", "have a W of floats where a feature is masked")
+        if in_pack:
+            return super().delta_weight()
         w = self.base_layer.weight.float()
         if self.merged:
             return w - (self._as_merged or self)._unmerged_weight(w)
