@@ -6,8 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ... import functional as F
 from ..linear import Method
 from .rank import Variant, kaiming, trained
+
+# Up to this rank one LoRA whose factors are zero outside the blocks is quicker than a LoRA a block, which copies y and the gradient of x.
+DENSE = 32
 
 
 class MELoRALinear(Variant):
@@ -53,3 +57,14 @@ class MELoRALinear(Variant):
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """The block diagonal A [n · r, in] and B [out, n · r]."""
         return torch.block_diag(*self.lora_A), torch.block_diag(*self.lora_B), self.scaling
+
+    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.lora_rank <= DENSE:
+            return super()._adapted(x, weight, bias)
+        return self._beside(nn.functional.linear(x, weight, bias), x)
+
+    def _beside(self, y: Tensor, x: Tensor) -> Tensor:
+        if self.lora_rank <= DENSE:
+            return super()._beside(y, x)
+        parts = zip(y.chunk(self.n, -1), x.chunk(self.n, -1), self.lora_A, self.lora_B, strict=True)
+        return torch.cat([F.lora_add(*part, self.scaling, self.dropout, self.training) for part in parts], -1)

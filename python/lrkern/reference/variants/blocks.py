@@ -8,6 +8,7 @@ from .table import delta, forward, scaling
 
 
 @forward("melora", "MELoRALinear", r=2, n=4)
+@forward("melora-wide", "MELoRALinear", r=9, n=4)
 def melora(x, w, bias, c, s):
     parts = x.chunk(s["n"], -1)
     small = [u @ a.mT @ b.mT for u, a, b in zip(parts, c["lora_A"], c["lora_B"], strict=True)]
