@@ -12,11 +12,14 @@ from lrkern.nn import FusedLoRALinear
 from lrkern.nn.variants import BlockLoRALinear, MELoRALinear
 
 
-def test_melora_is_small_loras_side_by_side():
-    layer, x = changed("melora"), torch.randn(5, 24)  # n = 4 of rank 2
+@pytest.mark.parametrize("name", ["melora", "melora-wide"])
+def test_melora_is_small_loras_side_by_side(name, monkeypatch):
+    layer, x = changed(name), torch.randn(5, 24)  # n = 4 of rank 2 or 9
+    if name == "melora-wide":
+        monkeypatch.setattr(MELoRALinear, "factors", None)  # has no use for the block diagonal ones
     small = []
     for a, b in zip(layer.lora_A, layer.lora_B, strict=True):
-        one = FusedLoRALinear(6, 4, bias=False, r=2, lora_alpha=16.0)
+        one = FusedLoRALinear(6, 4, bias=False, r=layer.r, lora_alpha=16.0)
         with torch.no_grad():
             one.base_layer.weight.zero_()
             one.lora_A.weight.copy_(a)

@@ -169,6 +169,19 @@ def test_a_score_forms_no_matrix_of_the_weights_size():
     torch.testing.assert_close(layer.score(x, dy), whole, rtol=1e-4, atol=0)
 
 
+def test_orthonormal_factors_have_no_orthogonality_to_learn():
+    layer = changed("increlora")
+    with torch.no_grad():
+        layer.lora_A.copy_(torch.eye(6, 24))
+        layer.lora_B.copy_(torch.eye(16, 6) * 2)  # 2² - 1 six times
+    assert layer.orthogonality().item() == pytest.approx(3 * 6**0.5 / 2)
+    layer.orthogonality().backward()
+    assert layer.lora_B.grad.norm() > 0 and layer.lora_E.grad is None
+    with torch.no_grad():
+        layer.lora_B.div_(2)
+    assert layer.orthogonality() == 0
+
+
 def test_growing_grants_the_reserve_and_changes_little():
     layer, x = changed("increlora"), torch.randn(5, 24)  # r = 4 and 2 more
     before, delta = (

@@ -22,8 +22,8 @@ class IncreLoRALinear(Variant):
     but for what the reserve adds, of the order of 1e-5. scaling = lora_alpha / (r + 1e-5), or r / (r + 1e-5) where lora_alpha is 0, as in
     the authors' code: the reserve does not count, and growing makes it smaller.
 
-    An allocator compares the ``score`` of layers, lets some ``grow``, and lets all ``finish`` once the budget is spent. The authors add
-    ``adalora.orthogonality`` to the loss, of these factors.
+    An allocator compares the ``score`` of layers, lets some ``grow``, and lets all ``finish`` once the budget is spent. The authors' trainer
+    adds the mean ``orthogonality`` of all layers to the loss, by a weight.
     """
 
     METHODS: ClassVar = {"increlora": Method({}, "IncreLoRA, Zhang et al., arXiv 2308.12043")}
@@ -60,6 +60,13 @@ class IncreLoRALinear(Variant):
         if self.reserve:
             e = torch.cat([e, e.new_full((self.reserve, 1), RESERVE)])
         return self.lora_A * e, self.lora_B, self.scaling
+
+    def orthogonality(self) -> Tensor:
+        """The mean of ‖A Aᵀ - I‖_F and ‖Bᵀ B - I‖_F, with the reserve: zero of orthonormal factors."""
+        norms = [
+            (p @ p.mT - torch.eye(len(p), dtype=p.dtype, device=p.device)).norm() for p in (self.lora_A, self.lora_B.mT)
+        ]
+        return torch.stack(norms).mean()
 
     @torch.no_grad()
     def score(self, x: Tensor, dy: Tensor) -> Tensor:
