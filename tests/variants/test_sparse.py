@@ -244,6 +244,15 @@ def test_pruned_groups_are_zero_and_no_others():
     assert torch.equal(layer(x), y) and layer.low_rank
 
 
+def test_a_mask_under_torch_func():
+    layer, x = changed("loraprune"), torch.randn(3, 5, 24)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x), rtol=1e-5, atol=1e-6)
+    got = torch.func.grad(lambda t: layer(t).square().sum())(x)
+    x.requires_grad_()
+    (want,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_sliced_model_is_the_masked_model(bias):
     """Of two layers with an activation that leaves zero alone, after one more step of training too."""

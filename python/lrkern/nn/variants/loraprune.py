@@ -57,7 +57,7 @@ class LoRAPruneLinear(Variant):
         return self._masked(super()._beside(y, x))
 
     def _masked(self, y: Tensor) -> Tensor:
-        return y.mul_(self.mask.to(y.dtype))  # takes a quarter of the time of masked_fill_, and y is our own
+        return y * self.mask.to(y.dtype)  # a quarter of masked_fill's time
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
