@@ -2,6 +2,7 @@
 """Variants beside what the papers' own code computes: recorded once, see tests/recorded/variants/README.md."""
 
 import json
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lrkern.nn import variants
+from lrkern.nn.variants.adalora import orthogonality
 
 RECORDED = Path(__file__).parents[1] / "recorded" / "variants"
 CLOSE = 1e-5  # of the largest element: float32 beside float64
@@ -90,6 +92,57 @@ def test_the_layer_computes_what_their_code_does(name):
     for ours, grad in zip(trained, grads[1:], strict=True):
         close(grad, theirs(t, "grad.", ONE[name].names[ours]), ours)
     assert trained, "nothing trains"
+
+
+def test_lora_xs_starts_from_their_svd():
+    """Their R [r, r] times ours' signs is ours, so each pair of vectors has to be theirs."""
+    t, s = read("lora_xs")
+    layer = variants.LoRAXSLinear.from_linear(linear(t["weight"], t["bias"]), **s)
+    for k in range(s["r"]):
+        pair = t["param.lora_B"][:, k, None] * t["param.lora_A"][k]
+        close(layer.lora_B[:, k, None] * layer.lora_A[k], pair, f"rank {k}")
+    close(layer.lora_B.norm(dim=0), t["param.lora_B"].norm(dim=0), "which factor has the singular values")
+
+
+def test_adalora_computes_what_peft_does():
+    peft = pytest.importorskip("peft")
+    t, s = read("slora")  # W, x and dy of any
+    r, alpha = s["r"], s["lora_alpha"]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.other = linear(t["weight"], t["bias"]), linear(t["weight"], t["bias"])
+
+        def forward(self, x, dy):
+            return types.SimpleNamespace(loss=((self.lin(x) + 2 * self.other(x)) * dy).sum())
+
+    config = peft.AdaLoraConfig(
+        init_r=r, target_r=2, lora_alpha=alpha, total_step=10, target_modules=["lin", "other"], orth_reg_weight=0.5
+    )
+    model, mine = peft.get_peft_model(Net(), config).double(), Net()
+    pairs = []
+    for k, name in enumerate(("lin", "other")):
+        layer, its = (
+            variants.AdaLoRALinear.from_linear(getattr(mine, name), r=r, lora_alpha=alpha),
+            getattr(model.base_model.model, name),
+        )
+        setattr(mine, name, layer)
+        for n, p in layer.coefficients().items():
+            value = torch.randn(p.shape, generator=torch.Generator().manual_seed(k + len(pairs)))
+            p.data, getattr(its, n)["default"].data = value, value.double()
+            pairs.append((f"{name}.{n}", p, getattr(its, n)["default"]))
+    x, dy = t["x"].clone().requires_grad_(), t["dy"]
+    x32 = t["x"].float().requires_grad_()
+    want, got = model.base_model(x=x, dy=dy).loss, mine(x32, dy.float()).loss + 0.5 * orthogonality(mine.modules())
+    close(mine.lin(x32), model.base_model.model.lin(x), "y")
+    close(got, want, "loss")
+    want.backward()
+    got.backward()
+    close(x32.grad, x.grad, "x")
+    assert len(pairs) == 6
+    for name, p, its in pairs:
+        close(p.grad, its.grad, name)
 
 
 def test_the_recordings_say_where_they_are_from():

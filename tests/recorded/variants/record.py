@@ -402,7 +402,7 @@ def chain(mode: int, name: str, earlier: int, square: bool = False):
     layers[1].pre_lora, layers[2].pre_lora = layers[0], layers[1]
     named = {}
     for k, layer in enumerate(layers):
-        named |= {f"{k}.{n.removeprefix('loras.0.')}": p for n, p in layer.named_parameters() if "lora_" in n}
+        named |= {f"{k}.{n}": p for n, p in layer.loras[0].named_parameters()}
     fill(named)
     xs = [leaf(20 + k) for k in range(3)]
     ys = [layer(x) for layer, x in zip(layers, xs, strict=True)]
