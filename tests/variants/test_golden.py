@@ -37,24 +37,75 @@ def linear(weight, bias) -> nn.Linear:
     return base
 
 
+def kind(name: str):
+    cls = getattr(variants, name, None)
+    return cls or pytest.skip(f"no {name} yet")
+
+
 @dataclass
 class Golden:
-    """names: ours by theirs. A value that is a function takes what looks up a tensor of theirs and gives ours of it, gradients too."""
+    """cls and settings of ours; names: its coefficients by their key, as the recording's. A function takes what looks up a tensor of the
+    recording, parameter or gradient, and gives ours of it. given: coefficients that are under another key there. starts: ours before it
+    is trained are the recording's."""
 
     cls: str
     names: dict[str, str | Callable]
     settings: Callable[[dict], dict] = lambda s: {"r": s["r"], "lora_alpha": s["lora_alpha"]}
-    frozen: dict[str, Callable] = field(default_factory=dict)
+    given: dict[str, str] = field(default_factory=dict)
+    starts: bool = False
 
 
 def same(*names: str) -> dict[str, str]:
     return {n: n for n in names}
 
 
+def joined(name: str, dim: int) -> Callable:
+    """Of the granted ranks and two of the reserve."""
+    return lambda get: torch.cat([get(f"{name}.{k}") for k in range(3)], dim)
+
+
+def stacked(name: str) -> Callable:
+    """Of two blocks."""
+    return lambda get: torch.stack([get(f"{name}.{k}.weight") for k in range(2)])
+
+
+AB, XS = same("lora_A", "lora_B"), {"lora_R": "R", **same("lora_A", "lora_B")}
+ANB = same("lora_A", "lora_N", "lora_B")
 ONE = {
-    "lora_xs": Golden("LoRAXSLinear", {"lora_R": "R", **same("lora_A", "lora_B")}),
-    "lora_sb": Golden("LoRASBLinear", {"lora_R": "R", **same("lora_A", "lora_B")}),
-    "slora": Golden("SLoRALinear", same("lora_A", "lora_N", "lora_B")),
+    "lora_xs": Golden("LoRAXSLinear", XS),
+    "lora_sb": Golden("LoRASBLinear", XS, lambda s: {"r": s["r"]}),
+    "slora": Golden("SLoRALinear", ANB),
+    "nlora": Golden("NLoRALinear", ANB, lambda s: s | {"init": "slice"}, starts=True),
+    "inttune": Golden("IntTuneLinear", ANB, lambda s: s | {"init": "slice"}, starts=True),
+    "lora2": Golden("LoRA2Linear", same(*(f"lora_{n}" for n in ("A", "E", "B", "aa", "bb"))), lambda s: s),
+    "increlora": Golden(
+        "IncreLoRALinear",
+        {"lora_A": joined("lora_A", 0), "lora_E": "lora_E.0", "lora_B": joined("lora_B", 1)},
+        lambda s: s,
+    ),
+    "sora": Golden("SoRALinear", {"lora_gate": lambda get: get("gate")[0], **AB}),
+    "beamlora": Golden(
+        "BeamLoRALinear",
+        {"lora_gate": lambda get: get("lora_gate")[0], "lora_A": "lora_A.weight", "lora_B": "lora_B.weight"},
+        lambda s: {"r": s["r"], "lora_alpha": s["lora_alpha"], "tau": s["temperature"]},
+    ),
+    "loldu": Golden(
+        "LoLDULinear",
+        {"vector_z": "vector_z", "lora_A": "lora_A", "lora_B": lambda get: get("P") @ get("lora_B")},
+        given={"start": "start.vector_z"},
+    ),
+    "melora": Golden("MELoRALinear", {"lora_A": stacked("lora_A"), "lora_B": stacked("lora_B")}, lambda s: s),
+    "hydra": Golden(
+        "HydraLinear",
+        {
+            f"{ours}_{ab}": f"hydra_mlp_{its}.{way}_proj.weight"
+            for ours, its in (("parallel", "par"), ("sequential", "seq"))
+            for ab, way in (("A", "down"), ("B", "up"))
+        },
+        lambda s: {"r": s["r"], "scaling": s["scale"]},
+    ),
+    "roselora": Golden("RoseLoRALinear", AB),
+    "loraprune": Golden("LoRAPruneLinear", AB, given={"mask": "mask"}),
 }
 
 
@@ -63,45 +114,194 @@ def theirs(t: dict, prefix: str, name: str | Callable):
     return get(name) if isinstance(name, str) else name(get)
 
 
-def made(name: str):
-    """Our layer with their parameters, and the recording."""
-    golden, (t, settings) = ONE[name], read(name)
-    cls = getattr(variants, golden.cls, None)
-    if cls is None:
-        pytest.skip(f"no {golden.cls} yet")
-    layer = cls.from_linear(linear(t["weight"], t["bias"]), **golden.settings(settings))
+def copy(layer, values: dict[str, torch.Tensor]):
     mine = layer.coefficients()
-    assert mine.keys() == golden.names.keys()
     with torch.no_grad():
-        for ours, name_of_theirs in golden.names.items():
-            value = theirs(t, "param.", name_of_theirs)
-            assert mine[ours].shape == value.shape, ours
-            mine[ours].copy_(value)
-    return layer, t
+        for name, value in values.items():
+            assert mine[name].shape == value.shape, name
+            mine[name].copy_(value)
+    return layer
+
+
+def made(name: str):
+    """Our layer with their parameters, the recording and its settings."""
+    golden, (t, s) = ONE[name], read(name)
+    layer = kind(golden.cls).from_linear(linear(t["weight"], t["bias"]), **golden.settings(s))
+    values = {ours: theirs(t, "param.", n) for ours, n in golden.names.items()}
+    values |= {ours: t[key] for ours, key in golden.given.items()}
+    left = layer.coefficients().keys() - values.keys()
+    assert left <= {"mask_A", "mask_B"}, left  # which start as true
+    if golden.starts:
+        for ours, value in values.items():
+            close(layer.get_parameter(ours), value, f"{ours} at first")
+    return copy(layer, values), t, s
+
+
+def passes(layer, x, dy):
+    """y and the gradients of x and of what trains, by name."""
+    x = x.float().requires_grad_()
+    y = layer(x)
+    trained = {n: p for n, p in layer.coefficients().items() if p.requires_grad}
+    grads = torch.autograd.grad(y, [x, *trained.values()], dy.float())
+    return {"y": y, "x": grads[0]}, dict(zip(trained, grads[1:], strict=True))
 
 
 @pytest.mark.parametrize("name", ONE)
 def test_the_layer_computes_what_their_code_does(name):
-    layer, t = made(name)
-    x = t["x"].float().requires_grad_()
-    y = layer(x)
-    trained = {n: p for n, p in layer.coefficients().items() if p.requires_grad}
-    grads = torch.autograd.grad(y, [x, *trained.values()], t["dy"].float())
-    close(y, t["y"], "y")
-    close(grads[0], t["grad.x"], "x")
-    for ours, grad in zip(trained, grads[1:], strict=True):
+    layer, t, _ = made(name)
+    values, grads = passes(layer, t["x"], t["dy"])
+    close(values["y"], t["y"], "y")
+    close(values["x"], t["grad.x"], "x")
+    assert grads, "nothing trains"
+    for ours, grad in grads.items():
         close(grad, theirs(t, "grad.", ONE[name].names[ours]), ours)
-    assert trained, "nothing trains"
 
 
 def test_lora_xs_starts_from_their_svd():
-    """Their R [r, r] times ours' signs is ours, so each pair of vectors has to be theirs."""
+    """Theirs up to a sign for each pair of vectors, which R takes up."""
     t, s = read("lora_xs")
     layer = variants.LoRAXSLinear.from_linear(linear(t["weight"], t["bias"]), **s)
     for k in range(s["r"]):
         pair = t["param.lora_B"][:, k, None] * t["param.lora_A"][k]
         close(layer.lora_B[:, k, None] * layer.lora_A[k], pair, f"rank {k}")
     close(layer.lora_B.norm(dim=0), t["param.lora_B"].norm(dim=0), "which factor has the singular values")
+
+
+def test_lora_sb_starts_from_the_step_that_theirs_takes():
+    """Theirs is a randomised SVD that is rounded to bfloat16."""
+    t, s = read("lora_sb")
+    layer = kind("LoRASBLinear").from_linear(linear(t["weight"], t["bias"]), r=s["r"])
+    batches = [(t[f"batch{k}.input_ids"].float(), t[f"batch{k}.labels"].float()) for k in range(2)]
+    variants.lora_sb_init(layer, batches, lambda model, batch: (model(batch[0]) * batch[1]).sum() / 2, s["lr"])
+    for k in range(s["r"]):
+        pair = t["param.lora_B"][:, k, None] * t["param.lora_A"][k]
+        mine = layer.lora_B[:, k, None] * layer.lora_A[k]
+        close(mine, pair, f"rank {k}", 1e-2)
+    close(layer.lora_R, t["param.R"], "R", 1e-2)
+    u, sigma, vh = torch.linalg.svd(t["direction"])
+    close(layer.delta_weight(), (u[:, : s["r"]] * sigma[: s["r"]]) @ vh[: s["r"]], "the step at rank r")
+
+
+def test_loldu_starts_as_theirs():
+    layer, t, s = made("loldu")
+    start = type(layer).from_linear(layer.base_layer, **ONE["loldu"].settings(s))
+    close(start.lora_A, t["param.lora_A"], "U")
+    close(start.lora_B, t["param.P"] @ t["param.lora_B"], "P L")
+    close(start.vector_z, t["start.vector_z"], "d")
+    close(start(t["x"]), t["start.y"], "y")
+
+
+def test_increlora_scores_a_layer_as_theirs():
+    layer, t, _ = made("increlora")
+    close(layer.score(t["x"], t["dy"]) / t["weight"].numel() ** 0.5, t["score"], "score")
+
+
+def test_beamlora_importance_ranks_all_layers_as_theirs():
+    """Which ranks theirs prunes of two layers at a top-p of 0.95: those that matter least, of both together."""
+    layer, t, s = made("beamlora")
+    importance = []
+    for k in range(2):
+        copy(layer, {"lora_gate": t[f"gates.{k}"][0]})
+        importance.append(layer.importance())
+    importance, pruned = torch.cat(importance), torch.cat([t[f"pruned.{k}"][0] for k in range(2)])
+    kept = importance[~pruned].sum() / importance.sum()
+    assert importance[pruned].max() < importance[~pruned].min()
+    assert kept <= s["top_p"] < kept + importance[pruned].max() / importance.sum()
+
+
+def test_hydra_merges_as_theirs():
+    layer, t, _ = made("hydra")
+    layer.merge()
+    close(layer.base_layer.weight, t["merged.weight"], "W")
+    close(layer.base_layer.bias, t["merged.bias"], "bias")
+
+
+@pytest.mark.parametrize("b", range(1, 5))
+@pytest.mark.parametrize("how", ["prefix", "frozen"])
+def test_dylora_of_each_prefix(b, how):
+    t, s = read("dylora")
+    layer = kind("DyLoRALinear").from_linear(linear(t["weight"], t["bias"]), **s, active=b, frozen=how == "frozen")
+    values, grads = passes(copy(layer, {n: t[f"param.{n}"] for n in AB}), t["x"], t["dy"])
+    close(values["y"], t[f"{how}{b}.y"], "y")
+    close(values["x"], t[f"{how}{b}.grad.x"], "x")
+    for n in AB:
+        close(grads[n], t[f"{how}{b}.grad.{n}"], n)
+
+
+def test_roselora_keeps_the_weights_that_theirs_keeps():
+    layer, t, s = made("roselora")
+    for step, tau in enumerate(s["taus"]):
+        layer.zero_grad()
+        layer(t["x"].float()).backward(t[f"step{step}.dy"].float())
+        layer.observe(s["beta"])
+        close(layer.sensitivity_A, t[f"step{step}.sensitivity_A"], "sensitivity of A")
+        close(layer.sensitivity_B, t[f"step{step}.sensitivity_B"], "sensitivity of B")
+        layer.prune(tau)
+        for n in AB:
+            want = t[f"step{step}.{n}"]
+            assert torch.equal(layer.get_parameter(n) == 0, want == 0) and (want == 0).any()
+            close(layer.get_parameter(n), want, n)
+
+
+def test_loraprune_scores_as_theirs():
+    layer, t, s = made("loraprune")
+    layer(t["x"].float()).backward(t["dy"].float())
+    head = layer.out_features // s["heads"]
+    for name, how in {"rows": {}, "columns": {"side": "in"}, "heads": {"group": head}}.items():
+        scores = layer.scores(**how)
+        close(scores, t[f"raw.{name}"], name)
+        close(scores / scores.norm(), t[f"score.{name}"], f"{name}, normalised")
+
+
+@pytest.mark.parametrize("mode", ["is", "bs", "ms"])
+def test_reslora_chains_of_three(mode):
+    t, s = read(f"reslora_{mode}")
+    cls, layers = kind("ResLoRALinear"), {}
+    for k in range(3):
+        how = {"r": s["r"], "lora_alpha": s["lora_alpha"], "mode": mode, "pre": s["pre_num"]}
+        base = linear(t[f"{k}.weight"], t[f"{k}.bias"])
+        layers[f"{k}.lin"] = cls.from_linear(base, **how, before=min(k, s["pre_num"]))
+    cls.connect(layers)
+    xs, leaves, loss = [t[f"{k}.x"].float().requires_grad_() for k in range(3)], {}, 0.0
+    for k, layer in enumerate(layers.values()):
+        copy(layer, {n: t[f"param.{k}.{n}"] for n in AB})
+        leaves |= {f"{k}.x": xs[k]} | {f"{k}.{n}": layer.get_parameter(n) for n in AB}
+    for k, (layer, x) in enumerate(zip(layers.values(), xs, strict=True)):
+        y = layer(x)
+        if k or mode != "is":  # theirs gives the first of "is" 2 x
+            close(y, t[f"{k}.y"], f"y of {k}")
+        if k:
+            loss = loss + (y * t[f"{k}.dy"].float()).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    assert sum(key.startswith("grad.") for key in t) >= 7
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        if f"grad.{name}" in t:
+            close(grad, t[f"grad.{name}"], name)
+        else:
+            assert grad is None or not grad.any(), f"{name} {leaf.shape}"
+
+
+@pytest.mark.parametrize("wrapped", ["qkv", "o"])
+def test_lorta_of_a_layer_of_a_model(wrapped):
+    """q, k and v are one linear there and three here; all share five factors."""
+    t, s = read("lorta")
+    at, cls = range(3) if wrapped == "qkv" else (3,), kind("LoRTALinear")
+    weights, biases = (t[f"{wrapped}.{n}"].chunk(len(at)) for n in ("weight", "bias"))
+    layers = {}
+    for m, weight, bias in zip(at, weights, biases, strict=True):
+        how = {"projections": 4, "projection": m, "layers": s["layers"], "layer": s["layer"], "heads": s["heads"]}
+        layers[f"{m}"] = cls.from_linear(linear(weight, bias), r=s["r"], lora_alpha=s["lora_alpha"], **how)
+    cls.connect(layers)
+    shared = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_H": "lora_C_h", "lora_M": "lora_C_m", "lora_L": "lora_C_l"}
+    turn = lambda n, v: v.mT if n in AB else v
+    first = copy(next(iter(layers.values())), {n: turn(n, t[f"param.{its}"]) for n, its in shared.items()})
+    x = t[f"{wrapped}.x"].float().requires_grad_()
+    y = torch.cat([layer(x) for layer in layers.values()], -1)
+    grads = torch.autograd.grad(y, [x, *(first.get_parameter(n) for n in shared)], t[f"{wrapped}.dy"].float())
+    close(y, t[f"{wrapped}.y"], "y")
+    close(grads[0], t[f"{wrapped}.grad.x"], "x")
+    for (n, its), grad in zip(shared.items(), grads[1:], strict=True):
+        close(grad, turn(n, t[f"{wrapped}.grad.{its}"]), n)
 
 
 def test_adalora_computes_what_peft_does():
