@@ -196,6 +196,36 @@ def test_increlora_scores_a_layer_as_theirs():
     close(layer.score(t["x"], t["dy"]) / t["weight"].numel() ** 0.5, t["score"], "score")
 
 
+def test_increlora_grows_as_theirs():
+    """Theirs draws the next reserve, with E = 1e-5, at the end as ours does."""
+    layer, t, s = made("increlora")
+    layer.grow(n := s["reserve"])
+    r, of_all = layer.r, lambda name, dim: lambda get: torch.cat([get(f"{name}.{k}") for k in range(5)], dim)
+    names = {"lora_A": of_all("lora_A", 0), "lora_B": of_all("lora_B", 1)}
+    names["lora_E"] = lambda get: torch.cat([get(f"lora_E.{k}") for k in range(3)])
+    assert r == s["r"] + n
+    copy(layer, {ours: theirs(t, "grown.param.", name) for ours, name in names.items()})
+    values, grads = passes(layer, t["x"], t["grown.dy"])
+    close(values["y"], t["grown.y"], "y")
+    close(values["x"], t["grown.grad.x"], "x")
+    for ours, grad in grads.items():
+        close(grad, theirs(t, "grown.grad.", names[ours]), ours)
+
+
+def test_beamlora_replaces_ranks_as_theirs():
+    """Theirs pairs weak and strong ranks at random; which it took is seen in A."""
+    layer, t, _ = made("beamlora")
+    after = t["replaced.lora_A.weight"].float()
+    weak = t["pruned.0"][0].nonzero().flatten()
+    strong = [next(j for j in range(layer.r) if torch.equal(layer.lora_A[j], after[i])) for i in weak]
+    assert len(weak) and not {*strong} & {*weak.tolist()}
+    copy(layer, {"lora_gate": t["gates.0"][0]})
+    layer.replace(weak, strong)
+    close(layer.lora_A, t["replaced.lora_A.weight"], "A")
+    close(layer.lora_B, t["replaced.lora_B.weight"], "B")
+    close(layer.lora_gate, t["replaced.lora_gate"][0], "gate")
+
+
 def test_beamlora_importance_ranks_all_layers_as_theirs():
     """Which ranks theirs prunes of two layers at a top-p of 0.95: those that matter least, of both together."""
     layer, t, s = made("beamlora")
@@ -281,6 +311,22 @@ def test_reslora_chains_of_three(mode):
             assert grad is None or not grad.any(), f"{name} {leaf.shape}"
 
 
+LORTA = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_H": "lora_C_h", "lora_M": "lora_C_m", "lora_L": "lora_C_l"}
+
+
+def test_lorta_with_heads_on_the_input_is_their_fork_of_peft():
+    t, s = read("lorta_fork")
+    turn = lambda n, v: v.mT if n in AB else v
+    how = {"projections": 4, "heads_on": "input"} | s
+    layer = kind("LoRTALinear").from_linear(linear(t["weight"], t["bias"]), **how)
+    copy(layer, {n: turn(n, t[f"param.{its}"]) for n, its in LORTA.items()})
+    values, grads = passes(layer, t["x"], t["dy"])
+    close(values["y"], t["y"], "y")
+    close(values["x"], t["grad.x"], "x")
+    for n, its in LORTA.items():
+        close(grads[n], turn(n, t[f"grad.{its}"]), n)
+
+
 @pytest.mark.parametrize("wrapped", ["qkv", "o"])
 def test_lorta_of_a_layer_of_a_model(wrapped):
     """q, k and v are one linear there and three here; all share five factors."""
@@ -292,15 +338,14 @@ def test_lorta_of_a_layer_of_a_model(wrapped):
         how = {"projections": 4, "projection": m, "layers": s["layers"], "layer": s["layer"], "heads": s["heads"]}
         layers[f"{m}"] = cls.from_linear(linear(weight, bias), r=s["r"], lora_alpha=s["lora_alpha"], **how)
     cls.connect(layers)
-    shared = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_H": "lora_C_h", "lora_M": "lora_C_m", "lora_L": "lora_C_l"}
     turn = lambda n, v: v.mT if n in AB else v
-    first = copy(next(iter(layers.values())), {n: turn(n, t[f"param.{its}"]) for n, its in shared.items()})
+    first = copy(next(iter(layers.values())), {n: turn(n, t[f"param.{its}"]) for n, its in LORTA.items()})
     x = t[f"{wrapped}.x"].float().requires_grad_()
     y = torch.cat([layer(x) for layer in layers.values()], -1)
-    grads = torch.autograd.grad(y, [x, *(first.get_parameter(n) for n in shared)], t[f"{wrapped}.dy"].float())
+    grads = torch.autograd.grad(y, [x, *(first.get_parameter(n) for n in LORTA)], t[f"{wrapped}.dy"].float())
     close(y, t[f"{wrapped}.y"], "y")
     close(grads[0], t[f"{wrapped}.grad.x"], "x")
-    for (n, its), grad in zip(shared.items(), grads[1:], strict=True):
+    for (n, its), grad in zip(LORTA.items(), grads[1:], strict=True):
         close(grad, turn(n, t[f"{wrapped}.grad.{its}"]), n)
 
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import types
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -32,7 +33,7 @@ SOURCES = {  # repository: commit, folders that are unpacked
     "TsinghuaC3I/SoRA": ("c275ac237b68b888a918cf9dad36d3827e46f616", "src"),
     "gccnlp/BeamLoRA": ("2610c6a33fe64ee153c70d74abe1d7bfd0b68c81", "peft/src"),
     "SKDDJ/LoLDU": ("4fe87a05a668006f55153539cece7fffa91ed91d", "minloldu"),
-    "ihounie/lorta": ("fa13dcbd884d0de37aeba73e41104b978182f9cf", "instruction_tuning/lit_gpt"),
+    "ihounie/lorta": ("fa13dcbd884d0de37aeba73e41104b978182f9cf", "instruction_tuning/lit_gpt", "peft/src"),
     "huawei-noah/Efficient-NLP": ("bb44348bc897779be9357cef8dfd8e397d17ed49", "DyLoRA/loralib"),
     "ChasonShi/MELoRA": ("4ebb8b4f3694ed0d9abd8d5532423fd5172de7ca", "peft-0.5.0/src"),
     "extremebird/Hydra": ("4138457859666d49b9ca9e45473d8570586670bb", "vtab1k"),
@@ -214,7 +215,7 @@ def lora2():
 )
 def increlora():
     stub(ipdb={"set_trace": breakpoint})
-    from loralib.increlora import SVDLinear
+    from loralib.increlora import RankAllocator, SVDLinear
 
     base = linear()
     layer = adopt(SVDLinear(I, O, r=R, lora_alpha=6, merge_weights=False), base)
@@ -227,7 +228,20 @@ def increlora():
     trained = {n: p for n, p in named.items() if p.requires_grad}
     layer.double()
     tensors = of(base, named) | passes(layer, {"x": leaf(2)}, trained)
-    return {"r": R, "reserve": len(reserve), "lora_alpha": 6}, tensors | {"score": layer.score}
+    tensors = {n: t.detach().clone() for n, t in (tensors | {"score": layer.score}).items()}
+    net = nn.Module()
+    net.lin = layer
+    allocator = RankAllocator(
+        net, R, 0, 0, 1, 1, True, 0.85, 0.85, target_total_rank=2 * R, incre_rank_num=len(reserve)
+    )
+    allocator.update_ipt(net)
+    allocator.increase_to_target_rank(net, mock.Mock())
+    for n, p in layer.double().named_parameters():
+        if n.startswith("lora_E"):
+            p.data = draw(*p.shape, seed=90 + int(n[-1])) if p.requires_grad else p.data
+    named = {n: p for n, p in layer.named_parameters() if n.startswith("lora_") and p.requires_grad}
+    grown = passes(layer, {"x": leaf(2)}, named) | {f"param.{n}": p for n, p in named.items()}
+    return {"r": R, "reserve": len(reserve), "lora_alpha": 6}, tensors | {f"grown.{n}": t for n, t in grown.items()}
 
 
 @recording("TsinghuaC3I/SoRA", "", "`src.lora.LowRankLinear`, beside W")
@@ -268,6 +282,10 @@ def beamlora():
     pruned = {f"pruned.{k}": mask for k, mask in enumerate(masks.values())}
     named = {n.replace(".default", ""): p for n, p in layers[0].named_parameters() if n.startswith("lora_")}
     tensors = of(bases[0], named) | gates | pruned | passes(layers[0], {"x": leaf(2)}, named)
+    tensors = {n: t.detach().clone() for n, t in tensors.items()}
+    model.base_model.cache_state(mock.Mock(state=mock.MagicMock()))
+    model.base_model.reset_rank(masks=masks, inherit_param=True)
+    tensors |= {f"replaced.{n}": p for n, p in named.items()}
     return {"r": R, "lora_alpha": 6, "temperature": 0.05, "top_p": 0.95}, tensors
 
 
@@ -334,6 +352,35 @@ def lorta():
         one = passes(lambda x, m=m, w=w: m(x, *made[w]), {"x": leaf(20 + k, 1, 3, width)}, named)
         tensors |= {f"{w}.{n}": t for n, t in one.items()}
     return {"r": R, "lora_alpha": 6, "heads": heads, "layers": layers, "layer": at}, tensors
+
+
+@recording("ihounie/lorta", "peft/src", "its PEFT, `LorTaConfig` on layers named as Llama's, v_proj of layer 1")
+def lorta_fork():
+    import peft
+
+    width, heads, layers, at = 12, 3, 2, 1
+    net, base = nn.Module(), linear(1, width, width)
+    about = {"model_type": "llama", "hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}
+    net.config = types.SimpleNamespace(**about, to_dict=lambda: about)
+    net.model = nn.Module()
+    net.model.layers = nn.ModuleList()
+    for _ in range(layers):
+        block = nn.Module()
+        block.self_attn = nn.ModuleDict({f"{n}_proj": linear(2, width, width) for n in "qkvo"})
+        net.model.layers.append(block)
+    net.model.layers[at].self_attn["v_proj"] = base
+    net.forward = lambda x: net.model.layers[at].self_attn["v_proj"](x)
+    targets = [f"{n}_proj" for n in "qkvo"]
+    model = peft.get_peft_model(net, peft.LorTaConfig(r=R, lora_alpha=6, target_modules=targets)).double()
+    named = {n: getattr(net, n) for n in ("lora_A", "lora_B", "lora_C_h", "lora_C_m", "lora_C_l")}
+    fill(named)
+    settings = {"r": R, "lora_alpha": 6, "heads": heads, "layers": layers, "layer": at, "projection": 2}
+
+    def forward(x: Tensor) -> Tensor:  # as its PeftModelFor... classes call it
+        with model._enable_peft_forward_hooks():
+            return model.base_model(x)
+
+    return settings, of(base, named) | passes(forward, {"x": leaf(20, 1, 3, width)}, named)
 
 
 @recording("huawei-noah/Efficient-NLP", "DyLoRA", "`loralib.layers.Linear`, `set_rank(b - 1, frozen)`")
@@ -438,7 +485,7 @@ def reslora_ms():
 def roselora():
     stub(matplotlib={}, matplotlib__pyplot={})
     import peft
-    from src.rose_lora import RoseLoraModel, SparseSVDLinear
+    from src.rose_lora import SparseSVDLinear
 
     base, config = linear(), peft.LoraConfig(r=R, lora_alpha=6)
     layer = SparseSVDLinear(base, "default", r=R, lora_alpha=6, config=config).double()
@@ -455,16 +502,10 @@ def roselora():
         tensors |= {f"step{step}.dy": dy, f"step{step}.sensitivity_A": layer.sensitivity_A.clone()}
         tensors |= {f"step{step}.sensitivity_B": layer.sensitivity_B.clone()}
         tensors |= {f"step{step}.{n}": p.detach().clone() for n, p in named.items()}
-    clock = types.SimpleNamespace(t_i=10, t_f=80, sparsity=0.25)
-    tau = [RoseLoraModel.get_sparsity_budget(clock, t) for t in range(0, 101, 5)]
-    tensors["schedule"] = torch.tensor(tau, dtype=torch.float64)
-    settings = {"r": R, "lora_alpha": 6, "beta": 0.8, "taus": [0.75, 0.5], "total": 100, "start": 10, "end": 80}
-    return settings | {"target": 0.25}, tensors
+    return {"r": R, "lora_alpha": 6, "beta": 0.8, "taus": [0.75, 0.5]}, tensors
 
 
-@recording(
-    "aim-uofa/LoRAPrune", "", "`loraprune.lora.Linear` with a mask; `compute_sensitivity`, `schedule_sparsity_ratio`"
-)
+@recording("aim-uofa/LoRAPrune", "", "`loraprune.lora.Linear` with a mask; `compute_sensitivity`")
 def loraprune():
     from loraprune import lora
 
@@ -483,19 +524,17 @@ def loraprune():
     for name, attention, transpose in (("rows", False, False), ("columns", False, True), ("heads", True, False)):
         tensors[f"score.{name}"] = utils.compute_sensitivity(layer, attention, "lora", transpose)
         tensors[f"raw.{name}"] = utils.compute_sensitivity(layer, attention, "lora", transpose, norm=False)
-    ratios = [utils.schedule_sparsity_ratio(t, 100, 0.1, 0.2, 0.0, 0.5) for t in range(0, 101, 5)]
-    tensors["schedule"] = torch.tensor(ratios, dtype=torch.float64)
-    return {"r": R, "lora_alpha": 6, "heads": heads, "total": 100, "warmup": [0.1, 0.2], "ratio": [0.0, 0.5]}, tensors
+    return {"r": R, "lora_alpha": 6, "heads": heads}, tensors
 
 
 def one(name: str, mirrors: Path, site: str) -> None:
     repo, path, what, make = RECORDINGS[name]
-    commit, folder = SOURCES[repo]
+    commit, *folders = SOURCES[repo]
     bare = next(
         p for p in (mirrors / repo.replace("/", "+") / "repo", mirrors / f"{repo.replace('/', '+')}.git") if p.exists()
     )
     with tempfile.TemporaryDirectory() as tmp:
-        archive = ["git", f"--git-dir={bare}", "archive", commit, folder]
+        archive = ["git", f"--git-dir={bare}", "archive", commit, *folders]
         subprocess.run(
             ["tar", "x", "-C", tmp], input=subprocess.run(archive, check=True, capture_output=True).stdout, check=True
         )
