@@ -54,9 +54,9 @@ def same(*names: str) -> dict[str, str]:
     return {n: n for n in names}
 
 
-def joined(name: str, dim: int) -> Callable:
-    """Of the granted ranks and two of the reserve."""
-    return lambda get: torch.cat([get(f"{name}.{k}") for k in range(3)], dim)
+def joined(name: str, dim: int, count: int = 3) -> Callable:
+    """Of the ranks that a layer has at first and those of the reserve, which are separate there."""
+    return lambda get: torch.cat([get(f"{name}.{k}") for k in range(count)], dim)
 
 
 def stacked(name: str) -> Callable:
@@ -195,10 +195,9 @@ def test_increlora_grows_as_theirs():
     """Theirs draws the next reserve, with E = 1e-5, at the end as ours does."""
     layer, t, s = made("increlora")
     layer.grow(n := s["reserve"])
-    r, of_all = layer.r, lambda name, dim: lambda get: torch.cat([get(f"{name}.{k}") for k in range(5)], dim)
-    names = {"lora_A": of_all("lora_A", 0), "lora_B": of_all("lora_B", 1)}
-    names["lora_E"] = lambda get: torch.cat([get(f"lora_E.{k}") for k in range(3)])
-    assert r == s["r"] + n
+    names = {"lora_A": joined("lora_A", 0, 5), "lora_B": joined("lora_B", 1, 5), "lora_E": joined("lora_E", 0)}
+    assert layer.r == s["r"] + n
+    close(layer.lora_E[-n:], torch.cat([t[f"param.lora_E.{k}"] for k in (1, 2)]), "E of what it was granted")
     copy(layer, {ours: theirs(t, "grown.param.", name) for ours, name in names.items()})
     values, grads = passes(layer, t["x"], t["grown.dy"])
     close(values["y"], t["grown.y"], "y")
