@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from lrkern.nn import variants
@@ -21,8 +22,12 @@ CLOSE = 1e-5  # of the largest element: float32 beside float64
 
 def read(name: str):
     """Tensors by key, and the settings of the recording."""
+    return load_file(RECORDED / f"{name}.safetensors"), about(name, "settings")
+
+
+def about(name: str, key: str):
     with safe_open(RECORDED / f"{name}.safetensors", "pt") as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["settings"])  # noqa: SIM118
+        return json.loads(f.metadata()[key])
 
 
 def close(got, want, what: str, allowed: float = CLOSE):
@@ -66,6 +71,7 @@ def stacked(name: str) -> Callable:
 
 AB, XS = same("lora_A", "lora_B"), {"lora_R": "R", **same("lora_A", "lora_B")}
 ANB = same("lora_A", "lora_N", "lora_B")
+LORTA = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_H": "lora_C_h", "lora_M": "lora_C_m", "lora_L": "lora_C_l"}
 ONE = {
     "lora_xs": Golden("LoRAXSLinear", XS),
     "lora_sb": Golden("LoRASBLinear", XS, lambda s: {"r": s["r"]}),
@@ -109,6 +115,18 @@ def theirs(t: dict, prefix: str, name: str | Callable):
     return get(name) if isinstance(name, str) else name(get)
 
 
+class Noted(dict):
+    """A recording that notes which parameters are asked for."""
+
+    def __init__(self, t: dict, asked: list[str]):
+        super().__init__(t)
+        self.asked = asked
+
+    def __getitem__(self, key: str):
+        self.asked.append(key.removeprefix("param."))
+        return super().__getitem__(key)
+
+
 def copy(layer, values: dict[str, torch.Tensor]):
     mine = layer.coefficients()
     with torch.no_grad():
@@ -150,6 +168,41 @@ def test_the_layer_computes_what_their_code_does(name):
     assert grads, "nothing trains"
     for ours, grad in grads.items():
         close(grad, theirs(t, "grad.", ONE[name].names[ours]), ours)
+
+
+RANDOM = {  # of what starts by itself: ours, its coefficients, settings
+    **{n: (g.cls, g.names, g.settings) for n, g in ONE.items() if n not in ("lora_sb", "nlora", "inttune", "loldu")},
+    "dylora": ("DyLoRALinear", AB, lambda s: s),
+    "reslora_bs": ("ResLoRALinear", {n: f"0.{n}" for n in AB}, lambda s: {"r": s["r"]}),
+    "lorta": (
+        "LoRTALinear",
+        LORTA,
+        lambda s: {"r": s["r"], "heads": 3, "projections": 4, "layers": 2, "init_scale": 1.0},
+    ),
+    "lorta_fork": ("LoRTALinear", LORTA, lambda s: {"r": s["r"], "heads": 3, "projections": 4, "layers": 2}),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_parameters_start_with_the_deviation_of_theirs(name):
+    cls, names, settings = RANDOM[name]
+    (t, s), starts = read(name), about(name, "starts")
+    sizes = (384, 384) if name.startswith("lorta") else (384, 256)
+    how = settings(s | {"r": 16} if name != "melora" else s)
+    torch.manual_seed(0)
+    layer = getattr(variants, cls).from_linear(nn.Linear(*sizes), **how)
+    seen = 0
+    for ours, its in names.items():
+        used = []
+        theirs(Noted(t, used), "param.", its)
+        p, want = layer.get_parameter(ours), [starts[n] for n in used if n in starts]
+        if not p.requires_grad or not want:
+            continue
+        seen += 1
+        want = sum(want) / len(want)
+        few = 3 / p.numel() ** 0.5  # what the deviation of a sample may be off by, with theirs
+        assert abs(p.std().item() - want) <= few * want, f"{ours}: {p.std().item():.3g}, theirs {want:.3g}"
+    assert seen == sum(p.requires_grad for p in layer.coefficients().values())
 
 
 def test_lora_xs_starts_from_their_svd():
@@ -305,9 +358,6 @@ def test_reslora_chains_of_three(mode):
             assert grad is None or not grad.any(), f"{name} {leaf.shape}"
 
 
-LORTA = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_H": "lora_C_h", "lora_M": "lora_C_m", "lora_L": "lora_C_l"}
-
-
 def test_lorta_with_heads_on_the_input_is_their_fork_of_peft():
     t, s = read("lorta_fork")
     turn = lambda n, v: v.mT if n in AB else v
@@ -389,8 +439,8 @@ def test_the_recordings_say_where_they_are_from():
     assert {f.stem for f in files} == ONE.keys() | others, "one is not compared"
     for file in files:
         with safe_open(file, "pt") as f:
-            about = f.metadata()
+            made_of = f.metadata()
         row = next(r for r in text.splitlines() if r.startswith(f"| {file.stem} |"))
-        repo = f"{about['repo']} @ {about['commit'][:7]}"
-        assert repo in text and (repo in row or "| same |" in row) and f"| {about['what']} |" in row
-        assert file.stat().st_size <= 20_000 and json.loads(about["settings"])
+        repo = f"{made_of['repo']} @ {made_of['commit'][:7]}"
+        assert repo in text and (repo in row or "| same |" in row) and f"| {made_of['what']} |" in row
+        assert file.stat().st_size <= 20_000 and json.loads(made_of["settings"])

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
 I, O, R, TOKENS = 12, 8, 4, (2, 3)
+LARGE = {"I": 384, "O": 256, "R": 16}  # sizes at which how parameters start is looked at
+STARTS: dict[str, float] = {}  # by name the deviation of a parameter before ``fill``
 
 SOURCES = {  # repository: commit, folders that are unpacked
     "MohammadrezaBanaei/LoRA-XS": ("e50b1a82b5d7b7e87a0c46bc62e07e54f6648d31", "utils"),
@@ -59,7 +61,8 @@ def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).double()
 
 
-def linear(seed: int = 1, in_features: int = I, out_features: int = O) -> nn.Linear:
+def linear(seed: int = 1, in_features: int = 0, out_features: int = 0) -> nn.Linear:
+    in_features, out_features = in_features or I, out_features or O
     base = nn.Linear(in_features, out_features, dtype=torch.float64)
     with torch.no_grad():
         base.weight.copy_(draw(out_features, in_features, seed=seed, scale=0.5))
@@ -69,7 +72,9 @@ def linear(seed: int = 1, in_features: int = I, out_features: int = O) -> nn.Lin
 
 def fill(named: dict[str, Tensor], seed: int = 7, scale: float = 0.7) -> None:
     """Values that no start has, so that every factor tells."""
-    for k, p in enumerate(named.values()):
+    for k, (name, p) in enumerate(named.items()):
+        if p.numel() > 1:
+            STARTS.setdefault(name.replace(".default", ""), p.detach().std().item())
         p.data = draw(*p.shape, seed=seed + k, scale=scale).to(p.dtype)
 
 
@@ -330,7 +335,7 @@ def lorta():
     )
     from lit_gpt.lora import GPT, Config
 
-    width, heads, layers = 12, 3, 2
+    width, heads, layers = I, 3, 2
     config = Config(
         block_size=8, padded_vocab_size=16, n_layer=layers, n_head=heads, n_embd=width, r=R, alpha=6, joint_qkvp=True,
         to_query=True, to_key=True, to_value=True, to_projection=True,
@@ -358,7 +363,7 @@ def lorta():
 def lorta_fork():
     import peft
 
-    width, heads, layers, at = 12, 3, 2, 1
+    width, heads, layers, at = I, 3, 2, 1
     net, base = nn.Module(), linear(1, width, width)
     about = {"model_type": "llama", "hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}
     net.config = types.SimpleNamespace(**about, to_dict=lambda: about)
@@ -516,7 +521,7 @@ def loraprune():
     layer = adopt(lora.Linear(I, O, r=R, lora_alpha=6, merge_weights=False), base)
     named = {"lora_A": layer.lora_A.weight, "lora_B": layer.lora_B.weight}
     fill(named)
-    layer.lora_mask.data = torch.tensor([1, 0, 1, 1, 0, 1, 1, 0], dtype=torch.float64)
+    layer.lora_mask.data = torch.tensor([1, 0, 1, 1, 0, 1, 1, 0], dtype=torch.float64).repeat(O // 8)
     tensors = of(base, named) | {"mask": layer.lora_mask} | passes(layer, {"x": leaf(2)}, named)
     for name, p in named.items():
         p.grad = tensors[f"grad.{name}"]
@@ -542,9 +547,14 @@ def one(name: str, mirrors: Path, site: str) -> None:
         sys.path += [site] if site else []
         torch.manual_seed(0)
         with contextlib.redirect_stdout(io.StringIO()):
+            with mock.patch.dict(globals(), LARGE):
+                make()
+            starts = dict(STARTS)
+            torch.manual_seed(0)
             settings, tensors = make()
     tensors = {n: t.detach().contiguous().clone() for n, t in tensors.items()}
-    metadata = {"repo": repo, "commit": commit, "what": what, "settings": json.dumps(settings)}
+    metadata = {"repo": repo, "commit": commit, "what": what}
+    metadata |= {"settings": json.dumps(settings), "starts": json.dumps(starts)}
     save_file(tensors, HERE / f"{name}.safetensors", metadata)
     print(name, (HERE / f"{name}.safetensors").stat().st_size)
 
