@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the recordings beside this file by running the repositories of the papers; README.md says what each one is.
 
-    python record.py MIRRORS [SITE] [name ...]
+    python record.py MIRRORS SITE [name ...]
 
 MIRRORS has a bare repository OWNER+NAME/repo (or OWNER+NAME.git) of each source. Their code is unpacked at the commit named here into a temporary
-folder, imported in a process of its own and called; nothing of it is kept. SITE: a folder with scikit-learn, which LoRA-XS needs.
+folder, imported in a process of its own and called; nothing of it is kept. SITE: a folder with scikit-learn, which LoRA-XS needs, or "".
 """
 
 import contextlib
@@ -565,4 +565,4 @@ if __name__ == "__main__":
         one(names[0], Path(mirrors), site)
     else:
         for name in names or RECORDINGS:
-            subprocess.run([sys.executable, __file__, mirrors, site, name], check=False)
+            subprocess.run([sys.executable, __file__, mirrors, site, name], check=True)
