@@ -58,7 +58,7 @@ def check_places(who: str, model: nn.Module, kinds: type | tuple[type, ...]) -> 
 
 
 def _kind(layer: AdapterLinear) -> dict[str, Any]:
-    dtype = next(iter(layer.coefficients().values())).dtype
+    dtype = next(c.dtype for c in layer.coefficients().values() if c.is_floating_point())  # a mask has another
     kind = {"class": type(layer).__name__, "in_features": layer.in_features, "out_features": layer.out_features}
     settings = {name: value for name, value in layer.settings.items() if name != "seed"}
     return kind | {"adapter_dtype": str(dtype).removeprefix("torch.")} | settings
@@ -94,6 +94,8 @@ def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) ->
     require(layers, f"save_adapter: model must have {either(classes())} layers, got {got} with none")
     check_places("save_adapter", model, classes())
     tensors, kinds, entries = {}, [], {}
+    first_of: dict[int, str] = {}  # a parameter that several layers have is written once
+    shared: dict[str, str] = {}
     for name, layer in layers.items():
         _check_settings(name, layer)
         exact = f"save_adapter: bits must be None for {type(layer).__name__} ({name}), whose values are those of W, got {bits}"
@@ -103,13 +105,19 @@ def save_adapter(model: nn.Module, path: str | Path, bits: int | None = None) ->
             kinds.append(kind)
         entries[name] = kinds.index(kind), layer.settings.get("seed")
         for key, c in layer.coefficients().items():
-            c, key = c.detach().cpu().contiguous(), f"{name}.{key}"
+            key = f"{name}.{key}"
+            first = first_of.setdefault(id(c), key)
+            if first != key:
+                shared[key] = first
+                continue
+            c = c.detach().cpu().contiguous()
             require(c.isfinite().all(), f"save_adapter: {key} must be finite, got inf or nan")
-            if bits is None:
+            if bits is None or not c.is_floating_point():
                 tensors[key] = c.clone()
             else:
                 tensors[key], tensors[f"{key}.scale"] = _quantize(c, bits)
     header = {"format": FORMAT, "stream": STREAM_VERSION, "bits": bits, "kinds": kinds, "layers": entries}
+    header |= {"shared": shared} if shared else {}
     with replaced(Path(path)) as path:
         save_file(tensors, path, metadata={"lrkern": json.dumps(header, separators=(",", ":"))})
 
@@ -141,28 +149,56 @@ def place(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> None:
     """Puts layers over bases on the meta device into a model, as ``load_adapter`` says."""
     for name, layer in layers.items():
         _check_place(model, name, layer)
+    there = {name: model.get_submodule(name) for name in layers}
+    has = {name: m for name, m in there.items() if isinstance(m, classes())}
+    new = {name: layer for name, layer in layers.items() if name not in has}
+    _check_shared(has, layers)
+    moved: dict[tuple[int, torch.device], tuple[Tensor, nn.Parameter]] = {}  # what layers share, they share on
+    for name, layer in new.items():
+        device = there[name].weight.device
+        for key, c in layer.coefficients().items():
+            here = nn.Parameter(c.detach().to(device), c.requires_grad)
+            put(layer, key, moved.setdefault((id(c), device), (c, here))[1])
+        for key, b in layer._buffers.items():
+            layer._buffers[key] = b if b is None else b.to(device)
+    connect(has | new)
     for name, layer in layers.items():
-        there = model.get_submodule(name)
-        if isinstance(there, classes()):  # coefficients that it has, in its own dtype
+        if name in has:  # coefficients that it has, in its own dtype
             with torch.no_grad():
-                for key, c in there.coefficients().items():
+                for key, c in has[name].coefficients().items():
                     c.copy_(layer.get_parameter(key))
             if "seed" in layer.settings:
-                there.seed = layer.seed
+                has[name].seed = layer.seed
         else:
-            layer.base_layer = there.requires_grad_(False)
+            layer.base_layer = there[name].requires_grad_(False)
             parent, _, child = name.rpartition(".")
-            for key, c in layer.coefficients().items():
-                put(layer, key, c.detach().to(there.weight.device))
-            for key, b in layer._buffers.items():
-                layer._buffers[key] = b if b is None else b.to(there.weight.device)
-            setattr(model.get_submodule(parent), child, layer.train(there.training))
+            setattr(model.get_submodule(parent), child, layer.train(there[name].training))
+
+
+def _check_shared(has: Mapping[str, AdapterLinear], layers: Mapping[str, AdapterLinear]) -> None:
+    """One parameter takes one value."""
+    came: dict[int, Tensor] = {}
+    for name, m in has.items():
+        for key, c in m.coefficients().items():
+            new = layers[name].get_parameter(key)
+            first = came.setdefault(id(c), new)
+            same = first is new or torch.equal(first, new)
+            require(
+                same, f"{name}.{key} must be the same in all layers, which share it in the model, got different ones"
+            )
+
+
+def connect(layers: Mapping[str, AdapterLinear]) -> None:
+    """Each kind's own ``connect``, with those of its layers."""
+    for cls in dict.fromkeys(map(type, layers.values())):
+        cls.connect({name: m for name, m in layers.items() if type(m) is cls})
 
 
 def put(layer: AdapterLinear, key: str, c: Tensor) -> None:
+    """A parameter itself, or a new one of a tensor."""
     owner, _, name = key.rpartition(".")
     owner = layer.get_submodule(owner)
-    setattr(owner, name, nn.Parameter(c, owner._parameters[name].requires_grad))
+    setattr(owner, name, c if isinstance(c, nn.Parameter) else nn.Parameter(c, owner._parameters[name].requires_grad))
 
 
 def read_layers(path: str | Path, among: Collection[str] | None = None) -> dict[str, AdapterLinear]:
@@ -170,19 +206,49 @@ def read_layers(path: str | Path, among: Collection[str] | None = None) -> dict[
 
     among: what the layers may be called, checked before any of them is made."""
     header, tensors = _read(as_path(path))
-    layers, kinds = header["layers"], [_Described.of(kind) for kind in header["kinds"]]
-    owners = {key[: at.start()] for key in tensors for at in re.finditer(r"\.", key)}
+    layers, kinds, shared = header["layers"], [_Described.of(kind) for kind in header["kinds"]], header["shared"]
+    owners = {key[: at.start()] for key in (*tensors, *shared) for at in re.finditer(r"\.", key)}
     here = places(layers, layers if among is None else among)
     for name, entry in layers.items():
         must = f"{named(name)} must be [which of the {len(kinds)} kinds, seed]"
         pair = isinstance(entry, list) and len(entry) == 2 and is_whole(entry[0], 0, len(kinds) - 1)
         require(pair, f"{must}, got {shown(entry)}")
         require(name in owners, f"lacks the coefficients of {named(name)}")
-    made = {name: _layer(name, kinds[index], seed, header["bits"], tensors) for name, (index, seed) in layers.items()}
-    expected = {f"{name}.{key}" for name, layer in made.items() for key in layer.coefficients()}
-    if extra := sorted({key.removesuffix(".scale") for key in tensors} - expected):
+    bits, own = header["bits"], {}
+    for name, (index, seed) in layers.items():
+        own[name] = _layer(name, kinds[index], seed, bits, tensors, shared)
+    expected = {f"{name}.{key}": (layer, key) for name, layer in own.items() for key in layer.coefficients()}
+    if extra := sorted(({key.removesuffix(".scale") for key in tensors} | shared.keys()) - expected.keys()):
         raise ValueError(f"has {named(extra[0])} and {len(extra) - 1} more that are of no layer")
-    return {here[name]: layer for name, layer in made.items()}
+    _share(expected, shared)
+    made = {here[name]: layer for name, layer in own.items()}
+    _connect_as_read(made)
+    return made
+
+
+def _share(parameters: Mapping[str, tuple[AdapterLinear, str]], shared: Mapping[str, str]) -> None:
+    """Gives the layers what they share."""
+    for key, first in shared.items():
+        has = first in parameters and first not in shared
+        require(has, f"shared: {named(key)} must be that of a tensor of this file, got {named(first)}")
+        (layer, own), (source, its) = parameters[key], parameters[first]
+        c, like = source.get_parameter(its), layer.get_parameter(own)
+        same = (c.shape, c.dtype, c.requires_grad) == (like.shape, like.dtype, like.requires_grad)
+        require(
+            same,
+            f"shared: {named(key)} must be {like.dtype} {list(like.shape)}, got {c.dtype} {list(c.shape)} of {named(first)}",
+        )
+        put(layer, own, c)
+
+
+def _connect_as_read(layers: Mapping[str, AdapterLinear]) -> None:
+    """A layer that takes over what others have must have had the same."""
+    read = {(name, key): c for name, m in layers.items() for key, c in m.coefficients().items()}
+    connect(layers)
+    for (name, key), c in read.items():
+        now = layers[name].get_parameter(key)
+        same = now is c or torch.equal(now, c)
+        require(same, f"{named(name)}.{key} must be what all layers of its kind share, got other values")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -200,6 +266,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     require(known, f"bits must be null, 8 or 4, got {shown(bits) if 'bits' in header else 'none'}")
     listed = isinstance(header.get("layers"), dict) and isinstance(header.get("kinds"), list)
     require(listed, "must list kinds and layers in its metadata")
+    shared = header.setdefault("shared", {})
+    words = isinstance(shared, dict) and all(isinstance(value, str) for value in shared.values())
+    require(words, f"shared must be an object of keys, got {shown(shared)}")
+    twice = next((key for key in shared if key in tensors), None)
+    require(twice is None, f"shared: {named(twice or '')} must be no tensor of its own")
     return header, tensors
 
 
@@ -253,12 +324,15 @@ def _like(default: Any) -> tuple[str, Callable[[Any], bool]]:
     return "a string", lambda value: isinstance(value, str)
 
 
-def _layer(name: str, kind: _Described, seed: Any, bits: int | None, tensors: dict[str, Tensor]) -> AdapterLinear:
-    """The layer as the file describes it, coefficients included, over a base on the meta device."""
+def _layer(
+    name: str, kind: _Described, seed: Any, bits: int | None, tensors: dict[str, Tensor], shared: Mapping[str, str]
+) -> AdapterLinear:
+    """The layer as the file describes it, coefficients included but those of another key, over a base on the meta device."""
     settings = {key: kind.settings.get(key, seed) for key in kind.cls.SETTINGS}
     layer = _over_meta(name, kind.cls, kind.sizes, settings, kind.dtype)
     for key, c in layer.coefficients().items():
-        put(layer, key, _values(f"{name}.{key}", c, bits, tensors))
+        if f"{name}.{key}" not in shared:
+            put(layer, key, _values(f"{name}.{key}", c, bits, tensors))
     return layer
 
 
@@ -287,6 +361,7 @@ def as_layer(
 def _values(key: str, like: Tensor, bits: int | None, tensors: dict[str, Tensor]) -> Tensor:
     """The coefficients of this key, checked, of like's shape and dtype."""
     n, groups = like.numel(), -(-like.numel() // GROUP)
+    bits = bits if like.is_floating_point() else None  # a mask is kept as it is
     expected = {key: (like.dtype, like.shape)}
     if bits:
         codes = (torch.int8, (n,)) if bits == 8 else (torch.uint8, ((n + 1) // 2,))
