@@ -138,7 +138,7 @@ BROKEN = {
     "a shape": (lambda h, t: put(t, KEY, torch.ones(71)), rf"{KEY} must be torch.float32 \[70\], got torch.float32 \[71\]"),
     "a dtype": (lambda h, t: put(t, KEY, torch.ones(70).half()), f"{KEY} must be torch.float32 .*, got torch.float16"),
     "not finite": (lambda h, t: t[KEY].fill_(torch.nan), f"{KEY} must be finite"),
-    "a class": (lambda h, t: put(h["kinds"][0], "class", "LoRA"), "kinds: class must be .*MissLinear, .* or RandLoRALinear, got 'LoRA'"),
+    "a class": (lambda h, t: put(h["kinds"][0], "class", "LoRA"), "kinds: class must be a layer of lrkern.nn.variants, MissLinear, .* or RandLoRALinear, got 'LoRA'"),
     "a setting more": (lambda h, t: put(h["kinds"][0], "rank", 4), "kinds: settings must be"),
     "a setting": (lambda h, t: put(h["kinds"][0], "r", 0), "0 cannot be made: NOLALinear: r must be"),
     "a setting's type": (lambda h, t: put(h["kinds"][0], "dropout", "no"), "kinds: dropout must be a finite number"),
@@ -190,7 +190,9 @@ def test_what_cannot_be_saved_or_loaded(tmp_path):
     path = tmp_path / "a"
     with pytest.raises(ValueError, match="save_adapter: bits must be None, 8 or 4, got 2"):
         save_adapter(adapted(), path, bits=2)
-    with pytest.raises(ValueError, match="model must have MissLinear, .* got Sequential with none"):
+    with pytest.raises(
+        ValueError, match="model must have a layer of lrkern.nn.variants, MissLinear, .* got Sequential with none"
+    ):
         save_adapter(plain(), path)
     model = adapted()
     model[0].nola_alpha.data[3] = torch.inf
@@ -294,10 +296,13 @@ def test_what_is_no_lora(tmp_path):
     spoilt[4].vera_lambda_b.data[0] = torch.nan
     large = nn.Sequential(VeRALinear(8, 8, r=513))
     for model, text in [
-        (plain(), "model must have MissLinear, MoRALinear, NOLALinear, S2FTLinear or VeRALinear layers, got none"),
+        (
+            plain(),
+            "model must have a layer of lrkern.nn.variants, MissLinear, MoRALinear, NOLALinear, S2FTLinear or VeRALinear layers, got none",
+        ),
         (
             adapted(),
-            "2.1 must be MissLinear, MoRALinear, NOLALinear, S2FTLinear or VeRALinear, got RandLoRALinear: its ΔW has full rank, 33, which no LoRA",
+            "2.1 must be a layer of lrkern.nn.variants, MissLinear, MoRALinear, NOLALinear, S2FTLinear or VeRALinear, got RandLoRALinear: its ΔW has full rank, 33, which no LoRA",
         ),
         (large, "0 must have a rank of at most 512, the most that LoRA kernels take, got r=513"),
         (spoilt, "4.lora_B must be finite, got inf or nan"),

@@ -394,7 +394,7 @@ def test_an_own_file_refuses_what_it_cannot_make_again(tmp_path):
         (
             MyVeRA(4, 4, r=2),
             {},
-            "l must be MissLinear, MoRALinear, NOLALinear, S2FTLinear, VeRALinear or RandLoRALinear, got MyVeRA, a subclass",
+            "l must be a layer of lrkern.nn.variants, MissLinear, MoRALinear, NOLALinear, S2FTLinear, VeRALinear or RandLoRALinear, got MyVeRA, a subclass",
         ),
     ):
         for key, value in change.items():

@@ -170,7 +170,10 @@ def test_what_is_refused_changes_nothing(spoil, text, tmp_path):
 
 def test_where_it_does_not_belong(tmp_path):
     write(tmp_path, *parts(6))
-    with pytest.raises(ValueError, match="down must be MissLinear, .* got MoRALinear, r=3, mora_type=6, .* full rank"):
+    with pytest.raises(
+        ValueError,
+        match="down must be a layer of lrkern.nn.variants, MissLinear, .* got MoRALinear, r=3, mora_type=6, .* full rank",
+    ):
         AdapterPool(Net(), pages=4).load("a", tmp_path)
     fused = Net()
     fused.up = lrkern.nn.FusedLoRALinear.from_linear(fused.up, r=R)

@@ -198,7 +198,10 @@ def test_as_lora(tmp_path, kind, I, O, r, mini_r):
 
 def test_what_is_no_lora(tmp_path):
     net = nn.Sequential(made("bat"))
-    with pytest.raises(ValueError, match="0 must be MissLinear, .*, got MissLinear, r=8, kind=bat.* full rank, 48"):
+    with pytest.raises(
+        ValueError,
+        match="0 must be a layer of lrkern.nn.variants, MissLinear, .*, got MissLinear, r=8, kind=bat.* full rank, 48",
+    ):
         lrkern.convert.to_lora(net, tmp_path / "a")
     with pytest.raises(ValueError, match="kind must be balance or mini, got bat"):
         net[0].factors()

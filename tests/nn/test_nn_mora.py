@@ -223,7 +223,7 @@ def test_as_lora(tmp_path, type):
 
 def test_what_is_no_lora(tmp_path):
     net = nn.Sequential(made(64, 48, 6))
-    text = r"0 must be MissLinear, MoRALinear, NOLALinear, S2FTLinear or VeRALinear, got MoRALinear, r=8, mora_type=6.*full rank, 48, which no LoRA"
+    text = r"0 must be a layer of lrkern.nn.variants, MissLinear, MoRALinear, NOLALinear, S2FTLinear or VeRALinear, got MoRALinear, r=8, mora_type=6.*full rank, 48, which no LoRA"
     with pytest.raises(ValueError, match=text):
         lrkern.convert.to_lora(net, tmp_path / "a")
     with pytest.raises(ValueError, match="type must be 1, 2, 3 or 4, got 6"):

@@ -74,7 +74,10 @@ def test_what_is_refused(folders):
     pool = AdapterPool(bert(1), pages=2, max_rank=32)
     pool.load("miss", folders / "miss")
     for name, text in (
-        ("bat", "must be MissLinear, .* got MissLinear, r=32, kind=bat, .* which has full rank and depends on W"),
+        (
+            "bat",
+            "must be a layer of lrkern.nn.variants, MissLinear, .* got MissLinear, r=32, kind=bat, .* which has full rank and depends on W",
+        ),
         ("padded", r"rank must lie in 1..32 \(the pool's max_rank\), got 37"),
     ):
         with pytest.raises(ValueError, match=rf"adapter '{name}': .*{text}.*; the pool is unchanged"):

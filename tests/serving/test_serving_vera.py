@@ -501,7 +501,7 @@ def test_a_batch_of_nola_vera_lora_and_the_base_is_each_alone(folders, tmp_path)
     [
         (
             "full rank",
-            "must be MissLinear, MoRALinear, NOLALinear, S2FTLinear or VeRALinear, got MoRALinear, .* which has full rank",
+            "must be a layer of lrkern.nn.variants, MissLinear, MoRALinear, NOLALinear, S2FTLinear or VeRALinear, got MoRALinear, .* which has full rank",
         ),
         ("truncated", "cannot be read"),
         ("other model", "has 0, which the model does not"),

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..limits import DTYPES
+from ..nn import variants
 from ..nn.linear import AdapterLinear
 from ..nn.plain import no_linear
 from ..ops.basis import STREAM_VERSION
@@ -35,8 +36,12 @@ def classes() -> tuple[type[AdapterLinear], ...]:
     return tuple(sorted(own, key=lambda cls: not cls.has_factors()))
 
 
-def either(names: Iterable[type], last: str = " or ") -> str:
-    *names, end = (cls.__name__ for cls in names)
+def either(classes: Iterable[type], last: str = " or ") -> str:
+    """Their names; the variants of LoRA, where they are many, have one together."""
+    classes = list(classes)
+    many = sum(cls.__module__.startswith(variants.__name__) for cls in classes) > 3
+    said = lambda cls: many and cls.__module__.startswith(variants.__name__)
+    *names, end = dict.fromkeys(f"a layer of {variants.__name__}" if said(cls) else cls.__name__ for cls in classes)
     return f"{', '.join(names)}{last}{end}" if names else end
 
 
