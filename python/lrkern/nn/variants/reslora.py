@@ -66,8 +66,10 @@ class ResLoRALinear(FixedWhenMerged, Variant):
         self._fits("before", before, most, mode != "bs" or (before + 1) * r <= MAX_RANK)
         self.mode, self.pre, self.before = mode, pre, before
         self.lora_A, self.lora_B = kaiming(r, base.in_features, **like), trained(base.out_features, r, **like)
-        self._earlier: tuple[ResLoRALinear, ...] = ()  # the nearest first
-        self._next: ResLoRALinear | None = None  # that takes what this layer hands on
+        # In tuples, as nn.Module takes a module itself for a part: the earlier layers, the nearest first, and that which takes what
+        # this layer hands on.
+        self._earlier: tuple[ResLoRALinear, ...] = ()
+        self._next: tuple[ResLoRALinear, ...] = ()
         self._handed: tuple[bool, tuple[Tensor, ...]] | None = None  # in this forward pass, and whether it was recorded
 
     @classmethod
@@ -89,10 +91,10 @@ class ResLoRALinear(FixedWhenMerged, Variant):
         ties = []
         for chain in _chains({name: (m.in_features, m.out_features, m.mode) for name, m in mine.items()}):
             for i, name in enumerate(chain):
-                m, follows = mine[name], mine[chain[i + 1]] if i + 1 < len(chain) else None
+                m, follow = mine[name], [mine[n] for n in chain[i + 1 : i + 2]]
                 earlier = [mine[n] for n in chain[max(0, i - m.before) : i]][::-1]
                 _check_chain(name, m, earlier)
-                ties.append((m, tuple(earlier), follows if follows is not None and follows.before else None))
+                ties.append((m, tuple(earlier), tuple(n for n in follow if n.before)))
         for m, m._earlier, m._next in ties:
             m._handed = None
 
@@ -101,7 +103,7 @@ class ResLoRALinear(FixedWhenMerged, Variant):
 
     @property
     def low_rank(self) -> bool:
-        return self.mode == "bs" or not (self.before or self._next)
+        return self.mode == "bs" or self.before + len(self._next) == 0
 
     @property
     def lora_rank(self) -> int:
@@ -137,28 +139,28 @@ class ResLoRALinear(FixedWhenMerged, Variant):
         )
         self._check_tied("forward")
         came = self._take(x) if self.before else self._begin_pass()
-        own = self.lora_A if self._next is None or self.mode == "ms" else self._both()
+        own = self._both() if self.mode == "is" else self.lora_A
         s = ops.lora_shrink(x, own, 1.0, *dropout_of("lora_shrink", x, self.dropout, self.training))
-        if self._next is not None:
+        for following in self._next:
             if self.mode == "is":
-                s, following = s.split([self.r, self._next.r], -1)
-                handed = (following.contiguous(),)
+                s, its = s.split([self.r, following.r], -1)
+                handed = (its.contiguous(),)
             else:
-                handed = (s, *came)[: self._next.before]
+                handed = (s, *came)[: following.before]
             self._handed = torch.is_grad_enabled(), handed
         return sum((t.to(s.device) for t in came), s).contiguous()
 
     def _both(self) -> Tensor:
-        """A of this layer and of the next, which acts on this x too: one pass over it."""
-        self._check_whole(self, self._next)
-        return torch.cat([self.lora_A, self._next.lora_A.to(self.lora_A)])
+        """A of this layer and, where there is one, of the next, which acts on this x too: one pass over it."""
+        self._check_whole(self, *self._next)
+        return torch.cat([self.lora_A, *(m.lora_A.to(self.lora_A) for m in self._next)])
 
     def _begin_pass(self) -> tuple[()]:
         """The first of a chain: what a pass that was given up has left is of no other."""
-        m = self
-        while m is not None:
-            m._handed = None
-            m = m._next
+        rest: tuple[ResLoRALinear, ...] = (self,)
+        while rest:
+            rest[0]._handed = None
+            rest = rest[0]._next
         return ()
 
     def _take(self, x: Tensor) -> tuple[Tensor, ...]:
