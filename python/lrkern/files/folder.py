@@ -116,7 +116,12 @@ def write_adapter(folder: str | Path, config: "peft.PeftConfig | dict[str, Any]"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replaced(folder / "adapter_model.safetensors") as path:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path, metadata={"format": "pt"})
+        plain = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+        first = {
+            t.data_ptr(): k for k, t in reversed(plain.items())
+        }  # layers may share a factor; safetensors writes no tensor twice
+        plain = {k: t if first[t.data_ptr()] == k or not t.numel() else t.clone() for k, t in plain.items()}
+        save_file(plain, path, metadata={"format": "pt"})
         if isinstance(config, dict):
             (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
         else:
