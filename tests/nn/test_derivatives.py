@@ -10,12 +10,14 @@ from layer_kinds import KINDS, OF_DELTA, shake
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 
-from lrkern.nn import QuartetLinear, S2FTLinear
+from lrkern.nn import QuartetLinear, S2FTLinear, variants
 from lrkern.nn.variants.rank import MiddleLinear
 
 EVERY = KINDS | {
     "s2ft_in": (S2FTLinear, {"index": "0-3,6"}),
     "s2ft_out": (S2FTLinear, {"index": "1-4", "side": "output"}),
+    "allora": (variants.ALLoRALinear, {"r": 4, "eta2": 2.0}),
+    "hydra": (variants.HydraLinear, {"r": 4}),
 }
 # What a layer runs over a plain base, and beside any other one.
 FORMS = dict.fromkeys(("lora", "nola", "dora"), ("lora_linear", "lora_add"))
@@ -25,6 +27,7 @@ FORMS |= {
     name: ("middle_linear", "middle_add") if issubclass(KINDS[name][0], MiddleLinear) else ("lora_linear", "lora_add")
     for name in OF_DELTA
 }
+FORMS |= {name: (f"{name}_linear", f"{name}_add") for name in ("allora", "hydra")}
 FORMS |= {"s2ft_in": ("slice_linear", "gather_matmul"), "s2ft_out": ("slice_linear", "scatter_add")}
 TWICE = {"miss", "miss_mini"}  # sums and products, all of them linear
 
@@ -129,7 +132,7 @@ def test_transforms_of_torch_func(kind):
         assert torch.equal(layer.base_layer.weight, written), "W is the layer's own, not a sample's"
 
 
-@pytest.mark.parametrize("kind", sorted(EVERY.keys() - {"miss_bat", "s2ft_in", "s2ft_out"}))
+@pytest.mark.parametrize("kind", sorted(EVERY.keys() - {"miss_bat", "s2ft_in", "s2ft_out", "allora"}))
 def test_dropout_under_vmap_draws_as_randomness_says(kind):
     cls, settings = EVERY[kind]
     layer = shake(cls.from_linear(nn.Linear(64, 8), dropout=0.5, **settings)).train()

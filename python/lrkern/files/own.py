@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..limits import DTYPES
 from ..nn import variants
 from ..nn.linear import AdapterLinear
-from ..nn.plain import no_linear
+from ..nn.plain import device_of, no_linear
 from ..ops.basis import STREAM_VERSION
 from .check import check_finite, check_shape, is_finite, is_whole, named, refusal, require, shown
 from .folder import LORA, as_path, replaced
@@ -160,7 +160,7 @@ def place(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> None:
     _check_shared(has, layers)
     moved: dict[tuple[int, torch.device], tuple[Tensor, nn.Parameter]] = {}  # what layers share, they share on
     for name, layer in new.items():
-        device = there[name].weight.device
+        device = device_of(there[name])
         for key, c in layer.coefficients().items():
             here = nn.Parameter(c.detach().to(device), c.requires_grad)
             put(layer, key, moved.setdefault((id(c), device), (c, here))[1])
