@@ -113,6 +113,10 @@ def test_hydra_without_a_bias_is_a_lora_and_with_one_is_not():
     torch.testing.assert_close(layer.base_layer(x) + scale * x @ a.mT @ b.mT, layer(x), rtol=1e-5, atol=1e-5)
     layer.eval().merge()
     torch.testing.assert_close(layer.factors()[0], a)  # of the W before
+    layer.unmerge()
+    layer.base_layer.register_forward_hook(lambda m, args, y: 2 * y)  # y0 is not x Wᵀ
+    assert not layer.low_rank
+    assert not HydraLinear.from_linear(nn.Linear(24, 16, bias=False, device="meta")).low_rank
     with pytest.raises(ValueError, match="HydraLinear: r must be a whole number in 1..256, got 257"):
         HydraLinear(8, 8, r=257)
 

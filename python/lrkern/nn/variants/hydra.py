@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ... import functional as F
 from ...limits import MAX_RANK
 from ..linear import Method
-from ..plain import packed
+from ..plain import plain_linear
 from .merged import FixedWhenMerged
 from .rank import Variant, trained
 
@@ -28,7 +28,7 @@ class HydraLinear(FixedWhenMerged, Variant):
 
     METHODS: ClassVar = {"hydra": Method({}, "Hydra, Kim et al., arXiv 2309.06922")}
     SETTINGS = ("r", "scaling", "dropout")
-    FULL = "adds to the bias too, or to a W that is not at hand"
+    FULL = "adds to the bias too, or its W is not at hand"
 
     def _set_up(
         self,
@@ -58,10 +58,8 @@ class HydraLinear(FixedWhenMerged, Variant):
 
     @property
     def low_rank(self) -> bool:
-        base = self.base_layer
-        if packed(base) or getattr(base, "bias", None) is not None:
-            return False
-        return not base.weight.is_meta
+        weight, bias = plain_linear(self.base_layer)
+        return weight is not None and bias is None and not weight.is_meta
 
     @property
     def lora_rank(self) -> int:
