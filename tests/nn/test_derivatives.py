@@ -18,6 +18,7 @@ EVERY = KINDS | {
     "s2ft_out": (S2FTLinear, {"index": "1-4", "side": "output"}),
     "allora": (variants.ALLoRALinear, {"r": 4, "eta2": 2.0}),
     "hydra": (variants.HydraLinear, {"r": 4}),
+    "hydra_biases": (variants.HydraLinear, {"r": 4, "branch_bias": True}),
 }
 # What a layer runs over a plain base, and beside any other one.
 FORMS = dict.fromkeys(("lora", "nola", "dora"), ("lora_linear", "lora_add"))
@@ -27,7 +28,9 @@ FORMS |= {
     name: ("middle_linear", "middle_add") if issubclass(KINDS[name][0], MiddleLinear) else ("lora_linear", "lora_add")
     for name in OF_DELTA
 }
-FORMS |= {name: (f"{name}_linear", f"{name}_add") for name in ("allora", "hydra")}
+FORMS |= {"allora": ("allora_linear", "allora_add")} | dict.fromkeys(
+    ("hydra", "hydra_biases"), ("hydra_linear", "hydra_add")
+)
 FORMS |= {"s2ft_in": ("slice_linear", "gather_matmul"), "s2ft_out": ("slice_linear", "scatter_add")}
 TWICE = {"miss", "miss_mini"}  # sums and products, all of them linear
 

@@ -117,8 +117,25 @@ def test_hydra_without_a_bias_is_a_lora_and_with_one_is_not():
     layer.base_layer.register_forward_hook(lambda m, args, y: 2 * y)  # y0 is not x Wᵀ
     assert not layer.low_rank
     assert not HydraLinear.from_linear(nn.Linear(24, 16, bias=False, device="meta")).low_rank
-    with pytest.raises(ValueError, match="HydraLinear: r must be a whole number in 1..256, got 257"):
-        HydraLinear(8, 8, r=257)
+    with pytest.raises(ValueError, match="HydraLinear: r must be a whole number in 1..255, got 256"):
+        HydraLinear(8, 8, r=256)
+
+
+def test_biases_of_branches_are_of_the_bias():
+    layer, x = hydra(branch_bias=True).eval(), torch.randn(7, 24)
+    y, before = layer(x), layer.base_layer.bias.clone()
+    assert not layer.low_rank
+    layer.merge()
+    torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
+    layer.unmerge()
+    torch.testing.assert_close(layer.base_layer.bias, before)
+    none = hydra(bias=False, branch_bias=True)
+    assert not none.low_rank
+    with pytest.raises(RuntimeError, match="HydraLinear.merge: the layer must have a bias, to which its branches' add"):
+        none.merge()
+    assert torch.equal(none.base_layer.weight, hydra(bias=False).base_layer.weight)
+    with pytest.raises(RuntimeError, match="lrkern::hydra_add: inner and outer must come together, got inner"):
+        F.hydra_add(y, x, *layer._operands()[:7], inner=torch.zeros(8))
 
 
 def test_hydra_drops_rank_activations():

@@ -36,10 +36,8 @@ def by_formula(layer, v, x, dy, as_type):
 ALLOWED = {"cpu": 1e-5, "emulated": 3e-5, "cuda": 3e-5}
 ROUNDINGS = 2.0  # errors of truth rounded once that a 16-bit result may have: the base layer's y is stored before an adapter adds to it
 
-OF_STORED_Y = (
-    "sequential_A",
-    "sequential_B",
-)  # Hydra's branch behind the base layer takes its y as it is stored, rounded
+# Hydra's branch behind the base layer takes its y as it is stored, rounded.
+OF_STORED_Y = ("sequential_A", "sequential_B")
 
 
 @DEVICES

@@ -20,11 +20,14 @@ def allora(x, w, bias, c, s):
 
 
 @forward("hydra", "HydraLinear", r=4, scaling=0.75)
+@forward("hydra-biases", "HydraLinear", r=4, scaling=0.75, branch_bias=True)
 def hydra(x, w, bias, c, s):
+    def branch(name, u):
+        a_bias, b_bias = c.get(f"{name}_A_bias"), c.get(f"{name}_B_bias")
+        return F.linear(F.linear(u, c[f"{name}_A"], a_bias), c[f"{name}_B"], b_bias)
+
     y0 = F.linear(x, w, bias)
-    beside = F.linear(x, c["parallel_B"] @ c["parallel_A"])
-    behind = F.linear(y0, c["sequential_B"] @ c["sequential_A"])
-    return y0 + s["scaling"] * (beside + behind)
+    return y0 + s["scaling"] * (branch("parallel", x) + branch("sequential", y0))
 
 
 @delta("reslora", "ResLoRALinear", r=4)
