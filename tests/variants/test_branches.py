@@ -329,6 +329,8 @@ def test_lorta_refuses_layers_that_do_not_fit_one_tensor():
         adapted(Stack(), LoRTALinear, heads=5)
     with pytest.raises(ValueError, match="LoRTALinear: layer must be a whole number in 0..1, got 2"):
         LoRTALinear.from_linear(nn.Linear(8, 8), layers=2, layer=2)
+    with pytest.raises(ValueError, match="LoRTALinear: layer must be left out, it follows from a layer's place, got 1"):
+        adapted(Model(), LoRTALinear, layer=1)
     narrow, wide = (LoRTALinear.from_linear(nn.Linear(8, 8), r=r) for r in (2, 3))
     with pytest.raises(ValueError, match="LoRTALinear: b must have coefficients like those of a"):
         LoRTALinear.connect({"a": narrow, "b": wide})

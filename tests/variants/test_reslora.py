@@ -312,6 +312,10 @@ def test_what_is_no_chain_is_refused():
         layer(data())
     with pytest.raises(RuntimeError, match="must be tied"):
         layer.merge()
+    with pytest.raises(
+        ValueError, match="ResLoRALinear: before must be left out, it follows from a layer's place, got 1"
+    ):
+        adapted(Stack(), ResLoRALinear, before=1)
     mine = made(3, r=3)
     with pytest.raises(ValueError, match="ResLoRALinear: 2.q must have 2 layers before it, got 1"):
         ResLoRALinear.connect({name: mine[name] for name in ("2.q", "0.q")})

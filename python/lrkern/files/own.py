@@ -20,7 +20,7 @@ from ..nn.plain import device_of, no_linear
 from ..ops.basis import STREAM_VERSION
 from .check import check_finite, check_shape, is_finite, is_whole, named, refusal, require, shown
 from .folder import LORA, as_path, replaced
-from .plain import places, plainly, wraps
+from .plain import places, plain, plainly, wraps
 from .read import parse, read_tensors
 
 __all__ = ["load_adapter", "read_layers", "save_adapter"]
@@ -196,7 +196,7 @@ def _check_shared(has: Mapping[str, AdapterLinear], layers: Mapping[str, Adapter
 def connect(layers: Mapping[str, AdapterLinear]) -> None:
     """Each kind's own ``connect``, with those of its layers."""
     for cls in dict.fromkeys(map(type, layers.values())):
-        cls.connect({name: m for name, m in layers.items() if type(m) is cls})
+        cls.connect({plain(name): m for name, m in layers.items() if type(m) is cls})
 
 
 def put(layer: AdapterLinear, key: str, c: Tensor) -> None:

@@ -36,7 +36,8 @@ class _Hydra(Function):
     def forward(ctx, form, y, x, weight, bias, ap, bp, a_s, bs, inner, outer, scale, mask):
         y0 = base.linear(x, weight, bias) if y is None else y
         s = _rank(x, y0, ap, a_s, inner, mask, outer is not None)
-        out = y0.clone(memory_format=torch.contiguous_format)
+        alone = y is None and ctx is None  # nobody else has y0
+        out = y0.contiguous() if alone else y0.clone(memory_format=torch.contiguous_format)
         ops.lora_expand_(out, s, _beyond(bp, bs, outer), scale)
         if ctx is not None:
             keeps_x, keeps_y = ctx.needs_input_grad[3] or ctx.needs_input_grad[5], ctx.needs_input_grad[7]

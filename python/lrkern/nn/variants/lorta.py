@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linear import AdapterLinear, Method
-from .place import place_of
+from .place import place_of, refuse_places
 from .rank import Variant, kaiming, trained
 
 _SHARED = ("lora_A", "lora_B", "lora_H", "lora_M", "lora_L")
@@ -89,6 +89,7 @@ class LoRTALinear(Variant):
         cls, model: nn.Module, linears: Mapping[str, nn.Module], settings: dict[str, dict[str, Any]]
     ) -> dict[str, dict[str, Any]]:
         """heads, and the place of each layer in the tensor; a ValueError names a layer of other sizes."""
+        refuse_places("LoRTALinear", settings, "layers", "projections", "layer", "projection")
         places = {name: place_of(name) for name in settings}
         layer_of = {name: (p.before, p.index) for name, p in places.items()}
         projection_of = {name: (p.before, p.after) for name, p in places.items()}

@@ -13,7 +13,7 @@ from ...functional.lora import dropout_of
 from ...limits import MAX_RANK
 from ..linear import AdapterLinear, Method
 from .merged import FixedWhenMerged
-from .place import place_of
+from .place import place_of, refuse_places
 from .rank import Variant, kaiming, trained
 
 MODES = ("bs", "is", "ms")
@@ -32,7 +32,7 @@ class ResLoRALinear(FixedWhenMerged, Variant):
     lora_A [r, in] starts as kaiming_uniform, lora_B [out, r] as zero: the layers start as the base. Both train, of a layer by its own
     y and by those of later layers. pre: how many earlier layers, -1 for all there are; "is" has one. before: how many of them this
     layer has, which ``plan`` counts and ``connect`` ties; a layer that has some and is not tied to them refuses its forward. The first
-    layer of "is" computes u A ᵀBᵀ; the authors' code gives it 2 u. Dropout is drawn once for an input, wherever that goes.
+    layer of "is" computes u Aᵀ Bᵀ; the authors' code gives it 2 u. Dropout is drawn once for an input, wherever that goes.
 
     "bs" is exactly a LoRA of rank (before + 1) r. "is" and "ms" depend on the inputs of other layers: no merge, no LoRA (the paper
     merges approximately, by ratios of norms, which is not offered). They hand on [..., r] activations within one forward pass, so that
@@ -77,6 +77,7 @@ class ResLoRALinear(FixedWhenMerged, Variant):
         cls, model: nn.Module, linears: Mapping[str, nn.Module], settings: dict[str, dict[str, Any]]
     ) -> dict[str, dict[str, Any]]:
         """``before`` of each layer, from its place."""
+        refuse_places("ResLoRALinear", settings, "before")
         planned = {}
         for chain in _chains({name: (m.in_features, m.out_features) for name, m in linears.items()}):
             for i, name in enumerate(chain):
