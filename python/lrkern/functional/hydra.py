@@ -144,7 +144,7 @@ def hydra_add(
     inner: Tensor | None = None,
     outer: Tensor | None = None,
 ) -> Tensor:
-    """The same as a new tensor, beside a base layer of any kind that gave y0 = y [..., O]."""
+    """y + scale · (D(x A_pᵀ) B_pᵀ + D(y A_sᵀ) B_sᵀ) as a new tensor: Hydra beside a base layer of any kind that gave y [..., O]."""
     _check("hydra_add", a_s, ap, inner, outer)
     mask = _mask("hydra_add", x, ap, a_s, dropout_p, training)
     rank = ap, bp, a_s, bs, inner, outer
