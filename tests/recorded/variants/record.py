@@ -418,12 +418,8 @@ def melora():
     return {"n": n, "r": r, "lora_alpha": 6}, of(base, named) | passes(layer, {"x": leaf(2)}, named)
 
 
-@recording(
-    "extremebird/Hydra",
-    "vtab1k",
-    "`forward_vit_hydra_ffn` with fc2 = W, `Hydra_layer` with biases of zero; `reparameterize`",
-)
-def hydra():
+def hydra_of(trained: tuple[str, ...]):
+    """Of the branches' parameters those that end so are changed and train; the others stay zero."""
     stub(timm={})
     from hydra import Hydra_layer, forward_vit_hydra_ffn, reparameterize
 
@@ -433,12 +429,28 @@ def hydra():
     block.fc2 = base
     block.hydra_mlp_par = Hydra_layer(I, R, O, scale=scale).double()
     block.hydra_mlp_seq = Hydra_layer(O, R, O, scale=scale).double()
-    named = {n: p for n, p in block.named_parameters() if n.startswith("hydra") and n.endswith("weight")}
+    named = {n: p for n, p in block.named_parameters() if n.startswith("hydra") and n.endswith(trained)}
     fill(named)
     tensors = of(base, named) | passes(lambda x: forward_vit_hydra_ffn(block, x), {"x": leaf(2)}, named)
-    par, seq = (m.up_proj.weight @ m.down_proj.weight for m in (block.hydra_mlp_par, block.hydra_mlp_seq))
-    weight, bias = reparameterize(base.weight.T, base.bias, par.T, None, seq.T, None, scale)
+    branches = block.hydra_mlp_par, block.hydra_mlp_seq
+    par, seq = (m.down_proj.weight.T @ m.up_proj.weight.T for m in branches)
+    of_par, of_seq = (m.down_proj.bias @ m.up_proj.weight.T + m.up_proj.bias for m in branches)
+    weight, bias = reparameterize(base.weight.T, base.bias, par, of_par, seq, of_seq, scale)
     return {"r": R, "scale": scale}, tensors | {"merged.weight": weight, "merged.bias": bias}
+
+
+@recording(
+    "extremebird/Hydra",
+    "vtab1k",
+    "`forward_vit_hydra_ffn` with fc2 = W, `Hydra_layer` with biases of zero; `reparameterize`",
+)
+def hydra():
+    return hydra_of(("weight",))
+
+
+@recording("extremebird/Hydra", "vtab1k", "the same, biases changed too")
+def hydra_bias():
+    return hydra_of(("weight", "bias"))
 
 
 def chain(mode: int, name: str, earlier: int, square: bool = False):
