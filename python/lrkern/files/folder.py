@@ -116,16 +116,21 @@ def write_adapter(folder: str | Path, config: "peft.PeftConfig | dict[str, Any]"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replaced(folder / "adapter_model.safetensors") as path:
-        plain = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-        first = {
-            t.data_ptr(): k for k, t in reversed(plain.items())
-        }  # layers may share a factor; safetensors writes no tensor twice
-        plain = {k: t if first[t.data_ptr()] == k or not t.numel() else t.clone() for k, t in plain.items()}
-        save_file(plain, path, metadata={"format": "pt"})
+        save_file(_apart(tensors), path, metadata={"format": "pt"})
         if isinstance(config, dict):
             (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
         else:
             config.save_pretrained(str(folder))
+
+
+def _apart(tensors: Tensors) -> dict[str, Tensor]:
+    """On the CPU, each with memory of its own, which layers that share parameters do not give them."""
+    found, seen = {}, set()
+    for key, t in tensors.items():
+        t = t.detach().cpu().contiguous()
+        found[key] = t.clone() if t.numel() and t.data_ptr() in seen else t
+        seen.add(t.data_ptr())
+    return found
 
 
 _words = lambda value: isinstance(value, list | tuple | set | frozenset) and all(isinstance(v, str) for v in value)
