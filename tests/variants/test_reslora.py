@@ -235,12 +235,24 @@ def test_checkpointing(mode, pre, reentrant):
         with pytest.raises(RuntimeError, match="ResLoRALinear.forward: the layer must"):
             run(model, x, blockwise)
         close(run(model, x), want, 0)
-    first = lambda t: (
-        [t := checkpoint(model.blocks[0], t, use_reentrant=True)] and [t := b(t) for b in model.blocks[1:]][-1]
-    )
+
+    def first_alone(t):
+        t = checkpoint(model.blocks[0], t, use_reentrant=reentrant)
+        for block in model.blocks[1:]:
+            t = block(t)
+        return t
+
     if mode != "bs" and reentrant:  # its input would be a constant to the next layer
         with pytest.raises(RuntimeError, match="not record gradients where the layer before it did not"):
-            run(model, x, first)
+            run(model, x, first_alone)
+    else:
+        close(run(model, x, first_alone), want, 0)
+        if mode != "bs":  # what its second call in backward has handed on is of no forward pass
+            with pytest.raises(
+                RuntimeError, match="ResLoRALinear.forward: the layer must be called once in a forward pass"
+            ):
+                model.blocks[1](x)
+        close(run(model, x), want, 0)
 
 
 @chains

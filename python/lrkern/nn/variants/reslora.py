@@ -11,6 +11,7 @@ from ... import ops
 from ...functional.base import added
 from ...functional.lora import dropout_of
 from ...limits import MAX_RANK
+from ...ops.dispatch import is_compiling
 from ..linear import AdapterLinear, Method
 from .merged import FixedWhenMerged
 from .place import place_of, refuse_places
@@ -70,7 +71,7 @@ class ResLoRALinear(FixedWhenMerged, Variant):
         # this layer hands on.
         self._earlier: tuple[ResLoRALinear, ...] = ()
         self._next: tuple[ResLoRALinear, ...] = ()
-        self._handed: tuple[bool, tuple[Tensor, ...]] | None = None  # in this forward pass, and whether it was recorded
+        self._handed: tuple[int, bool, tuple[Tensor, ...]] | None = None  # in which pass, and whether it was recorded
 
     @classmethod
     def plan(
@@ -148,7 +149,7 @@ class ResLoRALinear(FixedWhenMerged, Variant):
                 handed = (its.contiguous(),)
             else:
                 handed = (s, *came)[: following.before]
-            self._handed = torch.is_grad_enabled(), handed
+            self._handed = _backward(), torch.is_grad_enabled(), handed
         return sum((t.to(s.device) for t in came), s).contiguous()
 
     def _both(self) -> Tensor:
@@ -168,8 +169,8 @@ class ResLoRALinear(FixedWhenMerged, Variant):
         handed, self._earlier[0]._handed = self._earlier[0]._handed, None
         must = "be called once in a forward pass, after the layer before it: not alone (checkpointing of a block for itself), "
         must += "not after a layer that was skipped, disabled or merged, not with batches in turns; mode 'bs' may be"
-        self._refuse_if(handed is None, "forward", must)
-        recorded, came = handed
+        self._refuse_if(handed is None or handed[0] != _backward(), "forward", must)
+        _, recorded, came = handed
         must = "not record gradients where the layer before it did not (reentrant checkpointing, no_grad), they would be lost"
         self._refuse_if(torch.is_grad_enabled() and not recorded, "forward", must)
         before, now = list(came[0].shape[:-1]), list(x.shape[:-1])
@@ -191,6 +192,11 @@ class ResLoRALinear(FixedWhenMerged, Variant):
     def _check_merge(self) -> None:
         self._check_low_rank("merge")
         super()._check_merge()
+
+
+def _backward() -> int:
+    """Which backward pass of autograd runs here, as where checkpointing calls layers again; -1 in a forward pass."""
+    return -1 if is_compiling() else torch._C._current_graph_task_id()
 
 
 def _check_chain(name: str, m: ResLoRALinear, earlier: list[ResLoRALinear]) -> None:
