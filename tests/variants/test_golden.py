@@ -189,10 +189,7 @@ RANDOM = {  # of what starts by itself: ours, its coefficients, settings
 }
 
 
-OTHER_START = pytest.mark.xfail(strict=True, reason="LoRTALinear draws A on ±1/√in, theirs is on ±1/√r")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=OTHER_START) if "lorta" in n else n for n in RANDOM])
+@pytest.mark.parametrize("name", RANDOM)
 def test_parameters_start_with_the_deviation_of_theirs(name):
     cls, names, settings = RANDOM[name]
     (t, s), starts = read(name), about(name, "starts")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..linear import AdapterLinear, Method
 from .place import place_of, refuse_places
-from .rank import Variant, kaiming, trained
+from .rank import Variant, trained
 
 _SHARED = ("lora_A", "lora_B", "lora_H", "lora_M", "lora_L")
 
@@ -20,8 +20,8 @@ class LoRTALinear(Variant):
 
     Five factors of one CP tensor (features in, features of a head, heads, projections, layers) are shared by all layers of a model; m and
     l are a layer's place in it. lora_A [r, in], lora_B [out / heads, r], lora_H [heads, r], lora_M [projections, r] and
-    lora_L [layers, r] train; scaling = lora_alpha / r. B starts as zero: the layer starts as the base layer. A starts as
-    kaiming_uniform; H, M and L are uniform on ±sqrt(6 / ((1 + 5 init_scale²) r)), as in the authors' code.
+    lora_L [layers, r] train; scaling = lora_alpha / r. B starts as zero: the layer starts as the base layer. A is uniform on
+    ±1 / sqrt(r), H, M and L on ±sqrt(6 / ((1 + 5 init_scale²) r)), as in the authors' code.
 
     heads_on: "output" cuts out_features into heads, as the paper and the authors' code for lit-gpt do. "input" cuts in_features, with
     lora_A [r, out]: ΔW is the transpose of what the paper has, which is what their fork of PEFT computes.
@@ -81,7 +81,10 @@ class LoRTALinear(Variant):
         self.heads_on, self.init_scale = heads_on, float(init_scale)
         bound = math.sqrt(6 / ((1 + 5 * self.init_scale**2) * r))
         weights = lambda n: nn.init.uniform_(trained(n, r, **like), -bound, bound)
-        self.lora_A, self.lora_B = kaiming(r, other, **like), trained(cut // heads, r, **like)
+        self.lora_A, self.lora_B = trained(r, other, **like), trained(cut // heads, r, **like)
+        nn.init.uniform_(
+            self.lora_A, -(r**-0.5), r**-0.5
+        )  # their A is [in, r], of which kaiming_uniform takes r for what comes in
         self.lora_H, self.lora_M, self.lora_L = weights(heads), weights(projections), weights(layers)
 
     @classmethod

@@ -11,7 +11,7 @@ def roselora(c, s):
     return scaling(s) * (c["lora_B"] * c["mask_B"]) @ (c["lora_A"] * c["mask_A"])
 
 
-@delta("prilora", "PRILoRALinear", r=4)
+@delta("prilora", "PRILoRALinear", r=4, r_start=2, r_end=6)
 def prilora(c, s):
     return scaling(s) * c["lora_B"] @ (c["lora_A"] * c["mask_A"])
 
