@@ -63,7 +63,18 @@ def cola(c, s):
 
 
 @delta("lorta", "LoRTALinear", r=4, heads=2, layers=3, projections=4, layer=1, projection=2)
-@delta("lorta-input", "LoRTALinear", r=4, heads=2, layers=3, projections=4, layer=1, projection=2, heads_on="input")
+@delta(
+    "lorta-input",
+    "LoRTALinear",
+    r=4,
+    heads=2,
+    layers=3,
+    projections=4,
+    layer=1,
+    projection=2,
+    heads_on="input",
+    init_scale=0.5,
+)
 def lorta(c, s):
     """The slice [l, m] of the CP tensor T[l, m, i, h, j], h and j beside one another."""
     a, b, h, m, l = (c[f"lora_{key}"] for key in "ABHML")
