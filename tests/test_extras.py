@@ -15,7 +15,7 @@ sys.modules[MISSING] = None  # as if it were not installed
 import lrkern
 layer = lrkern.nn.NOLALinear(8, 4, r=2)
 layer(torch.ones(1, 8))
-for room in ("peft", "files", "serving", "s2ft", "convert", "compress"):
+for room in ("peft", "files", "serving", "s2ft", "convert", "compress", "model"):
     try:
         importlib.import_module("lrkern." + room)
         print(room, "works")
@@ -51,14 +51,21 @@ def test_without_peft(tmp_path):
     said = said_without("peft", tmp_path)
     assert said["peft"] == said["attribute"] == needs("peft", "peft")
     assert said["serving"] == needs("serving", "peft")
-    assert said["files"] == said["s2ft"] == said["convert"] == said["compress"] == "works"
+    assert said["files"] == said["s2ft"] == said["convert"] == said["compress"] == said["model"] == "works"
     assert said["lora"] == needs("peft.save_adapter", "peft")
     assert said["vera"] == said["miss"] == needs("files.save", "peft")
 
 
 def test_without_safetensors(tmp_path):
     said = said_without("safetensors", tmp_path)
-    assert said["files"] == said["s2ft"] == said["convert"] == said["compress"] == needs("files", "safetensors")
+    assert (
+        said["files"]
+        == said["s2ft"]
+        == said["convert"]
+        == said["compress"]
+        == said["model"]
+        == needs("files", "safetensors")
+    )
     assert said["peft"] == said["attribute"] == needs("peft", "safetensors")
     assert said["serving"] == needs("serving", "safetensors")
 

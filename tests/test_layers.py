@@ -110,6 +110,7 @@ FLOORS = (
     "files",
     "convert",
     "compress",
+    "model",
     "s2ft",
     "serving",
 )

@@ -19,4 +19,4 @@ def test_its_blocks_run(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(
         "lrkern: 5 of 6 adapted layers fused\n  1 layer: PEFT's own code, dropout Alpha"
     )
-    assert names["pool"].names == ["mine"] and (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert names["pool"].names == ["mine", "vera"] and (tmp_path / "adapter" / "adapter_model.safetensors").exists()

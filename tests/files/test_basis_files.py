@@ -347,14 +347,14 @@ def test_what_peft_cannot_hold(tmp_path):
     spoilt = sharing("randlora")
     spoilt[0].randlora_gamma.data[0, 0] = torch.inf
     for model, text in [
-        (plain(), "model must have VeRALinear, RandLoRALinear or MissLinear layers, got none"),
+        (plain(), "model must have VeRALinear, RandLoRALinear, MissLinear or AdaLoRALinear layers, got none"),
         (
             adapted({"0": PLACES["0"]}),
-            "0 must be VeRALinear, RandLoRALinear, or MissLinear as all others, got NOLALinear",
+            "0 must be VeRALinear, RandLoRALinear, MissLinear, or AdaLoRALinear as all others, got NOLALinear",
         ),
         (
             adapted({k: PLACES[k] for k in ("2.0", "2.1")}),
-            "2.1 must be VeRALinear, RandLoRALinear, or MissLinear as all others",
+            "2.1 must be VeRALinear, RandLoRALinear, MissLinear, or AdaLoRALinear as all others",
         ),
         (other_seed, "2.0.seed must be 78, as the first layer's, got 77: PEFT has one for all layers"),
         (sharing("randlora", paper_pairing=True), "0.paper_pairing must be False, PEFT's pairing, got True"),

@@ -194,7 +194,7 @@ def test_what_peft_cannot_hold(tmp_path):
     for net, text in (
         (ranks, "down.r must be 7, as the first layer's, got 5: PEFT has one for all layers"),
         (spoilt, "down.miss_block must be finite, got inf or nan"),
-        (mixed, "down must be VeRALinear, RandLoRALinear, or MissLinear as all others, got NOLALinear"),
+        (mixed, "down must be VeRALinear, RandLoRALinear, MissLinear, or AdaLoRALinear as all others, got NOLALinear"),
     ):
         with pytest.raises(ValueError, match=f"lrkern.convert.to_peft: {text}"):
             lrkern.convert.to_peft(net, tmp_path / "out")

@@ -89,7 +89,7 @@ DAMAGES = {
     "a broken regex": (edit_config(target_modules="(("), r"target_modules is no regex: .*, got '\(\('"),
     "another family": (
         edit_config(peft_type="IA3"),
-        r"peft_type must be one of \['LORA', 'MISS', 'MORA', 'RANDLORA', 'VERA'\], got 'IA3'",
+        r"peft_type must be one of \['ADALORA', 'LORA', 'MISS', 'MORA', 'RANDLORA', 'VERA'\], got 'IA3'",
     ),
     "dora": (edit_config(use_dora=True), "lacks .*lora_magnitude_vector"),
     "bias": (edit_config(bias="some"), "bias must be 'none', 'all' or 'lora_only', got 'some'"),

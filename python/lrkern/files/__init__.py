@@ -15,17 +15,16 @@ with extra("lrkern.files"):
     import safetensors  # noqa: F401
 
 from ..nn import FusedLoRALinear
-from ..nn.linear import AdapterLinear
 from . import conversions, lora, own
 from .check import named, refusal, require
-from .folder import READERS, as_path, check_config, features_of, peft_type, read_adapter
+from .folder import READERS, as_path, check_config, peft_type, read_adapter, sizes_of
 from .names import as_peft
 from .projections import draw_projections, store_projections
 
 # isort: off
 from .vera import save_vera  # the methods that have folders, in the order that messages name them
 from .randlora import save_randlora
-from . import miss, mora  # noqa: F401
+from . import miss, mora, adalora  # noqa: F401
 # isort: on
 
 __all__ = ["draw_projections", "load", "save", "save_randlora", "save_vera", "store_projections"]
@@ -52,7 +51,7 @@ def save(model: nn.Module, path: str | Path, kind: str | None = None, **options:
 
 def load(model: nn.Module, path: str | Path) -> None:
     """Loads a PEFT or diffusers LoRA folder into a model's FusedLoRALinear layers (``lrkern.peft.load_adapter``), or puts the
-    layers of a file of lrkern's own, or those of a PEFT MiSS folder or of one that MoRA's authors' code wrote, into the model:
+    layers of a file of lrkern's own, or those of a PEFT MiSS or AdaLoRA folder or of one that MoRA's authors' code wrote, into the model:
     an nn.Linear is replaced by its layer, and a layer that is there already, with the same settings, takes the coefficients
     (``own.load_adapter``). Keys may be named as other tools do (``names.as_peft``, docs/files.md)."""
     with refusal("lrkern.files.load: "):
@@ -63,12 +62,5 @@ def load(model: nn.Module, path: str | Path) -> None:
         config, tensors = read_adapter(path)
         check_config(config)
         if read := READERS.get(peft_type(config)):
-            return own.place(model, read(*as_peft(config, tensors, model), _linears(model)))
+            return own.place(model, read(*as_peft(config, tensors, model), sizes_of(model)))
     lora.load_adapter(model, path)
-
-
-def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """[I, O] by name, a layer of ours as one linear."""
-    named = {name: m for name, m in model.named_modules() if features_of(m)}
-    inside = tuple(f"{name}." for name, m in named.items() if isinstance(m, AdapterLinear))
-    return {name: features_of(m) for name, m in named.items() if not name.startswith(inside)}

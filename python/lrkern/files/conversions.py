@@ -19,17 +19,17 @@ def _layers(who: str, model: nn.Module | Mapping[str, nn.Module], kinds: str):
     """All modules and those of an own file's classes, by name."""
     named = plainly(dict(model if isinstance(model, Mapping) else model.named_modules()))
     layers = own_layers(named.items())
-    require(layers, f"lrkern.convert.{who}: model must have {kinds} layers, got none")
+    require(layers, f"{who}: model must have {kinds} layers, got none")
     if isinstance(model, nn.Module):
-        check_places(f"lrkern.convert.{who}", model, classes())
+        check_places(who, model, classes())
     text = "model must hold its layers by name, got a layer; give {name: layer}"
-    require("" not in layers, f"lrkern.convert.{who}: {text}")
+    require("" not in layers, f"{who}: {text}")
     return named, layers
 
 
 def to_lora(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> None:
-    """Writes the NOLALinear, VeRALinear, MoRALinear, MissLinear and S2FTLinear layers of a model as a plain PEFT LoRA folder, equal up to
-    rounding: for stock PEFT, vLLM and others that serve LoRA.
+    """Writes the layers of a model whose ΔW is of low rank (NOLALinear, VeRALinear, MoRALinear, MissLinear, S2FTLinear, most of
+    ``nn.variants``) as a plain PEFT LoRA folder, equal up to rounding: for stock PEFT, vLLM and others that serve LoRA.
 
     model: one that holds the layers, or the layers by the names the base model has for them. NOLA becomes its generated A
     and scaling · B, VeRA becomes diag(d) A and diag(b) B, MoRA of types 1 to 4 its maps with M in A, MiSS but
@@ -41,7 +41,7 @@ def to_lora(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
     coefficients that are not finite, no layer at all, and a layer without a name.
     """
     kinds = either(cls for cls in classes() if cls.has_factors())
-    named, layers = _layers("to_lora", model, kinds)
+    named, layers = _layers("lrkern.convert.to_lora", model, kinds)
     for name, m in layers.items():
         where, full = f"lrkern.convert.to_lora: {name}", min(m.in_features, m.out_features)
         why = f"its ΔW has full rank, {full}, which no LoRA of a lower rank equals"
@@ -61,19 +61,25 @@ def to_lora(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
 
 
 def to_peft(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> None:
-    """Writes the VeRALinear, the RandLoRALinear or the MissLinear layers of a model as a PEFT folder of that kind: stock PEFT
+    """Writes the VeRALinear, RandLoRALinear, MissLinear or AdaLoRALinear layers of a model as a PEFT folder of that kind: stock PEFT
     computes the same up to rounding. VeRA and RandLoRA with the generated projections in it (save_projection=True).
 
-    All layers must be alike in what PEFT has once: of MiSS all settings; of the others one pair, which is one seed, r and
+    All layers must be alike in what PEFT has once: of MiSS all settings; of AdaLoRA all but the rank; of the others one pair, which is one seed, r and
     distribution, and for VeRA one max_in; for RandLoRA one randlora_alpha, and not paper_pairing. Refused with a ValueError
     before anything is written: what differs, NOLALinear and MoRALinear, which PEFT does not have (``to_lora``), and coefficients
     that are not finite.
     """
+    named, layers = peft_layers("lrkern.convert.to_peft", model)
+    WRITERS[next(iter(layers.values())).PEFT_TYPE](folder, layers, named)
+
+
+def peft_layers(who: str, model: nn.Module | Mapping[str, nn.Module]):
+    """All modules and the layers by name, which are one adapter of a method of PEFT's."""
     kinds = [cls for kind in WRITERS for cls in AdapterLinear.KINDS.values() if kind == cls.PEFT_TYPE]
-    named, layers = _layers("to_peft", model, either(kinds))
+    named, layers = _layers(who, model, either(kinds))
     first = next(iter(layers.values()))
     for name, m in layers.items():
-        where = f"lrkern.convert.to_peft: {name}"
+        where = f"{who}: {name}"
         alike = m.PEFT_TYPE in WRITERS and type(m) is type(first)
         require(alike, f"{where} must be {either(kinds, ', or ')} as all others, got {type(m).__name__}")
         for key in m.PEFT_SHARES:
@@ -83,4 +89,4 @@ def to_peft(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
         require(not m.not_peft(), f"{where}.{m.not_peft()}")
         for key, c in m.coefficients().items():
             require(c.isfinite().all(), f"{where}.{key} must be finite, got inf or nan")
-    WRITERS[first.PEFT_TYPE](folder, layers, named)
+    return named, layers

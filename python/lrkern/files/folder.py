@@ -174,6 +174,12 @@ _KINDS: dict[str, tuple[str, Any]] = {
 }
 
 
+_masks = (  # of AdaLoRA: which ranks of the first are left
+    "an object of lists of true or false by name",
+    lambda value: _pattern(value, lambda v: isinstance(v, list) and all(isinstance(b, bool) for b in v)),
+)
+
+
 def _pattern(value: Any, fits: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(k, str) and fits(v) for k, v in value.items())
 
@@ -181,7 +187,8 @@ def _pattern(value: Any, fits: Any) -> bool:
 def check_config(config: Any) -> None:
     """Refuses values of kinds that no config of PEFT's has: "false" must not count as true."""
     require(isinstance(config, Mapping), f"config must be an object, got {type(config).__name__}")
-    for key, (what, fits) in _KINDS.items():
+    adalora = {"rank_pattern": _masks} if peft_type(config) == "ADALORA" else {}
+    for key, (what, fits) in (_KINDS | adalora).items():
         value = peft_type(config) if key == "peft_type" else config.get(key)
         require(value is None or fits(value), f"{key} must be {what}, got {shown(value)}")
 
@@ -200,6 +207,13 @@ def rank_and_scaling(config: Config, name: str) -> tuple[int, float]:
 
 def ranks_and_scalings(config: Config, names: Iterable[str]) -> dict[str, tuple[int, float]]:
     """The same of many layers by name."""
+    rslora = bool(config.get("use_rslora"))
+    found = ranks_and_alphas(config, names).items()
+    return {name: (r, lora_scaling(alpha, r, rslora)) for name, (r, alpha) in found}  # no larger than alpha
+
+
+def ranks_and_alphas(config: Config, names: Iterable[str]) -> dict[str, tuple[int, float]]:
+    """Of layers by name r and lora_alpha."""
     check_config(config)
     names = list(names)
 
@@ -216,7 +230,7 @@ def ranks_and_scalings(config: Config, names: Iterable[str]) -> dict[str, tuple[
     for name, r, alpha in zip(names, of("r", "rank_pattern"), of("lora_alpha", "alpha_pattern"), strict=True):
         require(r is not None, f"r of {named(name)} must be a whole number, got None")
         require(alpha is not None, f"lora_alpha of {named(name)} must be a finite number, got None")
-        result[name] = r, lora_scaling(alpha, r, bool(config.get("use_rslora")))  # no larger than alpha
+        result[name] = r, alpha
     return result
 
 
@@ -328,3 +342,10 @@ def features_of(module: nn.Module) -> tuple[int, int] | None:
     i, o = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
     I, O = getattr(module, i, None), getattr(module, o, None)
     return (I, O) if isinstance(I, int) and isinstance(O, int) else None
+
+
+def sizes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """[I, O] of the linears of a model by name, a layer of ours as one linear."""
+    named = {name: m for name, m in model.named_modules() if features_of(m)}
+    inside = tuple(f"{name}." for name, m in named.items() if isinstance(m, AdapterLinear))
+    return {name: features_of(m) for name, m in named.items() if not name.startswith(inside)}

@@ -2,9 +2,9 @@
 """FusedLoRALinear layers as PEFT folders."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,12 @@ from .folder import (
     LORA,
     PREFIX,
     Config,
+    Sizes,
     Tensors,
+    by_linear,
     check_config,
     peft_type,
+    ranks_and_alphas,
     ranks_and_scalings,
     read_adapter,
     write_adapter,
@@ -30,6 +33,9 @@ from .lora_config import MORE, check_base, lora_config
 from .names import as_peft
 from .own import check_places
 from .plain import plainly
+
+if TYPE_CHECKING:
+    import peft
 
 Layers = Mapping[str, FusedLoRALinear]
 
@@ -86,12 +92,19 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     which PEFT has one; "pissa" and "olora" above rank 256, or where another W was loaded since; what is not finite; a
     train_bias layer of rank 0; a layer without a name or at two places; and none at all.
     """
-    with extra("lrkern.peft.save_adapter"):
+    write_adapter(folder, *as_folder("lrkern.peft.save_adapter", model))
+
+
+def as_folder(
+    who: str, model: nn.Module, modules_to_save: Sequence[str] | None = None
+) -> tuple["peft.LoraConfig", dict[str, Tensor]]:
+    """What ``save_adapter`` writes, for ``write_adapter``; modules_to_save as the config is to name them."""
+    with extra(who):
         import peft
 
     modules = _modules(model)
-    check_places("lrkern.peft.save_adapter", model, FusedLoRALinear)
-    with refusal("lrkern.peft.save_adapter: "):
+    check_places(who, model, FusedLoRALinear)
+    with refusal(f"{who}: "):
         modules, every = plainly(modules), plainly(dict(model.named_modules()))
         layers = {name: m for name, m in modules.items() if m.r}
         require(layers, f"a layer must have a rank above 0, got {len(modules)} of rank 0")
@@ -119,7 +132,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     one = {key: getattr(first, key) for key in ("use_rslora", "use_dora", "lora_dropout")}
     settings = lora_config(ranks, every, **one, bias="lora_only" if bias else "none")
     del settings["peft_type"]
-    write_adapter(folder, peft.LoraConfig(**settings), tensors)
+    return peft.LoraConfig(**settings | {"modules_to_save": modules_to_save}), tensors
 
 
 def _check_init(name: str, m: FusedLoRALinear) -> None:
@@ -154,14 +167,28 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         for name, m in modules.items():
             require(not m.merged, f"{name} is merged in the model; unmerge() it first")
         config, tensors = as_peft(*read_adapter(folder), model)
-        new = _check(config, tensors, modules)
+        new = values(config, tensors, modules)
     with torch.no_grad():
         for weight, value in new:
             weight.copy_(value)
 
 
-def _check(config: Config, tensors: Tensors, modules: Layers) -> list[tuple[Tensor, Tensor]]:
-    """The parameters and what they are to be."""
+def described(config: Config, tensors: Tensors, linears: Sizes) -> dict[str, dict[str, Any]]:
+    """By linear the settings of the FusedLoRALinear that a folder holds for it."""
+    check_config(config)
+    ab = "lora_A.weight", "lora_B.weight"
+    names = by_linear(config, {k: t for k, t in tensors.items() if k.endswith(ab)}, linears, *ab)
+    one = {key: bool(config.get(key)) for key in ("use_rslora", "use_dora")} | {
+        "dropout": config.get("lora_dropout") or 0.0
+    }
+    return {
+        name: {"r": r, "lora_alpha": alpha, "train_bias": _bias_key(name) in tensors, **one}
+        for name, (r, alpha) in ranks_and_alphas(config, names).items()
+    }
+
+
+def values(config: Config, tensors: Tensors, modules: Layers) -> list[tuple[Tensor, Tensor]]:
+    """The parameters of layers and what a folder says they are to be. The whole folder is checked."""
     check_config(config)
     kind, bias = peft_type(config), config.get("lora_bias")
     got = f"peft_type={shown(kind)}, lora_bias={shown(bias)}"

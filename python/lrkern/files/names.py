@@ -20,7 +20,9 @@ from .plain import plain, wraps
 from .read import FLOAT8
 
 # What PEFT's keys end with after a module's name; an adapter's name, which files do not have, stands after the tensor's.
-_OWN = "lora_(?:embedding_)?[AB]|lora_magnitude_vector|vera_lambda_[bd]|randlora_(?:lambda|gamma|[AB])|miss_block"
+_OWN = (
+    "lora_(?:embedding_)?[AB]|lora_E|lora_magnitude_vector|vera_lambda_[bd]|randlora_(?:lambda|gamma|[AB])|miss_block"
+)
 _TUNED = re.compile(rf"(.*)\.({_OWN})(?:\.([^.]+?))??(\.weight|\.bias)?", re.DOTALL)
 _SHARED = re.compile(r"(?:base_model\.(?:model\.)?)?((?:vera|randlora)_[AB])(?:\.([^.]+))?")
 _SAVED = re.compile(r"(.*)\.modules_to_save\.(.*)", re.DOTALL)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..limits import DTYPES
 from ..nn import variants
 from ..nn.linear import AdapterLinear
-from ..nn.plain import device_of, no_linear
+from ..nn.plain import as_linear, device_of
 from ..ops.basis import STREAM_VERSION
 from .check import check_finite, check_shape, is_finite, is_whole, named, refusal, require, shown
 from .folder import LORA, as_path, replaced
@@ -175,7 +175,7 @@ def place(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> None:
             if "seed" in layer.settings:
                 has[name].seed = layer.seed
         else:
-            layer.base_layer = there[name].requires_grad_(False)
+            layer.base_layer = as_linear(there[name]).requires_grad_(False)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.train(there[name].training))
 
@@ -385,8 +385,7 @@ def _values(key: str, like: Tensor, bits: int | None, tensors: dict[str, Tensor]
 
 
 def _check_place(model: nn.Module, name: str, layer: AdapterLinear) -> None:
-    modules = dict(model.named_modules())
-    there = modules[name]
+    there = as_linear(model.get_submodule(name))
     if isinstance(there, classes()):
         require(not there.merged, f"{name} is merged in the model; unmerge it first")
         got, want = ({k: v for k, v in _kind(m).items() if k != "adapter_dtype"} for m in (there, layer))
@@ -398,8 +397,8 @@ def _check_place(model: nn.Module, name: str, layer: AdapterLinear) -> None:
         require(not (got := layer.unlike(there)), f"{name} must be of the model's base, got {got}")
         return
     must = f"{name} must be an nn.Linear with a plain weight in the model"
-    require(not (got := no_linear(there)), f"{must}, got {got}")
+    require(not (got := layer._unfit(there)), f"{must}, got {got}")
     require(name, "an nn.Linear cannot be replaced in itself; give the module that holds it")
-    got, want = list(there.weight.shape), [layer.out_features, layer.in_features]
+    got, want = [there.out_features, there.in_features], [layer.out_features, layer.in_features]
     require(got == want, f"{name} must have a weight of shape {want} in the model, got {got}")
     require(not (got := layer.unlike(there)), f"{name} must be of the model's base, got {got}")

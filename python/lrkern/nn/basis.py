@@ -28,6 +28,15 @@ def _draw(generator: torch.Generator) -> int:
     return seed[0]
 
 
+def share_seed(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """One seed for all layers, where their settings give them one generator or nothing to take it from."""
+    given = next(iter(settings.values())).get("seed")
+    if given is not None and not isinstance(given, torch.Generator):
+        return settings
+    seed = _seeds.getrandbits(63) if given is None else _draw(given)
+    return {name: s | {"seed": seed} for name, s in settings.items()}
+
+
 class BasisLinear(AdapterLinear):
     """y = x Wᵀ + bias + dropout(x) ΔWᵀ with ΔW made of a few trained coefficients and random matrices that exist only as a
     seed: they are regenerated in forward and backward, on any device the same bits.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..limits import DTYPES
-from .plain import device_of, no_linear, no_packed, packed, plain_linear, watched
+from .plain import Shown, conv1d_linear, device_of, no_linear, no_packed, packed, plain_linear, watched
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -100,9 +100,7 @@ class AdapterLinear(nn.Module):
         """Wraps transformers' Conv1D, whose weight is [in, out]: the base layer's is a view of it, so that ``merge`` writes there."""
         if type(conv).__name__ != "Conv1D" or not isinstance(getattr(conv, "weight", None), nn.Parameter):
             raise TypeError(f"{cls.__name__}.from_conv1d: conv must be a Conv1D, got {type(conv).__name__}")
-        linear = nn.Linear(*conv.weight.shape, bias=False, device="meta")
-        linear.weight, linear.bias = nn.Parameter(conv.weight.detach().mT), conv.bias
-        return cls.from_linear(linear, **settings)
+        return cls.from_linear(conv1d_linear(conv), **settings)
 
     @classmethod
     def _wrap(cls, linear: nn.Linear, *args: Any, **settings: Any):
@@ -179,6 +177,18 @@ class AdapterLinear(nn.Module):
     def settings(self) -> dict[str, Any]:
         """What makes this layer again: from_linear(linear, **settings), but for the values of the coefficients."""
         return {name: getattr(self, name) for name in self.SETTINGS}
+
+    __jit_unused_properties__: ClassVar = ["weight", "bias"]
+
+    @property
+    def weight(self) -> Tensor:
+        """base_layer's, to be asked for its dtype, device and shape (``plain.Shown``)."""
+        return self.base_layer.weight.detach().as_subclass(Shown)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.base_layer.bias
+        return None if bias is None else bias.detach().as_subclass(Shown)
 
     def coefficients(self) -> dict[str, nn.Parameter]:
         """The adapter's own parameters, by their key in the state_dict."""

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..caches import DoraNorm
 from ..limits import MAX_RANK
-from .linear import LowRankLinear, shape_repr
+from .linear import LowRankLinear, Method, shape_repr
 from .plain import offers, packed, plain_linear
 
 Init = Callable[["FusedLoRALinear"], None]
@@ -75,6 +75,10 @@ class FusedLoRALinear(LowRankLinear):
         adapter_dtype: of A and B, float32, or the dtype of W; any of the three over a packed W. None means float32, as in PEFT.
     """
 
+    METHODS: ClassVar = {
+        "lora": Method({"use_dora": False}, "LoRA, Hu et al., arXiv 2106.09685"),
+        "dora": Method({"use_dora": True}, "DoRA, Liu et al., arXiv 2402.09353"),
+    }
     SETTINGS = ("r", "lora_alpha", "dropout", "use_rslora", "use_dora", "train_bias")
     PEFT_TYPE = "LORA"
     PACKED = True
@@ -153,6 +157,21 @@ class FusedLoRALinear(LowRankLinear):
         if use_dora:
             self.lora_magnitude_vector = Magnitude(self._norm().to(like["dtype"]))
             self._cached_norm = DoraNorm()
+
+    @classmethod
+    def plan(cls, model, linears, settings):
+        """Asks what the inits that change W need of every layer before the first W is changed. train_bias is of those layers that have a
+        bias, as PEFT's "lora_only" is, where any has."""
+        for name, s in settings.items():
+            if s.get("init") in CHANGE_W and (r := s.get("r", 16)):
+                cls._changes_w(s["init"], linears[name], r, s.get("lora_alpha", 32.0))
+        without = {name for name, m in linears.items() if m._parameters.get("bias") is None}
+        if without < linears.keys():
+            settings = {
+                n: s | ({"train_bias": False} if n in without and s.get("train_bias") is True else {})
+                for n, s in settings.items()
+            }
+        return settings
 
     @staticmethod
     def _changes_w(init: str, base: nn.Linear, r: int, lora_alpha: float) -> None:

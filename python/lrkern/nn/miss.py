@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer with a MiSS adapter."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .linear import AdapterLinear, constant
+from .linear import AdapterLinear, Method, constant
 
 KINDS = ("balance", "mini", "bat")
 
@@ -31,6 +33,12 @@ class MissLinear(AdapterLinear):
         adapter_dtype: of D; None means float32 over a 16-bit base, else the base's dtype.
     """
 
+    METHODS: ClassVar = {
+        "miss": Method({}, "MiSS, Kang et al., arXiv 2409.15371"),
+        "bone": Method(
+            {"kind": "bat", "mini_r": 1, "dropout": 0.0}, "Bone, Kang et al., arXiv 2409.15371 in its first versions"
+        ),
+    }
     PEFT_TYPE = "MISS"
     FULL = "has full rank and depends on W"
     PEFT_SHARES = ("r", "kind", "mini_r", "dropout")

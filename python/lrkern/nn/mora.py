@@ -2,13 +2,13 @@
 """A linear layer with a MoRA adapter."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .linear import AdapterLinear
+from .linear import AdapterLinear, Method
 from .lora import Factor
 
 TYPES = (1, 2, 3, 4, 6)
@@ -34,6 +34,7 @@ class MoRALinear(AdapterLinear):
         adapter_dtype: of M; None means float32 over a 16-bit base, else the base's dtype.
     """
 
+    METHODS: ClassVar = {"mora": Method({}, "MoRA, Jiang et al., arXiv 2405.12130")}
     SETTINGS = ("r", "mora_type", "dropout", "paper_rank")
 
     def __init__(

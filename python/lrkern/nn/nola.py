@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer with a NOLA adapter whose random bases are a seed."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
 from ..limits import MAX_RANK
 from .basis import BasisLinear
-from .linear import LowRankLinear, constant
+from .linear import LowRankLinear, Method, constant
 
 
 class NOLALinear(BasisLinear, LowRankLinear):
@@ -27,6 +29,7 @@ class NOLALinear(BasisLinear, LowRankLinear):
         the rest: as BasisLinear.
     """
 
+    METHODS: ClassVar = {"nola": Method({}, "NOLA, Koohpayegani et al., arXiv 2310.02556")}
     METHOD = "nola"
     SETTINGS = ("r", "k", "l", "lora_alpha", "normalize", "frozen_a", "dropout", "seed", "distribution")
 

@@ -5,7 +5,7 @@ An adapter may compute a plain one itself, together with its own part. Any other
 adds to what that gives. Hooks, pruning and parametrizations come and go, so nothing of the answer is kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import chain
 from typing import Any
 
@@ -50,6 +50,45 @@ def packed(base: nn.Module) -> bool:
 
 def device_of(base: nn.Module) -> torch.device:
     return next((t.device for t in chain(base.parameters(), base.buffers())), torch.device("cpu"))
+
+
+class Shown(Tensor):
+    """W or bias of an adapter's base layer, for code that asks a linear of what dtype, device or shape it is (transformers' T5). What
+    computes with it (nn.TransformerEncoderLayer's fast path, Mamba's dt_proj) would leave the adapter out, and is refused."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func not in _ASKED:
+            name, instead = getattr(func, "__name__", func), "of base_layer it is W alone"
+            raise RuntimeError(
+                f"lrkern.nn: {name} of an adapter layer's weight or bias leaves the adapter out; {instead}"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+_ASKED = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_meta", "requires_grad")}
+_ASKED |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__repr__, Tensor.__len__}
+
+
+def as_linear(module: nn.Module) -> nn.Module:
+    """transformers' Conv1D, whose weight is [in, out], as an nn.Linear: its weight is a view of it. All else as it is."""
+    return conv1d_linear(module) if type(module).__name__ == "Conv1D" else module
+
+
+def conv1d_linear(conv: nn.Module) -> nn.Linear:
+    linear = nn.Linear(*conv.weight.shape, bias=False, device="meta")
+    linear.weight, linear.bias = nn.Parameter(conv.weight.detach().mT, conv.weight.requires_grad), conv.bias
+    return linear
+
+
+def elsewhere(model: nn.Module, weights: Collection[nn.Parameter]) -> dict[int, str]:
+    """By id, of these weights that stand in other modules of the model too (a head tied to the embeddings): both names."""
+    found: dict[int, list[str]] = {id(w): [] for w in weights}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) in found:
+            found[id(p)].append(name)
+    return {key: " and ".join(names[:2]) for key, names in found.items() if len(names) > 1}
 
 
 def offers(base: nn.Module, name: str) -> Callable[..., Tensor] | None:

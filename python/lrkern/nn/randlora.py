@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer with a RandLoRA adapter whose bases are a seed."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .basis import BasisLinear
-from .linear import constant
+from .basis import BasisLinear, share_seed
+from .linear import Method, constant
 
 
 class RandLoRALinear(BasisLinear):
@@ -27,6 +29,7 @@ class RandLoRALinear(BasisLinear):
         the rest: as BasisLinear.
     """
 
+    METHODS: ClassVar = {"randlora": Method({}, "RandLoRA, Albert et al., arXiv 2502.00987")}
     METHOD = "randlora"
     PEFT_TYPE = "RANDLORA"
     PEFT_SHARES = ("r", "seed", "distribution", "dropout", "randlora_alpha")
@@ -103,6 +106,11 @@ class RandLoRALinear(BasisLinear):
         self.paper_pairing, self.save_output = paper_pairing, save_output
         self.randlora_lambda = constant(0.0, r, self.n, **like)
         self.randlora_gamma = constant(1 / max(self.n, narrow, 1), self.n, narrow, **like)
+
+    @classmethod
+    def plan(cls, model, linears, settings):
+        """One seed for all layers, whose bases are then prefixes of one another's, as PEFT's are."""
+        return share_seed(settings)
 
     def not_peft(self) -> str | None:
         return "paper_pairing must be False, PEFT's pairing, got True" if self.paper_pairing else None

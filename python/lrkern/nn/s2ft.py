@@ -4,15 +4,15 @@
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..ops.dispatch import refuse_tangents, under_transforms
-from .linear import AdapterLinear
-from .plain import PLAIN, plain_linear, watched
+from .linear import AdapterLinear, Method
+from .plain import PLAIN, elsewhere, plain_linear, watched
 
 SIDES = {"output": 0, "input": 1}  # and the dimension of W
 _RANGES = re.compile(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?")
@@ -61,6 +61,7 @@ class S2FTLinear(AdapterLinear):
         adapter_dtype: of slice and start, float32 or W's dtype; None means float32.
     """
 
+    METHODS: ClassVar = {"s2ft": Method({}, "S2FT, Yang et al., arXiv 2412.06289")}
     SETTINGS = ("index", "side")
     QUANTIZES = False
     low_rank = True
@@ -108,6 +109,17 @@ class S2FTLinear(AdapterLinear):
         self.register_buffer("columns", found if base.weight.is_meta else found.to(base.weight.device))
         values = base.weight.detach().index_select(self._dim, found.to(base.weight.device)).to(like["dtype"])
         self.slice, self.start = nn.Parameter(values), nn.Parameter(values.clone(), False)
+
+    @classmethod
+    def plan(cls, model, linears, settings):
+        """Refuses to train nothing, and a W that other modules have too: forward writes the slice into it."""
+        if none := next((name for name, s in settings.items() if not as_columns(s.get("index", ""))), None):
+            must = "name the features that train (lrkern.s2ft.prepare chooses them for a model)"
+            raise ValueError(f"{cls.__name__}: index of {none} must {must}, got {settings[none].get('index', '')!r}")
+        if shared := elsewhere(model, [m.weight for m in linears.values()]):
+            both = next(iter(shared.values()))
+            raise ValueError(f"{cls.__name__}: W must be of one module, which it is written into, got {both}, tied")
+        return settings
 
     @property
     def _dim(self) -> int:

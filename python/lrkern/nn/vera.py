@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer with a VeRA adapter whose projections are a seed."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .basis import BasisLinear
-from .linear import LowRankLinear, constant
+from .basis import BasisLinear, share_seed
+from .linear import LowRankLinear, Method, constant
 
 
 class VeRALinear(BasisLinear, LowRankLinear):
@@ -28,6 +30,7 @@ class VeRALinear(BasisLinear, LowRankLinear):
         the rest: as BasisLinear.
     """
 
+    METHODS: ClassVar = {"vera": Method({}, "VeRA, Kopiczko et al., arXiv 2310.11454")}
     METHOD = "vera"
     PEFT_TYPE = "VERA"
     PEFT_SHARES = ("r", "seed", "distribution", "dropout", "max_in")
@@ -104,6 +107,13 @@ class VeRALinear(BasisLinear, LowRankLinear):
         self.d_initial, self.save_output = d_initial, save_output
         self.vera_lambda_d = constant(d_initial, r, **like)
         self.vera_lambda_b = constant(0.0, base.out_features, **like)
+
+    @classmethod
+    def plan(cls, model, linears, settings):
+        """One pair for all layers, as large as PEFT's: of the largest sizes."""
+        largest = {f"max_{way}": max(getattr(m, f"{way}_features") for m in linears.values()) for way in ("in", "out")}
+        given = {name: {k: v for k, v in s.items() if v is not None} for name, s in settings.items()}
+        return share_seed({name: largest | s for name, s in given.items()})
 
     def projections(self) -> tuple[F.Basis, F.Basis]:
         """A [r, in] and Bᵀ [r, out]."""

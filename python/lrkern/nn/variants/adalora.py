@@ -15,14 +15,15 @@ class AdaLoRALinear(Variant):
     """y = x Wᵀ + bias + scaling · ((dropout(x) Aᵀ) ⊙ E) Bᵀ: AdaLoRA (Zhang et al., arXiv 2303.10512) as PEFT defines it.
 
     lora_A [r, in] and lora_B [out, r] start normal with a deviation of 0.02, lora_E [r, 1] as zero: the layer starts as the base layer.
-    All three train, with ``orthogonality`` added to the loss. scaling = lora_alpha / (r + 1e-5), or r / (r + 1e-5) where lora_alpha is
-    0. Ranks go where an allocator sets rows of E to zero; ``keep`` leaves them out for good. Keys are PEFT's.
+    All three train, with ``orthogonality`` added to the loss. scaling = lora_alpha / (ranknum + 1e-5), with r for lora_alpha where that is
+    0; ranknum is the rank that the layer began with (0 stands for r). Ranks go where an allocator sets rows of E to zero; ``keep`` leaves
+    them out for good. Keys are PEFT's.
     """
 
     METHODS: ClassVar = {"adalora": Method({}, "AdaLoRA, Zhang et al., arXiv 2303.10512")}
-    SETTINGS = ("r", "lora_alpha", "dropout")
+    SETTINGS = ("r", "lora_alpha", "dropout", "ranknum")
     PEFT_TYPE = "ADALORA"
-    PEFT_SHARES = ("lora_alpha", "dropout")
+    PEFT_SHARES = ("lora_alpha", "dropout", "ranknum")
 
     def _set_up(
         self,
@@ -30,14 +31,21 @@ class AdaLoRALinear(Variant):
         r: int = 12,
         lora_alpha: float = 32.0,
         dropout: float = 0.0,
+        ranknum: float = 0.0,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         self._fits("lora_alpha", lora_alpha, "not be negative", not lora_alpha < 0)
+        self._finite("ranknum", ranknum)
+        self._fits("ranknum", ranknum, "not be negative", ranknum >= 0)
         like = self._begin(base, r, lora_alpha, dropout, adapter_dtype)
-        self.scaling = (lora_alpha or float(r)) / (r + 1e-5)
+        self.ranknum = float(ranknum or r)
+        self._scale()
         self.lora_A = trained(r, base.in_features, std=0.02, **like)
         self.lora_E = trained(r, 1, **like)
         self.lora_B = trained(base.out_features, r, std=0.02, **like)
+
+    def _scale(self) -> None:
+        self.scaling = (self.lora_alpha or float(self.r)) / (self.ranknum + 1e-5)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.lora_A * self.lora_E, self.lora_B, self.scaling
@@ -45,7 +53,7 @@ class AdaLoRALinear(Variant):
     @torch.no_grad()
     def keep(self, ranks: Tensor) -> None:
         """Leaves out the ranks where this mask [r] of bool is false: new, smaller parameters, for which an optimizer has to be made anew.
-        PEFT rescales by the new rank when it reads such a file, so scaling follows r here too."""
+        ranknum stays what it was, so that y does, as PEFT has it where it reads such a folder."""
         if ranks.dtype != torch.bool or ranks.shape != (self.r,) or not ranks.any():
             must = f"be a mask [{self.r}] of bool with a rank to keep"
             raise ValueError(f"AdaLoRALinear.keep: ranks must {must}, got {ranks.dtype} {list(ranks.shape)}")
@@ -54,7 +62,7 @@ class AdaLoRALinear(Variant):
             p = getattr(self, name)
             setattr(self, name, nn.Parameter(p.index_select(dim, index), p.requires_grad))
         self.r = len(index)
-        self.scaling = (self.lora_alpha or float(self.r)) / (self.r + 1e-5)
+        self._scale()
 
 
 def orthogonality(modules: Iterable[nn.Module]) -> Tensor:

@@ -42,13 +42,20 @@ class Variant(LowRankLinear):
         self._whole("r", r, 1, MAX_RANK)
         self._finite("lora_alpha", lora_alpha)
         self._probability("dropout", dropout)
-        if not packed(base) and adapter_dtype not in (None, torch.float32, base.weight.dtype):
+        known = not packed(base) and not base.weight.is_meta  # else ``unlike`` asks, once there is a base
+        if known and adapter_dtype not in (None, torch.float32, base.weight.dtype):
             must = f"must be float32 or the base layer's dtype, {base.weight.dtype}"
             raise ValueError(f"{type(self).__name__}: adapter_dtype {must}, got {adapter_dtype!r}")
         like = self._adopt(base, r, adapter_dtype)
         self.lora_alpha, self.dropout = lora_alpha, float(dropout)
         self.scaling = F.lora_scaling(lora_alpha, r)
         return like
+
+    def unlike(self, base: nn.Module) -> str | None:
+        linear = base.base_layer if isinstance(base, type(self)) else base
+        of_w = None if packed(linear) else linear.weight.dtype
+        odd = {p.dtype for p in self.coefficients().values() if p.is_floating_point()} - {torch.float32, of_w}
+        return f"a W of {of_w} beside coefficients in {odd.pop()}" if odd and of_w else None
 
     def _fits(self, name: str, value: object, must: str, fits: bool) -> None:
         if not fits:

@@ -6,9 +6,10 @@ import torch
 from .table import delta, scaling
 
 
+@delta("adalora-pruned", "AdaLoRALinear", r=3, ranknum=5.0)
 @delta("adalora", "AdaLoRALinear", r=4)
 def adalora(c, s):
-    return (s["lora_alpha"] or s["r"]) / (s["r"] + 1e-5) * c["lora_B"] @ (c["lora_A"] * c["lora_E"])
+    return (s["lora_alpha"] or s["r"]) / (s["ranknum"] + 1e-5) * c["lora_B"] @ (c["lora_A"] * c["lora_E"])
 
 
 @delta("sora", "SoRALinear", r=4)
