@@ -14,13 +14,15 @@ from door_models import SOME, Layered, X, given, same, state
 
 import lrkern
 from lrkern.nn.linear import AdapterLinear
+from lrkern.reference.variants import VARIANTS
 
 METHODS = sorted(lrkern.methods())
 every = pytest.mark.parametrize("method", METHODS)
+SAMPLES = sorted({*METHODS, *VARIANTS})  # and what options make of a method
 
 
 def targets(method):
-    return {"target_modules": SOME.get(method, "all-linear"), "exclude_modules": ["head.1"]}
+    return {"target_modules": SOME.get(method.partition("-")[0], "all-linear"), "exclude_modules": ["head.1"]}
 
 
 def adapted(method, **more):
@@ -55,9 +57,9 @@ def test_into_a_model(method):
     assert report.total == sum(p.numel() for p in net.parameters())
 
 
-@every
+@pytest.mark.parametrize("method", SAMPLES)
 def test_it_trains_saves_and_loads_elsewhere(method, tmp_path, elsewhere):
-    pytest.importorskip("peft") if method in ("adalora", "dora", "lora") else None
+    pytest.importorskip("peft") if method in ("adalora", "adalora-pruned", "dora", "lora") else None
     net = adapted(method).train()
     step = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.01)
     frozen = {name: p.clone() for name, p in net.named_parameters() if not p.requires_grad}

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from door_models import LINEARS, Net, X, adapted, same, state
+from door_models import LINEARS, Layered, Net, X, adapted, same, state
 from torch import nn
 
 import lrkern
@@ -61,17 +61,17 @@ def test_a_tied_w_is_not_merged():
     assert not any(m.merged for m in layers_in(net))
 
 
-def test_methods_without_a_merge_are_named(monkeypatch):
-    net = adapted("nola")
-    before = weights(net)
-
-    def merge(self):
-        raise NotImplementedError("NOLALinear.merge: it depends on x")
-
-    monkeypatch.setattr(type(net.l), "merge", merge)
-    with pytest.raises(NotImplementedError, match="^lrkern.merge: l: NOLALinear.merge: it depends on x"):
+@pytest.mark.parametrize("mode", ["is", "ms"])
+def test_methods_without_a_merge_are_named(mode):
+    net = adapted("reslora", kind=Layered, mode=mode)
+    before = {n: m.base_layer.weight.clone() for n, m in net.named_modules() if isinstance(m, AdapterLinear)}
+    y = net(X).detach()
+    with pytest.raises(RuntimeError, match=r"^lrkern.merge: layers.\d.\w+: ResLoRALinear.merge: "):
         lrkern.merge(net)
-    assert same(weights(net), before)
+    assert all(torch.equal(net.get_submodule(n).base_layer.weight, w) for n, w in before.items())
+    assert not any(m.merged for m in layers_in(net)) and torch.equal(net(X), y)
+    with lrkern.disable(net):
+        assert torch.equal(net(X), Layered().eval()(X))
 
 
 @pytest.mark.parametrize("method", ["lora", "s2ft"])

@@ -68,7 +68,7 @@ X = torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
 def adapted(method: str, seed: int = 0, kind: type[nn.Module] = Net, **more) -> nn.Module:
     """In eval mode, with coefficients and a head that act."""
     net = kind(seed).eval()
-    lrkern.adapt(net, method, **{"modules_to_save": "head", **given(method), **more})
+    lrkern.adapt(net, method.partition("-")[0], **{"modules_to_save": "head", **given(method), **more})
     change(net)
     return net
 
