@@ -78,6 +78,17 @@ def test_conv1d():
         torch.testing.assert_close(model(ids).logits, y)
 
 
+def test_a_model_that_asks_a_linear_for_its_dtype():
+    model, ids = tiny("t5"), torch.randint(3, 90, (2, 5))
+    with torch.no_grad():
+        y = model(input_ids=ids, decoder_input_ids=ids).logits
+        assert len(lrkern.adapt(model, "lora", r=2).layers) == 16
+        torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, y)
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(whole(input_ids=ids, decoder_input_ids=ids).logits, y)
+    torch.compiler.reset()
+
+
 def test_quantised_linears():
     packed = QuartetLinear(32, 32).eval()
     made = lrkern.nn.MXFP4Linear.from_linear(nn.Linear(32, 64))

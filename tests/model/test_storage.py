@@ -87,6 +87,16 @@ def test_what_stock_peft_saved_goes_into_a_base_model(kind, tmp_path):
     assert torch.equal(out(again), out(net))
 
 
+def test_pefts_miss_goes_into_a_base_model(tmp_path):
+    theirs = peft.get_peft_model(Net(), peft.MissConfig(r=4, target_modules=["l"], modules_to_save=["head"])).eval()
+    change_stock(theirs)
+    theirs.save_pretrained(tmp_path)
+    net = Net().eval()
+    report = lrkern.load(net, tmp_path)
+    torch.testing.assert_close(out(net), out(theirs), rtol=1e-5, atol=1e-6)
+    assert report.method == "miss" and report.modules_to_save.keys() == {"head"}
+
+
 def edit(folder, change_config=None, change_tensors=None):
     if change_config:
         path = folder / "adapter_config.json"
