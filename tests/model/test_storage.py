@@ -282,6 +282,12 @@ def test_an_own_folder(tmp_path):
     lrkern.save(model, tmp_path / "llama")
     base = json.loads((tmp_path / "llama" / "lrkern.json").read_text())["base"]
     assert base == {"class": "LlamaForCausalLM", "name_or_path": "some/llama"}
+    model = tiny("llama")
+    model.config._name_or_path = "some/llama"
+    lrkern.adapt(model, "lora", r=4)
+    lrkern.save(model, tmp_path / "lora")
+    config = peft.PeftConfig.from_pretrained(tmp_path / "lora")
+    assert config.base_model_name_or_path == "some/llama" and config.r == 4
 
 
 def test_half_a_folder_is_no_folder(tmp_path):

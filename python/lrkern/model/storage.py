@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
         require(not (path / other).exists(), f"{named(str(folder))} {must}")
     if as_folder := FOLDERS.get(cls.PEFT_TYPE):
         config, tensors = as_folder(who, model, list(saved) or None)
+        config.base_model_name_or_path = _name_or_path(model)
         write_adapter(path, config, tensors | {PREFIX + key: t for key, t in whole.items()})
     else:
         _write(model, path, first, layers, list(saved), whole)
@@ -90,25 +92,22 @@ def _write(
     saved: list[str],
     whole: Mapping[str, Tensor],
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as made:
+    with _folder(path), tempfile.TemporaryDirectory(dir=path, prefix=".") as made:
         made = Path(made)
         own.save_adapter(model, made / ADAPTER)
         if whole:
             save_file(dict(whole), made / SAVED)
-        base = getattr(model, "_orig_mod", model)
         config = {
             "format": FORMAT,
             "lrkern": sys.modules[__package__.partition(".")[0]].__version__,
             "method": method,
             "settings": _shared([m.settings for m in layers.values()]),
-            "base": {"class": type(base).__name__, "name_or_path": _name_or_path(base)},
+            "base": {"class": type(_plain(model)).__name__, "name_or_path": _name_or_path(model)},
             "layers": list(layers),
             "modules_to_save": saved,
             "files": {file.name: _digest(file) for file in sorted(made.iterdir())},
         }
         (made / CONFIG).write_text(json.dumps(config, indent=2))
-        path.mkdir(exist_ok=True)
         for name in (ADAPTER, SAVED, CONFIG):  # which says what the others must be: half of this is refused
             if (made / name).exists():
                 (made / name).replace(path / name)
@@ -116,12 +115,30 @@ def _write(
         (path / SAVED).unlink(missing_ok=True)
 
 
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """It is there; if it was not, what fails leaves none."""
+    new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            path.rmdir()
+        raise
+
+
 def _shared(settings: list[dict[str, Any]]) -> dict[str, Any]:
     first, *others = settings
     return {key: value for key, value in first.items() if all(s[key] == value for s in others)}
 
 
+def _plain(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
 def _name_or_path(model: nn.Module) -> str | None:
+    model = _plain(model)
     name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None
 
