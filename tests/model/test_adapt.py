@@ -150,6 +150,18 @@ def test_modules_to_save_train_and_keep_what_they_had():
         assert torch.equal(again(X), base(X))
 
 
+@torch.no_grad()
+def test_a_module_that_keeps_its_weights_twice():
+    net = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 3)).eval()
+    x, base = torch.randn(5, 4), copy.deepcopy(net)
+    lrkern.adapt(net, "lora", r=2, modules_to_save=["1"])
+    net[1].weight_ih_l0.mul_(2)
+    assert not torch.equal(net(x)[0], base(x)[0])
+    with lrkern.disable(net):
+        assert torch.equal(net(x)[0], base(x)[0])
+    assert not torch.equal(net(x)[0], base(x)[0])
+
+
 def test_a_tied_head_that_is_saved_leaves_the_embeddings():
     model = tiny("bart")
     assert model.lm_head.weight is model.model.shared.weight

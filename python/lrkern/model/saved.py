@@ -6,8 +6,7 @@ frozen and out of its state_dict: ``disable`` puts it back for a while, and a we
 module's.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +36,14 @@ def are_back(modules: Mapping[str, nn.Module]) -> bool:
     return any(m.__dict__[_KEPT].back for m in modules.values())
 
 
-def _places(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
-    """Name, the dict that holds it, its key there: of each parameter and buffer."""
-    for prefix, m in module.named_modules():
-        for held in (m._parameters, m._buffers):
-            for key, t in held.items():
-                if t is not None:
-                    yield f"{prefix}.{key}".lstrip("."), held, key, t
+def _places(module: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
+    """Name, the module that holds it, its key there: of each parameter and buffer. To be set as attributes, which an nn.LSTM notices."""
+    return [
+        (f"{prefix}.{key}".lstrip("."), m, key, t)
+        for prefix, m in module.named_modules()
+        for key, t in (*m._parameters.items(), *m._buffers.items())
+        if t is not None
+    ]
 
 
 def check_may_train(name: str, module: nn.Module) -> None:
@@ -61,11 +61,12 @@ def check_may_train(name: str, module: nn.Module) -> None:
 def train_whole(module: nn.Module) -> None:
     """Its parameters and buffers are copies from now on, and the parameters train."""
     before, copies = {}, {}
-    for name, held, key, t in _places(module):
+    for name, owner, key, t in _places(module):
         if id(t) not in copies:
             new = t.detach().clone()
             copies[id(t)] = nn.Parameter(new) if isinstance(t, nn.Parameter) else new
-        before[name], held[key] = t.requires_grad_(False), copies[id(t)]
+        before[name] = t.requires_grad_(False)
+        setattr(owner, key, copies[id(t)])
     module.__dict__[_KEPT] = Before(before)
 
 
@@ -80,12 +81,13 @@ def give_up(module: nn.Module) -> None:
 def swap(module: nn.Module) -> None:
     """What it had before stands in it again, or what trains."""
     kept: Before = module.__dict__[_KEPT]
-    for name, held, key, now in _places(module):
+    for name, owner, key, now in _places(module):
         then = kept.tensors[name]
         there = then.to(now.device, now.dtype if then.is_floating_point() else None)  # the model may have moved since
         if there is not then and isinstance(then, nn.Parameter):
             there = nn.Parameter(there, then.requires_grad)
-        held[key], kept.tensors[name] = there, now
+        kept.tensors[name] = now
+        setattr(owner, key, there)
     kept.back = not kept.back
 
 
