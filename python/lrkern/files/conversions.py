@@ -64,8 +64,8 @@ def to_peft(model: nn.Module | Mapping[str, nn.Module], folder: str | Path) -> N
     """Writes the VeRALinear, RandLoRALinear, MissLinear or AdaLoRALinear layers of a model as a PEFT folder of that kind: stock PEFT
     computes the same up to rounding. VeRA and RandLoRA with the generated projections in it (save_projection=True).
 
-    All layers must be alike in what PEFT has once: of MiSS all settings; of AdaLoRA all but the rank; of the others one pair, which is one seed, r and
-    distribution, and for VeRA one max_in; for RandLoRA one randlora_alpha, and not paper_pairing. Refused with a ValueError
+    All layers must be alike in what PEFT has once: of MiSS all settings; of AdaLoRA all but the rank; of the others one
+    pair, which is one seed, r and distribution, and for VeRA one max_in; for RandLoRA one randlora_alpha, and not paper_pairing. Refused with a ValueError
     before anything is written: what differs, NOLALinear and MoRALinear, which PEFT does not have (``to_lora``), and coefficients
     that are not finite.
     """

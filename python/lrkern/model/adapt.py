@@ -39,7 +39,7 @@ def adapt(
         over the model as PEFT's do (``plan`` and ``connect`` of the class).
     target_modules, exclude_modules, layers_to_transform, layers_pattern: as PEFT reads them: ends of names, or a regex of whole ones.
         "all-linear" is every nn.Linear, Conv1D and quantised linear but the output head: get_output_embeddings(), or ``score`` or
-        ``classifier`` of a transformers model that has none.
+        ``classifier`` of a transformers model that has none, which stays frozen unless modules_to_save names it.
     rank_pattern, alpha_pattern: settings ``r`` and ``lora_alpha`` (or the method's alpha) by regex of names or their ends; the first
         that fits counts. One that is of no layer is refused.
     modules_to_save: ends of names, as in PEFT: modules that train whole and are saved too. They stay where they are and get copies of

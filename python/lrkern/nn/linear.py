@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..limits import DTYPES
-from .plain import Shown, conv1d_linear, device_of, no_linear, no_packed, packed, plain_linear, watched
+from .plain import conv1d_linear, device_of, no_linear, no_packed, packed, plain_linear, shown, watched
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -182,13 +182,12 @@ class AdapterLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """base_layer's, to be asked for its dtype, device and shape (``plain.Shown``)."""
-        return self.base_layer.weight.detach().as_subclass(Shown)
+        """base_layer's, to be asked for its dtype, device and shape (``plain.shown``)."""
+        return shown(self.base_layer.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        bias = self.base_layer.bias
-        return None if bias is None else bias.detach().as_subclass(Shown)
+        return shown(self.base_layer.bias)
 
     def coefficients(self) -> dict[str, nn.Parameter]:
         """The adapter's own parameters, by their key in the state_dict."""

@@ -67,6 +67,11 @@ class Shown(Tensor):
             return func(*args, **(kwargs or {}))
 
 
+def shown(t: Tensor | None) -> Tensor | None:
+    """A tensor that is only to be asked what it is like; a quantised or sharded one as it is."""
+    return t.detach().as_subclass(Shown) if type(t) in (nn.Parameter, Tensor) else t
+
+
 _ASKED = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_meta", "requires_grad")}
 _ASKED |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__repr__, Tensor.__len__}
 
