@@ -223,6 +223,30 @@ def test_lora_over_a_quantised_base_and_a_file_of_own(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora", "slora"])
+def test_over_bitsandbytes(method, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def make():
+        torch.manual_seed(0)
+        packed = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
+        return nn.Sequential(packed, nn.Linear(64, 32)).to("cpu").eval()
+
+    net, x = make(), torch.randn(3, 64)
+    y = out(net, x)
+    lrkern.adapt(net, method, r=2)
+    for p in net.parameters():
+        if p.requires_grad:
+            p.data.normal_(0, 0.1)
+    lrkern.save(net, tmp_path)
+    again = make()
+    lrkern.load(again, tmp_path)
+    assert torch.equal(out(again, x), out(net, x)) and not torch.allclose(out(net, x), y)
+    with lrkern.disable(again):
+        assert torch.equal(out(again, x), y)
+    assert type(again[0].weight) is type(again[0].base_layer.weight)
+
+
+@pytest.mark.parametrize("method", ["lora", "slora"])
 def test_sixteen_bit_adapters(method, tmp_path):
     make = lambda: Net().to(torch.bfloat16).eval()
     net = make()

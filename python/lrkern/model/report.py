@@ -16,7 +16,7 @@ SHOWN = 3  # names of one kind
 @dataclass(frozen=True)
 class Report:
     """method; layers: by name the parameters that train in each; modules_to_save: the same of the modules that train whole; trainable
-    and total: parameters of the model."""
+    and total: parameters of the model, packed ones as they are stored."""
 
     method: str
     layers: dict[str, int]
