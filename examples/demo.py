@@ -3,6 +3,7 @@
 
     make demo                   about 7 minutes on 2 cores        make demo ARGS=--quick      under 2 minutes
     make demo ARGS="--method mora"      one method of lrkern.nn beside LoRA (demo_methods.py), with --quick as well
+    make demo ARGS="--method all"       a table of every method (demo_all.py): up to two hours, may be stopped and goes on
     make demo ARGS=--quartet            all weights trained, with products in FP4 beside bf16 (demo_quartet.py), --quick too
     make demo ARGS="--base mxfp4"       the base in MXFP4 as well, 4.25 bits a weight, beside the one in float32; with --quick too
     python examples/demo.py --dry-run                             what it would do, without doing it
@@ -68,7 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few lines and steps: under 2 minutes")
     parser.add_argument("--dry-run", action="store_true", help="print the steps, sizes and expected times, and stop")
-    parser.add_argument("--method", choices=METHODS, help="train this method of lrkern.nn beside LoRA, instead of PEFT")
+    parser.add_argument(
+        "--method",
+        choices=(*METHODS, "all"),
+        help="train this method of lrkern.nn beside LoRA, instead of PEFT; all: a table of every one",
+    )
     parser.add_argument("--quartet", action="store_true", help="train all weights with FP4 products, beside bf16")
     parser.add_argument(
         "--base", choices=("fp32", "mxfp4"), default="fp32", help="mxfp4: train and serve over a packed base too"
@@ -87,6 +92,10 @@ def main(argv: list[str] | None = None) -> int:
         import demo_quartet
 
         return demo_quartet.main(args, missing, machine)
+    if args.method == "all":
+        import demo_all
+
+        return demo_all.main(args, missing, machine)
     who = "lrkern and with stock PEFT" if not args.method else f"{args.method} and with LoRA"
     print(f"lrkern demo: fine-tunes MiniLM-L6 on four domains of rated sentences, with {who}", flush=True)
     if args.dry_run:

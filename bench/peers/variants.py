@@ -193,4 +193,5 @@ class _Rates(torch.autograd.Function):
 
 @beside("allora")
 def allora(x, c, s):
-    return _Rates.apply(x, c["lora_A"], c["lora_B"], s["eta2"])
+    y = _Rates.apply(x.flatten(0, -2), c["lora_A"], c["lora_B"], s["eta2"])
+    return y.unflatten(0, x.shape[:-1])
