@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PRILoRA's pruning."""
+
+from typing import ClassVar
+
+from torch import nn
+
+from ..nn.variants import PRILoRALinear
+from .step import Step, over_processes
+
+
+class PRILoRAPruning(Step):
+    """Watches the inputs of all layers, and every ``every`` steps, from ``start`` to ``end``, leaves out of each row of A the ``share`` of weights
+    of the least |A| ⊙ x_norm: PRILoRA (Benedek and Wolf, arXiv 2401.11316).
+
+    Each time anew: a weight that was left out may come back, from zero. How often, from when to when, the share and beta are not verified;
+    no code of the authors was found. Batches in training mode count, all of them under gradient accumulation; over processes
+    x_norm is averaged when A is pruned.
+
+    Args:
+        end: the last step that prunes; 0 for none. beta: of x_norm's average (``PRILoRALinear.observe``).
+    """
+
+    LAYER = PRILoRALinear
+    SETTINGS: ClassVar = ("share", "every", "start", "end", "beta")
+    SEEN = ("x_norm",)
+
+    def __init__(
+        self, model: nn.Module, share: float = 0.5, every: int = 40, start: int = 0, end: int = 0, beta: float = 0.9
+    ):
+        super().__init__(model, share=share, every=every, start=start, end=end, beta=beta)
+        for name in ("share", "beta"):
+            self._share(name)
+        self._whole("every", 1)
+        for name in ("start", "end"):
+            self._whole(name)
+        self._hooks = [m.watch(beta) for m in self.layers.values()]
+
+    def _step(self, n, optimizer):
+        if n < self.start or (self.end and n > self.end) or n % self.every:
+            return
+        for name, layer in self.layers.items():
+            if layer.x_norm is None:
+                raise RuntimeError(f"PRILoRAPruning.step: layers must have run in training mode, {name!r} has not")
+        norms = [over_processes(layer.x_norm) for layer in self.layers.values()]
+        self._decidable(*norms)
+        for layer, norm in zip(self.layers.values(), norms, strict=True):
+            layer.x_norm = norm
+            layer.prune(self.share)
+
+    def stop(self) -> None:
+        """Watches no longer."""
+        for hook in self._hooks:
+            hook.remove()
