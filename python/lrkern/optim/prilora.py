@@ -3,10 +3,11 @@
 
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from ..nn.variants import PRILoRALinear
-from .step import Step, over_processes
+from .step import Step, distributed, over_processes
 
 
 class PRILoRAPruning(Step):
@@ -15,7 +16,7 @@ class PRILoRAPruning(Step):
 
     Each time anew: a weight that was left out may come back, from zero. How often, from when to when, the share and beta are not verified;
     no code of the authors was found. Batches in training mode count, all of them under gradient accumulation; over processes
-    x_norm is averaged when A is pruned.
+    x_norm is averaged in every step.
 
     Args:
         end: the last step that prunes; 0 for none. beta: of x_norm's average (``PRILoRALinear.observe``).
@@ -37,16 +38,28 @@ class PRILoRAPruning(Step):
         self._hooks = [m.watch(beta) for m in self.layers.values()]
 
     def _step(self, n, optimizer):
+        self._agree()
         if n < self.start or (self.end and n > self.end) or n % self.every:
             return
         for name, layer in self.layers.items():
             if layer.x_norm is None:
                 raise RuntimeError(f"PRILoRAPruning.step: layers must have run in training mode, {name!r} has not")
-        norms = [over_processes(layer.x_norm) for layer in self.layers.values()]
-        self._decidable(*norms)
-        for layer, norm in zip(self.layers.values(), norms, strict=True):
-            layer.x_norm = norm
+        self._decidable(*(layer.x_norm for layer in self.layers.values()))
+        for layer in self.layers.values():
             layer.prune(self.share)
+
+    def _agree(self) -> None:
+        """Averages x_norm over the processes in which a layer has run; all in one message."""
+        layers = [*self.layers.values()]
+        where, sizes = layers[0].lora_A.device, [m.in_features for m in layers]
+        if not distributed():
+            return
+        seen = [torch.zeros(k) if m.x_norm is None else m.x_norm for m, k in zip(layers, sizes, strict=True)]
+        ran = torch.tensor([float(m.x_norm is not None) for m in layers], device=where)
+        both = over_processes(torch.cat([*(t.to(where) for t in seen), ran]))
+        *norms, ran = both.split([*sizes, len(layers)])
+        for layer, norm, share in zip(layers, norms, ran.tolist(), strict=True):
+            layer.x_norm = (norm / share).to(layer.lora_A.device) if share else None
 
     def stop(self) -> None:
         """Watches no longer."""

@@ -48,10 +48,6 @@ class Step:
         found = {_plain(name): m for name, m in model.named_modules() if isinstance(m, self.LAYER)}
         if not found:
             raise ValueError(f"{type(self).__name__}: model must have {self.LAYER.__name__} layers, got none")
-        for name, m in found.items():
-            odd = [n for n, p in m.coefficients().items() if hasattr(p, "device_mesh")]
-            if odd:
-                raise TypeError(f"{type(self).__name__}: parameters must be whole, got a DTensor as {name}.{odd[0]}")
         self.layers: dict[str, AdapterLinear] = found
         self.steps = 0
         for name in self.SETTINGS:
@@ -64,6 +60,8 @@ class Step:
         for name, layer in self.layers.items():
             if layer.merged:
                 raise RuntimeError(f"{kind}.step: layers must not be merged, got {name!r} merged; unmerge() first")
+            if any(hasattr(p, "device_mesh") for p in layer.parameters()):
+                raise TypeError(f"{kind}.step: parameters must be whole in every process, got a DTensor in {name!r}")
         if optimizer is None and self.OPTIMIZER:
             raise TypeError(f"{kind}.step: optimizer must be the one that trains the model, got None")
         new = self._step(self.steps + 1, None if optimizer is None else surgery.bare(optimizer))
@@ -204,9 +202,13 @@ class Averages:
         self.mean, self.spread = {**state["mean"]}, {**state["spread"]}
 
 
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def over_processes(t: Tensor) -> Tensor:
     """The mean of t over the processes of a distributed run."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if distributed():
         t = t.clone()
         dist.all_reduce(t)
         t /= dist.get_world_size()

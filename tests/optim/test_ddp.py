@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules in two processes."""
+
+import pytest
+from optim_rules import RULES
+
+NAMES = [*RULES, "sharded", "one layer ran in one process"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes(in_two_processes, name):
+    results = in_two_processes("optim_workers.py")
+    assert results.keys() == {*NAMES}
+    assert not results[name], results[name]

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules under DistributedDataParallel, for tests/optim/test_ddp.py: processes that see other batches come to the same decisions."""
+
+import torch
+import torch.distributed as dist
+import two_processes
+from optim_rules import RULES, STEPS, adamw, batch, flat, layer_values, model
+from torch import nn
+from torch.distributed.tensor import distribute_tensor, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+
+def equal_everywhere(state) -> None:
+    both = [None, None]
+    dist.all_gather_object(both, flat(state))
+    one, two = both
+    assert one.keys() == two.keys(), one.keys() ^ two.keys()
+    for key, value in one.items():
+        same = torch.equal(value, two[key]) if isinstance(value, torch.Tensor) else value == two[key]
+        assert same, f"{key}: {value}, in the other process {two[key]}"
+
+
+def decisions(case):
+    def check(rank):
+        wrapped = DistributedDataParallel(model(case, seed=3 + rank))
+        rule, optimizer = case.rule(wrapped), adamw(wrapped.module)
+        assert [*rule.layers] == ["0", "2"]
+        torch.manual_seed(50 + rank)  # a rule that drew from torch's generator would draw otherwise here
+        for n in range(1, STEPS + 1):
+            x, want = batch(n, rank)
+            nn.functional.mse_loss(wrapped(x), want).backward()
+            optimizer.step()
+            if rule.step(optimizer):
+                wrapped = DistributedDataParallel(wrapped.module)
+            optimizer.zero_grad()
+            equal_everywhere(layer_values(wrapped.module))
+            equal_everywhere([layer.settings for layer in rule.layers.values()])
+        # One process saves for all, and all go on from that.
+        equal_everywhere(rule.state_dict())
+
+    return check
+
+
+def sharded(rank):
+    for case in RULES.values():
+        m = model(case)
+        rule = case.rule(m)
+        layer = m[2]
+        weight = distribute_tensor(layer.base_layer.weight.detach(), init_device_mesh("cpu", (2,)))
+        layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+        try:
+            rule.step(torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1))
+        except TypeError as error:
+            assert "parameters must be whole in every process, got a DTensor in '2'" in str(error)
+        else:
+            raise AssertionError(f"{type(rule).__name__} takes sharded parameters")
+
+
+def one_layer_ran_in_one_process(rank):
+    m = model(RULES["prilora"])
+    rule = RULES["prilora"].rule(m)
+    x = torch.ones(4, m[0].in_features) * (1 + rank)
+    if rank:
+        m[2](m[0](x))
+    else:
+        m[0](x)
+    y = m[2].x_norm
+    rule.step()
+    torch.testing.assert_close(m[0].x_norm, torch.full_like(m[0].x_norm, 3.0))  # of 2 and 4
+    equal_everywhere(rule.state_dict())
+    assert not rank or torch.equal(m[2].x_norm, y)
+
+
+CHECKS = {name: decisions(case) for name, case in RULES.items()} | {
+    "sharded": sharded,
+    "one layer ran in one process": one_layer_ran_in_one_process,
+}
+
+if __name__ == "__main__":
+    two_processes.main(CHECKS)
