@@ -123,6 +123,16 @@ def test_loraprune_masks_the_least_important_groups():
     assert len(gone) == 4
 
 
+def test_loraprune_masks_again_what_matters_now():
+    """By what it seemed to be worth before, too."""
+    m = model(RULES["loraprune"])
+    rule = optim.LoRAPrunePruning(m, GROUPS, 20, every=2, start=0.0)
+    m[0].prune([3, 5], 2)
+    rule.importance[0].copy_(torch.tensor([1.0, 1, 1, 9, 0, 9, 1, 1]))
+    rule._mask(rule.groups[0], rule.importance[0], 3 / 8)
+    assert (~m[0].mask.view(-1, 2)[:, 0]).nonzero().flatten().tolist() == [3, 4, 5]
+
+
 def test_loraprune_gets_to_its_ratio_between_two_times():
     m = model(RULES["loraprune"])
     train(m, adamw(m), optim.LoRAPrunePruning(m, GROUPS, 10, every=7, start=0.0, final=0.2), range(1, 9))

@@ -35,8 +35,7 @@ def decisions(case):
             optimizer.zero_grad()
             equal_everywhere(layer_values(wrapped.module))
             equal_everywhere([layer.settings for layer in rule.layers.values()])
-        # One process saves for all, and all go on from that.
-        equal_everywhere(rule.state_dict())
+            equal_everywhere(rule.state_dict())  # one process saves for all, and all go on from that
 
     return check
 

@@ -50,10 +50,10 @@ class PRILoRAPruning(Step):
 
     def _agree(self) -> None:
         """Averages x_norm over the processes in which a layer has run; all in one message."""
-        layers = [*self.layers.values()]
-        where, sizes = layers[0].lora_A.device, [m.in_features for m in layers]
         if not distributed():
             return
+        layers = [*self.layers.values()]
+        where, sizes = layers[0].lora_A.device, [m.in_features for m in layers]
         seen = [torch.zeros(k) if m.x_norm is None else m.x_norm for m, k in zip(layers, sizes, strict=True)]
         ran = torch.tensor([float(m.x_norm is not None) for m in layers], device=where)
         both = over_processes(torch.cat([*(t.to(where) for t in seen), ran]))
