@@ -106,6 +106,7 @@ FLOORS = (
     "functional",
     "caches",
     "nn",
+    "optim",
     "peft",
     "files",
     "convert",

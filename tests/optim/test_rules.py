@@ -29,7 +29,7 @@ def run(case, steps, parts=1):
 
 
 def test_every_rule_is_tested():
-    kinds = {k.__name__ for k in vars(optim).values() if inspect.isclass(k) and issubclass(k, optim.Step)} - {"Step"}
+    kinds = {k.__name__ for k in vars(optim).values() if inspect.isclass(k) and issubclass(k, optim.Rule)} - {"Rule"}
     assert kinds == {type(case.rule(model(case))).__name__ for case in RULES.values()}
 
 

@@ -17,7 +17,7 @@ IN, MID, OUT = 12, 16, 8
 class Case(NamedTuple):
     layer: type
     settings: dict
-    rule: Callable[[nn.Module], optim.Step]  # with something to do before and after half of STEPS
+    rule: Callable[[nn.Module], optim.Rule]  # with something to do before and after half of STEPS
     moves: str  # what of the layers it must have changed: a parameter or a setting
 
 
@@ -76,7 +76,7 @@ def batch(n: int, part: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(6, IN, generator=g), torch.randn(6, OUT, generator=g)
 
 
-def train(m: nn.Module, optimizer, rule: optim.Step, steps, parts: int = 1) -> None:
+def train(m: nn.Module, optimizer, rule: optim.Rule, steps, parts: int = 1) -> None:
     """Steps of a plain loop, each of so many batches."""
     for n in steps:
         for part in range(parts):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes with a method beside its optimizer: budgets, masks, samplers and restarts, called after each step (``Step``)."""
+"""What goes with a method beside its optimizer: budgets, masks, samplers and restarts, called after each step (``Rule``)."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from .loraprune import LoRAPrunePruning, PruneGroup, llama_groups
 from .prilora import PRILoRAPruning
 from .restart import COLARestart, ReLoRARestart
 from .roselora import RoseLoRATopK
+from .rule import Rule
 from .sora import SoRAProx
-from .step import Step
 
 __all__ = [
     "AdaLoRABudget",
@@ -25,8 +25,8 @@ __all__ = [
     "PruneGroup",
     "ReLoRARestart",
     "RoseLoRATopK",
+    "Rule",
     "SoRAProx",
-    "Step",
     "StepCallback",
     "llama_groups",
 ]

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.variants import AdaLoRALinear
+from .rule import Averages, Rule
 from .schedule import cubic
-from .step import Averages, Step
 
 
-class AdaLoRABudget(Step):
+class AdaLoRABudget(Rule):
     """Sets to zero the E of all but the best ranks of all layers together: AdaLoRA (Zhang et al., arXiv 2303.10512) as PEFT does it.
 
     The score of a rank is s(E_j) + mean_k s(A_jk) + mean_k s(B_kj) with s = Ī Ū of I = |p ⊙ ∂L/∂p|: Ī = beta1 Ī + (1 - beta1) I and
@@ -78,6 +78,8 @@ class AdaLoRABudget(Step):
                 self.averages.update(key, (p * gradient).abs())
         if n == end or (self.tinit < n < end and n % self.deltaT == 0):
             self._choose(self.budget(n))
+            if n == end:
+                self.averages = Averages(self.beta1, self.beta2)
         elif n < end:
             return
         for name, layer in self.layers.items():

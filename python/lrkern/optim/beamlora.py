@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from ..nn.variants import BeamLoRALinear
 from . import surgery
+from .rule import Generator, Rule
 from .schedule import cosine
-from .step import Generator, Step
 
 
-class BeamLoRABeam(Step):
+class BeamLoRABeam(Rule):
     """Every ``every`` steps weak ranks become copies of strong ones of their layer: BeamLoRA (Gu et al., arXiv 2502.13604).
 
     The ranks of all layers together, sorted by importance r · softmax(g / tau), are kept up to the first with which the sum reaches

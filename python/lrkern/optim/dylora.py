@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..nn.variants import DyLoRALinear
-from .step import Generator, Step
+from .rule import Generator, Rule
 
 
-class DyLoRASampler(Step):
+class DyLoRASampler(Rule):
     """Draws the active prefix b of all layers uniformly from low..high, one for the model, for the first step when it is made, then after
     each step for the next: DyLoRA (Valipour et al., arXiv 2210.07558).
 

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from ..nn.variants import IncreLoRALinear
 from . import surgery
-from .step import Averages, Generator, Step, over_processes
+from .rule import Averages, Generator, Rule, over_processes
 
 
-class IncreLoRAGrowth(Step):
+class IncreLoRAGrowth(Rule):
     """Grants ranks to the layers whose ΔW matters most: IncreLoRA (Zhang et al., arXiv 2308.12043).
 
     The score of a layer is Ī Ū of I = Σ |ΔW ⊙ ∂L/∂ΔW| / (in · out) (``IncreLoRALinear.score``), averaged as AdaLoRA does, or with ``root``
@@ -22,7 +22,8 @@ class IncreLoRAGrowth(Step):
     score grow by ``add`` ranks each, until all have target_r · layers together: exactly, by fewer ranks at last, where the
     code's total may pass its target. Then all finish: what is in reserve goes.
 
-    A layer sees x before dropout, and the gradient of its y: hooks on the layers form I in backward, until they finish. Batches of one
+    A layer sees x before dropout, and the gradient of its y: hooks on the layers form I in backward, until they finish, which costs what a
+    gradient of W would. Batches of one
     step of the optimizer, and of several processes, add up and are averaged as scores, not as gradients. The first score of a
     layer is of the step after which it is there: one without a backward in training mode is refused.
 
@@ -84,11 +85,12 @@ class IncreLoRAGrowth(Step):
         return sum(m.r for m in self.layers.values())
 
     def _step(self, n, optimizer):
+        trained = [p for m in self.layers.values() for p in m.coefficients().values() if p.requires_grad]
+        surgery.groups_of(optimizer, trained)  # an optimizer made before load_state_dict would train none of them
         if not self._hooks:
             return False
         grows = n > self.warmup and n % self.every == 0 and self.total < self.target
         if grows or self.total == self.target:
-            trained = [p for m in self.layers.values() for p in m.coefficients().values()]
             surgery.check(optimizer, trained)
         self._average()
         if grows:

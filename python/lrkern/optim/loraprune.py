@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.variants import LoRAPruneLinear
+from .rule import Rule
 from .schedule import cubic
-from .step import Step
 
 
 class PruneGroup(NamedTuple):
@@ -21,7 +21,7 @@ class PruneGroup(NamedTuple):
     size: int = 1
 
 
-class LoRAPrunePruning(Step):
+class LoRAPrunePruning(Rule):
     """Masks the groups of features that matter least: LoRAPrune (Zhang et al., arXiv 2305.18403).
 
     After each step the importance of a group is 0.9 of what it was and 0.1 of Σ s / (‖s‖ + 1e-8) over its layers, s = ``LoRAPruneLinear.scores``

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from ..nn.variants import PRILoRALinear
-from .step import Step, distributed, over_processes
+from .rule import Rule, distributed, over_processes
 
 
-class PRILoRAPruning(Step):
+class PRILoRAPruning(Rule):
     """Watches the inputs of all layers, and every ``every`` steps, from ``start`` to ``end``, leaves out of each row of A the ``share`` of weights
     of the least |A| ⊙ x_norm: PRILoRA (Benedek and Wolf, arXiv 2401.11316).
 

@@ -9,17 +9,17 @@ from ..limits import MAX_RANK
 from ..nn.lora import INITS, FusedLoRALinear
 from ..nn.variants import COLALinear
 from . import surgery
-from .step import Generator, Step
+from .rule import Generator, Rule
 
 
-class Restart(Step):
+class Restart(Rule):
     """Every ``every`` steps, ``times`` times (0: without end), all layers put what they have trained aside and begin anew, drawn from a
     generator of ``seed``, and so does what the optimizer keeps of these parameters."""
 
     SETTINGS: ClassVar = ("every", "times")
     OPTIMIZER = True
 
-    def __init__(self, model: nn.Module, every: int, times: int = 0, seed: int = 0, **settings: Any):
+    def __init__(self, model: nn.Module, every: int, times: int, seed: int, **settings: Any):
         super().__init__(model, every=every, times=times, **settings)
         self._whole("every", 1)
         self._whole("times")
@@ -65,6 +65,9 @@ class COLARestart(Restart):
     LAYER = COLALinear
     MOVES = ("links",)
     RESHAPES = "frozen"
+
+    def __init__(self, model: nn.Module, every: int, times: int = 0, seed: int = 0):
+        super().__init__(model, every, times, seed)
 
     def _check(self, name, layer):
         ranks = (layer.links + 2) * layer.r

@@ -6,11 +6,11 @@ from typing import ClassVar
 from torch import nn
 
 from ..nn.variants import RoseLoRALinear
+from .rule import Rule
 from .schedule import cubic
-from .step import Step
 
 
-class RoseLoRATopK(Step):
+class RoseLoRATopK(Rule):
     """After each step keeps the share tau(t) of the most sensitive weights in each row of A and each column of B: RoseLoRA (Wang et al.,
     arXiv 2406.10777).
 

@@ -7,10 +7,10 @@ from torch import nn
 
 from ..nn.variants import SoRALinear
 from . import surgery
-from .step import Step
+from .rule import Rule
 
 
-class SoRAProx(Step):
+class SoRAProx(Rule):
     """g = sign(g) max(|g| - lr · lam, 0) after each step, lr the present learning rate of the gate's param_group: the proximal step of
     lam · ‖g‖₁, SoRA (Ding et al., arXiv 2311.11696). It is that of plain gradient descent, whatever optimizer moved the gate.
 

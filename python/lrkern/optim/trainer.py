@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..extras import extra
-from .step import Step
+from .rule import Rule
 
 with extra("lrkern.optim.StepCallback"):
     from transformers import TrainerCallback
@@ -29,10 +29,10 @@ class StepCallback(TrainerCallback):
         trainer.train(resume_from_checkpoint=folder)
 
     A training that goes on without it, or from another step, is refused. So are several processes and load_best_model_at_end beside
-    rules that change shapes (``Step.RESHAPES``): DistributedDataParallel does not see new parameters, and the best model has other shapes.
+    rules that change shapes (``Rule.RESHAPES``): DistributedDataParallel does not see new parameters, and the best model has other shapes.
     """
 
-    def __init__(self, *rules: Step):
+    def __init__(self, *rules: Rule):
         self.rules, self._at = rules, 0
 
     def resume(self, folder: str | Path) -> None:

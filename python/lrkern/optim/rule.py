@@ -14,7 +14,7 @@ from ..nn.linear import AdapterLinear
 from . import surgery
 
 
-class Step:
+class Rule:
     """A rule that acts once a step on all layers of its kind in a model: masks, ranks, thresholds, restarts.
 
         rule = lrkern.optim.AdaLoRABudget(model, target_r=4, total_steps=1000)
