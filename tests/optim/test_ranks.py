@@ -120,6 +120,18 @@ def test_increlora_refuses_what_it_cannot_score_or_move():
         optim.IncreLoRAGrowth(m, 3, 1)
 
 
+def test_increlora_refuses_an_optimizer_made_before_the_layers_had_their_shapes():
+    m, rule = grown()
+    train(m, adamw(m), rule, range(1, 5))
+    again, its = grown()
+    early = adamw(again)
+    its.load_state_dict(rule.state_dict())
+    again.load_state_dict(m.state_dict())
+    with pytest.raises(ValueError, match="make it after load_state_dict of the rule"):
+        train(again, early, its, [5])
+    assert its.steps == 4
+
+
 # ---- SoRA
 
 

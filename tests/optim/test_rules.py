@@ -20,8 +20,8 @@ def everything(m, optimizer, rule):
     return {"model": m.state_dict(), "optimizer": optimizer.state_dict(), "rule": rule.state_dict()}
 
 
-def run(case, steps, parts=1):
-    m = model(case)
+def run(case, steps, parts=1, dtype=torch.float32):
+    m = model(case, dtype=dtype)
     rule = case.rule(m)
     optimizer = adamw(m)
     train(m, optimizer, rule, steps, parts)
@@ -34,14 +34,16 @@ def test_every_rule_is_tested():
 
 
 @each
-@pytest.mark.parametrize("half", [3, 6, 9])
-def test_a_resumed_run_is_the_unbroken_one(case, half):
-    whole = run(case, range(1, STEPS + 1))
+@pytest.mark.parametrize(
+    "half, of", [(3, torch.float32), (6, torch.float32), (9, torch.float32), (6, torch.bfloat16)], ids=str
+)
+def test_a_resumed_run_is_the_unbroken_one(case, half, of):
+    whole = run(case, range(1, STEPS + 1), dtype=of)
     file = io.BytesIO()
-    torch.save(everything(*run(case, range(1, half + 1))), file)
+    torch.save(everything(*run(case, range(1, half + 1), dtype=of)), file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    m = model(case, seed=77)
+    m = model(case, seed=77, dtype=of)
     rule = case.rule(m)
     rule.load_state_dict(saved["rule"])
     m.load_state_dict(saved["model"])

@@ -58,11 +58,11 @@ RULES = {
 }
 
 
-def model(case: Case, seed: int = 3) -> nn.Sequential:
-    """Layers "0" and "2"."""
+def model(case: Case, seed: int = 3, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Layers "0" and "2", all of this dtype."""
     torch.manual_seed(seed)
-    linears = nn.Linear(IN, MID), nn.Linear(MID, OUT)
-    first, second = (case.layer.from_linear(linear, **case.settings) for linear in linears)
+    linears = nn.Linear(IN, MID, dtype=dtype), nn.Linear(MID, OUT, dtype=dtype)
+    first, second = (case.layer.from_linear(linear, **case.settings, adapter_dtype=dtype) for linear in linears)
     return nn.Sequential(first, nn.Tanh(), second)
 
 
@@ -80,7 +80,7 @@ def train(m: nn.Module, optimizer, rule: optim.Rule, steps, parts: int = 1) -> N
     """Steps of a plain loop, each of so many batches."""
     for n in steps:
         for part in range(parts):
-            x, want = batch(n, part)
+            x, want = (t.to(m[0].base_layer.weight.dtype) for t in batch(n, part))
             (nn.functional.mse_loss(m(x), want) / parts).backward()
         optimizer.step()
         rule.step(optimizer)
