@@ -145,6 +145,10 @@ def test_refusals_change_nothing(case):
     if rule.OPTIMIZER:
         with pytest.raises(TypeError, match="optimizer must be the one that trains the model, got None"):
             rule.step()
+    sharding = torch.optim.SGD(m.parameters(), 0.1)
+    sharding.optim = optimizer
+    with pytest.raises(TypeError, match="SGD: the optimizer must keep its state itself, got one that shards it"):
+        rule.step(sharding)
     rule.layers["2"].merge()
     with pytest.raises(RuntimeError, match="layers must not be merged, got '2'"):
         rule.step(optimizer)
@@ -187,3 +191,20 @@ def test_gradients_that_are_not_finite(name):
     with pytest.raises(RuntimeError, match="must be finite, got inf or nan; nothing is changed"):
         rule.step(optimizer)
     same(everything(m, optimizer, rule), before)
+
+
+OF_GRADIENTS = sorted(RULES.keys() - {"prilora"})  # which watches inputs: they are as good in a step that is skipped
+
+
+@pytest.mark.parametrize("name", OF_GRADIENTS)
+def test_a_step_that_was_skipped_leaves_nothing(name):
+    """Where a GradScaler skips the optimizer's step, for gradients of inf."""
+    case = RULES[name]
+    m, optimizer, rule = run(case, range(1, 4))
+    before = copy.deepcopy(everything(m, optimizer, rule))
+    m(batch(4)[0]).mul(torch.inf).sum().backward()
+    optimizer.zero_grad()
+    rule.skip()
+    same(everything(m, optimizer, rule), before)
+    train(m, optimizer, rule, range(4, STEPS + 1))
+    same(everything(m, optimizer, rule), everything(*run(case, range(1, STEPS + 1))))

@@ -23,12 +23,13 @@ class IncreLoRAGrowth(Rule):
     code's total may pass its target. Then all finish: what is in reserve goes.
 
     A layer sees x before dropout, and the gradient of its y: hooks on the layers form I in backward, until they finish, which costs what a
-    gradient of W would. Batches of one
-    step of the optimizer, and of several processes, add up and are averaged as scores, not as gradients. The first score of a
-    layer is of the step after which it is there: one without a backward in training mode is refused.
+    gradient of W would. Scores, not gradients, of a step's batches are added up, and averaged over processes. A layer that had no backward in
+    training mode since the last step is refused. Under a GradScaler gradients have its scale, and so have scores: within a step all have
+    the same, but an average over steps is of several scales.
 
-    The moments of a rank that is new are zero, and Adam's bias correction is that of the ranks before; the authors give new ranks a
-    param_group of their own. Layers are best made with reserve = add.
+    The moments of a rank that is new are zero, and Adam's bias correction is that of the ranks before, so that its first steps are up
+    to (1 - β₁) / sqrt(1 - β₂), about 3 learning rates long; the authors give new ranks a param_group of their own, where they begin
+    with one. Layers are best made with reserve = add.
 
     Args:
         target_r: ranks a layer in the end, on average. add: 0 for max(1, target_r // 2), the authors' choice for 2 to 8.
@@ -106,14 +107,17 @@ class IncreLoRAGrowth(Rule):
             self._release()
         return grows or ends
 
+    def skip(self) -> None:
+        self._seen.clear()
+
     def _average(self) -> None:
         if missing := sorted(self.layers.keys() - self._seen.keys()):
             must = f"must have run in training mode and backward, {missing[0]!r} has not"
             raise RuntimeError(f"IncreLoRAGrowth.step: layers {must}")
         where = next(iter(self._seen.values())).device
         scores = over_processes(torch.stack([self._seen[name].to(where) for name in self.layers])).cpu()
-        self._decidable(scores)
         self._seen.clear()
+        self._decidable(scores)
         for (name, layer), score in zip(self.layers.items(), scores, strict=True):
             size = layer.in_features * layer.out_features
             self.averages.update(name, score / (size**0.5 if self.root else size))

@@ -24,13 +24,13 @@ class Rule:
             rule.step(optimizer)  # after both, once a step of the optimizer, while the gradients are there
             optimizer.zero_grad()
 
-    Under gradient accumulation that is once for all its batches. A step that a GradScaler skipped is none: leave ``step`` out then too.
-    ``StepCallback`` does all this in transformers' Trainer. ``steps`` counts from 1, the first call.
+    Under gradient accumulation that is once for all its batches. Where a GradScaler skipped the optimizer's step, call ``skip`` instead.
+    ``StepCallback`` does all this in transformers' Trainer. ``steps`` is the number of steps so far.
 
     Under DistributedDataParallel every process has its own rule and calls it alike. All come to the same decisions: gradients are the
     same there, what each process has seen for itself is averaged over all, and draws come from a generator that the rule owns, begun from
-    ``seed``. torch's own generator is left as it is. Where ``step`` returns True, parameters
-    that train are new ones: wrap the model in DistributedDataParallel anew. Sharded parameters (FSDP2) are refused.
+    ``seed``. torch's own generator is left as it is. Where ``step`` returns True, parameters that train are new ones: wrap the model in
+    DistributedDataParallel anew. Parameters and optimizers that are sharded (FSDP2, ZeroRedundancyOptimizer) are refused.
 
     ``state_dict`` has what a run needs to go on bit for bit as if it had not been broken off, beside the model's state_dict and the
     optimizer's. Load it first, over a model made as at the beginning: it gives the layers the shapes that they had, which the
@@ -67,6 +67,9 @@ class Rule:
         new = self._step(self.steps + 1, None if optimizer is None else surgery.bare(optimizer))
         self.steps += 1
         return bool(new)
+
+    def skip(self) -> None:
+        """In place of ``step`` where the optimizer's step was skipped: forgets what its batches showed."""
 
     def _step(self, n: int, optimizer: Optimizer | None) -> bool | None:
         """The n-th step, under no_grad."""
@@ -146,7 +149,7 @@ class Rule:
         """Scores with inf or nan order nothing, and averages never get rid of one."""
         fine = torch.stack([t.isfinite().all().to(scores[0].device) for t in scores]).all()
         if not fine:
-            must = "gradients and scores must be finite, got inf or nan; nothing is changed. A step that a GradScaler skipped is none"
+            must = "gradients and scores must be finite, got inf or nan; nothing is changed. Where the optimizer skipped its step, call skip()"
             raise RuntimeError(f"{type(self).__name__}.step: {must}")
 
 

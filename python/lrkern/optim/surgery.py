@@ -20,6 +20,10 @@ def bare(optimizer: Optimizer) -> Optimizer:
     """Without what accelerate and others wrap it in."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
+    if isinstance(
+        getattr(optimizer, "optim", None), Optimizer
+    ):  # ZeroRedundancyOptimizer, whose own state and groups train nothing
+        raise TypeError(f"{type(optimizer).__name__}: the optimizer must keep its state itself, got one that shards it")
     return optimizer
 
 

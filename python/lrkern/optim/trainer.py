@@ -60,9 +60,9 @@ class StepCallback(TrainerCallback):
                 )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if not getattr(optimizer, "step_was_skipped", False):
-            for rule in self.rules:
-                rule.step(optimizer)
+        skipped = getattr(optimizer, "step_was_skipped", False)
+        for rule in self.rules:
+            rule.skip() if skipped else rule.step(optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._at = state.global_step
