@@ -54,6 +54,7 @@ def test_increlora_scores_are_those_of_the_dense_gradient(root, parts):
     (1, 2, 0, {3: 4, 6: 6, 9: 8}),
     (2, 3, 4, {6: 8}),  # 2 layers by 3, of 6 that are left
     (2, 4, 0, {3: 8}),  # one by 4, one by what is left, 2
+    (2, 6, 0, {3: 8}),  # one by 6, none is left for the other
 ])  # fmt: skip
 def test_increlora_reaches_exactly_its_target_in_time(top_h, add, warmup, totals):
     m, rule = grown(top_h=top_h, add=add, warmup=warmup)

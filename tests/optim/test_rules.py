@@ -11,6 +11,7 @@ import pytest
 import torch
 from optim_rules import RULES, STEPS, adamw, batch, layer_values, model, same, train
 
+import lrkern
 from lrkern import optim
 
 each = pytest.mark.parametrize("case", RULES.values(), ids=RULES)
@@ -168,6 +169,16 @@ def test_refusals_change_nothing(case):
     same(rule.state_dict(), before["rule"])
     with pytest.raises(ValueError, match="model must have"):
         case.rule(torch.nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("name", sorted(RULES.keys() - {"relora"}))  # whose W has most of what was trained
+def test_a_file_has_what_a_rule_made_of_the_layers(name, tmp_path):
+    m, *_ = run(RULES[name], range(1, STEPS + 1))
+    lrkern.save(m, tmp_path / "adapter.safetensors")
+    again = torch.nn.Sequential(m[0].base_layer, m[1], m[2].base_layer)
+    lrkern.load(again, tmp_path / "adapter.safetensors")
+    x, _ = batch(1)
+    assert torch.equal(again.eval()(x), m.eval()(x))
 
 
 NEEDS = {"adalora", "roselora", "loraprune"}  # gradients of parameters
