@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules under DistributedDataParallel, for tests/optim/test_ddp.py: processes that see other batches come to the same decisions."""
 
+import os
+import sys
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 import two_processes
-from optim_rules import RULES, STEPS, adamw, batch, flat, layer_values, model
+from optim_rules import RULES, STEPS, adamw, batch, flat, layer_values, model, same
 from torch import nn
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+
+from lrkern import optim
 
 
 def equal_everywhere(state) -> None:
@@ -70,9 +76,57 @@ def one_layer_ran_in_one_process(rank):
     assert not rank or torch.equal(m[2].x_norm, y)
 
 
+def in_a_trainer(rank):
+    """Two processes, from the beginning and from a checkpoint."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    import transformers
+
+    folder = Path(sys.argv[2]) / "trainer"
+    rows = [{"x": x, "labels": y} for n in range(1, 2 * STEPS + 1) for x, y in zip(*batch(n), strict=True)]
+
+    class Supervised(nn.Sequential):
+        def forward(self, x, labels):
+            y = super().forward(x)
+            return {"loss": nn.functional.mse_loss(y, labels), "logits": y}
+
+    def trained(name, seed, checkpoint=None):
+        m = Supervised(*model(RULES[name], seed))
+        rule = RULES[name].rule(m)
+        callback = optim.StepCallback(rule)
+        settings = {
+            "per_device_train_batch_size": 6,
+            "max_steps": STEPS,
+            "save_steps": STEPS // 2,
+            "learning_rate": 0.02,
+        }
+        quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_strategy": "no"}
+        arguments = transformers.TrainingArguments(str(folder / name), **settings, **quiet)
+        trainer = transformers.Trainer(m, arguments, train_dataset=rows, callbacks=[callback])
+        assert arguments.world_size == 2
+        if checkpoint:
+            callback.resume(checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert rule.steps == STEPS
+        return layer_values(m) | flat(rule.state_dict())
+
+    for name in ("adalora", "beamlora", "cola", "dylora", "prilora"):
+        whole = trained(name, 3 + rank)
+        equal_everywhere(whole)
+        dist.barrier()
+        equal_everywhere(again := trained(name, 70 + rank, str(folder / name / f"checkpoint-{STEPS // 2}")))
+        same(again, whole)
+
+
 CHECKS = {name: decisions(case) for name, case in RULES.items()} | {
     "sharded": sharded,
     "one layer ran in one process": one_layer_ran_in_one_process,
+    "in a trainer": in_a_trainer,  # last: accelerate keeps what it found
 }
 
 if __name__ == "__main__":
