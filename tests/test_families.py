@@ -33,6 +33,7 @@ EXCEPTIONS = {
     "python/lrkern/files/__init__.py": "the door imports those who make themselves known to it",
     "python/lrkern/files/folder.py": "LORA is the peft_type of what has factors, whatever its method",
     "python/lrkern/files/own.py": "the file says which stream its seeds mean: ops.basis.STREAM_VERSION",
+    "python/lrkern/model/storage.py": "a folder of LoRA's gives values to layers that are there, of all others layers are read",
     "bench/stored.py": "a layer without its GEMM stands in for lora_linear",
 }
 
@@ -61,8 +62,8 @@ NAMES -= {*dir(torch)}  # scatter_add is torch's too, and whoever says it means 
 
 
 def owned(path: Path) -> bool:
-    """Does the file, or its folder, bear the name of a family or a method?"""
-    return bool(OWNED & {*path.relative_to(ROOT).with_suffix("").parts})
+    """Does the file, or its folder, bear the name of a family or a method, or is it one of the variants of LoRA, each a method's own?"""
+    return bool((OWNED | {"variants"}) & {*path.relative_to(ROOT).with_suffix("").parts})
 
 
 def words(path: Path) -> Iterator[tuple[str, bool]]:

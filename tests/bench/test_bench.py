@@ -121,7 +121,7 @@ def test_cases_are_named_in_one_order():
 def test_providers_have_fixed_ids():
     assert lora.Suite.providers() == ("base", "eager", "compile", "peft", "lrkern")
     assert op_suite.Suite.providers() == ("base", "eager", "lrkern")
-    assert len(set(PROVIDERS)) == len(PROVIDERS) == 26
+    assert len(set(PROVIDERS)) == len(PROVIDERS) == 27
 
 
 @pytest.mark.slow
