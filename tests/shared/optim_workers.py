@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules under DistributedDataParallel, for tests/optim/test_ddp.py: processes that see other batches come to the same decisions."""
+"""Rules under DistributedDataParallel, for tests/optim/test_rules_ddp.py: processes that see other batches come to the same decisions."""
 
 import os
 import sys
