@@ -38,12 +38,22 @@ def no_cuda() -> str:
     return "" if json.loads(lrkern.ops.build_info())["with_cuda"] else "this _C.so has no CUDA code"
 
 
+def of_a_variant(item, params: dict) -> bool:
+    """Some two dozen methods, each in hundreds of tests: quick runs hold each to its formula, and no more."""
+    kind = params.get("cls")
+    return item.path.parent.name in ("variants", "model", "optim", "compress") or ".variants." in getattr(
+        kind, "__module__", ""
+    )
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if params.get("device") == "cuda" and no_cuda():
             item.add_marker(pytest.mark.skip(reason=no_cuda()))
         if params.get("device") == "emulated" and params.get("dtype") not in (None, torch.bfloat16):
+            item.add_marker(pytest.mark.slow)
+        if of_a_variant(item, params) and not item.name.startswith("test_values_and_gradients[float32"):
             item.add_marker(pytest.mark.slow)
     if not FULL:  # schedules and their bits are the params programs' matter, which run every launcher
         again = [item for item in items if getattr(item, "originalname", "") == "test_two_runs_are_bit_equal"]
