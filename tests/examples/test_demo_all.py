@@ -26,7 +26,7 @@ def row(of, method, seed, r):
 
 
 @pytest.fixture
-def everything(tmp_path, monkeypatch):
+def table(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_data, "fetch", lambda *_: None)
     args = argparse.Namespace(out=tmp_path, seed=0, device="cpu", quick=False)
     monkeypatch.setattr(demo_all, "PAGE", tmp_path / "methods.md")
@@ -34,7 +34,7 @@ def everything(tmp_path, monkeypatch):
     return demo_all.Everything(TINY, args, lambda *_: "a machine")
 
 
-def test_a_run_goes_on_where_it_stopped(everything, monkeypatch, capsys):
+def test_a_run_goes_on_where_it_stopped(table, monkeypatch, capsys):
     made = []
 
     def alone(call, plan, device, method, seed):
@@ -48,28 +48,28 @@ def test_a_run_goes_on_where_it_stopped(everything, monkeypatch, capsys):
 
     monkeypatch.setattr(demo_all, "alone", alone)
     with pytest.raises(KeyboardInterrupt):
-        everything.run()
-    path = everything.folder / "rows.jsonl"
+        table.run()
+    path = table.folder / "rows.jsonl"
     first = made[:]
     path.open("a").write('{"of": ')  # a row that was cut off
     made.clear()
     with pytest.raises(KeyboardInterrupt):
-        everything.run()
+        table.run()
     assert made[0] == ("allora", 0), "what gave no row is tried again"
     assert not {*first} & {*made} - {("allora", 0)} and len({*first, *made}) == 9
     assert "4 rows are there, 62 are left" in capsys.readouterr().out
 
 
-def test_rows_of_another_plan_or_machine_are_not_in_the_table(everything):
-    other = everything.of | {"machine": "another"}
-    rows = [row(everything.of, "lora", 0, 0.5), row(other, "lora", 1, 0.1)]
-    (everything.folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert list(everything.rows()) == [("lora", 0)]
+def test_rows_of_another_plan_or_machine_are_not_in_the_table(table):
+    other = table.of | {"machine": "another"}
+    rows = [row(table.of, "lora", 0, 0.5), row(other, "lora", 1, 0.1)]
+    (table.folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert list(table.rows()) == [("lora", 0)]
 
 
-def test_the_page_and_the_plot(everything):
-    rows = {(m, s): row(everything.of, m, s, r) for m, s, r in (("lora", 0, 0.5), ("lora", 1, 0.7), ("mora", 0, 0.4))}
-    demo_all.write(rows, everything.of)
+def test_the_page_and_the_plot(table):
+    rows = {(m, s): row(table.of, m, s, r) for m, s, r in (("lora", 0, 0.5), ("lora", 1, 0.7), ("mora", 0, 0.4))}
+    demo_all.write(rows, table.of)
     page = demo_all.PAGE.read_text()
     assert "| `lora` | 1,000 | 5 | 15 | 30 | 7 | 0.600 | 0.500 to 0.700 |" in page
     assert "| `mora` | 1,000 | 5 | 10 |  | 7 | 0.400 | one seed |" in page
@@ -86,9 +86,8 @@ def test_settings_are_of_methods_that_there_are():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora_sb", "lorta", "vera"])
+@pytest.mark.usefixtures("everything")
 def test_a_row_for_real(method):
-    if not (demo_data.CACHE / demo_data.ARCHIVE).exists():
-        pytest.skip("the demo's text is not in the cache")
     got = demo_all.Run(TINY, "cpu", method, 0)()
     assert (got["method"], got["seed"]) == (method, 0) and got["r"].keys() == {*demo_data.DOMAINS}
     assert got["layers"] == (24 if method == "lorta" else 36) and got["trainable"] > 385 and got["file_bytes"] > 4 * 385

@@ -17,12 +17,12 @@ def make(v: Variant, dtype=torch.float32, seed: int = 3, **more):
 
 @torch.no_grad()
 def change(layer, v: Variant, seed: int = 5):
-    """What trains is changed, as training would; masks are drawn."""
+    """What trains is changed, as training would; masks are drawn, and what is frozen and still zero: COLA's chain."""
     g = torch.Generator().manual_seed(seed)
     for name, p in layer.coefficients().items():
         if p.dtype == torch.bool:
             p.copy_(torch.rand(p.shape, generator=g) < 0.7)
-        elif p.requires_grad:
+        elif p.requires_grad or not p.any():
             p.add_((torch.randn(p.shape, generator=g) * v.change_by).to(p))
             if name in v.positive:
                 p.abs_()
