@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make demo ARGS="--method all"`: every method that lrkern.adapt knows, on the demo's four domains, as one table.
 
-Each method and seed trains an adapter for each domain from the same base, on the same lines in the same order. A row is appended to
-rows.jsonl as soon as it is there, so that a run may be stopped and goes on where it was; docs/methods.md and docs/methods.png are
-written anew from all rows after each. The allocators and schedules of methods that have some are left out: ranks stay as they begin.
+A method's learning rate is looked for first, by the training loss on one domain. Then each method and seed trains an adapter for each
+domain from the same base, on the same lines in the same order. A row is appended to rows.jsonl as soon as it is there, so that a run
+may be stopped and goes on where it was; docs/methods.md and docs/methods.png are written anew from all rows after each. The allocators
+and schedules of methods that have some are left out: ranks stay as they begin.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +33,11 @@ PAGE, PLOT = ROOT / "docs" / "methods.md", ROOT / "docs" / "methods.png"
 
 @dataclass(frozen=True)
 class Plan:
-    steps: int = 32  # a domain
+    steps: int = 16  # a domain
     batch: int = 32
     held: int = 100  # held-out lines of a domain
-    lr: float = 2e-3
+    lr: float = 2e-3  # where a method's rate is looked for first, in steps of `factor`
+    factor: float = 4.0
     seeds: int = 3
     seconds: float = 60.0  # that a method and seed may take; what is slower ends there, without a row
 
@@ -84,8 +88,8 @@ def describe(plan: Plan, args: argparse.Namespace, missing: list[str]) -> str:
     count = len(lrkern.methods())
     return "\n".join(
         [
-            f"would run {count} methods with {plan.seeds} seeds each, at most {plan.seconds:.0f} s each: up to "
-            f"{count * plan.seeds * plan.seconds / 60:.0f} min on 2 cores; may be stopped and goes on",
+            f"would look for the learning rates of {count} methods and run each with {plan.seeds} seeds, at most {plan.seconds:.0f} s "
+            f"each time: up to {count * (1 + plan.seeds) * plan.seconds / 60:.0f} min on 2 cores; may be stopped and goes on",
             f"  {plan.steps} steps of {plan.batch} lines of each of {', '.join(DOMAINS)}; then {plan.held} held-out lines of each are scored",
             f"results in {args.out}/methods/rows.jsonl"
             + ("" if args.quick else f", {PAGE.name} and {PLOT.name} in docs/"),
@@ -112,35 +116,43 @@ class Everything:
 
     def run(self) -> None:
         methods, seeds = [*self.lrkern.methods()], range(self.seed, self.seed + self.plan.seeds)
-        rows = self.rows()
+        rows, rates = self.rows("seed"), self.rows("rates")
+        rates = {method: row for (method, _), row in rates.items()}
         left = [(seed, method) for seed in seeds for method in methods if (method, seed) not in rows]
-        limit = len(left) * self.plan.seconds / 60
+        jobs = len(left) + len({method for _, method in left} - rates.keys())
         print(
-            f"{len(rows)} rows are there, {len(left)} are left: at most {limit:.0f} min; ^C stops, the same command goes on",
+            f"{len(rows)} rows are there, {len(left)} are left: at most {jobs * self.plan.seconds / 60:.0f} min; "
+            "^C stops, the same command goes on",
             flush=True,
         )
         for seed, method in left:
             start = time.perf_counter()
             try:
-                row = {"of": self.of, **alone(Run, self.plan, self.device, method, seed)}
+                if method not in rates:
+                    rates[method] = self.append(alone(Rate, self.plan, self.device, method, self.seed))
+                row = self.append(alone(Run, self.plan, self.device, method, seed, rates[method]["lr"]))
             except TimeoutError as error:
                 print(f"  {method:<12} seed {seed}: {error}", flush=True)
                 continue
             rows[method, seed] = row
-            with (self.folder / "rows.jsonl").open("a") as f:
-                f.write(json.dumps(row) + "\n")
             mean = statistics.mean(row["r"].values())
             print(f"  {method:<12} seed {seed}: {row['trainable']:>9,} parameters, {row['step_ms']:.0f} ms a step, "
-                  f"r={mean:.3f}, {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+                  f"rate {row['lr']:.1e}, r={mean:.3f}, {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
             if not self.quick:
                 write(rows, self.of)
 
-    def rows(self) -> dict[tuple[str, int], dict]:
-        """Of this plan, machine and torch: others are not beside them in one table."""
+    def append(self, row: dict) -> dict:
+        row = {"of": self.of, **row}
+        with (self.folder / "rows.jsonl").open("a") as f:
+            f.write(json.dumps(row) + "\n")
+        return row
+
+    def rows(self, kind: str) -> dict[tuple[str, int], dict]:
+        """Those with this key, of this plan, machine and torch: others are not beside them in one table."""
         path = self.folder / "rows.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         found = [json.loads(line) for line in lines if line.endswith("}")]  # a run may have ended in the middle of one
-        return {(row["method"], row["seed"]): row for row in found if row["of"] == self.of}
+        return {(row["method"], row.get("seed")): row for row in found if row["of"] == self.of and kind in row}
 
 
 def alone(call: Callable, *args: Any) -> Any:
@@ -153,8 +165,8 @@ def _called(call: Callable, *args: Any) -> Any:
     return call(*args)()
 
 
-class Run:
-    """One method and seed."""
+class Job:
+    """Of one method and seed: the data, and how a model trains."""
 
     def __init__(self, plan: Plan, device: str, method: str, seed: int):
         import demo_model as m
@@ -166,70 +178,138 @@ class Run:
         self.tokenize, lines = m.tokenizer(), demo_data.read(demo_data.fetch())
         self.lines = {d: demo_data.split(d, lines[d], plan.steps * plan.batch, plan.held, seed) for d in DOMAINS}
 
+    def base(self):
+        return self.m.load_base(self.device, self.seed)
+
+    def adapt(self, model, batches: list, lr: float):
+        """lrkern's report."""
+        report = adapted(self.lrkern, model, self.method, self.seed)
+        if self.method == "lora_sb":  # its start is one step of full fine-tuning
+            of = lambda model, batch: self.loss(model, *batch)
+            self.lrkern.nn.variants.lora_sb_init(model, batches[:2], of, lr)
+        return report
+
+    def loss(self, model, batch, target):
+        return self.m.torch.nn.functional.mse_loss(model.train()(**batch), target)
+
+    def batches(self, split: Split) -> list[tuple[dict, Any]]:
+        from demo_train import batches
+
+        torch, ratings = self.m.torch, self.m.torch.tensor([x.rating for x in split.train])
+        texts, made = [x.text for x in split.train], []
+        for rows in batches(texts, self.plan.batch, torch.Generator().manual_seed(self.seed)):
+            batch = self.tokenize([texts[i] for i in rows])
+            made.append(({key: value.to(self.device) for key, value in batch.items()}, ratings[rows].to(self.device)))
+        return made
+
+    def optimizer(self, model, lr: float):
+        return self.m.torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+
+    def step(self, model, optimizer, batch, target) -> float:
+        """The loss before it."""
+        optimizer.zero_grad()
+        loss = self.loss(model, batch, target)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def train(self, model, batches, lr: float) -> list[float]:
+        """The loss of each step; the rate falls to zero."""
+        optimizer, losses = self.optimizer(model, lr), []
+        schedule = self.m.torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
+        for batch, target in batches:
+            if time.perf_counter() - self.start > self.plan.seconds:
+                raise TimeoutError(f"took more than {self.plan.seconds:.0f} s; no row")
+            losses.append(self.step(model, optimizer, batch, target))
+            schedule.step()
+        return losses
+
+
+class Rate(Job):
+    """A learning rate: the one of least training loss in the last quarter of the steps on the first domain, from plan.lr upwards by
+    factors while that helps, else downwards. What is held out is not looked at. A loss that is no number counts as the worst; where
+    the time is up, the best so far is it."""
+
+    def __call__(self) -> dict[str, Any]:
+        rates: dict[float, float] = {}
+        with suppress(TimeoutError):
+            self.climb(rates, self.plan.factor)
+            if best(rates) == self.plan.lr:
+                self.climb(rates, 1 / self.plan.factor)
+        rates = rates or {self.plan.lr: math.inf}
+        return {"method": self.method, "rates": {f"{lr:g}": loss for lr, loss in rates.items()}, "lr": best(rates)}
+
+    def climb(self, rates: dict[float, float], factor: float) -> None:
+        lr = self.plan.lr
+        while True:
+            if lr not in rates:
+                rates[lr] = self.at(lr)
+            if best(rates) != lr:
+                return
+            lr *= factor
+
+    def at(self, lr: float) -> float:
+        model, batches = self.base(), self.batches(self.lines[DOMAINS[0]])
+        self.adapt(model, batches, lr)
+        losses = self.train(model, batches, lr)
+        last = statistics.mean(losses[-(len(losses) // 4 or 1) :])
+        return last if math.isfinite(last) else math.inf
+
+
+def best(rates: dict[float, float]) -> float:
+    return min(rates, key=rates.__getitem__)
+
+
+class Run(Job):
+    """A row of the table."""
+
+    def __init__(self, plan: Plan, device: str, method: str, seed: int, lr: float):
+        super().__init__(plan, device, method, seed)
+        self.lr = lr
+
     def __call__(self) -> dict[str, Any]:
         from demo_train import PeakMemory
 
-        r, times, peak = {}, [], None
+        r, peak = {}, None
         for domain, split in self.lines.items():
-            model = self.m.load_base(self.device, self.seed)
+            batches = self.batches(split)
+            model = self.base()
             memory = PeakMemory(self.device)
-            report = adapted(self.lrkern, model, self.method, self.seed)
-            batches = [*self.batches(split)]
-            if self.method == "lora_sb":  # its start is one step of full fine-tuning
-                of = lambda model, batch: self.loss(model, *batch)
-                self.lrkern.nn.variants.lora_sb_init(model, batches[:2], of, self.plan.lr)
+            report = self.adapt(model, batches, self.lr)
             if peak is None:  # later ones find what this one left in the heap
                 with memory.exact():
                     self.loss(model, *max(batches, key=lambda batch: batch[0]["input_ids"].numel())).backward()
                     peak = memory.peak()
-            times += self.train(model, batches)
+            self.train(model, batches, self.lr)
             scores = self.m.predict(model.eval(), self.tokenize, [x.text for x in split.held], self.device, domain)
             r[domain] = self.m.pearson(scores, self.m.torch.tensor([x.rating for x in split.held]))
         with tempfile.TemporaryDirectory() as folder:
             self.lrkern.save(model, Path(folder) / "a")
             size = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        ours, theirs = self.times(model, batches)
         return {
-            "method": self.method, "seed": self.seed, "layers": len(report.layers), "trainable": trainable, "file_bytes": size,
-            "step_ms": statistics.median(times), "published_ms": self.published(batches), "peak_bytes": peak, "r": r,
+            "method": self.method, "seed": self.seed, "lr": self.lr, "layers": len(report.layers), "trainable": trainable,
+            "file_bytes": size, "step_ms": ours, "published_ms": theirs, "peak_bytes": peak, "r": r,
         }  # fmt: skip
 
-    def loss(self, model, batch, target):
-        return self.m.torch.nn.functional.mse_loss(model.train()(**batch), target)
-
-    def batches(self, split: Split) -> Iterator[tuple[dict, Any]]:
-        from demo_train import batches
-
-        torch, ratings = self.m.torch, self.m.torch.tensor([x.rating for x in split.train])
-        texts = [x.text for x in split.train]
-        for rows in batches(texts, self.plan.batch, torch.Generator().manual_seed(self.seed)):
-            batch = self.tokenize([texts[i] for i in rows])
-            yield {key: value.to(self.device) for key, value in batch.items()}, ratings[rows].to(self.device)
-
-    def train(self, model, batches) -> list[float]:
-        """ms of each step."""
-        optim, times = self.m.torch.optim, []
-        optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.plan.lr, weight_decay=0.0)
-        schedule = optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
-        for batch, target in batches:
-            begin = time.perf_counter()
-            if begin - self.start > self.plan.seconds:
-                raise TimeoutError(f"took more than {self.plan.seconds:.0f} s; no row")
-            optimizer.zero_grad()
-            self.loss(model, batch, target).backward()
-            optimizer.step()
-            self.m.synchronize(self.device)
-            schedule.step()
-            times.append(1e3 * (time.perf_counter() - begin))
-        return times
-
-    def published(self, batches) -> float | None:
-        """ms a step of the published formulation, on a few of the same batches, where it ends in time."""
-        theirs = published(self.lrkern, self.m.load_base(self.device, self.seed), self.method, self.seed)
-        try:
-            return statistics.median(self.train(theirs, batches[:4])) if theirs else None
-        except TimeoutError:
-            return None
+    def times(self, model, batches) -> tuple[float, float]:
+        """ms a step of the model and of the method's published formulation: the same steps in turn, after one each to warm up, of a
+        batch of usual length, nine each or for some seconds."""
+        batch = sorted(batches, key=lambda batch: batch[0]["input_ids"].numel())[len(batches) // 2]
+        models = model, published(self.lrkern, self.base(), self.method, self.seed)
+        optimizers = [self.optimizer(m, self.lr) for m in models]
+        times: list[list[float]] = [[], []]
+        begin = time.perf_counter()
+        for i in range(10):
+            for m, optimizer, of in zip(models, optimizers, times, strict=True):
+                start = time.perf_counter()
+                self.step(m, optimizer, *batch)
+                self.m.synchronize(self.device)
+                of.append(1e3 * (time.perf_counter() - start))
+            if i and time.perf_counter() - begin > 5.0:
+                break
+        return statistics.median(times[0][1:]), statistics.median(times[1][1:])
 
 
 def adapted(lrkern, model, method: str, seed: int):
@@ -242,7 +322,7 @@ def adapted(lrkern, model, method: str, seed: int):
 
 
 def published(lrkern, model, method: str, seed: int):
-    """The model with the method's layers as others compute them: of PEFT where it has the method, else of bench/peers; None for others."""
+    """The model with the method's layers as others compute them: of PEFT where it has the method, else of bench/peers."""
     import peft
     import torch
 
@@ -261,16 +341,20 @@ def published(lrkern, model, method: str, seed: int):
         model.base_model.model.score.requires_grad_(True)
         return model
     sys.path.insert(0, str(ROOT / "bench"))
+    from peers.families import FORWARDS
     from peers.variants import PUBLISHED
 
-    if method not in PUBLISHED or method == "reslora":  # whose layers know of one another
-        return None
     adapted(lrkern, model, method, seed)
-    run = PUBLISHED[method]
     for layer in [m for m in model.modules() if isinstance(m, lrkern.nn.linear.AdapterLinear)]:
-        c, s, base = layer.coefficients(), layer.settings, layer.base_layer
-        layer.forward = lambda x, c=c, s=s, base=base: run(lambda: base(x), base, x, c, s)
+        layer.forward = FORWARDS[method](layer) if method in FORWARDS else of_variant(layer, PUBLISHED[method])
     return model
+
+
+def of_variant(layer, run: Callable) -> Callable:
+    c, s, base = dict(layer.coefficients()), layer.settings, layer.base_layer
+    for earlier in getattr(layer, "_earlier", ()):  # ResLoRA's, of which there is one
+        c |= {"before_A": earlier.lora_A, "before_B": earlier.lora_B}
+    return lambda x: run(lambda: base(x), base, x, c, s)
 
 
 # ---- the page
@@ -286,12 +370,11 @@ def write(rows: dict[tuple[str, int], dict], of: dict) -> None:
         means = [statistics.mean(row["r"].values()) for row in each]
         spread = f"{min(means):.3f} to {max(means):.3f}" if len(means) > 1 else "one seed"
         ms = statistics.median(row["step_ms"] for row in each)
-        theirs = [row["published_ms"] for row in each if row["published_ms"]]
-        published = f"{statistics.median(theirs):.0f}" if theirs else ""
+        theirs = statistics.median(row["published_ms"] for row in each)
         peak = statistics.median(row["peak_bytes"] for row in each) / 1e6
         lines.append(
-            f"| `{method}` | {each[0]['trainable']:,} | {each[0]['file_bytes'] / 1e3:,.0f} | {ms:.0f} | {published} | {peak:.0f} "
-            f"| {statistics.mean(means):.3f} | {spread} |"
+            f"| `{method}` | {each[0]['trainable']:,} | {each[0]['file_bytes'] / 1e3:,.0f} | {ms:.0f} | {theirs:.0f} | {peak:.0f} "
+            f"| {each[0]['lr']:g} | {statistics.mean(means):.3f} | {spread} |"
         )
     PAGE.write_text(
         "\n".join(
@@ -300,17 +383,19 @@ def write(rows: dict[tuple[str, int], dict], of: dict) -> None:
                 "",
                 'What `make demo ARGS="--method all"` saw: MiniLM-L6 with an adapter on every linear of its encoder (LoRTA: of the attention) and a '
                 "head of its own,",
-                f"trained on rated sentences of four domains, {plan['steps']} steps of {plan['batch']} lines each at one learning rate, "
-                f"{plan['lr']:g}; r is Pearson's, the mean over the",
-                f"domains' {plan['held']} held-out lines each, its spread that of the means of {plan['seeds']} seeds. {of['machine']}, {of['threads']} threads, "
-                f"torch {of['torch']}.",
+                f"trained on rated sentences of four domains, {plan['steps']} steps of {plan['batch']} lines each; r is Pearson's, the mean over the domains' "
+                f"{plan['held']} held-out lines",
+                f"each, its spread that of the means of {plan['seeds']} seeds. {of['machine']}, {of['threads']} threads, torch {of['torch']}.",
                 "",
-                "So few steps tell how methods begin, at a rate that suits LoRA, and not how they end: no method was tuned. Allocators and schedules are left",
-                "out. The published formulation is stock PEFT's layer where PEFT has the method, else the authors' order of products in torch's calls",
-                "(bench/peers/variants.py), timed on four of the same batches. Settings: examples/demo_all.py. The plot is methods.png.",
+                f"The learning rate is a method's own: from {plan['lr']:g} in factors of {plan['factor']:g} the one of least training loss on the first domain "
+                "alone; nothing else was",
+                "tuned, and allocators and schedules are left out. So few steps tell how methods begin, not how they end. The published formulation is stock",
+                "PEFT's layer where PEFT has the method, else the authors' order of products in torch's calls (bench/peers); its steps, optimizer included, are",
+                "timed in turn with ours on one batch of usual length. Peak memory is that of one step on the longest batch above the loaded base. Settings:",
+                "examples/demo_all.py. The plot is methods.png.",
                 "",
-                "| method | trainable parameters | file, kB | ms a step | published, ms | peak, MB | r | spread |",
-                "|---|---|---|---|---|---|---|---|",
+                "| method | trainable parameters | file, kB | ms a step | published, ms | peak, MB | rate | r | spread |",
+                "|---|---|---|---|---|---|---|---|---|",
                 *lines,
                 "",
             ]

@@ -150,7 +150,9 @@ def hydra(y0, base, x, c, s):
 
 @beside("reslora")
 def reslora(x, c, s):
-    return (chain(x, c["lora_A"], c["lora_B"]) + chain(x, c["before_A"], c["before_B"])) * scaling(s)
+    """Mode "bs", one layer before it but for the first."""
+    y = chain(x, c["lora_A"], c["lora_B"])
+    return (y + chain(x, c["before_A"], c["before_B"]) if "before_A" in c else y) * scaling(s)
 
 
 @beside("cola", "roselora")

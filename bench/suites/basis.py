@@ -19,6 +19,7 @@ from unittest import mock
 import suite
 import torch
 import torch.nn.functional as F
+from peers.families import nola_delta
 from peft import RandLoraConfig, VeraConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.randlora.layer import Linear as RandLoraLayer
@@ -26,7 +27,6 @@ from peft.tuners.vera.layer import Linear as VeraLayer
 from stored import LayerSuite, StoredLinear, StoredOps, frozen
 from suite import Call, Case
 from torch import Tensor, nn
-from torch.autograd import Function
 
 import lrkern.functional.base
 import lrkern.peft
@@ -37,24 +37,6 @@ from lrkern.reference import Draw
 
 SEED, SCALE = 1234567, 0.5
 DISTRIBUTION = "uniform8"
-
-
-class Drawn(Function):
-    """Σ coef[i] U_i / sqrt(k), U_i drawn by torch's generator from a seed, in forward and again in backward."""
-
-    @staticmethod
-    def draw(seed: int, k: int, shape: tuple[int, int]) -> Tensor:
-        torch.manual_seed(seed)
-        return torch.zeros(k, *shape).uniform_(-1, 1) / math.sqrt(k)
-
-    @staticmethod
-    def forward(ctx, coef, seed, shape):
-        ctx.spec = seed, len(coef), shape
-        return torch.einsum("k,krc->rc", coef, Drawn.draw(*ctx.spec))
-
-    @staticmethod
-    def backward(ctx, g):
-        return torch.einsum("rc,krc->k", g, Drawn.draw(*ctx.spec)), None, None
 
 
 class Data(suite.Data):
@@ -194,10 +176,7 @@ class Suite(LayerSuite):
         a0 = torch.empty(case.R, case.I).uniform_(-1, 1) * case.I**-0.5
 
         def run(base):
-            x, (alpha, beta) = d.inputs["x"], d.trained
-            a = a0 + Drawn.apply(alpha, SEED, (case.R, case.I))
-            b = Drawn.apply(beta, SEED + 1, (case.O, case.R))
-            return base + SCALE * (x @ a.mT) @ b.mT
+            return base + nola_delta(d.inputs["x"], a0, *d.trained, SEED, case.O, SCALE)
 
         return self.beside(d, run, exact=False)
 

@@ -17,6 +17,7 @@ from typing import Any
 import suite
 import torch
 import torch.nn.functional as F
+from peers.families import mora_delta, mora_turn
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from stored import OPS, LayerSuite, StoredLinear, Trained, WithDw, frozen
@@ -27,21 +28,6 @@ from lrkern import _host
 from lrkern.nn import MoRALinear
 from lrkern.ops.dispatch import use_library
 from lrkern.reference import Draw, mora_linear
-
-
-def published(x: Tensor, m: Tensor, O: int, kind: int, cos: Tensor, sin: Tensor) -> Tensor:
-    I, r = x.shape[-1], m.shape[0]
-    if I % r:
-        x = torch.cat([x, x[..., : r - I % r]], -1)
-    x = x.view(*x.shape[:-1], -1, r)
-    if kind == 6:
-        half = torch.cat([-x[..., r // 2 :], x[..., : r // 2]], -1)
-        y = F.linear(x * cos + half * sin, m).flatten(-2)
-    else:
-        y = F.linear(x.sum(-2), m)
-    if y.shape[-1] < O:
-        y = torch.cat([y] * -(-O // y.shape[-1]), -1)
-    return y[..., :O]
 
 
 class StoredMora:
@@ -97,8 +83,7 @@ class Data(suite.Data):
         m, r = self.layer.lora_A.weight, self.layer.rank
         m.data = draw(r, r, std=I**-0.5)
         x.requires_grad_(self.train), m.requires_grad_(self.train)
-        angle = torch.arange(-(-I // r))[:, None] * 10000.0 ** (-2 * torch.arange(r // 2) / r)
-        self.turn = [torch.cat([t, t], -1).to(x) for t in (angle.cos(), angle.sin())]
+        self.turn = mora_turn(r, I, x)
         truth = lambda x, weight, bias, m: mora_linear(x, weight, bias, m, kind)
         super().__init__({"x": x, "weight": weight, "bias": bias, "m": m}, draw(T, O), truth)
         with torch.no_grad():
@@ -146,7 +131,7 @@ class Suite(LayerSuite):
 
     def published(self, d: Data) -> Call:
         x, m, O, kind = d.inputs["x"], d.inputs["m"], d.case.O, int(d.case.type)
-        return self.beside(d, lambda base: base + published(x, m, O, kind, *d.turn))
+        return self.beside(d, lambda base: base + mora_delta(x, m, O, kind, *d.turn))
 
     def full(self, d: Data) -> Call:
         x, weight, bias = (d.inputs[name] for name in ("x", "weight", "bias"))

@@ -18,6 +18,7 @@ from typing import Any
 import suite
 import torch
 import torch.nn.functional as F
+from peers.families import Slice
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from stored import OPS, LayerSuite, StoredLinear, Trained, WithDw, frozen
@@ -97,20 +98,6 @@ def through(layers: Any, x: Tensor) -> Tensor:
     return x
 
 
-class Beside(nn.Module):
-    """The published form. It starts from zero, so that it computes what W gives with the slice in it."""
-
-    def __init__(self, base: nn.Module, shape: tuple[int, ...], dim: int):
-        super().__init__()
-        self.base, self.dim, self.s2 = base, dim, nn.Parameter(base.weight.new_zeros(shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y, s = self.base(x), self.s2.shape[self.dim]
-        if self.dim == 1:
-            return y + F.linear(x[..., :s], self.s2)
-        return torch.cat([y[..., :s] + F.linear(x, self.s2), y[..., s:]], -1)
-
-
 class Suite(LayerSuite):
     data = Data
     against = "published"
@@ -151,7 +138,7 @@ class Suite(LayerSuite):
 
     def published(self, d: Data) -> Call:
         x = d.inputs["x"]
-        make = lambda m, layer: Beside(m, layer.slice.shape, layer._dim).requires_grad_(d.train)
+        make = lambda m, layer: Slice(m, layer.slice.shape, layer._dim).requires_grad_(d.train)
         whole = nn.ModuleList(make(m, layer) for m, layer in zip(d.linears, d.layers, strict=True))
         for m in whole:
             m.base.requires_grad_(False)

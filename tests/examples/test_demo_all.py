@@ -22,7 +22,7 @@ TINY = demo_all.Plan(steps=1, batch=4, held=8, seeds=2)
 
 def row(of, method, seed, r):
     return {"of": of, "method": method, "seed": seed, "layers": 36, "trainable": 1000 + seed, "file_bytes": 5000, "step_ms": 10.0 * (seed + 1),
-            "published_ms": None if method == "mora" else 30.0, "peak_bytes": 7e6, "r": dict.fromkeys(demo_data.DOMAINS, r)}  # fmt: skip
+            "published_ms": 30.0, "peak_bytes": 7e6, "lr": 0.008, "r": dict.fromkeys(demo_data.DOMAINS, r)}  # fmt: skip
 
 
 @pytest.fixture
@@ -71,8 +71,8 @@ def test_the_page_and_the_plot(table):
     rows = {(m, s): row(table.of, m, s, r) for m, s, r in (("lora", 0, 0.5), ("lora", 1, 0.7), ("mora", 0, 0.4))}
     demo_all.write(rows, table.of)
     page = demo_all.PAGE.read_text()
-    assert "| `lora` | 1,000 | 5 | 15 | 30 | 7 | 0.600 | 0.500 to 0.700 |" in page
-    assert "| `mora` | 1,000 | 5 | 10 |  | 7 | 0.400 | one seed |" in page
+    assert "| `lora` | 1,000 | 5 | 15 | 30 | 7 | 0.008 | 0.600 | 0.500 to 0.700 |" in page
+    assert "| `mora` | 1,000 | 5 | 10 | 30 | 7 | 0.008 | 0.400 | one seed |" in page
     assert demo_all.PLOT.stat().st_size > 10_000
     assert max(map(len, page.splitlines())) < 220
 
