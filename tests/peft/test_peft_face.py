@@ -65,7 +65,7 @@ def test_what_is_no_model(who):
 
 
 def test_nothing_to_patch_says_what_is_there():
-    must = r"^lrkern.peft.patch: model must have PEFT LoRA layers \(or VeRA, RandLoRA, MiSS\), got "
+    must = r"^lrkern.peft.patch: model must have PEFT LoRA layers \(or VeRA, RandLoRA, MiSS, AdaLoRA\), got "
     other = peft.get_peft_model(tiny("llama"), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     for model, got in (
         (nn.Linear(4, 4), "Linear with none; get_peft_model comes first"),

@@ -13,6 +13,7 @@ import lrkern.peft
 
 peft = pytest.importorskip("peft")
 CONFIGS = {
+    "adalora": lambda **more: peft.AdaLoraConfig(init_r=4, total_step=9, **{"target_modules": ["up", "down"]} | more),
     "miss": lambda **more: peft.MissConfig(r=4, **{"target_modules": ["up", "down"]} | more),
     "bat": lambda **more: peft.MissConfig(r=4, init_weights="bat", **{"target_modules": ["up", "down"]} | more),
     "vera": lambda **more: peft.VeraConfig(r=4, **{"target_modules": ["up", "down"]} | more),
@@ -44,7 +45,9 @@ def shake(model):
 def pair(kind, **more):
     ours, stock, config = Net(), Net(), CONFIGS[kind](**more)
     lrkern.peft.register(config, ours)
-    return (shake(peft.get_peft_model(*m)) for m in ((ours, config), (stock, CONFIGS[kind](**more))))
+    for m in ((ours, config), (stock, CONFIGS[kind](**more))):
+        torch.manual_seed(3)  # AdaLoRA's factors start from torch's generator
+        yield shake(peft.get_peft_model(*m))
 
 
 @kinds
@@ -134,7 +137,7 @@ def test_what_peft_refuses_waits_on():
 )
 def test_what_is_no_config_of_these(config):
     model = Net()
-    must = "config must be a peft.LoraConfig, VeraConfig, RandLoraConfig or MissConfig, got "
+    must = "config must be a peft.LoraConfig, VeraConfig, RandLoraConfig, MissConfig or AdaLoraConfig, got "
     with pytest.raises(TypeError, match=f"lrkern.peft.register: {must}{type(config).__name__}"):
         lrkern.peft.register(config, model)
     assert type(model) is Net

@@ -4,7 +4,7 @@
 ``lrkern.peft.patch(model)`` makes an existing PEFT model run on lrkern, in place; ``register(config, model)`` makes the
 layers that PEFT creates from a config fused from the start; ``report(model)`` says what runs, ``unpatch(model)`` undoes it.
 ``PatchCallback`` does it in transformers' and TRL's trainers.
-Both also take VeRA and RandLoRA layers, with the projections that PEFT stores, and MiSS layers.
+Both also take AdaLoRA layers, VeRA and RandLoRA layers, with the projections that PEFT stores, and MiSS layers.
 
 A LoRA layer over an exact nn.Linear runs as one op. Over any other base layer (bitsandbytes, GPTQ, AWQ, torchao, ...) the
 base runs untouched and lrkern adds the low-rank part. DoRA is fused over both. What a layer does is decided in every call
@@ -42,6 +42,7 @@ from .lora import FusedLora as _Fused, _create  # noqa: F401, for pickles of 0.1
 from .vera import FusedVera  # noqa: F401, the kinds of layers in the order that messages name them
 from .randlora import FusedRandLora  # noqa: F401
 from .miss import FusedMiss  # noqa: F401
+from .adalora import FusedAdaLora  # noqa: F401
 
 # isort: on
 from .lora.mixed import allow_training
@@ -97,7 +98,7 @@ def _instead(model: nn.Module) -> str:
 
 
 def patch(model: nn.Module, mixed_training: bool = False) -> Report:
-    """Makes the LoRA, VeRA, RandLoRA and MiSS linears of a PEFT model run on lrkern, in place, and reports per layer.
+    """Makes the LoRA, AdaLoRA, VeRA, RandLoRA and MiSS linears of a PEFT model run on lrkern, in place, and reports per layer.
 
     mixed_training: ``adapter_names=`` is taken while the model trains too, where PEFT raises: a batch trains those of its
     adapters that require gradients. Without it PEFT's refusal stays.

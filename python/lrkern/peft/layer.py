@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -40,6 +41,7 @@ class Patched(Swapped):
     """
 
     _method: ClassVar[str]  # the kind of layer in messages
+    _config: ClassVar[type[PeftConfig]]  # PEFT makes such layers from
     _forwards: ClassVar[str]  # the module or package of the forwards that it stands for
     _no_linear: ClassVar[tuple[type, ...]] = ()  # what is of this kind and no linear
     _linear: Callable[..., Tensor]  # of x, weight, bias and an adapter: base and adapter
@@ -155,7 +157,7 @@ def swap_back(m: Swapped) -> None:
 
 
 def _kind_of(layer: BaseTunerLayer) -> type[Patched]:
-    return next(kind for of, kind in KINDS.items() if isinstance(layer, of))
+    return next(KINDS[of] for of in type(layer).__mro__ if of in KINDS)  # the nearest: AdaLoRA's is a LoRA layer
 
 
 @functools.cache

@@ -4,6 +4,7 @@
 Over a quantised base the first two go on top of what the base computes. "bat" asks PEFT's backend for the dequantised weight, as
 PEFT does, and once more in backward: PEFT keeps a W' instead."""
 
+import peft
 from peft.tuners.miss.layer import MissLayer
 
 from .. import functional as F
@@ -14,6 +15,7 @@ from .layer import PLAIN, Patched, dropout_p, hooked
 class FusedMiss(Patched, layers=MissLayer):
     """miss_block [r, out], of "mini" [r, mini_r], of "bat" [out / r, r, r]. PEFT has one kind for all adapters of a layer."""
 
+    _config = peft.MissConfig
     _method, _forwards = "MiSS", "peft.tuners.miss.layer"
 
     def _adapter(self, name):

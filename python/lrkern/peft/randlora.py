@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT's RandLoRA layers on lrkern: U = Λ A Γ is formed in row panels where PEFT's code stores it, and x Uᵀ, for every layer."""
 
+import peft
 from peft.tuners.randlora.layer import RandLoraLayer
 
 from .. import functional as F
@@ -16,6 +17,7 @@ class FusedRandLora(FusedBasis, layers=RandLoraLayer):
 
     save_output = True
 
+    _config = peft.RandLoraConfig
     _method, _forwards = "RandLoRA", "peft.tuners.randlora.layer"
     _own = "randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B", "randlora_dropout"
 

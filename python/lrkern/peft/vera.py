@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT's VeRA layers on lrkern."""
 
+import peft
 from peft.tuners.vera.layer import VeraLayer
 
 from .. import functional as F
@@ -16,6 +17,7 @@ class FusedVera(FusedBasis, layers=VeraLayer):
 
     save_output = True
 
+    _config = peft.VeraConfig
     _method, _forwards = "VeRA", "peft.tuners.vera.layer"
     _own = "vera_lambda_d", "vera_lambda_b", "vera_A", "vera_B", "vera_dropout"
 

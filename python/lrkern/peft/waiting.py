@@ -33,7 +33,7 @@ def register(config: peft.PeftConfig, model: nn.Module) -> None:
         lrkern.peft.register(config, model); model = peft.get_peft_model(model, config)
 
     or PeftModel.from_pretrained(model, folder, config=config). PEFT does not write a registration to its files. A LoraConfig asks who
-    makes its layers and is registered itself, for later adapters too; of VeRA, RandLoRA and MiSS the model is, until PEFT has put
+    makes its layers and is registered itself, for later adapters too; of AdaLoRA, VeRA, RandLoRA and MiSS the model is, until PEFT has put
     the first layers into it.
     """
     layers, kind = _made_from(config)
@@ -52,16 +52,10 @@ def register(config: peft.PeftConfig, model: nn.Module) -> None:
 
 def _made_from(config: peft.PeftConfig) -> tuple[type[BaseTunerLayer], type[Patched]]:
     """PEFT's class of the layers, and ours."""
-    tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type) if isinstance(config, peft.PeftConfig) else None
-    for layers, kind in KINDS.items():
-        if issubclass(getattr(tuner, "tuner_layer_cls", object), layers) and isinstance(config, _config_of(layers)):
-            return layers, kind
-    *names, last = (of.__name__ for of in map(_config_of, KINDS))
+    kinds = {kind._config: (layers, kind) for layers, kind in KINDS.items()}
+    of = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(config.peft_type) if isinstance(config, peft.PeftConfig) else None
+    if of in kinds:
+        return kinds[of]
+    *names, last = (of.__name__ for of in kinds)
     must = f"config must be a peft.{', '.join(names)} or {last}"
     raise TypeError(f"lrkern.peft.register: {must}, got {type(config).__name__}")
-
-
-def _config_of(layers: type) -> type:
-    tuners = peft.PEFT_TYPE_TO_TUNER_MAPPING.items()
-    method = next(method for method, tuner in tuners if getattr(tuner, "tuner_layer_cls", None) is layers)
-    return peft.PEFT_TYPE_TO_CONFIG_MAPPING[method]

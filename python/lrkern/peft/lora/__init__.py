@@ -42,6 +42,7 @@ def _stored(base: nn.Module) -> Tensor | None:
 
 class FusedLora(Patched, layers=LoraLayer):
     _derived: ClassVar = {"_lrkern_norm": DoraNorm, NAMED: bool}
+    _config = peft.LoraConfig
     _method, _forwards = "LoRA", "peft.tuners.lora."
     _no_linear = (Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, ParamWrapper)
 
