@@ -2,6 +2,7 @@
 """The one benchmark runner:  python bench/run.py SUITE [NAME...] [--device cpu|cuda] [--quick] [--json F] [--plot F.png]
                            python bench/run.py --list [SUITE]
                            python bench/run.py roofline [KERNEL or FAMILY...] [--arch h100|...]   predicted, without a GPU
+                           python bench/run.py tuners [TUNER...] [--quick]   PEFT's own comparison, stock and patched
 
 Providers interleave call by call. The first one, base where there is one, runs twice (A/A), which shows the noise: where
 the medians of the two differ by more than 20% of the smallest figure compared, the case is run again with more rounds, at
@@ -332,8 +333,13 @@ def progress(bar: tqdm, done: int) -> Callable[[float], None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    if (sys.argv[1:] if argv is None else argv)[:1] == ["roofline"]:
-        return importlib.import_module("roofline").main((sys.argv[1:] if argv is None else argv)[1:])
+    given = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "bench/run.py", *given])
+    if given[:1] == ["roofline"]:
+        return importlib.import_module("roofline").main(given[1:])
+    if given[:1] == ["tuners"]:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+        return importlib.import_module("tuners").main(given[1:], machine, command)
     about = "".join("\n" + ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0] for path in SUITES.values())
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__ + about, formatter_class=plain)
@@ -375,7 +381,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text("")
 
-    command = shlex.join(["python", "bench/run.py", *(sys.argv[1:] if argv is None else argv)])
     print(f"{machine(args.device)}\n{command}", flush=True)
     for line in suite.notes():
         print(line, flush=True)

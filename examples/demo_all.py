@@ -323,27 +323,17 @@ def adapted(lrkern, model, method: str, seed: int):
 
 def published(lrkern, model, method: str, seed: int):
     """The model with the method's layers as others compute them: of PEFT where it has the method, else of bench/peers."""
-    import peft
     import torch
 
-    config = {
-        "lora": lambda: peft.LoraConfig(r=16, lora_alpha=32, target_modules=ALL),
-        "dora": lambda: peft.LoraConfig(r=16, lora_alpha=32, use_dora=True, target_modules=ALL),
-        "adalora": lambda: peft.AdaLoraConfig(init_r=16, target_r=16, total_step=100, target_modules=ALL),
-        "vera": lambda: peft.VeraConfig(r=256, target_modules=ALL),
-        "randlora": lambda: peft.RandLoraConfig(r=32, target_modules=ALL),
-        "miss": lambda: peft.MissConfig(r=32, target_modules=ALL),
-        "bone": lambda: peft.MissConfig(r=32, init_weights="bat", target_modules=ALL),
-    }.get(method)
-    torch.manual_seed(seed)
-    if config:
-        model = peft.get_peft_model(model, config())
-        model.base_model.model.score.requires_grad_(True)
-        return model
     sys.path.insert(0, str(ROOT / "bench"))
     from peers.families import FORWARDS
+    from peers.tuners import TUNERS, stock
     from peers.variants import PUBLISHED
 
+    tuner = {"bone": "miss_bat"}.get(method, method)
+    if tuner in TUNERS:
+        return stock(model, tuner, ALL, 10**6, seed)  # steps before AdaLoRA's budget falls
+    torch.manual_seed(seed)
     adapted(lrkern, model, method, seed)
     for layer in [m for m in model.modules() if isinstance(m, lrkern.nn.linear.AdapterLinear)]:
         layer.forward = FORWARDS[method](layer) if method in FORWARDS else of_variant(layer, PUBLISHED[method])
