@@ -6,6 +6,7 @@ import copy
 import pytest
 import tiny_models
 import torch
+import transformers
 from optim_rules import GROUPS, IN, MID, OUT, RULES, STEPS, adamw, batch, model, train
 from torch import nn
 
@@ -169,9 +170,7 @@ def test_loraprune_over_a_llama():
             parent, _, last = name.rpartition(".")
             setattr(m.get_submodule(parent), last, variants.LoRAPruneLinear.from_linear(linear, r=2))
     groups = optim.llama_groups(m, 16)
-    assert [(len(g.out), len(g.into), g.size) for g in groups] == [(3, 1, 16), (2, 1, 1)] * 2
-    with pytest.raises(ValueError, match="as many outputs as inputs"):  # two heads of q, one of k and v
-        optim.LoRAPrunePruning(m, groups, 10)
+    assert [(len(g.out), len(g.into), g.size, g.heads) for g in groups] == [(3, 1, 1, 1), (2, 1, 1, 0)] * 2
     rule = optim.LoRAPrunePruning(m, groups[1::2], 4, ratio=0.5, every=1, start=0.0)
     ids = torch.arange(10)[None]
     optimizer = adamw(m)
@@ -190,12 +189,62 @@ def test_loraprune_over_a_llama():
     torch.testing.assert_close(m(input_ids=ids).logits, want, rtol=1e-4, atol=1e-5)
 
 
+def test_loraprune_prunes_grouped_heads():
+    """Four query heads attend to two key and value heads: the group is one of these with its two of those, in every layer."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=32, head_dim=8
+    )  # fmt: skip
+    m = transformers.LlamaForCausalLM(config).train().requires_grad_(False)
+    for name, linear in [*m.named_modules()]:
+        if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            parent, _, last = name.rpartition(".")
+            setattr(m.get_submodule(parent), last, variants.LoRAPruneLinear.from_linear(linear, r=2))
+    rule = optim.LoRAPrunePruning(m, optim.llama_groups(m, 8), 4, ratio=0.5, every=1, start=0.0)
+    assert [len(t) for t in rule.importance] == [2, 2]
+    ids, optimizer = torch.arange(10)[None], adamw(m)
+    for _ in range(4):
+        m(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        attention = m.model.layers[1].self_attn
+        found = torch.zeros(2)
+        for last in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            layer, by = getattr(attention, last), (1, 0) if last == "o_proj" else (0, 1)
+            s = dense_scores(layer).sum(by[1]).view(2, -1).sum(1)
+            found += s / s.norm()
+        before = rule.importance[1]
+        rule.step(optimizer)
+        torch.testing.assert_close(rule.importance[1], 0.9 * before + 0.1 * found, rtol=1e-4, atol=1e-6)
+        optimizer.zero_grad()
+    m.eval()
+    want = m(input_ids=ids).logits
+    for attention, importance in zip((layer.self_attn for layer in m.model.layers), rule.importance, strict=True):
+        kept = torch.zeros(2, dtype=torch.bool)
+        kept[int(importance.argmax())] = True
+        for last, features in (("q_proj", 16), ("k_proj", 8), ("v_proj", 8)):
+            assert torch.equal(getattr(attention, last).mask, kept.repeat_interleave(features))
+        attention.o_proj = attention.o_proj.sliced(attention.q_proj.mask)
+        for last in ("q_proj", "k_proj", "v_proj"):
+            setattr(attention, last, getattr(attention, last).sliced())
+    torch.testing.assert_close(m(input_ids=ids).logits, want, rtol=1e-4, atol=1e-5)
+
+
 BAD = [
     ([], "groups must have a PruneGroup"),
     ([optim.PruneGroup(("1",))], r"groups\[0\] must name LoRAPruneLinear layers, got '1'"),
     ([optim.PruneGroup(("0",)), optim.PruneGroup(("0",))], r"groups\[1\].out must name layers, each in one group"),
-    ([optim.PruneGroup(("0",), ("2",), 3)], r"groups\[0\] must have as many outputs as inputs, a multiple of size=3"),
+    (
+        [optim.PruneGroup(("0",), ("2",), 3)],
+        r"groups\[0\] must have as many outputs as inputs, a multiple of size=3",
+    ),
     ([optim.PruneGroup(("0", "2"))], r"got out \[16, 8\], into \[\]"),
+    (
+        [optim.PruneGroup(("0", "2"), heads=3)],
+        r"groups\[0\] must have multiples of heads=3 features, got out \[16, 8\]",
+    ),
+    ([optim.PruneGroup(("0",), size=2, heads=2)], "must have a size >= 1 or a number of heads, got size=2, heads=2"),
+    ([optim.PruneGroup(("0",), size=0)], "must have a size >= 1 or a number of heads, got size=0"),
+    ([optim.PruneGroup(("0",), heads=-1)], "must have a size >= 1 or a number of heads, got size=1, heads=-1"),
 ]
 
 

@@ -119,13 +119,20 @@ def test_the_best_model_of_other_shapes_is_refused(name, tmp_path):
         t.train()
 
 
-def test_new_parameters_in_several_processes_are_refused(tmp_path):
-    _, rule, callback = made(RULES["increlora"])
+def test_new_parameters_in_several_processes_without_ddp_are_refused():
+    """With it see test_rules_ddp.py."""
+    m, rule, callback = made(RULES["increlora"])
     arguments = type("Arguments", (), {"world_size": 2, "load_best_model_at_end": False})
     state = type("State", (), {"global_step": 0})
-    with pytest.raises(ValueError, match="IncreLoRAGrowth must have one process, got 2"):
-        callback.on_train_begin(arguments, state, None)
+    callback.on_train_begin(arguments, state, None, model=m)
+    m(*batch(1))["loss"].backward()
+    with pytest.raises(
+        ValueError, match="IncreLoRAGrowth must train in DistributedDataParallel where it has 2 processes, found"
+    ):
+        callback.on_optimizer_step(arguments, state, None, optimizer=torch.optim.SGD(m.parameters(), 0.1))
     assert rule.steps == 0
+    callback.on_train_end(arguments, state, None)
+    assert not m._forward_pre_hooks
 
 
 def test_a_step_that_was_skipped_is_none():

@@ -37,7 +37,10 @@ def decisions(case):
             nn.functional.mse_loss(wrapped(x), want).backward()
             optimizer.step()
             if rule.step(optimizer):
-                wrapped = DistributedDataParallel(wrapped.module)
+                if n % 2:
+                    wrapped = DistributedDataParallel(wrapped.module)
+                else:
+                    optim.surgery.rewrap(wrapped)
             optimizer.zero_grad()
             equal_everywhere(layer_values(wrapped.module))
             equal_everywhere([layer.settings for layer in rule.layers.values()])
@@ -115,7 +118,7 @@ def in_a_trainer(rank):
         assert rule.steps == STEPS
         return layer_values(m) | flat(rule.state_dict())
 
-    for name in ("adalora", "beamlora", "cola", "dylora", "prilora"):
+    for name in ("adalora", "beamlora", "cola", "dylora", "increlora", "prilora"):
         whole = trained(name, 3 + rank)
         equal_everywhere(whole)
         dist.barrier()

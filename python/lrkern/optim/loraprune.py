@@ -8,17 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.variants import LoRAPruneLinear
-from .rule import Rule
+from .rule import Rule, plain
 from .schedule import cubic
 
 
 class PruneGroup(NamedTuple):
-    """Layers by name whose features go together: a head of ``size`` outputs of every layer of ``out``, and the inputs of those of ``into`` that read
-    them. size 1: single features."""
+    """Layers by name whose features go together: ``size`` outputs of every layer of ``out``, and the inputs of those of ``into`` that read
+    them, which all have as many. size 1: single features. Or with ``heads`` each layer's outputs, or inputs, are cut into so many parts: a key and
+    value head goes with the query heads that attend to it."""
 
     out: tuple[str, ...]
     into: tuple[str, ...] = ()
     size: int = 1
+    heads: int = 0
 
 
 class LoRAPrunePruning(Rule):
@@ -51,7 +53,7 @@ class LoRAPrunePruning(Rule):
         start: float = 0.1,
         final: float = 0.1,
     ):
-        plain = [{"out": [*g.out], "into": [*g.into], "size": g.size} for g in groups]
+        plain = [{"out": [*g.out], "into": [*g.into], "size": g.size, "heads": g.heads} for g in groups]
         super().__init__(
             model, groups=plain, total_steps=total_steps, ratio=ratio, every=every, start=start, final=final
         )
@@ -68,25 +70,27 @@ class LoRAPrunePruning(Rule):
         self.importance: list[Tensor] = [torch.zeros(self._count(g)) for g in plain]
 
     def _check_group(self, who: str, group: dict[str, Any], taken: set[str]) -> None:
-        names, size = (*group["out"], *group["into"]), group["size"]
+        names, size, heads = (*group["out"], *group["into"]), group["size"], group["heads"]
         if unknown := [n for n in names if n not in self.layers]:
             raise ValueError(f"{who} must name LoRAPruneLinear layers, got {unknown[0]!r}")
         if not group["out"] or taken & {*group["out"]} or len({*group["out"]}) < len(group["out"]):
             raise ValueError(f"{who}.out must name layers, each in one group, got {group['out']}")
         taken |= {*group["out"]}
-        sizes = {self.layers[n].out_features for n in group["out"]} | {
-            self.layers[n].in_features for n in group["into"]
-        }
-        if len(sizes) > 1 or type(size) is not int or size < 1 or sizes.pop() % size:
-            sizes = (
-                [self.layers[n].out_features for n in group["out"]],
-                [self.layers[n].in_features for n in group["into"]],
-            )
-            must = f"have as many outputs as inputs, a multiple of size={size!r}"
-            raise ValueError(f"{who} must {must}, got out {sizes[0]}, into {sizes[1]}")
+        out, into = (
+            [self.layers[n].out_features for n in group["out"]],
+            [self.layers[n].in_features for n in group["into"]],
+        )
+        whole = all(type(n) is int for n in (size, heads)) and size >= 1 and heads >= 0 and (size == 1 or heads == 0)
+        if not whole:
+            raise ValueError(f"{who} must have a size >= 1 or a number of heads, got size={size!r}, heads={heads!r}")
+        if heads and any(n % heads for n in out + into):
+            raise ValueError(f"{who} must have multiples of heads={heads} features, got out {out}, into {into}")
+        if not heads and (len({*out, *into}) > 1 or out[0] % size):
+            must = f"have as many outputs as inputs, a multiple of size={size}"
+            raise ValueError(f"{who} must {must}, got out {out}, into {into}")
 
     def _count(self, group: dict[str, Any]) -> int:
-        return self.layers[group["out"][0]].out_features // group["size"]
+        return group["heads"] or self.layers[group["out"][0]].out_features // group["size"]
 
     def share(self, step: int) -> float:
         """Of the groups that are masked at this step."""
@@ -104,20 +108,21 @@ class LoRAPrunePruning(Rule):
 
     def _score(self, group: dict[str, Any]) -> Tensor:
         """[groups] on the CPU."""
-        total = torch.zeros(self._count(group))
+        count = self._count(group)
+        total = torch.zeros(count)
         for side, names in (("out", group["out"]), ("in", group["into"])):
-            for name in names:
-                s = self.layers[name].scores(group["size"], side)
+            for layer in (self.layers[name] for name in names):
+                s = layer.scores((layer.out_features if side == "out" else layer.in_features) // count, side)
                 total += (s / (s.norm() + 1e-8)).cpu()
         return total
 
     def _mask(self, group: dict[str, Any], importance: Tensor, share: float) -> None:
-        first = self.layers[group["out"][0]]
-        there = first.mask.view(-1, group["size"])[:, 0].cpu()
+        count = self._count(group)
+        there = self.layers[group["out"][0]].mask.view(count, -1)[:, 0].cpu()
         order = importance.masked_fill(~there, -1).sort(stable=True).indices
         gone = max(int(share * len(order) + 1e-9), int((~there).sum()))
         for name in group["out"]:
-            self.layers[name].prune(order[:gone], group["size"])
+            self.layers[name].prune(order[:gone], self.layers[name].out_features // count)
 
     def _state(self) -> dict[str, Any]:
         return {"importance": [*self.importance]}
@@ -128,8 +133,8 @@ class LoRAPrunePruning(Rule):
 
 def llama_groups(model: nn.Module, head_dim: int) -> list[PruneGroup]:
     """Of a model with Llama's names: heads of q_proj, k_proj and v_proj with o_proj's inputs, and the features of gate_proj and up_proj with
-    down_proj's inputs. Only LoRAPruneLinear layers count. Grouped-query attention, where k and v have fewer heads, is refused by
-    LoRAPrunePruning."""
+    down_proj's inputs. In grouped-query attention a key and value head goes with the query heads that attend to it. Only LoRAPruneLinear
+    layers count; the heads are those of the smallest of an attention's."""
     groups: dict[tuple[str, str], dict[str, list[str]]] = {}
     parts = {
         "self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
@@ -140,6 +145,12 @@ def llama_groups(model: nn.Module, head_dim: int) -> list[PruneGroup]:
         out, into = parts.get(block.rpartition(".")[2], ((), ()))
         if isinstance(m, LoRAPruneLinear) and last in (*out, *into):
             found = groups.setdefault((block, block.rpartition(".")[2]), {"out": [], "into": []})
-            found["out" if last in out else "into"].append(name.removeprefix("module."))
-    sizes = {"self_attn": head_dim, "mlp": 1}
-    return [PruneGroup((*g["out"],), (*g["into"],), sizes[kind]) for (_, kind), g in groups.items() if g["out"]]
+            found["out" if last in out else "into"].append(name)
+    heads = lambda g: min(model.get_submodule(name).out_features for name in g["out"]) // head_dim
+    return [
+        PruneGroup(
+            tuple(map(plain, g["out"])), tuple(map(plain, g["into"])), heads=heads(g) if kind == "self_attn" else 0
+        )
+        for (_, kind), g in groups.items()
+        if g["out"]
+    ]

@@ -30,7 +30,7 @@ class Rule:
     Under DistributedDataParallel every process has its own rule and calls it alike. All come to the same decisions: gradients are the
     same there, what each process has seen for itself is averaged over all, and draws come from a generator that the rule owns, begun from
     ``seed``. torch's own generator is left as it is. Where ``step`` returns True, parameters that train are new ones: wrap the model in
-    DistributedDataParallel anew. Parameters and optimizers that are sharded (FSDP2, ZeroRedundancyOptimizer) are refused.
+    DistributedDataParallel anew, or call ``surgery.rewrap`` of the wrapper. Parameters and optimizers that are sharded (FSDP2, ZeroRedundancyOptimizer) are refused.
 
     ``state_dict`` has what a run needs to go on bit for bit as if it had not been broken off, beside the model's state_dict and the
     optimizer's. Load it first, over a model made as at the beginning: it gives the layers the shapes that they had, which the
@@ -45,7 +45,7 @@ class Rule:
     RESHAPES: ClassVar[str] = ""  # "parameters" that train become others, or what is "frozen"
 
     def __init__(self, model: nn.Module, **settings: Any):
-        found = {_plain(name): m for name, m in model.named_modules() if isinstance(m, self.LAYER)}
+        found = {plain(name): m for name, m in model.named_modules() if isinstance(m, self.LAYER)}
         if not found:
             raise ValueError(f"{type(self).__name__}: model must have {self.LAYER.__name__} layers, got none")
         self.layers: dict[str, AdapterLinear] = found
@@ -218,7 +218,7 @@ def over_processes(t: Tensor) -> Tensor:
     return t
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Without what DistributedDataParallel and torch.compile put before or into names."""
     return name.removeprefix("module.").replace("_orig_mod.", "")
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 
@@ -89,6 +90,12 @@ def corner(shape: torch.Size) -> Callable[[Tensor], Tensor]:
         return out
 
     return move
+
+
+def rewrap(wrapper: DistributedDataParallel) -> None:
+    """Lets it see parameters that are new in its module, in place: what reading its pickle does. To be called alike in all processes, where
+    they are the same."""
+    wrapper.__setstate__(wrapper.__getstate__())
 
 
 @torch.no_grad()

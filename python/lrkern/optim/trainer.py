@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from ..extras import extra
+from . import surgery
 from .rule import Rule
 
 with extra("lrkern.optim.StepCallback"):
@@ -28,12 +30,15 @@ class StepCallback(TrainerCallback):
         callback.resume(folder)  # first: it gives the layers the shapes that the checkpoint has
         trainer.train(resume_from_checkpoint=folder)
 
-    A training that goes on without it, or from another step, is refused. So are several processes and load_best_model_at_end beside
-    rules that change shapes (``Rule.RESHAPES``): DistributedDataParallel does not see new parameters, and the best model has other shapes.
+    A training that goes on without it, or from another step, is refused, and load_best_model_at_end beside rules that change shapes
+    (``Rule.RESHAPES``), as the best model has other ones. In several processes such rules need DistributedDataParallel, which is made to
+    see the new parameters.
     """
 
     def __init__(self, *rules: Rule):
         self.rules, self._at = rules, 0
+        self._wrapper: DistributedDataParallel | None = None
+        self._hook: Any = None
 
     def resume(self, folder: str | Path) -> None:
         state = torch.load(Path(folder) / FILE, map_location="cpu", weights_only=True)
@@ -43,26 +48,39 @@ class StepCallback(TrainerCallback):
             rule.load_state_dict(saved)
         self._at = state["global_step"]
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step != self._at:
             must = f"go on from step {self._at}, where its rules are; call resume(checkpoint) before train(), got step"
             raise ValueError(f"StepCallback: training must {must} {state.global_step}")
         for rule in self.rules:
             kind = type(rule).__name__
-            if args.world_size > 1 and rule.RESHAPES == "parameters":
-                raise ValueError(
-                    f"StepCallback: {kind} must have one process, got {args.world_size}: it makes new parameters, which "
-                    "DistributedDataParallel does not see"
-                )
             if args.load_best_model_at_end and rule.RESHAPES:
                 raise ValueError(
                     f"StepCallback: {kind} must go without load_best_model_at_end, got True: shapes change"
                 )
 
+        if args.world_size > 1 and any(rule.RESHAPES == "parameters" for rule in self.rules):
+            self._wrapper, self._hook = None, model.register_forward_pre_hook(self._look)
+
+    def _look(self, module: Any, inputs: Any) -> None:
+        """What wraps the model, which the Trainer tells no callback: within a forward torch knows it."""
+        if self._wrapper is None:
+            self._wrapper = DistributedDataParallel._get_active_ddp_module()
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         skipped = getattr(optimizer, "step_was_skipped", False)
         for rule in self.rules:
-            rule.skip() if skipped else rule.step(optimizer)
+            if self._hook is not None and self._wrapper is None and rule.RESHAPES == "parameters":
+                must = f"must train in DistributedDataParallel where it has {args.world_size} processes, found no such wrapper"
+                raise ValueError(f"StepCallback: {type(rule).__name__} {must}")
+            new = rule.skip() if skipped else rule.step(optimizer)
+            if new and self._wrapper is not None:
+                surgery.rewrap(self._wrapper)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._wrapper = self._hook = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._at = state.global_step
