@@ -110,49 +110,69 @@ class Everything:
         self.device = args.device if args.device != "auto" else "cuda" if m.torch.cuda.is_available() else "cpu"
         self.folder = args.out / "methods"
         self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "rows.jsonl"
+        self.cut_off = path.exists() and not path.read_text().endswith(
+            "\n"
+        )  # a run may have ended in the middle of a row
         self.of = {"plan": asdict(plan), "device": self.device, "machine": machine(m.torch, self.device),
                    "threads": m.torch.get_num_threads(), "torch": m.torch.__version__}  # fmt: skip
         demo_data.fetch()
 
     def run(self) -> None:
         methods, seeds = [*self.lrkern.methods()], range(self.seed, self.seed + self.plan.seeds)
-        rows, rates = self.rows("seed"), self.rows("rates")
-        rates = {method: row for (method, _), row in rates.items()}
-        left = [(seed, method) for seed in seeds for method in methods if (method, seed) not in rows]
-        jobs = len(left) + len({method for _, method in left} - rates.keys())
+        rates, rows, times = (self.rows(kind) for kind in ("rates", "r", "step_ms"))
+        left = [(method, seed) for seed in seeds for method in methods if (method, seed) not in rows]
+        untimed = [method for method in methods if (method, None) not in times]
+        jobs = len(left) + len(untimed) + len({method for method, _ in left} - {method for method, _ in rates})
         print(
-            f"{len(rows)} rows are there, {len(left)} are left: at most {jobs * self.plan.seconds / 60:.0f} min; "
-            "^C stops, the same command goes on",
+            f"{len(rows)} rows are there, {len(left)} are left, and {len(untimed)} methods to be timed: at most "
+            f"{jobs * self.plan.seconds / 60:.0f} min; ^C stops, the same command goes on",
             flush=True,
         )
-        for seed, method in left:
+        for method, seed in left:
             start = time.perf_counter()
-            try:
-                if method not in rates:
-                    rates[method] = self.append(alone(Rate, self.plan, self.device, method, self.seed))
-                row = self.append(alone(Run, self.plan, self.device, method, seed, rates[method]["lr"]))
-            except TimeoutError as error:
-                print(f"  {method:<12} seed {seed}: {error}", flush=True)
+            if (method, None) not in rates:
+                rates[method, None] = self.made(Rate, method, self.seed)
+            lr = rates[method, None]["lr"]
+            if (row := self.made(Run, method, seed, lr)) is None:
                 continue
             rows[method, seed] = row
-            mean = statistics.mean(row["r"].values())
-            print(f"  {method:<12} seed {seed}: {row['trainable']:>9,} parameters, {row['step_ms']:.0f} ms a step, "
-                  f"rate {row['lr']:.1e}, r={mean:.3f}, {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
-            if not self.quick:
-                write(rows, self.of)
+            print(f"  {method:<12} seed {seed}: {row['trainable']:>9,} parameters, rate {lr:.1e}, "
+                  f"r={statistics.mean(row['r'].values()):.3f}, {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+            self.write(rows, times)
+        for method in untimed:  # all in a row, as the machine is
+            if row := self.made(Time, method, self.seed):
+                times[method, None] = row
+                print(f"  {method:<12} {row['step_ms']:.0f} ms a step, published {row['published_ms']:.0f}", flush=True)
+                self.write(rows, times)
 
-    def append(self, row: dict) -> dict:
-        row = {"of": self.of, **row}
+    def made(self, job: type[Job], method: str, *given: Any) -> dict | None:
+        try:
+            row = {"of": self.of, **alone(job, self.plan, self.device, method, *given)}
+        except TimeoutError as error:
+            print(f"  {method:<12} {error}", flush=True)
+            return None
         with (self.folder / "rows.jsonl").open("a") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write("\n" * self.cut_off + json.dumps(row) + "\n")
+        self.cut_off = False
         return row
 
-    def rows(self, kind: str) -> dict[tuple[str, int], dict]:
-        """Those with this key, of this plan, machine and torch: others are not beside them in one table."""
+    def write(self, rows: dict[tuple[str, int], dict], times: dict[tuple[str, int | None], dict]) -> None:
+        if not self.quick:
+            write(rows, {method: row for (method, _), row in times.items()}, self.of)
+
+    def rows(self, kind: str) -> dict[tuple[str, int | None], dict]:
+        """Those with this key by method and seed, of this plan, machine and torch: others are not beside them in one table."""
         path = self.folder / "rows.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        found = [json.loads(line) for line in lines if line.endswith("}")]  # a run may have ended in the middle of one
-        return {(row["method"], row.get("seed")): row for row in found if row["of"] == self.of and kind in row}
+        found = [*map(parsed, path.read_text().splitlines())] if path.exists() else []
+        return {(row["method"], row.get("seed")): row for row in found if row.get("of") == self.of and kind in row}
+
+
+def parsed(line: str) -> dict:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return {}
 
 
 def alone(call: Callable, *args: Any) -> Any:
@@ -287,29 +307,34 @@ class Run(Job):
             self.lrkern.save(model, Path(folder) / "a")
             size = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        ours, theirs = self.times(model, batches)
         return {
             "method": self.method, "seed": self.seed, "lr": self.lr, "layers": len(report.layers), "trainable": trainable,
-            "file_bytes": size, "step_ms": ours, "published_ms": theirs, "peak_bytes": peak, "r": r,
+            "file_bytes": size, "peak_bytes": peak, "r": r,
         }  # fmt: skip
 
-    def times(self, model, batches) -> tuple[float, float]:
-        """ms a step of the model and of the method's published formulation: the same steps in turn, after one each to warm up, of a
-        batch of usual length, nine each or for some seconds."""
-        batch = sorted(batches, key=lambda batch: batch[0]["input_ids"].numel())[len(batches) // 2]
+
+class Time(Job):
+    """ms a step of the method here and in its published formulation: the same steps in turn, after one each to warm up, of a batch of
+    usual length, fifteen each or for some seconds."""
+
+    def __call__(self) -> dict[str, Any]:
+        batches = sorted(self.batches(self.lines[DOMAINS[-1]]), key=lambda batch: batch[0]["input_ids"].numel())
+        batch, model = batches[len(batches) // 2], self.base()
+        self.adapt(model, batches, self.plan.lr)
         models = model, published(self.lrkern, self.base(), self.method, self.seed)
-        optimizers = [self.optimizer(m, self.lr) for m in models]
+        optimizers = [self.optimizer(m, self.plan.lr) for m in models]
         times: list[list[float]] = [[], []]
         begin = time.perf_counter()
-        for i in range(10):
+        for i in range(16):
             for m, optimizer, of in zip(models, optimizers, times, strict=True):
                 start = time.perf_counter()
                 self.step(m, optimizer, *batch)
                 self.m.synchronize(self.device)
                 of.append(1e3 * (time.perf_counter() - start))
-            if i and time.perf_counter() - begin > 5.0:
+            if i and time.perf_counter() - begin > 10.0:
                 break
-        return statistics.median(times[0][1:]), statistics.median(times[1][1:])
+        ours, theirs = (statistics.median(of[1:]) for of in times)
+        return {"method": self.method, "step_ms": ours, "published_ms": theirs, "rounds": i}
 
 
 def adapted(lrkern, model, method: str, seed: int):
@@ -350,7 +375,7 @@ def of_variant(layer, run: Callable) -> Callable:
 # ---- the page
 
 
-def write(rows: dict[tuple[str, int], dict], of: dict) -> None:
+def write(rows: dict[tuple[str, int], dict], times: dict[str, dict], of: dict) -> None:
     by_method: dict[str, list[dict]] = {}
     for (method, _), row in sorted(rows.items()):
         by_method.setdefault(method, []).append(row)
@@ -359,11 +384,10 @@ def write(rows: dict[tuple[str, int], dict], of: dict) -> None:
     for method, each in by_method.items():
         means = [statistics.mean(row["r"].values()) for row in each]
         spread = f"{min(means):.3f} to {max(means):.3f}" if len(means) > 1 else "one seed"
-        ms = statistics.median(row["step_ms"] for row in each)
-        theirs = statistics.median(row["published_ms"] for row in each)
+        ms, theirs = (f"{times[method][key]:.0f}" if method in times else "" for key in ("step_ms", "published_ms"))
         peak = statistics.median(row["peak_bytes"] for row in each) / 1e6
         lines.append(
-            f"| `{method}` | {each[0]['trainable']:,} | {each[0]['file_bytes'] / 1e3:,.0f} | {ms:.0f} | {theirs:.0f} | {peak:.0f} "
+            f"| `{method}` | {each[0]['trainable']:,} | {each[0]['file_bytes'] / 1e3:,.0f} | {ms} | {theirs} | {peak:.0f} "
             f"| {each[0]['lr']:g} | {statistics.mean(means):.3f} | {spread} |"
         )
     PAGE.write_text(
@@ -391,10 +415,10 @@ def write(rows: dict[tuple[str, int], dict], of: dict) -> None:
             ]
         )
     )
-    plot(by_method)
+    plot(by_method, times)
 
 
-def plot(by_method: dict[str, list[dict]]) -> None:
+def plot(by_method: dict[str, list[dict]], times: dict[str, dict]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -403,7 +427,8 @@ def plot(by_method: dict[str, list[dict]]) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(14, 6), constrained_layout=True)
     for axis, key, label in zip(axes, ("trainable", "step_ms"), ("trainable parameters", "ms a step"), strict=True):
         for method, each in by_method.items():
-            x = statistics.median(row[key] for row in each)
+            if (x := (times.get(method, {}) if key == "step_ms" else each[0]).get(key)) is None:
+                continue
             means = [statistics.mean(row["r"].values()) for row in each]
             axis.plot([x, x], [min(means), max(means)], color="0.6", linewidth=1)
             axis.plot(x, statistics.mean(means), "o", markersize=4)

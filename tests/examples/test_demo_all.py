@@ -24,8 +24,7 @@ TINY = demo_all.Plan(steps=1, batch=4, held=8, seeds=2)
 
 
 def row(of, method, seed, r):
-    return {"of": of, "method": method, "seed": seed, "layers": 36, "trainable": 1000 + seed, "file_bytes": 5000, "step_ms": 10.0 * (seed + 1),
-            "published_ms": 30.0, "peak_bytes": 7e6, "lr": 0.008, "r": dict.fromkeys(demo_data.DOMAINS, r)}  # fmt: skip
+    return {"of": of, "method": method, "seed": seed, "layers": 36, "trainable": 1000 + seed, "file_bytes": 5000, "peak_bytes": 7e6, "lr": 0.008, "r": dict.fromkeys(demo_data.DOMAINS, r)}  # fmt: skip
 
 
 @pytest.fixture
@@ -34,7 +33,9 @@ def table(tmp_path, monkeypatch):
     args = argparse.Namespace(out=tmp_path, seed=0, device="cpu", quick=False)
     monkeypatch.setattr(demo_all, "PAGE", tmp_path / "methods.md")
     monkeypatch.setattr(demo_all, "PLOT", tmp_path / "methods.png")
-    return demo_all.Everything(TINY, args, lambda *_: "a machine")
+    made = demo_all.Everything(TINY, args, lambda *_: "a machine")
+    made.args = args
+    return made
 
 
 def test_a_run_goes_on_where_it_stopped(table, monkeypatch, capsys):
@@ -42,6 +43,7 @@ def test_a_run_goes_on_where_it_stopped(table, monkeypatch, capsys):
 
     def alone(call, plan, device, method, seed, *lr):
         assert (plan, device) == (TINY, "cpu")
+        assert call is not demo_all.Time, "last"
         if call is demo_all.Rate:
             rated.append(method)
             return {"method": method, "rates": {"0.002": 1.0, "0.008": 0.5}, "lr": 0.008}
@@ -60,11 +62,13 @@ def test_a_run_goes_on_where_it_stopped(table, monkeypatch, capsys):
     first = made[:]
     path.open("a").write('{"of": ')  # a row that was cut off
     made.clear()
+    again = demo_all.Everything(TINY, table.args, lambda *_: "a machine")
     with pytest.raises(KeyboardInterrupt):
-        table.run()
+        again.run()
+    assert len(path.read_text().splitlines()) == 1 + 9 - 1 + len(rated) and len(again.rows("r")) == 8
     assert made[0] == ("allora", 0), "what gave no row is tried again"
     assert not {*first} & {*made} - {("allora", 0)} and len({*first, *made}) == 9
-    assert "4 rows are there, 62 are left" in capsys.readouterr().out
+    assert "4 rows are there, 62 are left, and 33 methods to be timed: at most 122 min" in capsys.readouterr().out
     assert len(rated) == len({*rated}) == len({method for method, _ in {*first, *made}}) + 1, (
         "each once: what is there is taken"
     )
@@ -74,15 +78,15 @@ def test_rows_of_another_plan_or_machine_are_not_in_the_table(table):
     other = table.of | {"machine": "another"}
     rows = [row(table.of, "lora", 0, 0.5), row(other, "lora", 1, 0.1)]
     (table.folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert list(table.rows("seed")) == [("lora", 0)]
+    assert list(table.rows("r")) == [("lora", 0)]
 
 
 def test_the_page_and_the_plot(table):
     rows = {(m, s): row(table.of, m, s, r) for m, s, r in (("lora", 0, 0.5), ("lora", 1, 0.7), ("mora", 0, 0.4))}
-    demo_all.write(rows, table.of)
+    demo_all.write(rows, {"lora": {"method": "lora", "step_ms": 15.0, "published_ms": 30.0}}, table.of)
     page = demo_all.PAGE.read_text()
     assert "| `lora` | 1,000 | 5 | 15 | 30 | 7 | 0.008 | 0.600 | 0.500 to 0.700 |" in page
-    assert "| `mora` | 1,000 | 5 | 10 | 30 | 7 | 0.008 | 0.400 | one seed |" in page
+    assert "| `mora` | 1,000 | 5 |  |  | 7 | 0.008 | 0.400 | one seed |" in page
     assert demo_all.PLOT.stat().st_size > 10_000
     assert max(map(len, page.splitlines())) < 220
 
@@ -178,4 +182,6 @@ def test_a_row_for_real(method):
     got = demo_all.Run(TINY, "cpu", method, 0, 2e-3)()
     assert (got["method"], got["seed"]) == (method, 0) and got["r"].keys() == {*demo_data.DOMAINS}
     assert got["layers"] == (24 if method == "lorta" else 36) and got["trainable"] > 385 and got["file_bytes"] > 4 * 385
-    assert got["step_ms"] > 0 and got["published_ms"] > 0 and got["peak_bytes"] > 0
+    assert got["peak_bytes"] > 0
+    timed = demo_all.Time(TINY, "cpu", method, 0)()
+    assert timed["step_ms"] > 0 and timed["published_ms"] > 0 and timed["rounds"] > 0
