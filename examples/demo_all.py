@@ -10,6 +10,7 @@ and schedules of methods that have some are left out: ranks stay as they begin.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import multiprocessing
@@ -49,12 +50,16 @@ ATTENTION = r".*\.attention\.(self\.(query|key|value)|output\.dense)"
 SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"r": 16},
     "bone": {"r": 32},
+    "inttune": {
+        "subtract": True
+    },  # as published it starts with the start added to W, and learns nothing here; so does nlora
     "lora2": {"r": 16, "k": 16},
     "lora_mini": {"r": 16, "a": 64, "b": 64},
     "lorta": {"r": 64, "target_modules": ATTENTION},
     "melora": {"r": 16, "n": 2},
     "miss": {"r": 32},
     "mora": {"r": 16},
+    "nlora": {"subtract": True},
     "nola": {"r": 16, "k": 256, "l": 256},
     "prilora": {"r_start": 12, "r_end": 20},
     "randlora": {"r": 32},
@@ -366,7 +371,12 @@ def published(lrkern, model, method: str, seed: int):
 
 
 def of_variant(layer, run: Callable) -> Callable:
+    import torch
+
     c, s, base = dict(layer.coefficients()), layer.settings, layer.base_layer
+    if s.get("subtract"):  # theirs adds its start to W, from which it is taken here
+        base, start = copy.deepcopy(base), c["lora_B"] @ c["lora_N"] @ c["lora_A"] * layer.scaling
+        base.weight = torch.nn.Parameter(base.weight - start, requires_grad=False)
     for earlier in getattr(layer, "_earlier", ()):  # ResLoRA's, of which there is one
         c |= {"before_A": earlier.lora_A, "before_B": earlier.lora_B}
     return lambda x: run(lambda: base(x), base, x, c, s)

@@ -46,6 +46,12 @@ def of_a_variant(item, params: dict) -> bool:
     )
 
 
+def needs_a_gpu(item) -> bool:
+    """One that is here only to be skipped."""
+    skips = [m.kwargs.get("reason") for m in item.iter_markers("skipif") if m.args == (True,)]
+    return bool(no_cuda()) and no_cuda() in (*skips, *(m.kwargs.get("reason") for m in item.iter_markers("skip")))
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -58,6 +64,7 @@ def pytest_collection_modifyitems(config, items):
     if not FULL:  # schedules and their bits are the params programs' matter, which run every launcher
         again = [item for item in items if getattr(item, "originalname", "") == "test_two_runs_are_bit_equal"]
         left_out = {item for item in again if item.callspec.params["device"] == "emulated"}
+        left_out |= {item for item in items if needs_a_gpu(item)}  # half of all: to report each takes minutes
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=[*left_out])
     if hasattr(config, "workerinput"):
