@@ -145,6 +145,25 @@ def test_over_a_base_of_another_kind():
         assert relative(got, expected) < 2e-6
 
 
+@pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_over_bitsandbytes(inside):
+    """PEFT's layers over these answer in float32, as ranknum is; ours as their base does."""
+    bnb = pytest.importorskip("bitsandbytes")
+    net = Net(inside)
+    for name in ("up", "down"):
+        linear = getattr(net, name)
+        quantised = bnb.nn.Linear4bit(linear.in_features, linear.out_features, compute_dtype=inside, quant_type="nf4")
+        quantised.load_state_dict(linear.state_dict())
+        setattr(net, name, quantised.requires_grad_(False).to("cpu"))
+    net.is_loaded_in_4bit = True
+    stock = adapted(net)
+    ours = copy.deepcopy(stock)
+    assert lrkern.peft.patch(ours).fused == 2
+    up, theirs, x = layer_of(ours), layer_of(stock), torch.randn(6, 24, dtype=inside)
+    assert type(theirs).__name__ == "SVDLinear4bit" and theirs(x).dtype == torch.float32 and up(x).dtype == inside
+    assert relative(up(x), theirs(x)) < (2e-6 if inside == torch.float32 else 1e-2)
+
+
 def test_what_is_not_fused_says_why():
     stock, ours, _ = pair()
     x = torch.randn(3, 24)
