@@ -50,16 +50,15 @@ ATTENTION = r".*\.attention\.(self\.(query|key|value)|output\.dense)"
 SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"r": 16},
     "bone": {"r": 32},
-    "inttune": {
-        "subtract": True
-    },  # as published it starts with the start added to W, and learns nothing here; so does nlora
+    # As published the starts of these two are added to W, and they learn nothing here; nor does nlora from the paper's pseudo-inverse.
+    "inttune": {"subtract": True},
+    "nlora": {"subtract": True, "init": "slice"},
     "lora2": {"r": 16, "k": 16},
     "lora_mini": {"r": 16, "a": 64, "b": 64},
     "lorta": {"r": 64, "target_modules": ATTENTION},
     "melora": {"r": 16, "n": 2},
     "miss": {"r": 32},
     "mora": {"r": 16},
-    "nlora": {"subtract": True},
     "nola": {"r": 16, "k": 256, "l": 256},
     "prilora": {"r_start": 12, "r_end": 20},
     "randlora": {"r": 32},
@@ -446,3 +445,4 @@ def plot(by_method: dict[str, list[dict]], times: dict[str, dict]) -> None:
         axis.set(xlabel=label, ylabel="Pearson r, mean of four domains")
     axes[0].set_xscale("log")
     figure.savefig(PLOT, dpi=110)
+    pyplot.close(figure)
