@@ -30,7 +30,7 @@ from timing import clock
 SIDES = ("peft", "lrkern")
 FULL, QUICK = Plan(), demo_all.QUICK
 # Learning rates, as `make demo ARGS="--method all"` found them (docs/methods.md); 2e-3 for others.
-RATES = {"adalora": 8e-3, "vera": 3.2e-2, "miss_bat": 5e-4}
+RATES = {"adalora": 8e-3, "vera": 3.2e-2, "miss": 5e-4, "miss_mini": 5e-4, "miss_bat": 5e-4}
 
 
 class Tuner(Job):

