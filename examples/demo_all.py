@@ -433,16 +433,41 @@ def plot(by_method: dict[str, list[dict]], times: dict[str, dict]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(14, 6), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(15, 8), constrained_layout=True)
+    axes[0].set_xscale("log")
     for axis, key, label in zip(axes, ("trainable", "step_ms"), ("trainable parameters", "ms a step"), strict=True):
+        points: dict[str, tuple[float, float]] = {}
         for method, each in by_method.items():
             if (x := (times.get(method, {}) if key == "step_ms" else each[0]).get(key)) is None:
                 continue
             means = [statistics.mean(row["r"].values()) for row in each]
-            axis.plot([x, x], [min(means), max(means)], color="0.6", linewidth=1)
-            axis.plot(x, statistics.mean(means), "o", markersize=4)
-            axis.annotate(method, (x, statistics.mean(means)), fontsize=7, xytext=(3, 3), textcoords="offset points")
+            points[method] = x, statistics.mean(means)
+            axis.plot([x, x], [min(means), max(means)], color="0.8", linewidth=1)
+            axis.plot(*points[method], "o", markersize=4)
         axis.set(xlabel=label, ylabel="Pearson r, mean of four domains")
-    axes[0].set_xscale("log")
+        axis.margins(x=0.15)
+        name_points(axis, points)
     figure.savefig(PLOT, dpi=110)
     pyplot.close(figure)
+
+
+def name_points(axis, points: dict[str, tuple[float, float]]) -> None:
+    """Names beside them, from the highest down, each below those that it would lie on."""
+    width, height, taken = 75, 11, []  # of a name, in pixels
+    axis.figure.canvas.draw()
+    for method, at in sorted(points.items(), key=lambda item: -item[1][1]):
+        x, y = axis.transData.transform(at)
+        low = y
+        while any(abs(x - u) < width and abs(low - v) < height for u, v in taken):
+            low -= 1
+        taken.append((x, low))
+        line = {"arrowstyle": "-", "color": "0.8", "linewidth": 0.5} if low < y else None
+        axis.annotate(
+            method,
+            at,
+            (6, (low - y) * 72 / axis.figure.dpi),
+            fontsize=7,
+            textcoords="offset points",
+            va="center",
+            arrowprops=line,
+        )

@@ -27,6 +27,12 @@ each = pytest.mark.parametrize(("kind", "I", "O", "r", "mini_r"), CASES)
 kinds = pytest.mark.parametrize("kind", INIT)
 
 
+@pytest.fixture(autouse=True)
+def small_panels(monkeypatch):
+    """Of a quarter of W at most, as those of a large one."""
+    monkeypatch.setattr("lrkern.functional.miss.PANEL", 1)
+
+
 def made(kind, I=64, O=48, r=8, mini_r=None, std=0.1, **settings):
     mini_r = (4 if kind == "mini" else 1) if mini_r is None else mini_r
     layer = MissLinear(I, O, r=r, kind=kind, mini_r=mini_r, **settings)

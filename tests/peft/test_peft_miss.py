@@ -27,6 +27,12 @@ EACH = pytest.mark.parametrize("kind", KINDS)
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
+@pytest.fixture(autouse=True)
+def small_panels(monkeypatch):
+    """Of a quarter of W at most, as those of a large one."""
+    monkeypatch.setattr("lrkern.functional.miss.PANEL", 1)
+
+
 def model(kind, dtype=torch.float32, bias=True, dropout=0.0, base=nn.Linear):
     init, I, O, r, mini = KINDS[kind]
     torch.manual_seed(0)
@@ -71,6 +77,17 @@ def test_forward_and_gradients_are_those_of_peft(kind, dtype, lead):
     for got, expected in zip(step(ours, x, g), step(stock, x, g), strict=True):
         assert got.dtype == expected.dtype and got.shape == expected.shape
         assert relative(got, expected) <= DTYPES[dtype]
+
+
+def test_a_small_w_is_one_panel(monkeypatch):
+    monkeypatch.undo()
+    stock, ours, _ = pair("bat")
+    x, g = torch.randn(5, 64), torch.randn(5, 96)
+    made, panels = [], lrkern.functional.miss._panels
+    monkeypatch.setattr("lrkern.functional.miss._panels", lambda *given: made.append([*panels(*given)]) or made[-1])
+    for got, expected in zip(step(ours, x, g), step(stock, x, g), strict=True):
+        assert relative(got, expected) <= 2e-6
+    assert made == [[(slice(0, 96), slice(0, 12))]] * 2
 
 
 @EACH
@@ -213,23 +230,27 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("size", [512, 2048])
 @pytest.mark.parametrize("kind", ["balance", "bat"])
-def test_nothing_of_the_size_of_w_is_made(kind):
-    """8 tokens beside a W of 1 MB: forward and backward make panels of a quarter at most. PEFT's code is seen to make all of it."""
+def test_nothing_of_the_size_of_w_is_made(kind, size, monkeypatch):
+    """8 tokens beside a W of 1 MB, or of 16 with panels as they are: forward and backward make panels of a quarter at most. PEFT's code is
+    seen to make all of it."""
+    if size == 2048:
+        monkeypatch.undo()
     init = True if kind == "balance" else "bat"
     torch.manual_seed(0)
     stock = get_peft_model(
-        nn.Sequential(nn.Linear(512, 512)), MissConfig(r=32, init_weights=init, target_modules=["0"])
+        nn.Sequential(nn.Linear(size, size)), MissConfig(r=32, init_weights=init, target_modules=["0"])
     )
     ours = copy.deepcopy(stock)
     assert lrkern.peft.patch(ours).fused == 1
     made = {}
     for name, m in (("peft", stock), ("lrkern", ours)):
-        x = torch.randn(8, 512, requires_grad=True)
+        x = torch.randn(8, size, requires_grad=True)
         with Largest([x, *m.parameters()]) as seen:
             m(x).sum().backward()
         made[name] = seen.bytes
-    w = 512 * 512 * 4
+    w = size * size * 4
     assert made["lrkern"] <= w / 4
     if kind == "bat":
         assert made["peft"] >= w

@@ -25,6 +25,12 @@ CONFIGS = {
 kinds = pytest.mark.parametrize("kind", CONFIGS)
 
 
+@pytest.fixture(autouse=True)
+def small_panels(monkeypatch):
+    """Of a quarter of W at most, as those of a large one."""
+    monkeypatch.setattr("lrkern.functional.miss.PANEL", 1)
+
+
 class Int8(nn.Module):
     """As kernels of GPTQ and others: buffers, no parameter, a forward of its own."""
 

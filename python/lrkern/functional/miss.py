@@ -83,10 +83,13 @@ def miss_delta(block: Tensor, in_features: int, out_features: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------- "bat"
 
 
-def _panels(blocks: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows of W and their blocks: a quarter of W at most, or one block."""
+PANEL = 1 << 20  # elements of W' at a time: products of fewer cost more than the memory is worth
+
+
+def _panels(blocks: Tensor, I: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of W [O, I] and their blocks: a quarter of W at most, or PANEL, or one block."""
     n, r = blocks.shape[:2]
-    each = max(1, n // 4)
+    each = max(1, n // 4, min(n, PANEL // max(1, r * I)))
     for i in range(0, n, each):
         yield slice(i * r, min(n, i + each) * r), slice(i, i + each)
 
@@ -111,7 +114,7 @@ class _Bone(Function):
         ctx.save_for_backward(x, None if ctx.dense else weight, blocks)
         weight = _dense(ctx.dense, x, blocks) if ctx.dense else weight
         y = x.new_empty(x.shape[0], weight.shape[0])
-        for rows, of in _panels(blocks):
+        for rows, of in _panels(blocks, x.shape[-1]):
             w, to = _panel(weight[rows], blocks[of], ctx.whole).mT, y[:, rows]
             into = {} if torch.compiler.is_compiling() else {"out": to}  # dynamo takes none with gaps between its rows
             part = torch.mm(x, w, **into) if start is None else torch.addmm(start[..., rows], x, w, **into)
@@ -128,7 +131,7 @@ class _Bone(Function):
             raise RuntimeError(f"lrkern::{ctx.form}: weight must not require a gradient, it has none here")
         dx = torch.empty_like(x) if need_x else None
         d = torch.empty_like(blocks) if need_blocks else None
-        for rows, of in _panels(blocks):
+        for rows, of in _panels(blocks, x.shape[-1]):
             of_panel, b = dy[:, rows], blocks[of]
             p, r, _ = b.shape
             if need_x:
@@ -146,7 +149,7 @@ class _Bone(Function):
         """For torch.func's transforms, by all of whose derivatives."""
         weight = _dense(weight, x, blocks) if callable(weight) else weight
         whole = start is None or start.dim() == 1
-        y = torch.cat([x @ _panel(weight[rows], blocks[of], whole).mT for rows, of in _panels(blocks)], -1)
+        y = torch.cat([x @ _panel(weight[rows], blocks[of], whole).mT for rows, of in _panels(blocks, x.shape[-1])], -1)
         return y if start is None else start + y
 
 
