@@ -24,13 +24,11 @@ from typing import Any
 import demo_all
 from demo_all import ALL, Job, Plan, alone
 from demo_data import DOMAINS
-from peers.tuners import TUNERS, stock
+from peers.tuners import RATES, TUNERS, stock
 from timing import clock
 
 SIDES = ("peft", "lrkern")
 FULL, QUICK = Plan(), demo_all.QUICK
-# Learning rates, as `make demo ARGS="--method all"` found them (docs/methods.md); 2e-3 for others.
-RATES = {"adalora": 8e-3, "vera": 3.2e-2, "miss": 5e-4, "miss_mini": 5e-4, "miss_bat": 5e-4}
 
 
 class Tuner(Job):

@@ -58,13 +58,18 @@ def classes_of(name: str) -> set[str]:
 
 
 OWNED = {*FAMILIES, *METHODS}
+VARIANTS = {path.stem for path in (PYTHON / "nn" / "variants").glob("*.py")} - {
+    "__init__"
+}  # PEFT's layers of one are its own too
 NAMES = {name for family in FAMILIES for name in names_of(family)} | {c for name in OWNED for c in classes_of(name)}
 NAMES -= {*dir(torch)}  # scatter_add is torch's too, and whoever says it means that
 
 
 def owned(path: Path) -> bool:
     """Does the file, or its folder, bear the name of a family or a method, or is it a variant of LoRA or a rule for one, each a method's own?"""
-    return bool((OWNED | {"variants", "optim"}) & {*path.relative_to(ROOT).with_suffix("").parts})
+    return (
+        bool((OWNED | {"variants", "optim"}) & {*path.relative_to(ROOT).with_suffix("").parts}) or path.stem in VARIANTS
+    )
 
 
 def words(path: Path) -> Iterator[tuple[str, bool]]:

@@ -23,6 +23,8 @@ TUNERS: dict[str, Callable[[int], peft.PeftConfig]] = {
     "miss_mini": lambda steps: peft.MissConfig(r=32, mini_r=64, init_weights="mini"),
     "miss_bat": lambda steps: peft.MissConfig(r=32, init_weights="bat"),
 }
+# Learning rates, as `make demo ARGS="--method all"` found them (docs/methods.md); 2e-3 for others.
+RATES = {"adalora": 8e-3, "vera": 3.2e-2, "miss": 5e-4, "miss_mini": 5e-4, "miss_bat": 5e-4}
 
 
 def stock(model: nn.Module, tuner: str, target: str, steps: int, seed: int) -> peft.PeftModel:
