@@ -100,9 +100,8 @@ class Train(Tuner):
     def stepper(self, model) -> Callable[[int, Any], float]:
         optimizer = self.optimizer(model, self.lr)
         schedule = self.m.torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.steps)
-        allocate = getattr(
-            model.base_model, "update_and_allocate", None
-        )  # AdaLoRA's budget, after the step and before zero_grad
+        # AdaLoRA's budget, after the step and before zero_grad.
+        allocate = getattr(model.base_model, "update_and_allocate", None)
 
         def step(i: int, batch) -> float:
             loss = self.loss(model, *batch)

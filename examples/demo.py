@@ -3,7 +3,7 @@
 
     make demo                   about 7 minutes on 2 cores        make demo ARGS=--quick      under 2 minutes
     make demo ARGS="--method mora"      one method of lrkern.nn beside LoRA (demo_methods.py), with --quick as well
-    make demo ARGS="--method all"       a table of every method (demo_all.py): up to two hours, may be stopped and goes on
+    make demo ARGS="--method all"       a table of every method (demo_all.py): some hour and a half, may be stopped and goes on
     make demo ARGS=--quartet            all weights trained, with products in FP4 beside bf16 (demo_quartet.py), --quick too
     make demo ARGS="--base mxfp4"       the base in MXFP4 as well, 4.25 bits a weight, beside the one in float32; with --quick too
     python examples/demo.py --dry-run                             what it would do, without doing it

@@ -92,8 +92,8 @@ def describe(plan: Plan, args: argparse.Namespace, missing: list[str]) -> str:
     count = len(lrkern.methods())
     return "\n".join(
         [
-            f"would look for the learning rates of {count} methods and run each with {plan.seeds} seeds, at most {plan.seconds:.0f} s "
-            f"each time: up to {count * (1 + plan.seeds) * plan.seconds / 60:.0f} min on 2 cores; may be stopped and goes on",
+            f"would look for the learning rates of {count} methods, run each with {plan.seeds} seeds and time its steps, at most "
+            f"{plan.seconds:.0f} s each time: up to {count * (2 + plan.seeds) * plan.seconds / 60:.0f} min on 2 cores; may be stopped and goes on",
             f"  {plan.steps} steps of {plan.batch} lines of each of {', '.join(DOMAINS)}; then {plan.held} held-out lines of each are scored",
             f"results in {args.out}/methods/rows.jsonl"
             + ("" if args.quick else f", {PAGE.name} and {PLOT.name} in docs/"),
@@ -115,9 +115,8 @@ class Everything:
         self.folder = args.out / "methods"
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "rows.jsonl"
-        self.cut_off = path.exists() and not path.read_text().endswith(
-            "\n"
-        )  # a run may have ended in the middle of a row
+        # A run may have ended in the middle of a row.
+        self.cut_off = path.exists() and not path.read_text().endswith("\n")
         self.of = {"plan": asdict(plan), "device": self.device, "machine": machine(m.torch, self.device),
                    "threads": m.torch.get_num_threads(), "torch": m.torch.__version__}  # fmt: skip
         demo_data.fetch()
@@ -415,7 +414,7 @@ def write(rows: dict[tuple[str, int], dict], times: dict[str, dict], of: dict) -
                 "tuned, and allocators and schedules are left out. So few steps tell how methods begin, not how they end. The published formulation is stock",
                 "PEFT's layer where PEFT has the method, else the authors' order of products in torch's calls (bench/peers); its steps, optimizer included, are",
                 "timed in turn with ours on one batch of usual length. Peak memory is that of one step on the longest batch above the loaded base. Settings:",
-                "examples/demo_all.py. The plot is methods.png.",
+                "examples/demo_all.py; NLoRA and IntTune take their start out of W again, without which they learnt nothing here. The plot is methods.png.",
                 "",
                 "| method | trainable parameters | file, kB | ms a step | published, ms | peak, MB | rate | r | spread |",
                 "|---|---|---|---|---|---|---|---|---|",

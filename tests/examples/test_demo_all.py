@@ -74,6 +74,15 @@ def test_a_run_goes_on_where_it_stopped(table, monkeypatch, capsys):
     )
 
 
+def test_it_says_first_how_long_it_takes(tmp_path):
+    said = demo_all.describe(TINY, argparse.Namespace(out=tmp_path, quick=False), [])
+    assert (
+        f"{len(lrkern.methods())} methods, run each with 2 seeds and time its steps, at most 60 s each time: up to 132 min"
+        in said
+    )
+    assert "methods.md and methods.png in docs/" in said
+
+
 def test_rows_of_another_plan_or_machine_are_not_in_the_table(table):
     other = table.of | {"machine": "another"}
     rows = [row(table.of, "lora", 0, 0.5), row(other, "lora", 1, 0.1)]
