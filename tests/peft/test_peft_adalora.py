@@ -147,7 +147,6 @@ def test_over_a_base_of_another_kind():
 
 @pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_over_bitsandbytes(inside):
-    """PEFT's layers over these answer in float32, as ranknum is; ours as their base does."""
     bnb = pytest.importorskip("bitsandbytes")
     net = Net(inside)
     for name in ("up", "down"):
@@ -160,7 +159,7 @@ def test_over_bitsandbytes(inside):
     ours = copy.deepcopy(stock)
     assert lrkern.peft.patch(ours).fused == 2
     up, theirs, x = layer_of(ours), layer_of(stock), torch.randn(6, 24, dtype=inside)
-    assert type(theirs).__name__ == "SVDLinear4bit" and theirs(x).dtype == torch.float32 and up(x).dtype == inside
+    assert type(theirs).__name__ == "SVDLinear4bit" and theirs(x).dtype == up(x).dtype == inside
     assert relative(up(x), theirs(x)) < (2e-6 if inside == torch.float32 else 1e-2)
 
 
