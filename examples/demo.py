@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """lrkern demo: fine-tune a real pretrained model on real text, with lrkern and with stock PEFT, and compare.
 
-    make demo                   about 7 minutes on 2 cores        make demo ARGS=--quick      under 2 minutes
+    make demo                   about 8 minutes on 2 cores        make demo ARGS=--quick      under 2 minutes
     make demo ARGS="--method mora"      one method of lrkern.nn beside LoRA (demo_methods.py), with --quick as well
     make demo ARGS="--method all"       a table of every method (demo_all.py): some hour and a half, may be stopped and goes on
     make demo ARGS=--quartet            all weights trained, with products in FP4 beside bf16 (demo_quartet.py), --quick too

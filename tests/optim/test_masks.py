@@ -202,6 +202,9 @@ def test_loraprune_prunes_grouped_heads():
             setattr(m.get_submodule(parent), last, variants.LoRAPruneLinear.from_linear(linear, r=2))
     rule = optim.LoRAPrunePruning(m, optim.llama_groups(m, 8), 4, ratio=0.5, every=1, start=0.0)
     assert [len(t) for t in rule.importance] == [2, 2]
+    for wrong in (12, 64, 0, 8.0):  # heads of another size would be parts of two
+        with pytest.raises(ValueError, match=f"llama_groups: head_dim must divide the outputs .*, got {wrong}"):
+            optim.llama_groups(m, wrong)
     ids, optimizer = torch.arange(10)[None], adamw(m)
     for _ in range(4):
         m(input_ids=ids, labels=ids).loss.backward()

@@ -4,7 +4,7 @@
 import pytest
 from optim_rules import RULES
 
-NAMES = [*RULES, "sharded", "one layer ran in one process", "in a trainer"]
+NAMES = [*RULES, "a communication hook", "sharded", "one layer ran in one process", "in a trainer"]
 
 
 @pytest.mark.parametrize("name", NAMES)

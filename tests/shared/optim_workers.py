@@ -49,6 +49,24 @@ def decisions(case):
     return check
 
 
+def a_communication_hook_stays(rank):
+    calls = []
+
+    def hook(state, bucket):
+        calls.append(state)
+        return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda f: f.value()[0])
+
+    wrapped = DistributedDataParallel(nn.Linear(3, 2))
+    wrapped.register_comm_hook("a state", hook)
+    for _ in range(2):  # rewrapped once more
+        wrapped.module.weight = nn.Parameter(torch.ones(2, 3))
+        optim.surgery.rewrap(wrapped)
+        calls.clear()
+        wrapped(torch.full((1, 3), 1.0 + rank)).sum().backward()
+        assert calls == ["a state"]
+        assert torch.equal(wrapped.module.weight.grad, torch.full((2, 3), 1.5))
+
+
 def sharded(rank):
     for case in RULES.values():
         m = model(case)
@@ -127,6 +145,7 @@ def in_a_trainer(rank):
 
 
 CHECKS = {name: decisions(case) for name, case in RULES.items()} | {
+    "a communication hook": a_communication_hook_stays,
     "sharded": sharded,
     "one layer ran in one process": one_layer_ran_in_one_process,
     "in a trainer": in_a_trainer,  # last: accelerate keeps what it found

@@ -146,7 +146,17 @@ def llama_groups(model: nn.Module, head_dim: int) -> list[PruneGroup]:
         if isinstance(m, LoRAPruneLinear) and last in (*out, *into):
             found = groups.setdefault((block, block.rpartition(".")[2]), {"out": [], "into": []})
             found["out" if last in out else "into"].append(name)
-    heads = lambda g: min(model.get_submodule(name).out_features for name in g["out"]) // head_dim
+    sizes = {
+        n: model.get_submodule(n).out_features
+        for (_, kind), g in groups.items()
+        if kind == "self_attn"
+        for n in g["out"]
+    }
+    whole = type(head_dim) is int and head_dim >= 1
+    if wrong := [n for n, size in sizes.items() if not whole or size % head_dim]:
+        must = f"divide the outputs of q_proj, k_proj and v_proj, {sizes[wrong[0]]} of {wrong[0]!r}"
+        raise ValueError(f"llama_groups: head_dim must {must}, got {head_dim!r}")
+    heads = lambda g: min(sizes[name] for name in g["out"]) // head_dim
     return [
         PruneGroup(
             tuple(map(plain, g["out"])), tuple(map(plain, g["into"])), heads=heads(g) if kind == "self_attn" else 0

@@ -30,7 +30,8 @@ class Rule:
     Under DistributedDataParallel every process has its own rule and calls it alike. All come to the same decisions: gradients are the
     same there, what each process has seen for itself is averaged over all, and draws come from a generator that the rule owns, begun from
     ``seed``. torch's own generator is left as it is. Where ``step`` returns True, parameters that train are new ones: wrap the model in
-    DistributedDataParallel anew, or call ``surgery.rewrap`` of the wrapper. Parameters and optimizers that are sharded (FSDP2, ZeroRedundancyOptimizer) are refused.
+    DistributedDataParallel anew, or call ``surgery.rewrap`` of the wrapper. Parameters and optimizers that are sharded (FSDP2,
+    ZeroRedundancyOptimizer) are refused.
 
     ``state_dict`` has what a run needs to go on bit for bit as if it had not been broken off, beside the model's state_dict and the
     optimizer's. Load it first, over a model made as at the beginning: it gives the layers the shapes that they had, which the

@@ -93,9 +93,12 @@ def corner(shape: torch.Size) -> Callable[[Tensor], Tensor]:
 
 
 def rewrap(wrapper: DistributedDataParallel) -> None:
-    """Lets it see parameters that are new in its module, in place: what reading its pickle does. To be called alike in all processes, where
-    they are the same."""
+    """Lets it see parameters that are new in its module, in place: what reading its pickle does, and its communication hooks again. To be called
+    alike in all processes, where they are the same."""
+    hooks, wrapper._comm_hooks = wrapper._comm_hooks, []
     wrapper.__setstate__(wrapper.__getstate__())
+    for hook, state in hooks:
+        wrapper.register_comm_hook(state, hook)
 
 
 @torch.no_grad()

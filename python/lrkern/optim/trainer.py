@@ -59,8 +59,9 @@ class StepCallback(TrainerCallback):
                     f"StepCallback: {kind} must go without load_best_model_at_end, got True: shapes change"
                 )
 
+        self._unwatch()  # a training that raised has not said its end
         if args.world_size > 1 and any(rule.RESHAPES == "parameters" for rule in self.rules):
-            self._wrapper, self._hook = None, model.register_forward_pre_hook(self._look)
+            self._hook = model.register_forward_pre_hook(self._look)
 
     def _look(self, module: Any, inputs: Any) -> None:
         """What wraps the model, which the Trainer tells no callback: within a forward torch knows it."""
@@ -78,6 +79,9 @@ class StepCallback(TrainerCallback):
                 surgery.rewrap(self._wrapper)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._unwatch()
+
+    def _unwatch(self) -> None:
         if self._hook is not None:
             self._hook.remove()
         self._wrapper = self._hook = None
